@@ -1,0 +1,14 @@
+# docker build -t detkit . && docker run --rm -v "$PWD/runs:/app/runs" detkit
+FROM python:3.12-slim
+
+RUN useradd --create-home detkit && mkdir -p /app/runs && chown -R detkit /app
+WORKDIR /app
+COPY --chown=detkit pyproject.toml README.md LICENSE ./
+COPY --chown=detkit detkit detkit
+COPY --chown=detkit configs configs
+COPY --chown=detkit tools tools
+RUN pip install --no-cache-dir .
+
+USER detkit
+VOLUME /app/runs
+CMD ["python", "tools/train.py"]

@@ -1,0 +1,64 @@
+"""detkit from Python."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from detkit.config import compose_config, group_options, resolve
+from detkit.engine.checkpoint import build_from_checkpoint, load_weights
+from detkit.errors import DetkitError
+from detkit.models.detector import Detector, build_detector
+from detkit.registry import BLOCKS
+
+
+def create_model(
+    model: str = "yolov8n",
+    *,
+    backbone: str | None = None,
+    neck: str | None = None,
+    head: str | None = None,
+    num_classes: int = 80,
+    weights: str | Path | None = None,
+    overrides: Sequence[str] = (),
+) -> Detector:
+    """Build a detector by the names of the command line, in training mode.
+
+    Args:
+        model: a preset of ``configs/model``.
+        backbone, neck, head: parts in place of the preset's.
+        num_classes: C; the classes are called class0, class1, ...
+        weights: a checkpoint to start from; tensors that do not fit keep their initial values.
+        overrides: Hydra override strings, such as ``"backbone.block=c2f"``.
+
+    Raises:
+        DetkitError: an unknown name or key, or parts that do not fit.
+    """
+    groups = {"model": model, "backbone": backbone, "neck": neck, "head": head}
+    chosen = [f"{group}={name}" for group, name in groups.items() if name is not None]
+    cfg = resolve(compose_config("train", [*chosen, *overrides]))
+    detector = build_detector(cfg, [f"class{k}" for k in range(num_classes)])
+    if weights is not None:
+        load_weights(detector, weights)
+    return detector
+
+
+def load(path: str | Path) -> Detector:
+    """Rebuild the detector of a checkpoint, in eval mode, with its ``class_names`` and ``cfg``.
+
+    Raises:
+        DetkitError: the file is missing, damaged or not a detkit checkpoint.
+    """
+    return build_from_checkpoint(path)
+
+
+def list_models(kind: str = "model") -> list[str]:
+    """Return the names known to the command line for a kind: model, backbone, neck, head, block or loss.
+
+    Raises:
+        DetkitError: another kind.
+    """
+    if kind == "block":
+        return BLOCKS.names()
+    kinds = ("model", "backbone", "neck", "head", "loss")
+    if kind not in kinds:
+        raise DetkitError(f"list_models('{kind}'): the kinds are {', '.join((*kinds, 'block'))}")
+    return group_options(kind)

@@ -1,0 +1,67 @@
+"""The command line: Hydra composes a configuration, a task runs it, a user's mistake is one sentence."""
+
+import importlib
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import hydra
+from omegaconf import DictConfig
+from rich.console import Console
+
+from detkit.config import CONFIG_ERRORS, config_dir, explain, import_plugins, resolve
+from detkit.errors import DetkitError, nearest
+
+TASKS = {
+    "train": "train a detector: python tools/train.py model=yolov8n data=coco data.root=DIR",
+    "eval": "COCO metrics of a checkpoint: python tools/eval.py ckpt=FILE",
+    "predict": "find objects in pictures: python tools/predict.py ckpt=FILE source=FILE_OR_FOLDER",
+    "benchmark": "time a training step: python tools/benchmark.py model=yolov8n",
+}
+
+
+def launch(task: str) -> None:
+    """Run a task with the arguments of the command line; exit status 2 on a user's mistake, 1 on a fault."""
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # let errors through to here
+    run: Callable[[dict], object] = importlib.import_module(f"detkit.tasks.{task}").run
+
+    @hydra.main(version_base="1.3", config_path=str(config_dir()), config_name=task)
+    def main(cfg: DictConfig) -> None:
+        try:
+            resolved = resolve(cfg)
+            import_plugins(resolved["plugins"])
+            run(resolved)
+        except DetkitError as error:
+            _exit(str(error))
+
+    try:
+        main()
+    except CONFIG_ERRORS as error:
+        _exit(explain(error, task))
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def main() -> None:
+    """Entry of the ``detkit`` command: ``detkit TASK key=value ...``."""
+    task = sys.argv[1] if len(sys.argv) > 1 else "help"
+    if task in ("help", "-h", "--help"):
+        width = max(map(len, TASKS))
+        print("usage: detkit TASK key=value ...\n")
+        print("\n".join(f"  {name:<{width}}  {what}" for name, what in TASKS.items()))
+        return
+    if task not in TASKS:
+        _exit(f"there is no task '{task}': known are {', '.join(TASKS)}{nearest(task, TASKS)}")
+    sys.argv[0:2] = [f"{Path(sys.argv[0]).name} {task}"]
+    launch(task)
+
+
+def _exit(sentence: str) -> None:
+    Console(stderr=True, highlight=False, soft_wrap=True).print(f"[bold red]error:[/] {_escape(sentence)}")
+    sys.exit(2)
+
+
+def _escape(text: str) -> str:
+    """Keep rich from reading [brackets] as markup."""
+    return text.replace("[", "\\[")

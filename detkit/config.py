@@ -1,0 +1,121 @@
+"""Composing a configuration, and saying in one sentence what is wrong with one."""
+
+import contextlib
+import importlib
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException, OverrideParseException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+
+from detkit.errors import DetkitError, nearest
+
+CONFIG_ERRORS = (HydraException, OmegaConfBaseException)
+
+
+def config_dir() -> Path:
+    """Return the folder of the YAML files: inside an installed package, or beside it in a checkout."""
+    package = Path(__file__).resolve().parent
+    installed = package / "configs"
+    return installed if installed.is_dir() else package.parent / "configs"
+
+
+def compose_config(name: str, overrides: Sequence[str] = ()) -> DictConfig:
+    """Compose ``configs/NAME.yaml`` with Hydra override strings, as the command line would.
+
+    Raises:
+        DetkitError: an override that does not exist or does not parse.
+    """
+    try:
+        with _hydra():
+            return compose(name, list(overrides))
+    except CONFIG_ERRORS as error:
+        raise DetkitError(explain(error, name)) from None
+
+
+def group_options(group: str) -> list[str]:
+    """Return the names of ``configs/GROUP/*.yaml``, sorted."""
+    return sorted(path.stem for path in (config_dir() / group).glob("*.yaml"))
+
+
+def resolve(cfg: DictConfig) -> dict[str, Any]:
+    """Turn a composed configuration into plain dicts and lists, every interpolation resolved.
+
+    Raises:
+        DetkitError: a mandatory value is missing, or an interpolation leads nowhere.
+    """
+    missing = sorted(OmegaConf.missing_keys(cfg))
+    if missing:
+        raise DetkitError(f"{missing[0]} is not set: add {missing[0]}=VALUE")
+    try:
+        return OmegaConf.to_container(cfg, resolve=True)
+    except OmegaConfBaseException as error:
+        raise DetkitError(f"the configuration does not resolve: {str(error).splitlines()[0]}") from None
+
+
+def import_plugins(names: Sequence[str]) -> None:
+    """Import the modules of ``plugins=[...]``, which register parts of their own.
+
+    Raises:
+        DetkitError: a module that cannot be found.
+    """
+    if names and str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))
+    for name in names:
+        try:
+            importlib.import_module(name)
+        except ModuleNotFoundError as error:
+            raise DetkitError(f"plugins: cannot import '{name}' ({error}); is its folder on PYTHONPATH?") from None
+
+
+def explain(error: Exception, name: str) -> str:
+    """Say in one sentence what is wrong with an override of ``configs/NAME.yaml``, naming the nearest that exists."""
+    text = str(error)
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options:
+        group, _, option = str(error.missing_cfg_file).rpartition("/")
+        return f"{group}={option} does not exist: known are {', '.join(error.options)}{nearest(option, error.options)}"
+    if isinstance(error, OverrideParseException):
+        return f"cannot read the argument '{error.override}': write key=value, and quote a value that has = or , in it"
+    if isinstance(error, MissingMandatoryValue):
+        return f"a value is missing: {text.splitlines()[0]}"
+    match = re.search(r"Could not (?:override|append to|delete from config\.?)[^']*'([^'@]+)[^']*'", text)
+    if isinstance(error, ConfigCompositionException) and match:
+        key = match.group(1)
+        return f"there is no key '{key}'{nearest(key, _known_keys(name))} (+{key}=VALUE would add it)"
+    cause = error.__cause__ or error
+    return f"{text.splitlines()[0]} ({str(cause).splitlines()[0]})" if cause is not error else text.splitlines()[0]
+
+
+def _known_keys(name: str) -> list[str]:
+    """Every dotted key of a configuration, and its groups."""
+    groups = [path.name for path in config_dir().iterdir() if path.is_dir()]
+    with _hydra():
+        cfg = compose(name)
+    keys: list[str] = []
+
+    def walk(node: Any, prefix: str) -> None:
+        if isinstance(node, dict):
+            for key, value in node.items():
+                keys.append(f"{prefix}{key}")
+                walk(value, f"{prefix}{key}.")
+
+    walk(OmegaConf.to_container(cfg, resolve=False), "")
+    return keys + groups
+
+
+@contextlib.contextmanager
+def _hydra() -> Iterator[None]:
+    """Hydra over our configs for a moment, also inside another Hydra application."""
+    outer = GlobalHydra.get_state()
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_dir(str(config_dir()), version_base="1.3"):
+            yield
+    finally:
+        GlobalHydra.set_state(outer)

@@ -1,0 +1,3 @@
+"""Labelled image sets, from files to batches; importing this package registers the formats."""
+
+from detkit.data import coco, shapes  # noqa: F401

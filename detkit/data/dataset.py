@@ -1,0 +1,55 @@
+"""Torch datasets over Annotations: raw images, and images letterboxed for evaluation.
+
+A key is ``(epoch, index)``: what a sample looks like depends on nothing else but the seed.
+"""
+
+import numpy as np
+from torch.utils.data import Dataset
+
+from detkit.data.annotations import Annotations
+from detkit.ops.image import Letterbox, read_image
+from detkit.structures import Origin, Sample
+
+
+class DetectionDataset(Dataset):
+    """Decoded images with the boxes one trains on (no crowds)."""
+
+    def __init__(self, annotations: Annotations) -> None:
+        self.annotations = annotations
+
+    def __len__(self) -> int:
+        return len(self.annotations)
+
+    def __getitem__(self, key: tuple[int, int]) -> Sample:
+        """Return image ``key[1]`` as it is on disk.
+
+        Raises:
+            DetkitError: the image cannot be read.
+        """
+        index = key[1]
+        a = self.annotations
+        rows = slice(a.offsets[index], a.offsets[index + 1])
+        keep = ~a.crowd[rows]
+        image = read_image(a.paths[index])
+        boxes, labels = a.boxes[rows][keep].astype(np.float32), a.labels[rows][keep]
+        return Sample(image, boxes, labels, Origin(index, a.paths[index], image.shape[:2]))
+
+
+class LetterboxDataset(Dataset):
+    """Images fitted into a square of ``size`` pixels, aspect kept; the sample remembers how."""
+
+    def __init__(self, dataset: DetectionDataset, size: int) -> None:
+        self.dataset = dataset
+        self.size = size
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, key: tuple[int, int]) -> Sample:
+        """Return image ``key[1]`` letterboxed, its boxes along with it."""
+        sample = self.dataset[key]
+        box = Letterbox.fit(sample.origin.size, (self.size, self.size))
+        sample.image = box.apply(sample.image)
+        sample.origin.scale, sample.origin.offset = box.scale, box.offset
+        sample.boxes = sample.boxes * np.float32((*box.scale, *box.scale)) + np.float32((*box.offset, *box.offset))
+        return sample

@@ -1,0 +1,109 @@
+"""Checkpoints: safetensors whose header holds what rebuilding the detector needs. Nothing is unpickled."""
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as to_safetensors
+from torch import Tensor
+
+from detkit.errors import DetkitError
+from detkit.models.detector import Detector, build_detector
+
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a checkpoint file holds: float32 weights by name, the resolved config, class names, and its metrics."""
+
+    weights: dict[str, Tensor]
+    cfg: dict[str, Any]
+    class_names: tuple[str, ...]
+    metrics: dict[str, Any]
+
+
+def save_checkpoint(detector: Detector, path: Path, metrics: Mapping[str, Any]) -> None:
+    """Write a detector's weights, config, class names and metrics; the file appears whole or not at all."""
+    header = {
+        "schema_version": SCHEMA_VERSION,
+        "cfg": detector.cfg,
+        "class_names": detector.class_names,
+        "metrics": dict(metrics),
+    }
+    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in detector.state_dict().items()}
+    write_atomically(path, to_safetensors(weights, {"detkit": json.dumps(header)}))
+
+
+def read_checkpoint(path: str | Path) -> Checkpoint:
+    """Read a checkpoint.
+
+    Raises:
+        DetkitError: no such file, not a detkit checkpoint, truncated, or of a schema this version does not know.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise DetkitError(
+            f"checkpoint {path} does not exist; a run's are RUN_DIR/best.safetensors and last.safetensors"
+        )
+    try:
+        with safe_open(path, "pt") as file:
+            header = json.loads((file.metadata() or {}).get("detkit", "null"))
+            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (it is no dict)
+    except (SafetensorError, ValueError, OSError) as error:
+        raise DetkitError(f"{path} is not a safetensors file, or is truncated ({error})") from None
+    if not isinstance(header, dict):
+        raise DetkitError(f"{path} was not written by detkit: its header has no 'detkit' entry")
+    if header.get("schema_version") != SCHEMA_VERSION:
+        version = header.get("schema_version")
+        raise DetkitError(
+            f"{path} has schema version {version}, this detkit reads {SCHEMA_VERSION}: use a matching detkit"
+        )
+    for key in ("cfg", "class_names", "metrics"):
+        if key not in header:
+            raise DetkitError(f"{path} is damaged: its header has no '{key}'")
+    return Checkpoint(weights, header["cfg"], tuple(header["class_names"]), header["metrics"])
+
+
+def build_from_checkpoint(path: str | Path) -> Detector:
+    """Rebuild the detector of a checkpoint, in eval mode.
+
+    Raises:
+        DetkitError: as ``read_checkpoint``, or weights that do not fit the config in the header.
+    """
+    checkpoint = read_checkpoint(path)
+    detector = build_detector(checkpoint.cfg, checkpoint.class_names)
+    try:
+        detector.load_state_dict(checkpoint.weights)
+    except RuntimeError as error:
+        first = str(error).splitlines()[1].strip() if "\n" in str(error) else str(error)
+        raise DetkitError(f"{path} does not fit the model in its header: {first}") from None
+    return detector.eval()
+
+
+def load_weights(detector: torch.nn.Module, path: str | Path) -> list[str]:
+    """Copy into ``detector`` every tensor of a checkpoint whose name and shape it shares.
+
+    Returns:
+        the names of the detector's tensors that kept their own values.
+    """
+    weights = read_checkpoint(path).weights
+    own = detector.state_dict()
+    fitting = {name: tensor for name, tensor in weights.items() if name in own and own[name].shape == tensor.shape}
+    detector.load_state_dict(fitting, strict=False)
+    return [name for name in own if name not in fitting]
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write a file under a temporary name, then rename it: a reader sees the old one or the new one, whole."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with open(temporary, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)

@@ -1,0 +1,91 @@
+"""Where a run's numbers and pictures go: the terminal, history.csv and TensorBoard."""
+
+import csv
+import io
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from torch.utils.tensorboard import SummaryWriter
+
+from detkit.engine.checkpoint import write_atomically
+from detkit.report.drawing import save_picture
+
+TENSORBOARD_GROUPS = {
+    "box": "loss",
+    "cls": "loss",
+    "dfl": "loss",
+    "lr": "train",
+    "images_per_s": "train",
+    "seconds": "train",
+}
+
+
+class RunLog:
+    """Writes into a run directory and to the terminal.
+
+    Attributes:
+        history: the rows of ``history.csv`` so far.
+    """
+
+    def __init__(self, run_dir: Path, console: Console) -> None:
+        self.run_dir = run_dir
+        self.console = console
+        self.history: list[dict[str, float]] = []
+        self.tensorboard = SummaryWriter(run_dir)
+
+    @contextmanager
+    def progress(self, label: str, total: int) -> Iterator["Bar"]:
+        """Show a bar on a terminal, nothing elsewhere; yields what advances it."""
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(24),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[info]}"),
+        )
+        with Progress(*columns, console=self.console, transient=True, disable=not self.console.is_terminal) as progress:
+            yield Bar(progress, label, total)
+
+    def epoch(self, row: Mapping[str, float], line: str) -> None:
+        """Record one epoch: a row of the history, TensorBoard scalars, one line on the terminal."""
+        self.history.append(dict(row))
+        text = io.StringIO()
+        writer = csv.DictWriter(text, self.history[0].keys())
+        writer.writeheader()
+        writer.writerows(self.history)
+        write_atomically(self.run_dir / "history.csv", text.getvalue().encode())
+        for name, value in row.items():
+            if name != "epoch":
+                self.tensorboard.add_scalar(f"{TENSORBOARD_GROUPS.get(name, 'val')}/{name}", value, int(row["epoch"]))
+        self.console.print(line, highlight=False, soft_wrap=True)
+
+    def picture(self, name: str, image: np.ndarray, epoch: int) -> None:
+        """Keep an (H, W, 3) uint8 RGB picture as ``plots/NAME.jpg`` and in TensorBoard."""
+        save_picture(image, self.run_dir / "plots" / f"{name}.jpg")
+        self.tensorboard.add_image(name, image, epoch, dataformats="HWC")
+
+    def close(self) -> None:
+        """Flush TensorBoard's events."""
+        self.tensorboard.close()
+
+
+class Bar:
+    """One bar of a Progress."""
+
+    def __init__(self, progress: Progress, label: str, total: int) -> None:
+        self.progress = progress
+        self.task = progress.add_task(label, total=total, info="")
+
+    def advance(self, info: str | None = None) -> None:
+        """Move by one, and say ``info`` beside the bar."""
+        fields = {} if info is None else {"info": info}
+        self.progress.update(self.task, advance=1, **fields)
+
+
+def clock(seconds: float) -> str:
+    """Return a duration as h:mm:ss or m:ss."""
+    return time.strftime("%-H:%M:%S" if seconds >= 3600 else "%-M:%S", time.gmtime(seconds))

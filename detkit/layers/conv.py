@@ -1,0 +1,72 @@
+"""Convolution + batch norm + activation, the brick of the YOLO family, and how blocks are asked for by name."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from detkit.errors import DetkitError
+from detkit.registry import BLOCKS
+
+BlockSpec = str | Mapping[str, Any]
+
+
+def build_block(spec: BlockSpec, *args: Any) -> nn.Module:
+    """Build a block from its name, or from ``{name, keyword arguments}``, and the arguments its place gives it."""
+    return BLOCKS.build({"name": spec} if isinstance(spec, str) else spec, *args)
+
+
+def per_stage(spec: BlockSpec | Sequence[BlockSpec], stages: int, where: str) -> list[BlockSpec]:
+    """Repeat one block specification for every stage, or check that a list has one for each.
+
+    Raises:
+        DetkitError: a list of another length; ``where`` names the config key.
+    """
+    if isinstance(spec, (str, Mapping)):
+        return [spec] * stages
+    if len(spec) != stages:
+        raise DetkitError(f"{where} lists {len(spec)} blocks: give one, or one for each of the {stages} stages")
+    return list(spec)
+
+
+def fold_batch_norm(conv: nn.Conv2d, bn: nn.BatchNorm2d) -> nn.Conv2d:
+    """Return one biased convolution equal to ``bn(conv(x))`` in eval mode."""
+    scale = bn.weight / torch.sqrt(bn.running_var + bn.eps)
+    bias = torch.zeros_like(bn.running_mean) if conv.bias is None else conv.bias
+    folded = nn.Conv2d(
+        conv.in_channels,
+        conv.out_channels,
+        conv.kernel_size,
+        conv.stride,
+        conv.padding,
+        conv.dilation,
+        conv.groups,
+        bias=True,
+        device=conv.weight.device,
+        dtype=conv.weight.dtype,
+    )
+    with torch.no_grad():
+        folded.weight.copy_(conv.weight * scale.view(-1, 1, 1, 1))
+        folded.bias.copy_((bias - bn.running_mean) * scale + bn.bias)
+    return folded.requires_grad_(False)
+
+
+@BLOCKS.register("conv")
+class Conv(nn.Module):
+    """Conv2d without bias (padding k // 2), batch norm, SiLU: (B, c1, H, W) -> (B, c2, H / s, W / s)."""
+
+    def __init__(self, c1: int, c2: int, k: int = 1, s: int = 1) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(c1, c2, k, s, k // 2, bias=False)
+        self.bn = nn.BatchNorm2d(c2, eps=1e-3, momentum=0.03)
+        self.act = nn.SiLU(inplace=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return act(bn(conv(x)))."""
+        return self.act(self.bn(self.conv(x)))
+
+    def fuse(self) -> None:
+        """Fold the batch norm into the convolution, in place."""
+        self.conv = fold_batch_norm(self.conv, self.bn)
+        self.bn = nn.Identity()

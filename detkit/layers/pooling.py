@@ -1,0 +1,25 @@
+"""Context blocks: they widen the receptive field of the deepest level. A context block takes (c1, c2)."""
+
+import torch
+from torch import Tensor, nn
+
+from detkit.layers.conv import Conv
+from detkit.registry import BLOCKS
+
+
+@BLOCKS.register("sppf")
+class SPPF(nn.Module):
+    """Spatial pyramid pooling, fast: three chained k x k max-pools see k, 2k-1 and 3k-2 cells at once."""
+
+    def __init__(self, c1: int, c2: int, k: int = 5) -> None:
+        super().__init__()
+        self.cv1 = Conv(c1, c1 // 2, 1)
+        self.cv2 = Conv(4 * (c1 // 2), c2, 1)
+        self.pool = nn.MaxPool2d(k, stride=1, padding=k // 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, c1, H, W) -> (B, c2, H, W)."""
+        parts = [self.cv1(x)]
+        for _ in range(3):
+            parts.append(self.pool(parts[-1]))
+        return self.cv2(torch.cat(parts, 1))

@@ -1,0 +1,65 @@
+"""CSPDarknet, the backbone of YOLOv8: a stem, then four stages of a stride-2 convolution and a CSP block."""
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from detkit.errors import DetkitError
+from detkit.layers.conv import BlockSpec, Conv, build_block, per_stage
+from detkit.models.scaling import scaled_depth, scaled_width
+from detkit.registry import BACKBONES
+
+STAGES = ((4, 128, 3), (8, 256, 6), (16, 512, 6), (32, 1024, 3))  # stride, base width, base repeats
+
+
+@BACKBONES.register("csp_darknet")
+class CSPDarknet(nn.Module):
+    """Features at strides 4, 8, 16 and 32, of which the builder asks for some.
+
+    Args:
+        depth, width, max_channels: compound scaling (models/scaling.py).
+        block: CSP block of each stage, (c1, c2, n, shortcut).
+        downsample: stride-2 convolution in front of each stage, (c1, c2, 3, 2).
+        out_strides: strides of the features to return, ascending; derived by the builder.
+    """
+
+    def __init__(
+        self,
+        depth: float = 0.33,
+        width: float = 0.25,
+        max_channels: int = 1024,
+        block: BlockSpec | Sequence[BlockSpec] = "c2f",
+        downsample: BlockSpec | Sequence[BlockSpec] = "conv",
+        out_strides: Sequence[int] = (8, 16, 32),
+    ) -> None:
+        super().__init__()
+        available = [stride for stride, _, _ in STAGES]
+        if not set(out_strides) <= set(available):
+            raise DetkitError(f"backbone csp_darknet has strides {available}, the neck asks for {list(out_strides)}")
+        blocks = per_stage(block, len(STAGES), "backbone.block")
+        downsamples = per_stage(downsample, len(STAGES), "backbone.downsample")
+        channels = scaled_width(64, width, max_channels)
+        self.stem = Conv(3, channels, 3, 2)
+        self.stages = nn.ModuleList()
+        out_channels = []
+        for (stride, base, repeats), stage_block, stage_down in zip(STAGES, blocks, downsamples, strict=True):
+            c2 = scaled_width(base, width, max_channels)
+            down = build_block(stage_down, channels, c2, 3, 2)
+            self.stages.append(
+                nn.Sequential(down, build_block(stage_block, c2, c2, scaled_depth(repeats, depth), True))
+            )
+            channels = c2
+            if stride in out_strides:
+                out_channels.append(c2)
+        self.strides = tuple(out_strides)
+        self.out_channels = tuple(out_channels)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        """(B, 3, H, W) -> a feature map (B, out_channels[i], H / strides[i], W / strides[i]) for each i."""
+        x = self.stem(x)
+        features = []
+        for (stride, _, _), stage in zip(STAGES, self.stages, strict=True):
+            x = stage(x)
+            if stride in self.strides:
+                features.append(x)
+        return tuple(features)

@@ -1,0 +1,157 @@
+"""The detector: backbone, neck and head, and how they are built from a config."""
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+import detkit.layers  # noqa: F401  (registers the blocks)
+from detkit.errors import DetkitError
+from detkit.models import backbones, heads, necks  # noqa: F401  (register themselves)
+from detkit.ops.image import IMAGE_SUFFIXES, Letterbox, read_image
+from detkit.ops.nms import select_boxes
+from detkit.registry import BACKBONES, HEADS, NECKS
+from detkit.structures import DenseOutput, Detections
+
+Source = str | Path | np.ndarray | Sequence["Source"]
+
+
+class Detector(nn.Module):
+    """A backbone, a neck and a head in a row.
+
+    Attributes:
+        class_names: one name a class, in the order of the class logits.
+        cfg: the resolved configuration it was built from, plain dicts and lists.
+        max_stride: both sides of an input divide by it.
+    """
+
+    def __init__(
+        self, backbone: nn.Module, neck: nn.Module, head: nn.Module, class_names: Sequence[str], cfg: Mapping[str, Any]
+    ) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.neck = neck
+        self.head = head
+        self.class_names = tuple(class_names)
+        self.cfg = dict(cfg)
+        self.max_stride = max(*backbone.strides, *head.strides)
+
+    def forward(self, images: Tensor) -> DenseOutput:
+        """(B, 3, H, W) float RGB in 0..1 -> DenseOutput.
+
+        Raises:
+            DetkitError: H or W does not divide by the largest stride.
+        """
+        height, width = images.shape[-2:]
+        if height % self.max_stride or width % self.max_stride:
+            raise DetkitError(
+                f"input is {height}x{width} pixels: both sides must divide by {self.max_stride}; resize or pad it"
+            )
+        return self.head(self.neck(self.backbone(images)))
+
+    def decode(self, out: DenseOutput) -> tuple[Tensor, Tensor]:
+        """Return boxes (B, A, 4) xyxy in input pixels and scores (B, A, C) in 0..1."""
+        return self.head.decode(out)
+
+    @torch.inference_mode()
+    def predict(
+        self, source: Source, score: float = 0.25, iou: float = 0.7, max_det: int = 300, image_size: int | None = None
+    ) -> list[Detections]:
+        """Find objects in pictures, one after another, each letterboxed to a square.
+
+        Args:
+            source: a file, a folder (its images by name), an (H, W, 3) uint8 RGB array, or a list of these.
+            score: report objects above this score.
+            iou: suppress a box that overlaps a better one of its class by more than this.
+            max_det: at most this many objects a picture.
+            image_size: side of the square in pixels; by default the one of the training.
+
+        Returns:
+            One Detections a picture, boxes in the picture's own pixels.
+        """
+        size = image_size or self.cfg.get("image_size", 640)
+        parameter = next(self.parameters())
+        was_training = self.training
+        self.eval()
+        results = []
+        for path, image in _pictures(source):
+            height, width = image.shape[:2]
+            box = Letterbox.fit((height, width), (size, size))
+            pixels = torch.from_numpy(box.apply(image)).to(parameter.device).permute(2, 0, 1)[None]
+            boxes, scores = self.decode(self(pixels.to(parameter.dtype) / 255))
+            ((xyxy, confidence, labels),) = select_boxes(boxes, scores, score=score, iou=iou, max_det=max_det)
+            xyxy = to_original(xyxy, box.scale, box.offset, (height, width))
+            results.append(
+                Detections(xyxy.cpu(), confidence.cpu(), labels.cpu(), self.class_names, (height, width), path)
+            )
+        self.train(was_training)
+        return results
+
+    def fuse(self) -> "Detector":
+        """Return a copy in its deployed form (batch norms folded, branches merged): equal outputs, for inference."""
+        fused = copy.deepcopy(self).eval()
+        for module in list(fused.modules()):
+            if module is not fused and hasattr(module, "fuse"):
+                module.fuse()
+        return fused
+
+
+def to_original(xyxy: Tensor, scale: tuple[float, float], offset: tuple[float, float], size: tuple[int, int]) -> Tensor:
+    """Undo a letterbox: boxes (N, 4) in the frame -> pixels of the source image of ``size`` (h, w), clipped to it."""
+    height, width = size
+    xyxy = (xyxy - xyxy.new_tensor((*offset, *offset))) / xyxy.new_tensor((*scale, *scale))
+    limit = xyxy.new_tensor((width, height, width, height))
+    return torch.minimum(xyxy.clamp(min=0), limit)
+
+
+def build_detector(cfg: Mapping[str, Any], class_names: Sequence[str]) -> Detector:
+    """Compose a detector from ``cfg["backbone"]``, ``cfg["neck"]`` and ``cfg["head"]``.
+
+    Each is ``{name, keyword arguments}``; channels, strides and the number of classes are derived here.
+
+    Raises:
+        DetkitError: an unknown name or keyword, or parts that do not fit; the sentence says which.
+    """
+    neck_class = NECKS.get(cfg["neck"].get("name", ""))
+    backbone = BACKBONES.build(cfg["backbone"], out_strides=tuple(neck_class.in_strides))
+    neck = NECKS.build(cfg["neck"], in_channels=backbone.out_channels, strides=backbone.strides)
+    head = HEADS.build(cfg["head"], in_channels=neck.out_channels, strides=neck.strides, num_classes=len(class_names))
+    for module in (*backbone.modules(), *neck.modules(), *head.modules()):
+        if isinstance(module, nn.BatchNorm2d):
+            module.eps, module.momentum = 1e-3, 0.03  # YOLOv8's, whatever the part was made with
+    head.init_bias()
+    return Detector(backbone, neck, head, class_names, cfg)
+
+
+def list_pictures(path: Path) -> list[Path]:
+    """Return the images of a folder by name, or the one file.
+
+    Raises:
+        DetkitError: neither is there, or the folder holds no images.
+    """
+    if not path.is_dir():
+        if not path.exists():
+            raise DetkitError(f"source {path} does not exist")
+        return [path]
+    files = sorted(file for file in path.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES)
+    if not files:
+        raise DetkitError(f"folder {path} holds no images (looked for {', '.join(sorted(IMAGE_SUFFIXES))})")
+    return files
+
+
+def _pictures(source: Source) -> Iterator[tuple[Path | None, np.ndarray]]:
+    """Yield (path, image) for every picture in ``source``, reading one at a time."""
+    if isinstance(source, np.ndarray):
+        if source.ndim != 3 or source.shape[2] != 3 or source.dtype != np.uint8:
+            raise DetkitError(f"an image array must be (H, W, 3) uint8 RGB, this one is {source.shape} {source.dtype}")
+        yield None, source
+    elif isinstance(source, (str, Path)):
+        for file in list_pictures(Path(source)):
+            yield file, read_image(file)
+    else:
+        for item in source:
+            yield from _pictures(item)

@@ -1,0 +1,89 @@
+"""YOLOv8's loss: task-aligned assignment, BCE on classes, CIoU and distribution focal loss on boxes."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from detkit.models.losses.assigner import assign_task_aligned
+from detkit.ops.boxes import boxes_to_distances, ciou, distances_to_boxes, expected_distances
+from detkit.registry import LOSSES
+from detkit.structures import Batch, DenseOutput
+
+
+@LOSSES.register("task_aligned")
+class TaskAlignedLoss(nn.Module):
+    """Weighted terms ``box``, ``cls`` and ``dfl``, each normalised by the sum of target scores T (at least 1).
+
+    ::
+
+        cls = sum BCE(logit, target score) / T
+        box = sum (1 - CIoU) w / T,   dfl = sum (mean over sides of the focal term) w / T,   w = summed target score
+
+    Args:
+        box, cls, dfl: gains of the terms.
+        topk, alpha, beta: of the assigner.
+    """
+
+    def __init__(
+        self,
+        box: float = 7.5,
+        cls: float = 0.5,
+        dfl: float = 1.5,
+        topk: int = 10,
+        alpha: float = 0.5,
+        beta: float = 6.0,
+    ) -> None:
+        super().__init__()
+        self.gains = {"box": box, "cls": cls, "dfl": dfl}
+        self.assigner = {"topk": topk, "alpha": alpha, "beta": beta}
+
+    @torch.autocast("cpu", enabled=False)
+    @torch.autocast("cuda", enabled=False)
+    def forward(self, out: DenseOutput, batch: Batch) -> dict[str, Tensor]:
+        """Return the weighted terms; their sum is the loss of the batch's mean image (not times the batch)."""
+        cls, reg = out.cls.float(), out.reg.float()
+        bins = torch.arange(reg.shape[-1] // 4, device=reg.device, dtype=torch.float32)
+        boxes_ba4 = distances_to_boxes(expected_distances(reg, bins), out.points)  # in strides
+        targets = assign_task_aligned(
+            cls.detach().sigmoid(),
+            boxes_ba4.detach() * out.strides,
+            out.points * out.strides,
+            batch.boxes_bm4,
+            batch.labels_bm,
+            batch.valid_bm,
+            **self.assigner,
+        )
+        total = targets.scores_bac.sum().clamp(min=1)
+        terms = {"cls": F.binary_cross_entropy_with_logits(cls, targets.scores_bac, reduction="sum") / total}
+        if batch.boxes_bm4.shape[1]:
+            index = targets.box_index_ba[..., None].expand(-1, -1, 4)
+            target_boxes_ba4 = batch.boxes_bm4.gather(1, index) / out.strides
+            # Background points get their own box as target: finite terms that weigh nothing, and no wait for a count.
+            foreground = targets.foreground_ba[..., None]
+            target_boxes_ba4 = torch.where(foreground, target_boxes_ba4, boxes_ba4.detach())
+            weight_ba = targets.scores_bac.sum(-1) / total
+            terms["box"] = ((1 - ciou(boxes_ba4, target_boxes_ba4)) * weight_ba).sum()
+            distances_ba4 = boxes_to_distances(target_boxes_ba4, out.points)
+            terms["dfl"] = (distribution_focal_loss(reg, distances_ba4).mean(-1) * weight_ba).sum()
+        else:
+            terms["box"] = terms["dfl"] = reg.sum() * 0  # keeps every parameter in the graph
+        return {name: terms[name] * gain for name, gain in self.gains.items()}
+
+
+def distribution_focal_loss(logits: Tensor, target: Tensor) -> Tensor:
+    """Cross entropy to the two bins around each target, weighted by nearness (arXiv 2006.04388, eq. 6).
+
+    Args:
+        logits: (..., 4 * K), side-major.
+        target: (..., 4) distances in strides; clamped to [0, K - 1.01].
+
+    Returns:
+        (..., 4), one term a side.
+    """
+    log_p = logits.unflatten(-1, (4, -1)).log_softmax(-1)
+    target = target.clamp(0, log_p.shape[-1] - 1 - 0.01)
+    left = target.floor()
+    weight_right = target - left
+    index = left.long()[..., None]
+    log_left, log_right = log_p.gather(-1, index)[..., 0], log_p.gather(-1, index + 1)[..., 0]
+    return -(log_left * (1 - weight_right) + log_right * weight_right)

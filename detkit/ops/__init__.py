@@ -1,0 +1,1 @@
+"""Arithmetic on boxes, points and images: no state, no parameters."""

@@ -1,0 +1,47 @@
+"""Box arithmetic on (..., 4) tensors. Formats: xyxy corners, ltrb distances from a point."""
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def distances_to_boxes(ltrb: Tensor, points: Tensor) -> Tensor:
+    """Turn (..., A, 4) distances left, top, right, bottom of (A, 2) points into xyxy boxes, same units."""
+    lt, rb = ltrb.chunk(2, -1)
+    return torch.cat((points - lt, points + rb), -1)
+
+
+def boxes_to_distances(xyxy: Tensor, points: Tensor) -> Tensor:
+    """Turn (..., A, 4) xyxy boxes into distances left, top, right, bottom from (A, 2) points, same units."""
+    x1y1, x2y2 = xyxy.chunk(2, -1)
+    return torch.cat((points - x1y1, x2y2 - points), -1)
+
+
+def expected_distances(logits: Tensor, bins: Tensor) -> Tensor:
+    """Expectation of each side's distribution: (..., 4 * K) logits, side-major, over (K,) bins -> (..., 4)."""
+    return logits.unflatten(-1, (4, len(bins))).softmax(-1) @ bins
+
+
+def ciou(a: Tensor, b: Tensor, eps: float = 1e-7) -> Tensor:
+    """Complete IoU of two broadcastable xyxy tensors (..., 4) -> (...), in -1.5..1.
+
+    IoU - centre distance^2 / enclosing diagonal^2 - alpha * v, with v the squared difference of the aspect
+    angles (Zheng et al., arXiv 2005.03572). ``alpha`` is a constant to the gradient, as in the paper.
+    """
+    ax1, ay1, ax2, ay2 = a.unbind(-1)
+    bx1, by1, bx2, by2 = b.unbind(-1)
+    aw, ah = ax2 - ax1, ay2 - ay1 + eps
+    bw, bh = bx2 - bx1, by2 - by1 + eps
+    overlap_w = (torch.minimum(ax2, bx2) - torch.maximum(ax1, bx1)).clamp(min=0)
+    overlap_h = (torch.minimum(ay2, by2) - torch.maximum(ay1, by1)).clamp(min=0)
+    overlap = overlap_w * overlap_h
+    iou = overlap / (aw * ah + bw * bh - overlap + eps)
+    hull_w = torch.maximum(ax2, bx2) - torch.minimum(ax1, bx1)
+    hull_h = torch.maximum(ay2, by2) - torch.minimum(ay1, by1)
+    diagonal2 = hull_w**2 + hull_h**2 + eps
+    distance2 = ((bx1 + bx2 - ax1 - ax2) ** 2 + (by1 + by2 - ay1 - ay2) ** 2) / 4
+    v = (4 / math.pi**2) * (torch.atan(bw / bh) - torch.atan(aw / ah)) ** 2
+    with torch.no_grad():
+        alpha = v / (v - iou + (1 + eps))
+    return iou - (distance2 / diagonal2 + v * alpha)

@@ -1,0 +1,68 @@
+"""Reading pictures and fitting them into the network's input."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import cv2
+import numpy as np
+
+from detkit.errors import DetkitError
+
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
+FILL = 114  # the gray that YOLO models see around an image
+
+
+def read_image(path: Path) -> np.ndarray:
+    """Decode a file to (H, W, 3) uint8 RGB, turned upright by its EXIF orientation.
+
+    Raises:
+        DetkitError: the file is missing or is no image that OpenCV can read.
+    """
+    try:
+        data = np.fromfile(path, np.uint8)
+    except OSError as error:
+        raise DetkitError(f"cannot read image {path}: {error.strerror or error}") from None
+    image = cv2.imdecode(data, cv2.IMREAD_COLOR_RGB) if data.size else None
+    if image is None:
+        raise DetkitError(f"cannot read image {path}: it is empty, truncated or not an image; replace or remove it")
+    return image
+
+
+@dataclass(frozen=True)
+class Letterbox:
+    """Where an image lands in a fixed frame: ``x_frame = x_image * scale + offset``, per axis in pixels.
+
+    Attributes:
+        height, width: size of the resized image.
+        left, top: padding before it; right, bottom: after it.
+        scale: (x, y); offset: (x, y).
+    """
+
+    height: int
+    width: int
+    left: int
+    top: int
+    right: int
+    bottom: int
+    scale: tuple[float, float]
+    offset: tuple[float, float]
+
+    @classmethod
+    def fit(cls, size: tuple[int, int], frame: tuple[int, int], *, scale_up: bool = True) -> "Letterbox":
+        """Fit an image of ``size`` (height, width) into ``frame`` (height, width), centred, its aspect kept."""
+        (h, w), (frame_h, frame_w) = size, frame
+        ratio = min(frame_h / h, frame_w / w)
+        if not scale_up:
+            ratio = min(ratio, 1.0)
+        new_h, new_w = max(round(h * ratio), 1), max(round(w * ratio), 1)
+        pad_h, pad_w = (frame_h - new_h) / 2, (frame_w - new_w) / 2
+        top, left = round(pad_h - 0.1), round(pad_w - 0.1)
+        bottom, right = round(pad_h + 0.1), round(pad_w + 0.1)
+        return cls(new_h, new_w, left, top, right, bottom, (new_w / w, new_h / h), (left, top))
+
+    def apply(self, image: np.ndarray) -> np.ndarray:
+        """Return (frame height, frame width, 3) uint8: the image resized bilinearly, FILL around it."""
+        if image.shape[:2] != (self.height, self.width):
+            image = cv2.resize(image, (self.width, self.height), interpolation=cv2.INTER_LINEAR)
+        sides = (self.top, self.bottom, self.left, self.right)
+        return cv2.copyMakeBorder(image, *sides, cv2.BORDER_CONSTANT, value=(FILL, FILL, FILL)) if any(sides) else image

@@ -1,0 +1,119 @@
+"""The data that travels between the layers, with shapes and units.
+
+Legend: B images of a batch, M ground-truth boxes of an image (padded), A points of all levels together,
+C classes, N boxes of one image. Boxes are xyxy in pixels of the image they belong to unless said otherwise.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Origin:
+    """Where a sample comes from, and the way back to its pixels.
+
+    Attributes:
+        index: position of the image in its data set.
+        path: its file.
+        size: (height, width) of the image in the file.
+        scale, offset: (x, y) each, such that ``x_sample = x_file * scale + offset``; kept by letterboxing only.
+    """
+
+    index: int
+    path: Path
+    size: tuple[int, int]
+    scale: tuple[float, float] = (1.0, 1.0)
+    offset: tuple[float, float] = (0.0, 0.0)
+
+
+@dataclass
+class Sample:
+    """One image and its boxes on their way through the transforms.
+
+    Attributes:
+        image: (H, W, 3) uint8, RGB.
+        boxes: (N, 4) float32, xyxy in pixels of ``image``.
+        labels: (N,) int64, contiguous class indices.
+        origin: where the image comes from.
+    """
+
+    image: np.ndarray
+    boxes: np.ndarray
+    labels: np.ndarray
+    origin: Origin
+
+
+@dataclass
+class Batch:
+    """Samples stacked for the network.
+
+    Attributes:
+        images: (B, 3, H, W) uint8, RGB, channels-last in memory.
+        boxes_bm4: (B, M, 4) float32, xyxy pixels, rows beyond an image's boxes are zero.
+        labels_bm: (B, M) int64, zero where padded.
+        valid_bm: (B, M) bool, False where padded.
+        origins: where each image comes from.
+    """
+
+    images: Tensor
+    boxes_bm4: Tensor
+    labels_bm: Tensor
+    valid_bm: Tensor
+    origins: list[Origin] = field(default_factory=list)
+
+    def to(self, device: torch.device) -> "Batch":
+        """Return the batch with its tensors on ``device`` (without waiting, from pinned memory)."""
+        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self) -> "Batch":
+        """Return the batch in page-locked memory; the data loader calls this by name."""
+        return self._map(Tensor.pin_memory)
+
+    def _map(self, move: Callable[[Tensor], Tensor]) -> "Batch":
+        return Batch(*map(move, (self.images, self.boxes_bm4, self.labels_bm, self.valid_bm)), origins=self.origins)
+
+
+@dataclass
+class DenseOutput:
+    """What a head says at every point of every level, before any choice is made.
+
+    Attributes:
+        cls: (B, A, C) class logits.
+        reg: (B, A, 4 * reg_max) box logits, side-major: left, top, right, bottom.
+        points: (A, 2) point centres (x, y) in units of their stride.
+        strides: (A, 1) pixels per unit at each point.
+    """
+
+    cls: Tensor
+    reg: Tensor
+    points: Tensor
+    strides: Tensor
+
+
+@dataclass
+class Detections:
+    """The objects found in one image.
+
+    Attributes:
+        boxes: (N, 4) float32, xyxy in pixels of the source image.
+        scores: (N,) float32 in 0..1, descending.
+        labels: (N,) int64 class indices.
+        class_names: name of each class index.
+        size: (height, width) of the source image.
+        path: file of the source image; None for an array.
+    """
+
+    boxes: Tensor
+    scores: Tensor
+    labels: Tensor
+    class_names: tuple[str, ...]
+    size: tuple[int, int]
+    path: Path | None = None
+
+    def __len__(self) -> int:
+        return len(self.scores)

@@ -1,0 +1,1 @@
+"""What the commands do: a module each, whose ``run`` takes a resolved configuration."""

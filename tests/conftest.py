@@ -1,0 +1,76 @@
+"""What several tests share: golden tensors, a tiny image set, a finished run."""
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from torch import Tensor
+
+from detkit.config import compose_config, resolve
+from detkit.data import shapes
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+@pytest.fixture
+def golden() -> Callable[[str], dict[str, Tensor]]:
+    """Return a function that loads a golden file by name."""
+    return lambda name: load_file(GOLDEN / f"{name}.safetensors")
+
+
+@pytest.fixture(scope="session")
+def shapes_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small drawing of the embedded set: 24 training and 10 validation images."""
+    root = tmp_path_factory.mktemp("shapes") / "set"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shapes, "SPLITS", {"train": 24, "val": 10})
+        shapes.read_shapes("train", root=str(root))
+    return root
+
+
+@pytest.fixture(scope="session")
+def train_overrides(shapes_root: Path) -> list[str]:
+    """Overrides that make a training of seconds: 64 px, 2 epochs."""
+    return [f"data.root={shapes_root}", "image_size=64", "batch_size=8", "trainer.epochs=2", "workers=0", "device=cpu"]
+
+
+@pytest.fixture(scope="session")
+def finished_run(tmp_path_factory: pytest.TempPathFactory, train_overrides: list[str]) -> Path:
+    """The run directory of such a training."""
+    from detkit.tasks.train import run
+
+    run_dir = tmp_path_factory.mktemp("runs") / "run"
+    run(resolve(compose_config("train", [*train_overrides, f"run_dir={run_dir}"])))
+    return run_dir
+
+
+@pytest.fixture
+def coco_set(tmp_path: Path) -> Iterator[Callable[..., Path]]:
+    """Return a function that writes a COCO set of blank images and returns its root."""
+
+    def write(images: list[dict], annotations: list[dict], categories: list[dict]) -> Path:
+        root = tmp_path / "coco"
+        for split in ("train", "val"):
+            (root / "images" / split).mkdir(parents=True)
+            for image in images:
+                pixels = np.zeros((image["height"], image["width"], 3), np.uint8)
+                Image.fromarray(pixels).save(root / "images" / split / image["file_name"])
+            file = root / "annotations" / f"instances_{split}.json"
+            file.parent.mkdir(exist_ok=True)
+            file.write_text(json.dumps({"images": images, "annotations": annotations, "categories": categories}))
+        return root
+
+    return write
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)

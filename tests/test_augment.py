@@ -1,0 +1,176 @@
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+
+from detkit.config import compose_config, group_options, resolve
+from detkit.data import augment
+from detkit.data.augment import AugmentedDataset
+from detkit.data.dataset import DetectionDataset
+from detkit.data.loader import BatchLoader
+from detkit.data.mosaic import clip_boxes, compose
+from detkit.data.shapes import read_shapes
+from detkit.data.transforms import build_transform
+from detkit.errors import DetkitError
+from detkit.structures import Origin, Sample
+
+COLOURS = [(255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 0)]
+
+
+def rectangle(rng: np.random.Generator, colour: tuple[int, int, int], label: int) -> Sample:
+    """A black image of any size with one filled rectangle, and its box."""
+    height, width = rng.integers(40, 200, 2)
+    w, h = (int(rng.uniform(0.3, 0.6) * n) for n in (width, height))
+    x, y = int(rng.integers(0, width - w)), int(rng.integers(0, height - h))
+    image = np.zeros((height, width, 3), np.uint8)
+    image[y : y + h, x : x + w] = colour
+    box = np.array([[x, y, x + w, y + h]], np.float32)
+    return Sample(image, box, np.array([label]), Origin(0, Path("drawn"), (height, width)))
+
+
+@pytest.mark.parametrize("tiles", [1, 4])
+@pytest.mark.parametrize("seed", range(40))
+def test_boxes_are_where_their_pixels_are(tiles, seed):
+    """The drawn rectangles, found again in the output, have the boxes that came out."""
+    rng = np.random.default_rng(seed)
+    samples = [rectangle(rng, COLOURS[k], k) for k in range(tiles)]
+    result = compose(samples, 160, rng, (0.5, 1.5), 0.1)
+    assert result.image.shape == (160, 160, 3)
+    assert result.boxes.dtype == np.float32
+    for box, label in zip(result.boxes, result.labels, strict=True):
+        near = np.abs(result.image.astype(int) - COLOURS[label]).max(-1) < 128
+        ys, xs = np.nonzero(near)
+        found = np.array((xs.min(), ys.min(), xs.max() + 1, ys.max() + 1))
+        assert np.abs(found - box).max() <= 1.0, (found, box)
+
+
+def test_no_augmentation_is_a_letterbox():
+    sample = rectangle(np.random.default_rng(0), COLOURS[0], 0)
+    result = compose([sample], 128, np.random.default_rng(0), (1.0, 1.0), 0.0)
+    height, width = sample.image.shape[:2]
+    ratio = 128 / max(height, width)
+    offset = (128 - np.array((width, height)) * ratio) / 2
+    np.testing.assert_allclose(result.boxes, sample.boxes * ratio + np.tile(offset, 2), atol=1)
+
+
+@pytest.mark.parametrize(
+    ("box", "kept"),
+    [
+        ((10, 10, 30, 30), True),
+        ((-18, 10, 2, 30), False),  # two pixels are left
+        ((-95, 10, 5, 30), False),  # a twentieth is left
+        ((-50, 10, 50, 30), True),
+        ((0, 10, 90, 12.5), True),
+        ((10, 10, 10, 30), False),
+        ((110, 10, 130, 30), False),
+    ],
+)
+def test_what_is_too_little_is_dropped(box, kept):
+    boxes, keep = clip_boxes(np.array([box], np.float64), np.array((0, 0, 100, 100)))
+    assert keep.tolist() == [kept]
+    assert boxes.min(initial=0) >= 0
+
+
+def test_flip_mirrors_the_box_with_the_picture():
+    sample = rectangle(np.random.default_rng(1), COLOURS[0], 0)
+    result = build_transform("flip", {"p": 1.0})(sample, np.random.default_rng(0))
+    ys, xs = np.nonzero(result.image[..., 0])
+    assert result.boxes[0].tolist() == [xs.min(), ys.min(), xs.max() + 1, ys.max() + 1]
+
+
+def test_hsv_changes_colours_within_its_gains():
+    image = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+    sample = Sample(image.copy(), np.zeros((0, 4), np.float32), np.zeros(0, np.int64), Origin(0, Path(), (16, 16)))
+    still = build_transform("hsv", {"hue": 0, "saturation": 0, "value": 0})(sample, np.random.default_rng(0))
+    assert np.abs(still.image.astype(int) - image).max() <= 6  # rounding on the way through HSV
+    sample.image = image.copy()
+    darker = build_transform("hsv", {"hue": 0, "saturation": 0, "value": 0.5})(sample, np.random.default_rng(3))
+    before, after = (cv2.cvtColor(i, cv2.COLOR_RGB2HSV)[..., 2].astype(float) for i in (image, darker.image))
+    ratio = (after[before > 50] / before[before > 50]).mean()
+    assert 0.5 <= ratio <= 1.5
+    assert abs(ratio - 1) > 0.02
+
+
+def test_albumentations_carry_boxes_and_draw_from_our_generator():
+    flip = build_transform("HorizontalFlip", {"p": 1.0})
+    sample = rectangle(np.random.default_rng(1), COLOURS[0], 3)
+    result = flip(sample, np.random.default_rng(0))
+    _, xs = np.nonzero(result.image[..., 0])
+    np.testing.assert_allclose(result.boxes[0][[0, 2]], (xs.min(), xs.max() + 1), atol=1e-3)
+    assert result.labels.tolist() == [3]
+    noise = build_transform("GaussNoise", {"p": 1.0})
+    seen = [
+        noise(rectangle(np.random.default_rng(1), COLOURS[0], 0), np.random.default_rng(s)).image for s in (0, 0, 1)
+    ]
+    assert np.array_equal(seen[0], seen[1])
+    assert not np.array_equal(seen[0], seen[2])
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "sentence"),
+    [
+        ("Blurr", {}, "did you mean 'Blur'"),
+        ("flip", {"q": 1}, "takes no argument 'q'"),
+        ("hsw", {}, "did you mean 'hsv'"),
+    ],
+)
+def test_mistakes_in_a_transform_are_named(name, arguments, sentence):
+    with pytest.raises(DetkitError, match=sentence):
+        build_transform(name, arguments)
+
+
+@pytest.fixture(scope="module")
+def augmented(shapes_root) -> AugmentedDataset:
+    augment = resolve(compose_config("train", ["augment.transforms.CLAHE.p=0.5", "augment.mosaic.off_epochs=1"]))[
+        "augment"
+    ]
+    return AugmentedDataset(DetectionDataset(read_shapes("train", root=str(shapes_root))), 64, augment, 0, 3)
+
+
+def test_a_sample_depends_on_seed_epoch_and_index_alone(augmented):
+    batches = {}
+    for workers in (0, 2):
+        loader = BatchLoader(augmented, 8, workers=workers, seed=0, shuffle=True)
+        batches[workers] = [batch for epoch in (0, 1) for batch in loader.epoch(epoch)]
+    assert len(batches[0]) == len(batches[2]) == 6
+    for one, other in zip(batches[0], batches[2], strict=True):
+        assert np.array_equal(one.images, other.images)
+        assert np.array_equal(one.boxes_bm4, other.boxes_bm4)
+    first, second = ([o.index for b in batches[0][k : k + 3] for o in b.origins] for k in (0, 3))
+    assert sorted(first) == sorted(second) == list(range(24))
+    assert first != second
+
+
+def test_mosaic_is_off_in_the_last_epochs(augmented, monkeypatch):
+    tiles = []
+    monkeypatch.setattr(
+        augment, "compose", lambda samples, *rest: tiles.append(len(samples)) or compose(samples, *rest)
+    )
+    for epoch in range(3):
+        augmented[epoch, 0]
+    assert tiles == [4, 4, 1]
+
+
+def test_a_worker_s_mistake_arrives_as_its_sentence(shapes_root, tmp_path):
+    annotations = read_shapes("val", root=str(shapes_root))
+    broken = tmp_path / "broken.jpg"
+    broken.write_bytes(b"no picture")
+    annotations.paths[4] = broken
+    for workers in (0, 1):
+        loader = BatchLoader(DetectionDataset(annotations), 2, workers=workers)
+        with pytest.raises(DetkitError) as error:
+            list(loader.epoch(0))
+        assert str(error.value).startswith(f"cannot read image {broken}: ")
+
+
+@pytest.mark.parametrize("name", group_options("augment"))
+def test_every_augmentation_preset_makes_samples(name, shapes_root):
+    cfg = resolve(compose_config("train", [f"augment={name}"]))
+    dataset = AugmentedDataset(DetectionDataset(read_shapes("train", root=str(shapes_root))), 64, cfg["augment"], 0, 30)
+    for index in range(4):
+        sample = dataset[0, index]
+        assert sample.image.shape == (64, 64, 3)
+        assert sample.image.dtype == np.uint8
+        assert sample.boxes.min(initial=0) >= 0
+        assert sample.boxes.max(initial=0) <= 64

@@ -1,0 +1,141 @@
+"""The commands: a user's mistake is one sentence, exit status 2 and no traceback."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from detkit import cli
+from detkit.config import compose_config, config_dir, group_options, resolve
+from detkit.errors import DetkitError
+
+TOOLS = Path(__file__).parents[1] / "tools"
+GROUPS = ("model", "backbone", "neck", "head", "loss", "data", "augment", "optim", "trainer", "experiment")
+
+
+@pytest.mark.parametrize("name", [path.stem for path in config_dir().glob("*.yaml") if path.stem != "common"])
+def test_every_task_s_config_composes(name):
+    assert compose_config(name)["seed"] == 0
+
+
+@pytest.mark.parametrize("choice", [f"{group}={option}" for group in GROUPS for option in group_options(group)])
+def test_every_option_composes_and_resolves(choice):
+    resolve(compose_config("train", [choice, *(["data.root=/x"] if choice.startswith("data=") else [])]))
+
+
+def test_the_command_line_beats_the_experiment_which_beats_the_model():
+    assert compose_config("train", ["experiment=smoke"]).trainer.epochs == 2
+    for order in (["experiment=smoke", "trainer.epochs=5"], ["trainer.epochs=5", "experiment=smoke"]):
+        assert compose_config("train", order).trainer.epochs == 5
+    cfg = resolve(compose_config("train", ["backbone=csp_darknet", "model=yolov8s", "data=coco", "data.root=/x"]))
+    assert (cfg["backbone"]["width"], cfg["image_size"], cfg["trainer"]["epochs"]) == (0.5, 640, 100)
+
+
+MISTAKES = [
+    ("train", ["model=yolov8q"], "model=yolov8q does not exist: known are yolov8l"),
+    ("train", ["modle=yolov8n"], "there is no key 'modle'; did you mean 'model'?"),
+    ("train", ["trainer.epoks=3"], "there is no key 'trainer.epoks'; did you mean 'trainer.epochs'?"),
+    ("train", ["bakbone=csp_darknet"], "did you mean 'backbone'?"),
+    ("train", ["data=coco"], "data.root is not set"),
+    ("train", ["data=coco", "data.root=/nowhere"], "cannot read annotations /nowhere/annotations/instances_train.json"),
+    ("train", ["trainer.epochs=0"], "trainer.epochs=0 must be a whole number, 1 or more"),
+    ("train", ["batch_size=1.5"], "batch_size=1.5 must be a whole number"),
+    ("train", ["image_size=100"], "image_size=100 must be a multiple of 32 pixels, such as 96 or 128"),
+    ("train", ["device=tpu9"], "device=tpu9 is unknown"),
+    ("train", ["amp=half"], "amp=half is unknown"),
+    ("train", ["augment.transforms={Blurr: {p: 1}}"], "unknown transform 'Blurr'; did you mean 'Blur'?"),
+    ("train", ["plugins=[no_such_module]"], "plugins: cannot import 'no_such_module'"),
+    ("train", ["weights=none.safetensors"], "checkpoint none.safetensors does not exist"),
+    ("train", ["=3"], "cannot read the argument '=3'"),
+    ("train", ["run_dir=."], "run_dir=. is not empty"),
+    ("eval", [], "ckpt is not set: add ckpt=VALUE"),
+    ("eval", ["ckpt=none.safetensors"], "checkpoint none.safetensors does not exist"),
+    ("predict", ["ckpt=none.safetensors", "source=x"], "checkpoint none.safetensors does not exist"),
+    ("benchmark", ["task=sleep"], "task=sleep is unknown"),
+]
+
+
+@pytest.mark.parametrize(("task", "arguments", "sentence"), MISTAKES, ids=lambda v: v if isinstance(v, str) else None)
+def test_a_mistake_is_one_sentence(task, arguments, sentence, monkeypatch, capsys, tmp_path, shapes_root):
+    (tmp_path / "here").write_text("a file, so that the folder is not empty")
+    monkeypatch.chdir(tmp_path)
+    if task == "train" and not any(a.startswith("data") for a in arguments):
+        arguments = [*arguments, f"data.root={shapes_root}", "workers=0"]
+    monkeypatch.setattr(sys, "argv", ["detkit", task, *arguments])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert stop.value.code == 2
+    error = capsys.readouterr().err.strip()
+    assert sentence in error
+    assert len(error.splitlines()) == 1
+    assert {p.name for p in tmp_path.iterdir()} <= {"here", "runs"}
+
+
+def test_predicting_a_broken_picture_loses_no_other(finished_run, tmp_path, monkeypatch, capsys, shapes_root):
+    source = tmp_path / "source"
+    source.mkdir()
+    (source / "a.jpg").write_bytes(b"broken")
+    (source / "b.jpg").write_bytes(next((shapes_root / "images" / "val").iterdir()).read_bytes())
+    out = tmp_path / "out"
+    arguments = [f"ckpt={finished_run / 'best.safetensors'}", f"source={source}", f"run_dir={out}"]
+    monkeypatch.setattr(sys, "argv", ["detkit", "predict", *arguments])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert stop.value.code == 2
+    assert "cannot read image" in capsys.readouterr().err
+    assert {p.name for p in out.iterdir()} == {"b.jpg", "predictions.json"}
+
+
+def test_an_unknown_task_is_named(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["detkit", "trian"])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert stop.value.code == 2
+    assert "did you mean 'train'?" in capsys.readouterr().err
+
+
+def test_a_fault_is_not_dressed_as_a_mistake(monkeypatch):
+    from detkit.tasks import train
+
+    def broken(cfg: dict) -> None:
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(train, "run", broken)
+    monkeypatch.setattr(sys, "argv", ["detkit", "train"])
+    with pytest.raises(RuntimeError, match="a bug"):
+        cli.main()
+
+
+def test_tools_are_the_commands_from_any_folder(tmp_path):
+    run = [sys.executable, str(TOOLS / "train.py"), "model=yolov8q"]
+    result = subprocess.run(run, cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 2
+    assert "model=yolov8q does not exist" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert not list(tmp_path.iterdir())
+    assert {path.stem for path in TOOLS.glob("*.py")} == set(cli.TASKS)
+
+
+def test_a_plugin_brings_a_part(tmp_path, monkeypatch):
+    (tmp_path / "my_backbone.py").write_text(
+        "from torch import nn\n"
+        "from detkit.registry import BACKBONES\n"
+        "@BACKBONES.register('my_backbone')\n"
+        "class MyBackbone(nn.Module):\n"
+        "    def __init__(self, channels, out_strides):\n"
+        "        super().__init__()\n"
+        "        self.strides, self.out_channels = tuple(out_strides), (channels,) * len(out_strides)\n"
+        "        self.convs = nn.ModuleList(nn.Conv2d(3, channels, s, s) for s in out_strides)\n"
+        "    def forward(self, x):\n"
+        "        return tuple(conv(x) for conv in self.convs)\n"
+    )
+    from detkit.config import import_plugins
+    from detkit.models.detector import build_detector
+
+    monkeypatch.chdir(tmp_path)
+    import_plugins(["my_backbone"])
+    cfg = resolve(compose_config("train")) | {"backbone": {"name": "my_backbone", "channels": 24}}
+    assert build_detector(cfg, ["a"]).backbone.out_channels == (24, 24, 24)
+    with pytest.raises(DetkitError, match="plugins: cannot import 'your_backbone'"):
+        import_plugins(["your_backbone"])

@@ -1,0 +1,49 @@
+"""Imports only ever point down the layers."""
+
+import ast
+from pathlib import Path
+
+import detkit
+
+PACKAGE = Path(detkit.__file__).parent
+LAYERS = (
+    ("errors", "registry", "structures", "ops"),
+    ("layers",),
+    ("models", "data"),
+    ("engine", "report"),
+    ("config", "api", "tasks", "cli", "__init__"),
+)
+LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
+
+
+def _imports(file: Path) -> list[str]:
+    """The detkit packages a file imports, by their first name below detkit."""
+    names = []
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "detkit":
+            names += [node.module] if "." in node.module else [f"detkit.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names if alias.name.startswith("detkit.")]
+    return [name.split(".")[1] for name in names]
+
+
+def test_every_import_points_down():
+    wrong = []
+    for file in PACKAGE.rglob("*.py"):
+        own = file.relative_to(PACKAGE).parts[0].removesuffix(".py")
+        wrong += [f"{file.name}: {name}" for name in _imports(file) if LEVEL[name] > LEVEL[own]]
+        if own == "data":
+            wrong += [f"{file.name}: {name}" for name in _imports(file) if name == "models"]
+    assert not wrong
+
+
+def test_nothing_forbidden_is_imported():
+    for file in PACKAGE.rglob("*.py"):
+        assert not {"ultralytics", "mmcv", "mmdet", "pickle"} & set(_roots(file)), file
+
+
+def _roots(file: Path) -> list[str]:
+    tree = ast.parse(file.read_text())
+    names = [alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names]
+    names += [node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module]
+    return [name.split(".")[0] for name in names]

@@ -1,0 +1,58 @@
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from detkit.errors import DetkitError
+from detkit.layers.conv import Conv, build_block, per_stage
+from detkit.layers.csp import C2f
+from detkit.layers.pooling import SPPF
+
+
+@pytest.mark.parametrize(
+    ("name", "block"),
+    [
+        ("v8_conv_k3s2", lambda: Conv(6, 10, 3, 2)),
+        ("v8_c2f_n2_shortcut", lambda: C2f(12, 16, 2, True)),
+        ("v8_sppf", lambda: SPPF(16, 20)),
+    ],
+)
+def test_block_is_golden(golden, name, block):
+    g = golden(name)
+    block = block().eval()
+    block.load_state_dict({k.removeprefix("state_dict/"): v for k, v in g.items() if k.startswith("state_dict/")})
+    x = g["x0"].requires_grad_()
+    out = block(x)
+    (out * g["cot0"]).sum().backward()
+    torch.testing.assert_close(out, g["out0"], atol=1e-4, rtol=0)
+    torch.testing.assert_close(x.grad, g["grad_x0"], atol=1e-4, rtol=0)
+    for key, parameter in block.named_parameters():
+        torch.testing.assert_close(parameter.grad, g[f"grad_params/{key}"], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_folded_convolution_is_equal(bias):
+    conv = Conv(4, 6, 3, 2)
+    if bias:
+        conv.conv = nn.Conv2d(4, 6, 3, 2, 1)
+    nn.init.uniform_(conv.bn.running_mean, -1, 1)
+    nn.init.uniform_(conv.bn.running_var, 0.5, 2)
+    nn.init.uniform_(conv.bn.weight, -1, 1)
+    conv.eval()
+    fused = copy.deepcopy(conv)
+    fused.fuse()
+    x = torch.randn(2, 4, 9, 7)
+    assert not any(isinstance(m, nn.BatchNorm2d) for m in fused.modules())
+    torch.testing.assert_close(fused(x), conv(x), atol=1e-5, rtol=1e-5)
+
+
+def test_block_slots():
+    assert isinstance(build_block("conv", 3, 8, 3, 2), Conv)
+    assert build_block({"name": "sppf", "k": 3}, 8, 8).pool.kernel_size == 3
+    assert per_stage("c2f", 2, "backbone.block") == ["c2f", "c2f"]
+    assert per_stage(["c2f", {"name": "c2f"}], 2, "backbone.block") == ["c2f", {"name": "c2f"}]
+    with pytest.raises(DetkitError, match=r"backbone\.block lists 3 blocks: give one, or one for each of the 2 stages"):
+        per_stage(["c2f"] * 3, 2, "backbone.block")
+    with pytest.raises(DetkitError, match="did you mean 'c2f'"):
+        build_block("c2", 8, 8)

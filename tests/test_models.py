@@ -1,0 +1,148 @@
+import numpy as np
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+import detkit
+from detkit.errors import DetkitError
+from detkit.models.heads.yolov8 import YOLOv8Head
+from detkit.structures import Batch, DenseOutput
+
+PARAMETERS = {  # published counts: model, classes -> plain, fused
+    ("yolov8n", 80): (3_157_200, 3_151_904),
+    ("yolov8n", 3): (3_011_433, 3_006_233),
+    ("yolov8s", 80): (11_166_560, 11_156_544),
+    ("yolov8m", 80): (25_902_640, None),
+    ("yolov8l", 80): (43_691_520, None),
+    ("yolov8x", 80): (68_229_648, None),
+}
+
+
+def count(module: torch.nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
+@pytest.mark.parametrize(("name", "classes"), PARAMETERS)
+def test_parameter_counts_are_the_published_ones(name, classes):
+    plain, fused = PARAMETERS[name, classes]
+    with torch.device("cpu" if fused else "meta"):
+        detector = detkit.create_model(name, num_classes=classes)
+    assert count(detector) == plain
+    if fused:
+        assert count(detector.fuse()) == fused
+
+
+@pytest.mark.parametrize(("name", "gflops"), [("yolov8n", 8.085), ("yolov8s", 28.437)])
+def test_operator_counted_flops(name, gflops):
+    detector = detkit.create_model(name, num_classes=3).eval()
+    with FlopCounterMode(display=False) as counter, torch.inference_mode():
+        detector(torch.zeros(1, 3, 640, 640))
+    assert counter.get_total_flops() / 1e9 == pytest.approx(gflops, abs=0.002)
+
+
+@pytest.mark.parametrize("name", ["yolov8n"])
+@pytest.mark.parametrize("batch", [1, 2])
+def test_features_match_their_declaration_and_every_parameter_learns(name, batch):
+    detector = detkit.create_model(name, num_classes=3)
+    height, width = 64, 96
+    features = detector.backbone(torch.rand(batch, 3, height, width))
+    for part, maps in ((detector.backbone, features), (detector.neck, detector.neck(features))):
+        expected = [(batch, c, height // s, width // s) for c, s in zip(part.out_channels, part.strides, strict=True)]
+        assert [tuple(x.shape) for x in maps] == expected
+    out = detector(torch.rand(batch, 3, height, width))
+    points = sum(height * width // s**2 for s in detector.head.strides)
+    assert out.cls.shape == (batch, points, 3)
+    assert out.reg.shape == (batch, points, 64)
+    (out.cls.square().mean() + out.reg.square().mean()).backward()
+    silent = [n for n, p in detector.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())]
+    assert not silent
+
+
+def test_fused_detector_is_equal_and_the_original_untouched():
+    detector = detkit.create_model("yolov8n", num_classes=3)
+    for _ in range(2):
+        detector(torch.rand(2, 3, 64, 64))  # batch norms that have seen something
+    detector.eval()
+    fused = detector.fuse()
+    x = torch.rand(1, 3, 64, 96)
+    with torch.inference_mode():
+        boxes, scores = detector.decode(detector(x))
+        fused_boxes, fused_scores = fused.decode(fused(x))
+    torch.testing.assert_close(fused_boxes, boxes, atol=1e-3, rtol=1e-4)
+    torch.testing.assert_close(fused_scores, scores, atol=1e-5, rtol=1e-4)
+    assert any(isinstance(m, torch.nn.BatchNorm2d) for m in detector.modules())
+
+
+def test_batch_norms_are_the_recipe_s():
+    norms = [m for m in detkit.create_model().modules() if isinstance(m, torch.nn.BatchNorm2d)]
+    assert {(m.eps, m.momentum) for m in norms} == {(1e-3, 0.03)}
+
+
+def test_a_side_that_does_not_divide_is_refused():
+    with pytest.raises(DetkitError, match="input is 64x100 pixels: both sides must divide by 32"):
+        detkit.create_model()(torch.zeros(1, 3, 64, 100))
+
+
+def test_head_decodes_as_golden_and_starts_from_the_prior(golden):
+    g = golden("v8_detect_nc5")
+    head = YOLOv8Head((16, 32, 64), (8, 16, 32), 5)
+    raw = torch.cat([g[f"raw{k}"].flatten(2) for k in range(3)], 2).transpose(1, 2)
+    plain = head([torch.zeros(2, c, h, w) for c, h, w in ((16, 8, 12), (32, 4, 6), (64, 2, 3))])
+    boxes, scores = head.decode(DenseOutput(raw[..., 64:], raw[..., :64], plain.points, plain.strides))
+    expected = g["decoded_xywh_scores"].transpose(1, 2)
+    centre, extent = expected[..., :2], expected[..., 2:4]
+    torch.testing.assert_close(boxes, torch.cat((centre - extent / 2, centre + extent / 2), -1), atol=1e-4, rtol=0)
+    torch.testing.assert_close(scores, expected[..., 4:], atol=1e-5, rtol=0)
+    head.init_bias()
+    torch.testing.assert_close(torch.stack([b[-1].bias[0] for b in head.cls_branches]), g["bias_init_cls"])
+    assert all((b[-1].bias == 1).all() for b in head.box_branches)  # any constant: the softmax does not see it
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ({"model": "yolov8q"}, "model=yolov8q does not exist: known are yolov8l"),
+        ({"backbone": "csp_darknt"}, "did you mean 'csp_darknet'?"),
+        ({"overrides": ["backbone.block=c2"]}, "unknown block 'c2': known are"),
+        ({"overrides": ["+backbone.colour=red"]}, "backbone 'csp_darknet' takes no argument 'colour'"),
+        ({"overrides": ["+neck.in_channels=[1,2,3]"]}, "neck.in_channels is worked out from the other parts"),
+        ({"overrides": ["backbone.dept=1"]}, "there is no key 'backbone.dept'; did you mean 'backbone.depth'?"),
+    ],
+)
+def test_mistakes_in_a_composition_are_named(arguments, sentence):
+    with pytest.raises(DetkitError) as error:
+        detkit.create_model(**arguments)
+    assert sentence in str(error.value)
+
+
+def test_list_models():
+    assert detkit.list_models("model") == ["yolov8l", "yolov8m", "yolov8n", "yolov8s", "yolov8x"]
+    assert "c2f" in detkit.list_models("block")
+    with pytest.raises(DetkitError, match="the kinds are"):
+        detkit.list_models("wheel")
+
+
+def test_predict_takes_arrays_files_folders_and_lists(tmp_path, shapes_root):
+    detector = detkit.create_model("yolov8n", num_classes=5, overrides=["image_size=64"])
+    folder = shapes_root / "images" / "val"
+    file = sorted(folder.iterdir())[0]
+    array = np.zeros((40, 70, 3), np.uint8)
+    found = detector.predict([array, file, folder], score=0.0, max_det=5)
+    assert len(found) == 2 + len(list(folder.iterdir()))
+    assert found[0].size == (40, 70)
+    assert found[0].path is None
+    assert found[1].path == file
+    assert (found[0].boxes[:, 2] <= 70).all()
+    assert detector.training  # as it was
+    for source, sentence in (
+        (tmp_path, "holds no images"),
+        (tmp_path / "no.jpg", "does not exist"),
+        (array[..., 0], "uint8 RGB"),
+    ):
+        with pytest.raises(DetkitError, match=sentence):
+            detector.predict(source)
+
+
+def test_batch_moves_its_tensors():
+    batch = Batch(torch.zeros(1, 3, 4, 4), torch.zeros(1, 2, 4), torch.zeros(1, 2), torch.zeros(1, 2))
+    assert batch.to(torch.device("meta")).images.is_meta

@@ -1,0 +1,131 @@
+import csv
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from detkit.errors import DetkitError
+from detkit.ops.boxes import boxes_to_distances, ciou, distances_to_boxes, expected_distances
+from detkit.ops.image import Letterbox, read_image
+from detkit.ops.nms import select_boxes
+from detkit.ops.points import make_points
+from tests.conftest import GOLDEN
+
+
+def random_boxes(*shape: int, size: float = 100.0) -> torch.Tensor:
+    corner = torch.rand(*shape, 2, dtype=torch.float64) * size
+    return torch.cat((corner, corner + 1 + torch.rand(*shape, 2, dtype=torch.float64) * size / 2), -1)
+
+
+def naive_ciou(a: list[float], b: list[float]) -> float:
+    """CIoU of two boxes, as the paper writes it."""
+    overlap = max(min(a[2], b[2]) - max(a[0], b[0]), 0) * max(min(a[3], b[3]) - max(a[1], b[1]), 0)
+    aw, ah, bw, bh = a[2] - a[0], a[3] - a[1], b[2] - b[0], b[3] - b[1]
+    iou = overlap / (aw * ah + bw * bh - overlap)
+    centre = ((a[0] + a[2] - b[0] - b[2]) / 2) ** 2 + ((a[1] + a[3] - b[1] - b[3]) / 2) ** 2
+    diagonal = (max(a[2], b[2]) - min(a[0], b[0])) ** 2 + (max(a[3], b[3]) - min(a[1], b[1])) ** 2
+    v = 4 / math.pi**2 * (math.atan(bw / bh) - math.atan(aw / ah)) ** 2
+    return iou - centre / diagonal - v * v / (1 - iou + v)
+
+
+def test_ciou_equals_a_naive_loop():
+    a, b = random_boxes(20), random_boxes(20)
+    expected = [naive_ciou(x, y) for x, y in zip(a.tolist(), b.tolist(), strict=True)]
+    torch.testing.assert_close(ciou(a, b), torch.tensor(expected, dtype=torch.float64), atol=1e-6, rtol=0)
+
+
+def test_ciou_and_its_gradient_are_golden(golden):
+    g = golden("v8_ciou")
+    pred = g["pred"].requires_grad_()
+    value = ciou(pred, g["target"])
+    (1 - value).sum().backward()
+    torch.testing.assert_close(value, g["ciou"][:, 0], atol=1e-6, rtol=0)
+    torch.testing.assert_close(pred.grad, g["grad_pred_of_sum_1_minus_ciou"], atol=1e-6, rtol=0)
+
+
+def test_distances_and_boxes_are_inverse():
+    points, _ = make_points([(4, 6)], [8], torch.device("cpu"))
+    boxes = random_boxes(2, 24).float()
+    torch.testing.assert_close(distances_to_boxes(boxes_to_distances(boxes, points), points), boxes)
+
+
+def test_expected_distance_of_a_certain_bin():
+    logits = torch.full((1, 4 * 16), -100.0)
+    for side, bin_ in enumerate((3, 0, 15, 7)):
+        logits[0, side * 16 + bin_] = 100.0
+    assert expected_distances(logits, torch.arange(16.0)).tolist() == [[3, 0, 15, 7]]
+
+
+def test_points_are_cell_centres():
+    points, strides = make_points([(1, 2), (1, 1)], [8, 16], torch.device("cpu"))
+    assert (points * strides).tolist() == [[4, 4], [12, 4], [8, 8]]
+
+
+def test_nms_equals_a_naive_loop():
+    boxes, scores = random_boxes(1, 60, size=40).float(), torch.rand(1, 60, 3)
+    ((kept, confidence, labels),) = select_boxes(boxes, scores, score=0.2, iou=0.5, max_det=1000)
+    expected = []
+    for c in range(3):
+        order = [i for i in scores[0, :, c].argsort(descending=True).tolist() if scores[0, i, c] > 0.2]
+        chosen: list[int] = []
+        for i in order:
+            if all(plain_iou(boxes[0, i], boxes[0, j]) <= 0.5 for j in chosen):
+                chosen.append(i)
+        expected += [(float(scores[0, i, c]), c, boxes[0, i].tolist()) for i in chosen]
+    expected.sort(reverse=True)
+    found = list(zip(confidence.tolist(), labels.tolist(), kept.tolist(), strict=True))
+    assert found == expected
+
+
+def plain_iou(a: torch.Tensor, b: torch.Tensor) -> float:
+    overlap = (torch.minimum(a[2:], b[2:]) - torch.maximum(a[:2], b[:2])).clamp(min=0).prod()
+    return float(overlap / ((a[2:] - a[:2]).prod() + (b[2:] - b[:2]).prod() - overlap))
+
+
+def test_nms_limits():
+    boxes = torch.tensor([[[0, 0, 10, 10], [20, 0, 30, 10], [40, 0, 50, 10.0]]])
+    scores = torch.tensor([[[0.5], [0.9], [0.7]]])
+    ((_, confidence, _),) = select_boxes(boxes, scores, score=0.0, iou=0.5, max_det=2)
+    torch.testing.assert_close(confidence, torch.tensor([0.9, 0.7]))
+    ((_, confidence, _),) = select_boxes(boxes, scores, score=0.0, iou=0.5, max_det=9, max_candidates=1)
+    torch.testing.assert_close(confidence, torch.tensor([0.9]))
+    ((none, _, _),) = select_boxes(boxes, scores, score=0.95, iou=0.5, max_det=9)
+    assert none.shape == (0, 4)
+
+
+def letterbox_rows() -> list[dict[str, float]]:
+    with open(GOLDEN / "v8_letterbox.csv") as file:
+        rows = [{key: float(value) for key, value in row.items()} for row in csv.DictReader(file)]
+    return [row for row in rows if not row["auto"]]
+
+
+@pytest.mark.parametrize(
+    "row", letterbox_rows(), ids=lambda r: f"{r['h']:.0f}x{r['w']:.0f}-{r['out_h']:.0f}-{r['scaleup']:.0f}"
+)
+def test_letterbox_geometry_is_golden(row):
+    frame = (int(row["out_h"]), int(row["out_w"]))
+    box = Letterbox.fit((int(row["h"]), int(row["w"])), frame, scale_up=bool(row["scaleup"]))
+    found = (box.width, box.height, box.top, box.bottom, box.left, box.right)
+    assert found == tuple(row[key] for key in ("new_w", "new_h", "top", "bottom", "left", "right"))
+
+
+def test_letterbox_draws_where_it_says():
+    image = np.zeros((30, 60, 3), np.uint8)
+    image[10:20, 12:24] = 255
+    box = Letterbox.fit((30, 60), (128, 128))
+    picture = box.apply(image)
+    assert picture.shape == (128, 128, 3)
+    assert (picture[0] == 114).all()
+    ys, xs = np.nonzero(picture[..., 0] > 200)
+    expected = np.array((12, 10, 24, 20)) * np.tile(box.scale, 2) + np.tile(box.offset, 2)
+    assert np.abs(np.array((xs.min(), ys.min(), xs.max() + 1, ys.max() + 1)) - expected).max() <= 1
+
+
+@pytest.mark.parametrize("content", [None, b"", b"not an image", b"\xff\xd8\xff\xe0 truncated"])
+def test_unreadable_images_are_named(tmp_path, content):
+    path = tmp_path / "picture.jpg"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(DetkitError, match=r"cannot read image .*picture\.jpg"):
+        read_image(path)

@@ -1,0 +1,98 @@
+import math
+
+import pytest
+import torch
+from torch import nn
+
+import detkit
+from detkit.config import compose_config, resolve
+from detkit.engine.ema import EMA
+from detkit.engine.optim import Recipe, Schedule, accumulation, parameter_groups
+from detkit.errors import DetkitError
+
+
+def optim(**changes) -> dict:
+    return resolve(compose_config("train"))["optim"] | {"nominal_batch": 64} | changes
+
+
+def test_every_parameter_is_in_one_group():
+    detector = detkit.create_model("yolov8n", num_classes=3)
+    groups = {g["name"]: g for g in parameter_groups(detector, 5e-4)}
+    grouped = [id(p) for g in groups.values() for p in g["params"]]
+    assert sorted(grouped) == sorted(id(p) for p in detector.parameters() if p.requires_grad)
+    assert len(set(grouped)) == len(grouped)
+    norms = [m for m in detector.modules() if isinstance(m, nn.BatchNorm2d)]
+    assert {id(m.weight) for m in norms} == {id(p) for p in groups["no_decay"]["params"]}
+    assert all(p.ndim == 4 for p in groups["weight"]["params"])
+    assert {name: g["weight_decay"] for name, g in groups.items()} == {"weight": 5e-4, "no_decay": 0, "bias": 0}
+
+
+@pytest.mark.parametrize(("batch", "expected"), [(1, 64), (16, 4), (48, 1), (64, 1), (256, 1)])
+def test_accumulation(batch, expected):
+    assert accumulation(batch, 64) == expected
+
+
+@pytest.mark.parametrize(
+    ("changes", "steps", "expected"),
+    [
+        ({}, 9_999, ("adamw", 0.001429, 0.9, 0.0)),
+        ({}, 10_000, ("sgd", 0.01, 0.9, 0.1)),
+        ({"name": "sgd"}, 10, ("sgd", 0.01, 0.937, 0.1)),
+    ],
+)
+def test_recipe(changes, steps, expected):
+    recipe = Recipe.pick(optim(**changes), batch_size=16, total_steps=steps, num_classes=3)
+    assert (recipe.name, recipe.lr, recipe.momentum, recipe.bias_warmup_lr) == expected
+    assert recipe.weight_decay == pytest.approx(5e-4)
+
+
+def test_weight_decay_follows_the_images_of_a_step():
+    recipe = Recipe.pick(optim(), batch_size=128, total_steps=10, num_classes=3)
+    assert recipe.weight_decay == pytest.approx(1e-3)
+
+
+def test_an_unknown_optimizer_is_named():
+    with pytest.raises(DetkitError, match=r"optim\.name=adam is unknown"):
+        Recipe.pick(optim(name="adam"), batch_size=16, total_steps=1, num_classes=3)
+
+
+def test_warm_up_and_decay():
+    recipe = Recipe("sgd", 0.01, 0.937, 5e-4, 0.1)
+    schedule = Schedule(recipe, epochs=10, final=0.01, shape="linear", warmup=100, warmup_momentum=0.8)
+    optimizer = recipe.build(detkit.create_model("yolov8n"))
+
+    def at(step: int, epoch: int) -> dict[str, tuple[float, float]]:
+        schedule.apply(optimizer, step, epoch)
+        return {g["name"]: (g["lr"], g["momentum"]) for g in optimizer.param_groups}
+
+    start, middle, end = at(0, 0), at(50, 0), at(1000, 5)
+    assert start["bias"] == (0.1, 0.8)
+    assert start["weight"] == start["no_decay"] == (0.0, 0.8)
+    assert middle["weight"] == pytest.approx((0.005, 0.8685))
+    assert middle["bias"] == pytest.approx((0.055, 0.8685))
+    assert end["weight"] == end["bias"]
+    assert end["weight"] == pytest.approx((0.01 * (1 - 0.99 * 0.5), 0.937))
+    cosine = Schedule(recipe, 10, 0.01, "cosine", 0, 0.8)
+    assert [cosine.factor(e) for e in (0, 5, 10)] == pytest.approx([1, 0.505, 0.01])
+
+
+def test_average_equals_its_formula():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
+    ema = EMA(model)
+    expected = {k: v.double() for k, v in model.state_dict().items()}
+    for step in range(1, 6):
+        model(torch.randn(2, 3, 4, 4))
+        with torch.no_grad():
+            for p in model.parameters():
+                p.add_(torch.randn_like(p))
+        ema.update(model)
+        decay = 0.9999 * (1 - math.exp(-step / 2000))
+        for key, value in model.state_dict().items():
+            expected[key] = decay * expected[key] + (1 - decay) * value.double()
+    found = ema.model.state_dict()
+    for key in expected:
+        if found[key].is_floating_point():
+            torch.testing.assert_close(found[key].double(), expected[key], atol=1e-5, rtol=1e-5)
+    assert found["1.num_batches_tracked"] == 5
+    assert not ema.model.training

@@ -1,0 +1,168 @@
+"""A training from end to end, on a small drawing of the embedded set."""
+
+import csv
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import detkit
+from detkit.config import compose_config, resolve
+from detkit.engine.evaluator import METRICS
+from detkit.engine.logging import RunLog
+from detkit.engine.optim import Recipe
+from detkit.engine.precision import Precision
+from detkit.engine.trainer import Trainer
+from detkit.models.losses.task_aligned import TaskAlignedLoss
+from detkit.tasks import eval as eval_task
+from detkit.tasks import predict, train
+from detkit.tasks.benchmark import random_batch
+
+
+def test_a_run_directory_holds_what_it_should(finished_run: Path):
+    written = {str(p.relative_to(finished_run)) for p in finished_run.rglob("*") if p.is_file()}
+    pictures = {f"plots/{name}.jpg" for name in ("train_batch0", "train_batch1", "train_batch2", "val_predictions")}
+    files = {"config.yaml", "best.safetensors", "last.safetensors", "history.csv", "metrics.json", "plots/history.png"}
+    assert files | pictures <= written
+    config = yaml.safe_load((finished_run / "config.yaml").read_text())
+    assert (config["image_size"], config["trainer"]["epochs"], config["data"]["name"]) == (64, 2, "shapes")
+    with open(finished_run / "history.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["epoch"] for row in rows] == ["1", "2"]
+    assert all(float(row[key]) > 0 for row in rows for key in ("box", "cls", "dfl", "lr", "images_per_s", "seconds"))
+    metrics = json.loads((finished_run / "metrics.json").read_text())
+    assert set(metrics) == {"best", "last"}
+    assert set(METRICS) | {"epoch", "per_class"} == set(metrics["last"])
+    assert set(metrics["last"]["per_class"]) == {"circle", "square", "triangle", "star", "cross"}
+    assert Image.open(finished_run / "plots" / "train_batch0.jpg").size == (1280, 640)
+    events = EventAccumulator(str(finished_run)).Reload()
+    assert {"loss/box", "train/lr", "val/AP", "val/AR100"} <= set(events.Tags()["scalars"])
+    assert {"train_batch0", "val_predictions"} <= set(events.Tags()["images"])
+
+
+def test_training_twice_gives_the_same_weights(finished_run, train_overrides, tmp_path):
+    train.run(resolve(compose_config("train", [*train_overrides, "workers=2", f"run_dir={tmp_path / 'again'}"])))
+    first, again = (load_file(path / "last.safetensors") for path in (finished_run, tmp_path / "again"))
+    assert all(torch.equal(first[name], again[name]) for name in first)
+
+
+def test_evaluation_reproduces_the_training_s_ap(finished_run, tmp_path):
+    ckpt = finished_run / "last.safetensors"
+    overrides = [f"ckpt={ckpt}", f"run_dir={tmp_path / 'eval'}", "workers=0", "batch_size=3", "device=cpu"]
+    metrics = eval_task.run(resolve(compose_config("eval", overrides)))
+    reported = json.loads((finished_run / "metrics.json").read_text())["last"]
+    for name in METRICS:
+        assert metrics[name] == pytest.approx(reported[name], abs=1e-6)
+    results = json.loads((tmp_path / "eval" / "predictions.json").read_text())
+    assert set(results[0]) == {"image_id", "category_id", "bbox", "score"}
+    assert json.loads((tmp_path / "eval" / "metrics.json").read_text()) == metrics
+
+
+def test_predictions_are_written_as_pictures_and_json(finished_run, shapes_root, tmp_path):
+    source = shapes_root / "images" / "val"
+    out = tmp_path / "out"
+    overrides = [
+        f"ckpt={finished_run / 'best.safetensors'}",
+        f"source={source}",
+        f"run_dir={out}",
+        "score=0.001",
+        "max_det=3",
+    ]
+    predict.run(resolve(compose_config("predict", overrides)))
+    records = json.loads((out / "predictions.json").read_text())
+    assert [Path(r["file"]).name for r in records] == sorted(p.name for p in source.iterdir())
+    found = [d for r in records for d in r["detections"]]
+    assert found
+    for detection in found:
+        x1, y1, x2, y2 = detection["box"]
+        assert 0 <= x1 <= x2 <= 256
+        assert 0 <= y1 <= y2 <= 256
+        assert detection["name"] in ("circle", "square", "triangle", "star", "cross")
+    loaded = detkit.load(finished_run / "best.safetensors")
+    (same,) = loaded.predict(records[0]["file"], score=0.001, max_det=3)
+    np.testing.assert_allclose(same.boxes, [d["box"] for d in records[0]["detections"]], atol=0.05)
+    with_boxes = next(r for r in records if r["detections"])
+    drawn = np.asarray(Image.open(out / f"{Path(with_boxes['file']).stem}.jpg"))
+    original = np.asarray(Image.open(with_boxes["file"]))
+    assert drawn.shape == original.shape
+    assert np.abs(drawn.astype(int) - original).max() > 60
+
+
+class _NoLoader:
+    def __len__(self) -> int:
+        return 4
+
+
+@pytest.fixture
+def make_trainer(tmp_path):
+    def make(batch_size: int, nominal_batch: int = 8) -> Trainer:
+        overrides = [f"batch_size={batch_size}", f"optim.nominal_batch={nominal_batch}", "optim.warmup_epochs=0"]
+        cfg = resolve(compose_config("train", [*overrides, "optim=sgd", "trainer.clip_grad_norm=1e9"]))
+        torch.manual_seed(0)
+        detector = detkit.create_model("yolov8n", num_classes=3).eval()  # batch norms stay as they are
+        recipe = Recipe("sgd", 0.01, 0.9, 0.0, 0.1)
+        precision = Precision.pick("off", torch.device("cpu"))
+        return Trainer(
+            detector,
+            TaskAlignedLoss(),
+            _NoLoader(),
+            _NoLoader(),
+            None,
+            recipe,
+            cfg,
+            precision,
+            tmp_path,
+            RunLog(tmp_path, None),
+        )
+
+    return make
+
+
+def halves(batch):
+    for k in (0, len(batch.images) // 2):
+        part = slice(k, k + len(batch.images) // 2)
+        yield type(batch)(batch.images[part], batch.boxes_bm4[part], batch.labels_bm[part], batch.valid_bm[part])
+
+
+def test_accumulated_gradients_are_the_sum_of_their_batches(make_trainer):
+    """Two batches of 4 step the optimizer once, by the sum of what each would give alone."""
+    torch.manual_seed(1)
+    batch = random_batch(8, 64, 3, 3)
+    trainer = make_trainer(4)
+    trainer.update = lambda: None  # look before the optimizer acts
+    grads = []
+    for part in halves(batch):
+        trainer.optimizer.zero_grad()
+        trainer.train_step(part, 0)
+        grads.append([p.grad.clone() for p in trainer.detector.parameters() if p.requires_grad])
+    both = make_trainer(4)
+    start = [p.detach().clone() for p in both.detector.parameters() if p.requires_grad]
+    first, second = halves(batch)
+    both.train_step(first, 0)
+    assert both.pending == 1
+    assert all(torch.equal(p, s) for p, s in zip(both.optimizer.param_groups[0]["params"], [], strict=False))
+    both.train_step(second, 0)
+    assert both.pending == 0
+    assert both.ema.updates == 1
+    end = [p.detach() for p in both.detector.parameters() if p.requires_grad]
+    for before, after, a, b in zip(start, end, *grads, strict=True):
+        expected = before - 0.01 * 1.9 * (a + b)  # Nesterov's first step
+        torch.testing.assert_close(after, expected, atol=1e-5, rtol=1e-3)
+
+
+def test_gradients_are_clipped(make_trainer):
+    trainer = make_trainer(8)
+    trainer.clip = 1e-3
+    start = [p.detach().clone() for p in trainer.detector.parameters() if p.requires_grad]
+    trainer.train_step(random_batch(8, 64, 3, 3), 0)
+    moved = [
+        p.detach() - s
+        for p, s in zip((p for p in trainer.detector.parameters() if p.requires_grad), start, strict=True)
+    ]
+    assert float(torch.stack([m.norm() for m in moved]).norm()) <= 0.01 * 1.9 * 1e-3 * 1.01
