@@ -86,8 +86,10 @@ def explain(error: Exception, name: str) -> str:
         return f"a value is missing: {text.splitlines()[0]}"
     match = re.search(r"Could not (?:override|append to|delete from config\.?)[^']*'([^'@]+)[^']*'", text)
     if isinstance(error, ConfigCompositionException) and match:
-        key = match.group(1)
-        return f"there is no key '{key}'{nearest(key, _known_keys(name))} (+{key}=VALUE would add it)"
+        key, known = match.group(1), _known_keys(name)
+        if key in known:  # a mapping with a key too many
+            return f"cannot set '{key}': {str(error.__cause__).splitlines()[0]}; + in front would add it"
+        return f"there is no key '{key}'{nearest(key, known)} (+{key}=VALUE would add it)"
     cause = error.__cause__ or error
     return f"{text.splitlines()[0]} ({str(cause).splitlines()[0]})" if cause is not error else text.splitlines()[0]
 

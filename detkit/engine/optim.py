@@ -106,6 +106,6 @@ class Schedule:
         progress = min(step / self.warmup, 1.0) if self.warmup else 1.0
         for group in optimizer.param_groups:
             start = self.recipe.bias_warmup_lr if group["name"] == "bias" else 0.0
-            group["lr"] = start + (target - start) * progress
+            group["lr"] = start * (1 - progress) + target * progress
             if "momentum" in group:
                 group["momentum"] = self.warmup_momentum + (self.recipe.momentum - self.warmup_momentum) * progress

@@ -63,7 +63,7 @@ class Trainer:
         run_dir: Path,
         log: RunLog,
     ) -> None:
-        self.detector = detector.to(memory_format=torch.channels_last)
+        self.detector = detector
         self.loss = loss
         self.train_loader = train_loader
         self.val_loader = val_loader

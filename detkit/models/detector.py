@@ -97,7 +97,7 @@ class Detector(nn.Module):
         for module in list(fused.modules()):
             if module is not fused and hasattr(module, "fuse"):
                 module.fuse()
-        return fused
+        return fused.to(memory_format=torch.channels_last)
 
 
 def to_original(xyxy: Tensor, scale: tuple[float, float], offset: tuple[float, float], size: tuple[int, int]) -> Tensor:
@@ -109,7 +109,7 @@ def to_original(xyxy: Tensor, scale: tuple[float, float], offset: tuple[float, f
 
 
 def build_detector(cfg: Mapping[str, Any], class_names: Sequence[str]) -> Detector:
-    """Compose a detector from ``cfg["backbone"]``, ``cfg["neck"]`` and ``cfg["head"]``.
+    """Compose a detector from ``cfg["backbone"]``, ``cfg["neck"]`` and ``cfg["head"]``, channels-last in memory.
 
     Each is ``{name, keyword arguments}``; channels, strides and the number of classes are derived here.
 
@@ -124,7 +124,7 @@ def build_detector(cfg: Mapping[str, Any], class_names: Sequence[str]) -> Detect
         if isinstance(module, nn.BatchNorm2d):
             module.eps, module.momentum = 1e-3, 0.03  # YOLOv8's, whatever the part was made with
     head.init_bias()
-    return Detector(backbone, neck, head, class_names, cfg)
+    return Detector(backbone, neck, head, class_names, cfg).to(memory_format=torch.channels_last)
 
 
 def list_pictures(path: Path) -> list[Path]:
