@@ -3,8 +3,9 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from detkit.config import compose_config, group_options, resolve
-from detkit.engine.checkpoint import build_from_checkpoint, load_weights
+from detkit.checks import check_values
+from detkit.config import compose_config, group_options, import_plugins, resolve
+from detkit.engine.checkpoint import build_from_checkpoint, load_weights, read_checkpoint
 from detkit.errors import DetkitError
 from detkit.models.detector import Detector, build_detector
 from detkit.registry import BLOCKS
@@ -34,10 +35,15 @@ def create_model(
     """
     groups = {"model": model, "backbone": backbone, "neck": neck, "head": head}
     chosen = [f"{group}={name}" for group, name in groups.items() if name is not None]
-    cfg = resolve(compose_config("train", [*chosen, *overrides]))
+    if num_classes < 1:
+        raise DetkitError(f"num_classes={num_classes}: a detector needs one class or more")
+    cfg = resolve(compose_config("train", ["~data", *chosen, *overrides]))  # no data set, and so none's preset
+    check_values(cfg)
+    import_plugins(cfg["plugins"])
     detector = build_detector(cfg, [f"class{k}" for k in range(num_classes)])
     if weights is not None:
         load_weights(detector, weights)
+        detector.cfg["image_size"] = read_checkpoint(weights).cfg["image_size"]
     return detector
 
 

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import hydra
 from omegaconf import DictConfig
-from rich.console import Console
 
-from detkit.config import CONFIG_ERRORS, config_dir, explain, import_plugins, resolve
+from detkit.checks import check_values
+from detkit.config import CONFIG_ERRORS, GROUP_ERROR, config_dir, explain, import_plugins, resolve
 from detkit.errors import DetkitError, nearest
+from detkit.report.console import make_console
 
 TASKS = {
     "train": "train a detector: python tools/train.py model=yolov8n data=coco data.root=DIR",
@@ -30,6 +31,7 @@ def launch(task: str) -> None:
     def main(cfg: DictConfig) -> None:
         try:
             resolved = resolve(cfg)
+            check_values(resolved)
             import_plugins(resolved["plugins"])
             run(resolved)
         except DetkitError as error:
@@ -38,6 +40,10 @@ def launch(task: str) -> None:
     try:
         main()
     except CONFIG_ERRORS as error:
+        _exit(explain(error, task, sys.argv[1:]))
+    except ValueError as error:
+        if GROUP_ERROR not in str(error):
+            raise
         _exit(explain(error, task))
     except KeyboardInterrupt:
         sys.exit(130)
@@ -58,10 +64,5 @@ def main() -> None:
 
 
 def _exit(sentence: str) -> None:
-    Console(stderr=True, highlight=False, soft_wrap=True).print(f"[bold red]error:[/] {_escape(sentence)}")
+    make_console(stderr=True).print(f"error: {sentence}")
     sys.exit(2)
-
-
-def _escape(text: str) -> str:
-    """Keep rich from reading [brackets] as markup."""
-    return text.replace("[", "\\[")

@@ -17,6 +17,7 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from detkit.errors import DetkitError, nearest
 
 CONFIG_ERRORS = (HydraException, OmegaConfBaseException)
+GROUP_ERROR = "Config group override must be"  # Hydra's bare ValueError for model=null and the like
 
 
 def config_dir() -> Path:
@@ -36,6 +37,10 @@ def compose_config(name: str, overrides: Sequence[str] = ()) -> DictConfig:
         with _hydra():
             return compose(name, list(overrides))
     except CONFIG_ERRORS as error:
+        raise DetkitError(explain(error, name, overrides)) from None
+    except ValueError as error:
+        if GROUP_ERROR not in str(error):
+            raise
         raise DetkitError(explain(error, name)) from None
 
 
@@ -74,19 +79,21 @@ def import_plugins(names: Sequence[str]) -> None:
             raise DetkitError(f"plugins: cannot import '{name}' ({error}); is its folder on PYTHONPATH?") from None
 
 
-def explain(error: Exception, name: str) -> str:
-    """Say in one sentence what is wrong with an override of ``configs/NAME.yaml``, naming the nearest that exists."""
+def explain(error: Exception, name: str, overrides: Sequence[str] = ()) -> str:
+    """Say in one sentence what is wrong with the ``overrides`` of ``configs/NAME.yaml``, naming the nearest key."""
     text = str(error)
     if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options:
         group, _, option = str(error.missing_cfg_file).rpartition("/")
         return f"{group}={option} does not exist: known are {', '.join(error.options)}{nearest(option, error.options)}"
     if isinstance(error, OverrideParseException):
         return f"cannot read the argument '{error.override}': write key=value, and quote a value that has = or , in it"
+    if GROUP_ERROR in text:
+        return "a group was set to null or to a number: give it the name of one of its options, such as model=yolov8n"
     if isinstance(error, MissingMandatoryValue):
         return f"a value is missing: {text.splitlines()[0]}"
     match = re.search(r"Could not (?:override|append to|delete from config\.?)[^']*'([^'@]+)[^']*'", text)
     if isinstance(error, ConfigCompositionException) and match:
-        key, known = match.group(1), _known_keys(name)
+        key, known = match.group(1), _known_keys(name, overrides)
         if key in known:  # a mapping with a key too many
             return f"cannot set '{key}': {str(error.__cause__).splitlines()[0]}; + in front would add it"
         return f"there is no key '{key}'{nearest(key, known)} (+{key}=VALUE would add it)"
@@ -94,11 +101,15 @@ def explain(error: Exception, name: str) -> str:
     return f"{text.splitlines()[0]} ({str(cause).splitlines()[0]})" if cause is not error else text.splitlines()[0]
 
 
-def _known_keys(name: str) -> list[str]:
-    """Every dotted key of a configuration, and its groups."""
-    groups = [path.name for path in config_dir().iterdir() if path.is_dir()]
+def _known_keys(name: str, overrides: Sequence[str]) -> list[str]:
+    """Every dotted key of a configuration with the groups that ``overrides`` choose, and the groups themselves."""
+    text = (config_dir() / f"{name}.yaml").read_text()
+    groups = [path.name for path in config_dir().iterdir() if path.is_dir() and f"- {path.name}:" in text]
+    choices = [
+        o for o in overrides for g, _, option in [o.partition("=")] if g in groups and option in group_options(g)
+    ]
     with _hydra():
-        cfg = compose(name)
+        cfg = compose(name, choices)
     keys: list[str] = []
 
     def walk(node: Any, prefix: str) -> None:

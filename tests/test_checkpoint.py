@@ -53,6 +53,10 @@ def rewritten(path, change):
         (lambda h, w: w.pop("backbone.stem.conv.weight"), "does not fit the model in its header"),
         (lambda h, w: w.update({"head.bins": torch.zeros(3)}), "does not fit the model in its header"),
         (lambda h, w: h["cfg"]["backbone"].update(name="resnet"), "unknown backbone 'resnet'"),
+        (
+            lambda h, w: (h["cfg"]["neck"].update(name="mine"), h["cfg"].update(plugins=["m"])),
+            r"trained with plugins=\['m'\]",
+        ),
     ],
 )
 def test_what_does_not_fit_is_named(checkpoint, change, sentence):
@@ -60,6 +64,21 @@ def test_what_does_not_fit_is_named(checkpoint, change, sentence):
     rewritten(path, change)
     with pytest.raises(DetkitError, match=sentence):
         detkit.load(path)
+
+
+def test_a_checkpoint_that_does_not_fit_says_so_briefly(checkpoint):
+    _, path = checkpoint
+    rewritten(path, lambda h, w: h["cfg"]["backbone"].update(width=0.5))
+    with pytest.raises(DetkitError) as error:
+        detkit.load(path)
+    assert len(str(error.value)) < 400
+
+
+def test_the_weights_bring_their_image_size(checkpoint):
+    _, path = checkpoint
+    assert detkit.create_model("yolov8n").cfg["image_size"] == 640
+    rewritten(path, lambda h, w: h["cfg"].update(image_size=320))
+    assert detkit.create_model("yolov8n", num_classes=2, weights=path).cfg["image_size"] == 320
 
 
 def test_other_files_are_refused(checkpoint, tmp_path):

@@ -8,7 +8,9 @@ import pytest
 
 from detkit import cli
 from detkit.config import compose_config, config_dir, group_options, resolve
+from detkit.engine.trainer import Trainer
 from detkit.errors import DetkitError
+from detkit.tasks.common import make_run_dir
 
 TOOLS = Path(__file__).parents[1] / "tools"
 GROUPS = ("model", "backbone", "neck", "head", "loss", "data", "augment", "optim", "trainer", "experiment")
@@ -41,9 +43,24 @@ MISTAKES = [
     ("train", ["data=coco", "data.root=/nowhere"], "cannot read annotations /nowhere/annotations/instances_train.json"),
     ("train", ["trainer.epochs=0"], "trainer.epochs=0 must be a whole number, 1 or more"),
     ("train", ["batch_size=1.5"], "batch_size=1.5 must be a whole number"),
-    ("train", ["image_size=100"], "image_size=100 must be a multiple of 32 pixels, such as 96 or 128"),
-    ("train", ["device=tpu9"], "device=tpu9 is unknown"),
-    ("train", ["amp=half"], "amp=half is unknown"),
+    ("train", ["image_size=100"], "image_size=100 must be a multiple of 32 pixels, 64 or more"),
+    ("train", ["device=tpu9"], "device=tpu9 must be auto, cpu, cuda or cuda:N"),
+    ("train", ["amp=half"], "amp=half must be auto, off, bf16 or fp16"),
+    ("train", ["workers=-1"], "workers=-1 must be auto, or a whole number"),
+    ("train", ["optim.shape=cosin"], "optim.shape=cosin must be linear or cosine"),
+    ("train", ["augment.affine.scale=0.5"], "augment.affine.scale=0.5 must be a pair"),
+    ("train", ["model=null"], "a group was set to null"),
+    ("train", ["plugins=my_backbone"], "plugins=my_backbone must be a list of modules"),
+    ("train", ["neck.block=[c2f,c2f]"], "neck.block lists 2 blocks"),
+    ("train", ["backbone.downsample=c2f"], "block 'c2f' does not fit a conv slot"),
+    (
+        "train",
+        ["data=coco", "data.train_imges=x"],
+        "there is no key 'data.train_imges'; did you mean 'data.train_images'?",
+    ),
+    ("train", ["data=coco", "data.root=2024"], "cannot read annotations"),
+    ("eval", ["ckpt=x", "split=test"], "split=test must be train or val"),
+    ("eval", ["ckpt=x", "score=abc"], "score=abc must be a number from 0 to 1"),
     ("train", ["augment.transforms={Blurr: {p: 1}}"], "cannot set 'augment.transforms': Key 'Blurr' is not in struct"),
     ("train", ["+augment.transforms.Blurr={p: 1}"], "unknown transform 'Blurr'; did you mean 'Blur'?"),
     ("train", ["plugins=[no_such_module]"], "plugins: cannot import 'no_such_module'"),
@@ -62,7 +79,8 @@ def test_a_mistake_is_one_sentence(task, arguments, sentence, monkeypatch, capsy
     (tmp_path / "here").write_text("a file, so that the folder is not empty")
     monkeypatch.chdir(tmp_path)
     if task == "train" and not any(a.startswith("data") for a in arguments):
-        arguments = [*arguments, f"data.root={shapes_root}", "workers=0"]
+        arguments = [f"data.root={shapes_root}", *arguments]
+    monkeypatch.setattr(Trainer, "fit", lambda self: pytest.fail("it began to train"))
     monkeypatch.setattr(sys, "argv", ["detkit", task, *arguments])
     with pytest.raises(SystemExit) as stop:
         cli.main()
@@ -86,6 +104,38 @@ def test_predicting_a_broken_picture_loses_no_other(finished_run, tmp_path, monk
     assert stop.value.code == 2
     assert "cannot read image" in capsys.readouterr().err
     assert {p.name for p in out.iterdir()} == {"b.jpg", "predictions.json"}
+
+
+def test_pictures_of_one_stem_are_told_apart(finished_run, tmp_path, shapes_root):
+    from detkit.tasks.predict import run
+
+    source = tmp_path / "source"
+    source.mkdir()
+    for name in ("a.jpg", "a.jpeg", "[b].jpg"):
+        (source / name).write_bytes(next((shapes_root / "images" / "val").iterdir()).read_bytes())
+    overrides = [f"ckpt={finished_run / 'best.safetensors'}", f"source={source}", f"run_dir={tmp_path / 'out'}"]
+    run(resolve(compose_config("predict", overrides)))
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {"a.jpg.jpg", "a.jpeg.jpg", "[b].jpg", "predictions.json"}
+
+
+def test_a_sweep_runs_every_choice_in_a_directory_of_its_own(monkeypatch, tmp_path, shapes_root):
+    from detkit.tasks import train
+
+    seen = []
+    monkeypatch.setattr(train, "run", lambda cfg: seen.append((cfg["seed"], make_run_dir(cfg, "train", "x"))))
+    monkeypatch.chdir(tmp_path)
+    arguments = ["-m", "seed=0,1", "backbone.block=c2f,[c2f,c2f,c2f,c2f]", f"data.root={shapes_root}"]
+    monkeypatch.setattr(sys, "argv", ["detkit", "train", *arguments])
+    cli.main()
+    assert [seed for seed, _ in seen] == [0, 0, 1, 1]
+    names = [path.name for _, path in seen]
+    assert names[0] == "0_seed-0_backbone.block-c2f"
+    assert len(set(names)) == 4
+
+
+def test_default_run_directories_never_meet(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert len({make_run_dir({"run_dir": None}, "train", "yolov8n") for _ in range(3)}) == 3
 
 
 def test_an_unknown_task_is_named(monkeypatch, capsys):

@@ -2,6 +2,7 @@ import json
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from detkit.data.coco import read_coco, read_coco_json
 from detkit.data.dataset import DetectionDataset, LetterboxDataset
@@ -28,7 +29,7 @@ def test_gaps_crowds_and_images_without_boxes(coco_set):
     assert annotations.offsets.tolist() == [0, 2, 2, 3]
     assert annotations.boxes.tolist() == [[50, 30, 60, 40], [0, 0, 30, 30], [1, 2, 4, 6]]  # the first one clipped
     assert annotations.labels.tolist() == [0, 1, 1]
-    assert annotations.areas.tolist() == [400, 900, 5]
+    assert annotations.areas.tolist() == [100, 900, 5]  # stated, or of the clipped box
     assert annotations.left_out == 1
     dataset = DetectionDataset(annotations)
     assert [len(dataset[0, i].labels) for i in range(3)] == [1, 0, 1]  # no crowd in training
@@ -43,6 +44,21 @@ def test_ground_truth_returns_to_coco(coco_set):
         (9, 90, 0),
     ]
     assert truth["annotations"][2]["bbox"] == [1, 2, 3, 4]
+
+
+def test_an_area_of_null_and_a_byte_order_mark_are_read(coco_set):
+    root = coco_set(IMAGES, [a | {"area": None} for a in ANNOTATIONS], CATEGORIES)
+    file = root / "annotations" / "instances_train.json"
+    file.write_text(file.read_text(), encoding="utf-8-sig")
+    assert read_coco("train", root=str(root)).areas.tolist() == [100, 900, 12]
+
+
+def test_an_image_of_another_size_than_stated_is_named(coco_set):
+    root = coco_set(IMAGES, ANNOTATIONS, CATEGORIES)
+    Image.fromarray(np.zeros((60, 40, 3), np.uint8)).save(root / "images" / "train" / "b.png")
+    dataset = DetectionDataset(read_coco("train", root=str(root)))
+    with pytest.raises(DetkitError, match=r"b\.png is 40x60 pixels once turned upright, .*json says 60x40"):
+        dataset[0, 0]
 
 
 def test_letterboxed_boxes_follow_their_image(coco_set):
@@ -64,6 +80,16 @@ def broken(change):
         ('{"images": [', "malformed json, line 1 column 13"),
         ("[]", "has no list 'images'"),
         ("\udce9", "not UTF-8"),
+        ("[" * 100_000, "malformed json"),
+        (broken(lambda c: c["categories"][0].update(id=4)), "'categories' holds the same id twice"),
+        (broken(lambda c: c["categories"][0].update(name="dog")), "'categories' holds the same name twice"),
+        (broken(lambda c: c["images"][0].update(width=0)), r"images\[0\] needs a height and a width"),
+        (broken(lambda c: c["images"][0].update(id=2**70)), r"images\[0\] needs .* an id below 2\^63"),
+        (broken(lambda c: c["annotations"][0].update(area="big")), r"annotations\[0\] needs an 'area' of 0 or more"),
+        (broken(lambda c: c["annotations"][0].update(area=-1)), r"annotations\[0\] needs an 'area' of 0 or more"),
+        (broken(lambda c: c["annotations"][0].update(iscrowd="0")), r"annotations\[0\] needs .* 'iscrowd' of 0 or 1"),
+        (broken(lambda c: c["annotations"][0].update(bbox="1234")), r"annotations\[0\] needs 'bbox'"),
+        (broken(lambda c: c["annotations"][0].update(bbox=[1, 2, 3, 10**400])), r"annotations\[0\] needs 'bbox'"),
         (broken(lambda c: c.pop("categories")), "has no list 'categories'"),
         (broken(lambda c: c["categories"].clear()), "'categories' is empty"),
         (broken(lambda c: c["images"].clear()), "'images' is empty"),

@@ -48,11 +48,23 @@ def test_folded_convolution_is_equal(bias):
 
 
 def test_block_slots():
-    assert isinstance(build_block("conv", 3, 8, 3, 2), Conv)
-    assert build_block({"name": "sppf", "k": 3}, 8, 8).pool.kernel_size == 3
+    assert isinstance(build_block("conv", "conv", 3, 8, 3, 2), Conv)
+    assert build_block("context", {"name": "sppf", "k": 3}, 8, 8).pool.kernel_size == 3
     assert per_stage("c2f", 2, "backbone.block") == ["c2f", "c2f"]
     assert per_stage(["c2f", {"name": "c2f"}], 2, "backbone.block") == ["c2f", {"name": "c2f"}]
     with pytest.raises(DetkitError, match=r"backbone\.block lists 3 blocks: give one, or one for each of the 2 stages"):
         per_stage(["c2f"] * 3, 2, "backbone.block")
-    with pytest.raises(DetkitError, match="did you mean 'c2f'"):
-        build_block("c2", 8, 8)
+
+
+@pytest.mark.parametrize(
+    ("slot", "spec", "sentence"),
+    [
+        ("csp", "c2", "unknown block 'c2': known are .*; did you mean 'c2f'"),
+        ("csp", "conv", "block 'conv' does not fit a csp slot: those that do are c2f"),
+        ("conv", 5, "a conv block is a name or a mapping {name, arguments}, not 5"),
+        ("conv", {"k": 3}, "block.name is not set"),
+    ],
+)
+def test_mistakes_in_a_slot_are_named(slot, spec, sentence):
+    with pytest.raises(DetkitError, match=sentence):
+        build_block(slot, spec, 8, 8)

@@ -8,7 +8,6 @@ import detkit
 from detkit.config import compose_config, resolve
 from detkit.engine.ema import EMA
 from detkit.engine.optim import Recipe, Schedule, accumulation, parameter_groups
-from detkit.errors import DetkitError
 
 
 def optim(**changes) -> dict:
@@ -36,13 +35,14 @@ def test_accumulation(batch, expected):
     ("changes", "steps", "expected"),
     [
         ({}, 9_999, ("adamw", 0.001429, 0.9, 0.0)),
-        ({}, 10_000, ("sgd", 0.01, 0.9, 0.1)),
+        ({}, 10_000, ("sgd", 0.01, 0.937, 0.1)),
+        ({"lr": 0.05, "momentum": 0.5}, 10, ("adamw", 0.05, 0.5, 0.0)),
         ({"name": "sgd"}, 10, ("sgd", 0.01, 0.937, 0.1)),
     ],
 )
 def test_recipe(changes, steps, expected):
     recipe = Recipe.pick(optim(**changes), batch_size=16, total_steps=steps, num_classes=3)
-    assert (recipe.name, recipe.lr, recipe.momentum, recipe.bias_warmup_lr) == expected
+    assert (recipe.name, recipe.lr, recipe.momentum, recipe.warmup_bias_lr) == expected
     assert recipe.weight_decay == pytest.approx(5e-4)
 
 
@@ -51,9 +51,10 @@ def test_weight_decay_follows_the_images_of_a_step():
     assert recipe.weight_decay == pytest.approx(1e-3)
 
 
-def test_an_unknown_optimizer_is_named():
-    with pytest.raises(DetkitError, match=r"optim\.name=adam is unknown"):
-        Recipe.pick(optim(name="adam"), batch_size=16, total_steps=1, num_classes=3)
+@pytest.mark.parametrize(("epochs", "warmup"), [(1, 0), (2, 100), (3, 140), (60, 210)])
+def test_warm_up_is_shorter_than_the_run(epochs, warmup):
+    recipe = Recipe.pick(optim(), batch_size=16, total_steps=10, num_classes=3)
+    assert Schedule.pick(recipe, optim(), epochs=epochs, batches=70).warmup == warmup
 
 
 def test_warm_up_and_decay():

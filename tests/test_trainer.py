@@ -2,6 +2,7 @@
 
 import csv
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,12 +15,15 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import detkit
 from detkit.config import compose_config, resolve
-from detkit.engine.evaluator import METRICS
+from detkit.engine.checkpoint import read_checkpoint
+from detkit.engine.evaluator import METRICS, Evaluation
 from detkit.engine.logging import RunLog
-from detkit.engine.optim import Recipe
+from detkit.engine.optim import Recipe, Schedule
 from detkit.engine.precision import Precision
+from detkit.engine.step import TrainStep
 from detkit.engine.trainer import Trainer
 from detkit.models.losses.task_aligned import TaskAlignedLoss
+from detkit.report.console import make_console
 from detkit.tasks import eval as eval_task
 from detkit.tasks import predict, train
 from detkit.tasks.benchmark import random_batch
@@ -95,34 +99,21 @@ def test_predictions_are_written_as_pictures_and_json(finished_run, shapes_root,
     assert np.abs(drawn.astype(int) - original).max() > 60
 
 
-class _NoLoader:
-    def __len__(self) -> int:
-        return 4
-
-
 @pytest.fixture
-def make_trainer(tmp_path):
-    def make(batch_size: int, nominal_batch: int = 8) -> Trainer:
-        overrides = [f"batch_size={batch_size}", f"optim.nominal_batch={nominal_batch}", "optim.warmup_epochs=0"]
-        cfg = resolve(compose_config("train", [*overrides, "optim=sgd", "trainer.clip_grad_norm=1e9"]))
+def make_step():
+    def make(accumulate: int, clip: float = 1e9) -> TrainStep:
         torch.manual_seed(0)
         detector = detkit.create_model("yolov8n", num_classes=3).eval()  # batch norms stay as they are
         recipe = Recipe("sgd", 0.01, 0.9, 0.0, 0.1)
+        schedule = Schedule(recipe, epochs=10, final=0.01, shape="linear", warmup=0, warmup_momentum=0.8)
         precision = Precision.pick("off", torch.device("cpu"))
-        return Trainer(
-            detector,
-            TaskAlignedLoss(),
-            _NoLoader(),
-            _NoLoader(),
-            None,
-            recipe,
-            cfg,
-            precision,
-            tmp_path,
-            RunLog(tmp_path, None),
-        )
+        return TrainStep(detector, TaskAlignedLoss(), recipe, schedule, precision, accumulate=accumulate, clip=clip)
 
     return make
+
+
+def trainable(step: TrainStep) -> list[torch.Tensor]:
+    return [p for p in step.detector.parameters() if p.requires_grad]
 
 
 def halves(batch):
@@ -131,39 +122,72 @@ def halves(batch):
         yield type(batch)(batch.images[part], batch.boxes_bm4[part], batch.labels_bm[part], batch.valid_bm[part])
 
 
-def test_accumulated_gradients_are_the_sum_of_their_batches(make_trainer):
+def test_accumulated_gradients_are_the_sum_of_their_batches(make_step):
     """Two batches of 4 step the optimizer once, by the sum of what each would give alone."""
     torch.manual_seed(1)
-    batch = random_batch(8, 64, 3, 3)
-    trainer = make_trainer(4)
-    trainer.update = lambda: None  # look before the optimizer acts
-    grads = []
-    for part in halves(batch):
-        trainer.optimizer.zero_grad()
-        trainer.train_step(part, 0)
-        grads.append([p.grad.clone() for p in trainer.detector.parameters() if p.requires_grad])
-    both = make_trainer(4)
-    start = [p.detach().clone() for p in both.detector.parameters() if p.requires_grad]
-    first, second = halves(batch)
-    both.train_step(first, 0)
+    first, second = halves(random_batch(8, 64, 3, 3))
+    alone = []
+    for part in (first, second):
+        step = make_step(accumulate=9)  # more than come: look before the optimizer acts
+        step(part, 0, 0)
+        alone.append([p.grad.clone() for p in trainable(step)])
+    both = make_step(accumulate=2)
+    start = [p.detach().clone() for p in trainable(both)]
+    both(first, 0, 0)
     assert both.pending == 1
-    assert all(torch.equal(p, s) for p, s in zip(both.optimizer.param_groups[0]["params"], [], strict=False))
-    both.train_step(second, 0)
+    assert all(torch.equal(p, s) for p, s in zip(trainable(both), start, strict=True))
+    both(second, 1, 0)
     assert both.pending == 0
     assert both.ema.updates == 1
-    end = [p.detach() for p in both.detector.parameters() if p.requires_grad]
-    for before, after, a, b in zip(start, end, *grads, strict=True):
+    for before, after, a, b in zip(start, trainable(both), *alone, strict=True):
         expected = before - 0.01 * 1.9 * (a + b)  # Nesterov's first step
         torch.testing.assert_close(after, expected, atol=1e-5, rtol=1e-3)
 
 
-def test_gradients_are_clipped(make_trainer):
-    trainer = make_trainer(8)
-    trainer.clip = 1e-3
-    start = [p.detach().clone() for p in trainer.detector.parameters() if p.requires_grad]
-    trainer.train_step(random_batch(8, 64, 3, 3), 0)
-    moved = [
-        p.detach() - s
-        for p, s in zip((p for p in trainer.detector.parameters() if p.requires_grad), start, strict=True)
-    ]
-    assert float(torch.stack([m.norm() for m in moved]).norm()) <= 0.01 * 1.9 * 1e-3 * 1.01
+def test_gradients_are_clipped(make_step):
+    step = make_step(accumulate=1, clip=1e-3)
+    start = [p.detach().clone() for p in trainable(step)]
+    step(random_batch(8, 64, 3, 3), 0, 0)
+    moved = torch.stack([(p.detach() - s).norm() for p, s in zip(trainable(step), start, strict=True)]).norm()
+    assert 0 < float(moved) <= 0.01 * 1.9 * 1e-3 * 1.01
+
+
+def test_accumulation_grows_in_the_warm_up(make_step):
+    step = make_step(accumulate=4)
+    step.schedule = replace(step.schedule, warmup=90)
+    assert [step.gathered(k) for k in (0, 13, 14, 44, 45, 75, 1000)] == [1, 1, 2, 2, 3, 4, 4]
+
+
+def test_best_is_the_latest_of_the_best(tmp_path, monkeypatch, make_step):
+    """Three epochs of AP -1 (a set without boxes), then 0.2, 0.1: best is the fourth, last the fifth."""
+    scores = iter((-1.0, -1.0, -1.0, 0.2, 0.1))
+    log = RunLog(tmp_path, make_console())
+    trainer = Trainer(make_step(1), [], [], None, epochs=5, run_dir=tmp_path, log=log)
+    monkeypatch.setattr(trainer, "train_epoch", lambda epoch: ({"box": 1.0}, 1.0))
+    blank = dict.fromkeys(METRICS, 0.0)
+    monkeypatch.setattr(trainer, "validate", lambda: Evaluation(blank | {"AP": next(scores), "per_class": {}}, [], []))
+    monkeypatch.setattr(trainer, "picture_predictions", lambda evaluation: None)
+    results = trainer.fit()
+    log.close()
+    assert (results["best"]["epoch"], results["last"]["epoch"]) == (4, 5)
+    assert read_checkpoint(tmp_path / "best.safetensors").metrics["AP"] == 0.2
+    assert read_checkpoint(tmp_path / "last.safetensors").metrics["AP"] == 0.1
+
+
+def test_training_starts_from_weights_of_another_class_count(finished_run, train_overrides, tmp_path, coco_set, capsys):
+    images = [{"id": k, "file_name": f"{k}.png", "height": 64, "width": 64} for k in range(4)]
+    boxes = [{"id": k + 1, "image_id": k, "category_id": 1, "bbox": [8, 8, 40, 40]} for k in range(4)]
+    root = coco_set(images, boxes, [{"id": 1, "name": "one"}])
+    rest = [f"data.root={root}", f"weights={finished_run / 'best.safetensors'}", f"run_dir={tmp_path / 'run'}"]
+    train.run(resolve(compose_config("train", [*train_overrides, "data=coco", "trainer.epochs=1", *rest])))
+    assert "6 tensors do not fit and start afresh" in capsys.readouterr().out
+    assert detkit.load(tmp_path / "run" / "last.safetensors").class_names == ("one",)
+
+
+def test_evaluation_on_another_set_of_the_same_classes(finished_run, shapes_root, tmp_path):
+    images = {"val_images": "images/train", "val_annotations": "annotations/instances_train.json"}
+    keys = [f"data.{key}={value}" for key, value in images.items()]
+    overrides = [f"ckpt={finished_run / 'best.safetensors'}", "data=coco", f"data.root={shapes_root}", *keys]
+    eval_task.run(resolve(compose_config("eval", [*overrides, f"run_dir={tmp_path / 'eval'}", "workers=0"])))
+    results = json.loads((tmp_path / "eval" / "predictions.json").read_text())
+    assert max(r["image_id"] for r in results) > 10  # of the 24 training images, not the 10 others

@@ -1,7 +1,6 @@
 """COCO json: the format most tools write (https://cocodataset.org/#format-data)."""
 
 import json
-import math
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +40,9 @@ def read_coco_json(file: Path, image_dir: Path) -> Annotations:
     category_ids = tuple(c["id"] for c in categories)
     label_of = {category_id: label for label, category_id in enumerate(category_ids)}
     class_names = tuple(str(_get(c, "name", (str, int), file, "categories")) for c in categories)
+    for what, values in (("id", category_ids), ("name", class_names)):
+        if len(set(values)) < len(values):
+            raise DetkitError(f"{file}: 'categories' holds the same {what} twice; give every class one of its own")
     if not categories:
         raise DetkitError(f"{file}: 'categories' is empty, so there is nothing to detect")
 
@@ -48,6 +50,8 @@ def read_coco_json(file: Path, image_dir: Path) -> Annotations:
     for k, image in enumerate(images):
         for key, kind in (("id", int), ("file_name", str), ("height", int), ("width", int)):
             _get(image, key, kind, file, f"images[{k}]")
+        if not (0 < image["height"] < 2**31 and 0 < image["width"] < 2**31 and abs(image["id"]) < 2**63):
+            raise DetkitError(f"{file}: images[{k}] needs a height and a width of 1 or more, and an id below 2^63")
     position = {image["id"]: k for k, image in enumerate(images)}
     if not images:
         raise DetkitError(f"{file}: 'images' is empty")
@@ -71,7 +75,12 @@ def read_coco_json(file: Path, image_dir: Path) -> Annotations:
         if x2 <= x1 or y2 <= y1:
             left_out += 1
             continue
-        rows.append((image, x1, y1, x2, y2, label, record.get("area", w * h), bool(record.get("iscrowd", 0))))
+        area, crowd = record.get("area"), record.get("iscrowd", 0)
+        if area is None:
+            area = (x2 - x1) * (y2 - y1)
+        if not is_finite(area) or area < 0 or crowd not in (0, 1):
+            raise DetkitError(f"{file}: {where} needs an 'area' of 0 or more and an 'iscrowd' of 0 or 1")
+        rows.append((image, x1, y1, x2, y2, label, area, bool(crowd)))
 
     rows.sort(key=lambda row: row[0])  # stable: an image's boxes keep the order of the file
     table = np.array(rows, np.float64).reshape(-1, 8)
@@ -94,13 +103,15 @@ def read_coco_json(file: Path, image_dir: Path) -> Annotations:
 def _load(file: Path) -> dict[str, list[dict[str, Any]]]:
     """Parse the json and check its outline."""
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = json.loads(file.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise DetkitError(f"cannot read annotations {file}: {error.strerror or error}") from None
     except UnicodeDecodeError:
         raise DetkitError(f"{file} is not a json file: it is not UTF-8 text") from None
     except json.JSONDecodeError as error:
         raise DetkitError(f"{file} is malformed json, line {error.lineno} column {error.colno}: {error.msg}") from None
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, lists without end
+        raise DetkitError(f"{file} is malformed json: {error}") from None
     for key in ("images", "annotations", "categories"):
         if not isinstance(content, dict) or not isinstance(content.get(key), list):
             raise DetkitError(f"{file} is not a COCO detection file: it has no list '{key}'")
@@ -119,10 +130,11 @@ def _get(record: Any, key: str, kind: type | tuple[type, ...], file: Path, where
 def _box(record: dict[str, Any], file: Path, where: str) -> list[float]:
     """Return the record's [x, y, width, height] as finite numbers."""
     box = record.get("bbox")
-    try:
-        values = [float(v) for v in box]
-    except (TypeError, ValueError):
-        values = []
-    if len(values) != 4 or not all(map(math.isfinite, values)):
-        raise DetkitError(f"{file}: {where} needs 'bbox' [x, y, width, height], it has {box!r}")
-    return values
+    if not isinstance(box, list) or len(box) != 4 or not all(map(is_finite, box)):
+        raise DetkitError(f"{file}: {where} needs 'bbox' [x, y, width, height], it has {str(box)[:80]}")
+    return [float(v) for v in box]
+
+
+def is_finite(value: Any) -> bool:
+    """Whether ``value`` is a number that a float can hold."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e300

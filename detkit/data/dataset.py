@@ -7,6 +7,7 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from detkit.data.annotations import Annotations
+from detkit.errors import DetkitError
 from detkit.ops.image import Letterbox, read_image
 from detkit.structures import Origin, Sample
 
@@ -24,13 +25,19 @@ class DetectionDataset(Dataset):
         """Return image ``key[1]`` as it is on disk.
 
         Raises:
-            DetkitError: the image cannot be read.
+            DetkitError: the image cannot be read, or has another size than its annotations say.
         """
         index = key[1]
         a = self.annotations
         rows = slice(a.offsets[index], a.offsets[index + 1])
         keep = ~a.crowd[rows]
         image = read_image(a.paths[index])
+        stated = tuple(int(n) for n in a.sizes[index])
+        if image.shape[:2] != stated:
+            raise DetkitError(
+                f"image {a.paths[index]} is {image.shape[1]}x{image.shape[0]} pixels once turned upright, "
+                f"{a.source} says {stated[1]}x{stated[0]}: its boxes would be misplaced; correct the one or the other"
+            )
         boxes, labels = a.boxes[rows][keep].astype(np.float32), a.labels[rows][keep]
         return Sample(image, boxes, labels, Origin(index, a.paths[index], image.shape[:2]))
 

@@ -8,10 +8,9 @@ canvas is s x s and holds a single, centred image.
 
 from collections.abc import Sequence
 
-import cv2
 import numpy as np
 
-from detkit.ops.image import FILL
+from detkit.ops.image import FILL, resize
 from detkit.structures import Sample
 
 MIN_SIDE = 2.0  # pixels: a box must keep more than this on both sides,
@@ -73,7 +72,7 @@ def _paste(
     """Draw ``image`` at ``x * scale + offset`` into ``output``, inside ``bounds`` (xyxy).
 
     The place is rounded to whole pixels of both pictures, so that a crop and a resize draw it; the mapping that
-    comes back is the one that was drawn, not the one asked for (they differ by less than a pixel at the tile's edges).
+    comes back is the one that was drawn, not the one asked for: they differ by up to a pixel of either picture.
 
     Returns:
         scale (2,), offset (2,) of the mapping drawn, and the window painted, xyxy pixels of ``output``.
@@ -86,10 +85,7 @@ def _paste(
     crop_low = np.clip(np.round((low - offset) / scale), 0, source_size - 1).astype(int)
     crop_high = np.clip(np.round((high - offset) / scale), crop_low + 1, source_size).astype(int)
     crop = image[crop_low[1] : crop_high[1], crop_low[0] : crop_high[0]]
-    shrinks = scale < 0.5  # bilinear would skip source pixels
-    resized = cv2.resize(
-        crop, tuple(int(n) for n in high - low), interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
-    )
-    output[low[1] : high[1], low[0] : high[0]] = resized
+    width, height = (int(n) for n in high - low)
+    output[low[1] : high[1], low[0] : high[0]] = resize(crop, width, height)
     drawn = (high - low) / (crop_high - crop_low)
     return drawn, low - crop_low * drawn, np.concatenate((low, high))

@@ -1,7 +1,7 @@
 """The embedded image set: coloured shapes on cluttered, textured backgrounds, drawn on first use.
 
 Small enough to train on a laptop's CPU in minutes, hard enough to need a detector: five classes at any angle, from
-8 pixels up, half hidden behind each other, among scribbles that are no shapes at all, and images with nothing in them.
+about 8 pixels up, half hidden behind each other, among scribbles that are no shapes at all; and images with nothing.
 """
 
 import json
@@ -23,20 +23,20 @@ VERSION = "shapes-v1"  # of the drawings: a change of them is another folder
 SPLITS = {"train": 400, "val": 100}
 SIZE = 256  # pixels
 OVERSAMPLING = 2  # drawn this much larger, for smooth edges
-MIN_SHAPE, MAX_SHAPE = 8, 100  # pixels across
+MIN_SHAPE, MAX_SHAPE = 8, 100  # pixels across, before a slight squeeze
 MIN_VISIBLE = 0.5  # share of a shape that others may not cover
 
 
 @DATASETS.register("shapes")
 def read_shapes(split: str, *, root: str | None = None) -> Annotations:
-    """Read the ``"train"`` or ``"val"`` split, drawing the set first where it is not there.
+    """Read the ``"train"`` or ``"val"`` split, drawing the set first where its folder is new or empty.
 
     Args:
         root: folder of the set; by default one in the user's cache folder (XDG_CACHE_HOME or ~/.cache).
     """
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     folder = Path(root) if root else cache / "detkit" / VERSION
-    if not folder.exists():
+    if not (folder / "annotations").exists():
         try:
             _draw_set(folder)
         except OSError as error:
@@ -53,10 +53,11 @@ def _draw_set(folder: Path) -> None:
     try:
         for seed, (split, count) in enumerate(SPLITS.items()):
             _draw_split(scratch, split, count, seed)
+        scratch.chmod(0o755)  # temporary folders are private
         try:
             scratch.rename(folder)
         except OSError:
-            if not folder.exists():
+            if not (folder / "annotations").exists():
                 raise
             # another process was quicker; its drawings are the same
     finally:
@@ -144,7 +145,7 @@ OUTLINES: dict[str, Callable[[], np.ndarray]] = {  # corners within the unit cir
 
 def _place(rng: np.random.Generator, label: int, size: int) -> np.ndarray:
     """Return one outline's corners at a random place, size, angle and slight squeeze: (K, 2) int32."""
-    across = MIN_SHAPE + (MAX_SHAPE - MIN_SHAPE) * rng.random() ** 1.6  # more small ones than large ones
+    across = MIN_SHAPE + (MAX_SHAPE - MIN_SHAPE) * rng.random() ** 1.3  # more small ones than large ones
     radius = OVERSAMPLING * across / 2
     points = list(OUTLINES.values())[label]() * radius * (1, rng.uniform(0.8, 1))
     angle = rng.uniform(0, 2 * np.pi)

@@ -3,6 +3,7 @@
 ``build_transform`` knows detkit's own by their lower-case names and every albumentations transform by its class name.
 """
 
+import inspect
 import os
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -65,6 +66,10 @@ class Albumentation:
         if not (isinstance(cls, type) and issubclass(cls, albumentations.BasicTransform)):
             known = [n for n in dir(albumentations) if n[0].isupper()] + TRANSFORMS.names()
             raise DetkitError(f"augment.transforms: unknown transform '{name}'{nearest(name, known)}")
+        accepted = inspect.signature(cls.__init__).parameters
+        for key in arguments:
+            if key not in accepted:  # albumentations itself only warns
+                raise DetkitError(f"augment.transforms: {name} takes no argument '{key}'{nearest(key, accepted)}")
         try:
             transform = cls(p=1.0, **arguments)
         except (TypeError, ValueError) as error:

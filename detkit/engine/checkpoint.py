@@ -77,12 +77,21 @@ def build_from_checkpoint(path: str | Path) -> Detector:
         DetkitError: as ``read_checkpoint``, or weights that do not fit the config in the header.
     """
     checkpoint = read_checkpoint(path)
-    detector = build_detector(checkpoint.cfg, checkpoint.class_names)
     try:
-        detector.load_state_dict(checkpoint.weights)
-    except RuntimeError as error:
-        first = str(error).splitlines()[1].strip() if "\n" in str(error) else str(error)
-        raise DetkitError(f"{path} does not fit the model in its header: {first}") from None
+        detector = build_detector(checkpoint.cfg, checkpoint.class_names)
+    except DetkitError as error:
+        plugins = checkpoint.cfg.get("plugins")  # never imported on a file's word
+        hint = f"; it was trained with plugins={plugins}: import these first, or pass the same" if plugins else ""
+        raise DetkitError(f"{path}: {error}{hint}") from None
+    own, theirs = detector.state_dict(), checkpoint.weights
+    odd = [name for name in own if name not in theirs or theirs[name].shape != own[name].shape]
+    odd += [name for name in theirs if name not in own]
+    if odd:
+        more = f" and {len(odd) - 1} more" if len(odd) > 1 else ""
+        raise DetkitError(
+            f"{path} does not fit the model in its header: '{odd[0]}'{more} missing, unknown or of another shape"
+        )
+    detector.load_state_dict(theirs)
     return detector.eval()
 
 

@@ -2,8 +2,7 @@
 
 import csv
 import io
-import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -15,14 +14,7 @@ from torch.utils.tensorboard import SummaryWriter
 from detkit.engine.checkpoint import write_atomically
 from detkit.report.drawing import save_picture
 
-TENSORBOARD_GROUPS = {
-    "box": "loss",
-    "cls": "loss",
-    "dfl": "loss",
-    "lr": "train",
-    "images_per_s": "train",
-    "seconds": "train",
-}
+TRAINING = ("lr", "images_per_s", "seconds")  # columns of the history that tell how it trained
 
 
 class RunLog:
@@ -38,20 +30,12 @@ class RunLog:
         self.history: list[dict[str, float]] = []
         self.tensorboard = SummaryWriter(run_dir)
 
-    @contextmanager
-    def progress(self, label: str, total: int) -> Iterator["Bar"]:
-        """Show a bar on a terminal, nothing elsewhere; yields what advances it."""
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(24),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[info]}"),
-        )
-        with Progress(*columns, console=self.console, transient=True, disable=not self.console.is_terminal) as progress:
-            yield Bar(progress, label, total)
+    def epoch(self, row: Mapping[str, float], losses: Collection[str], line: str) -> None:
+        """Record one epoch: a row of the history, TensorBoard scalars, one line on the terminal.
 
-    def epoch(self, row: Mapping[str, float], line: str) -> None:
-        """Record one epoch: a row of the history, TensorBoard scalars, one line on the terminal."""
+        Args:
+            row: ``epoch`` and what was measured; ``losses`` are those of its keys that are loss terms.
+        """
         self.history.append(dict(row))
         text = io.StringIO()
         writer = csv.DictWriter(text, self.history[0].keys())
@@ -60,8 +44,9 @@ class RunLog:
         write_atomically(self.run_dir / "history.csv", text.getvalue().encode())
         for name, value in row.items():
             if name != "epoch":
-                self.tensorboard.add_scalar(f"{TENSORBOARD_GROUPS.get(name, 'val')}/{name}", value, int(row["epoch"]))
-        self.console.print(line, highlight=False, soft_wrap=True)
+                group = "loss" if name in losses else "train" if name in TRAINING else "val"
+                self.tensorboard.add_scalar(f"{group}/{name}", value, int(row["epoch"]))
+        self.console.print(line)
 
     def picture(self, name: str, image: np.ndarray, epoch: int) -> None:
         """Keep an (H, W, 3) uint8 RGB picture as ``plots/NAME.jpg`` and in TensorBoard."""
@@ -71,6 +56,14 @@ class RunLog:
     def close(self) -> None:
         """Flush TensorBoard's events."""
         self.tensorboard.close()
+
+
+@contextmanager
+def show_progress(label: str, total: int, console: Console) -> Iterator["Bar"]:
+    """Show a bar on a terminal, nothing elsewhere; yields what advances it."""
+    columns = (TextColumn("{task.description}"), BarColumn(24), MofNCompleteColumn(), TextColumn("{task.fields[info]}"))
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        yield Bar(progress, label, total)
 
 
 class Bar:
@@ -88,4 +81,6 @@ class Bar:
 
 def clock(seconds: float) -> str:
     """Return a duration as h:mm:ss or m:ss."""
-    return time.strftime("%-H:%M:%S" if seconds >= 3600 else "%-M:%S", time.gmtime(seconds))
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

@@ -8,8 +8,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from detkit.errors import DetkitError
-
 AUTO_ADAMW_BELOW = 10_000  # optimizer steps
 
 
@@ -41,29 +39,27 @@ class Recipe:
     lr: float
     momentum: float
     weight_decay: float
-    bias_warmup_lr: float
+    warmup_bias_lr: float
 
     @classmethod
     def pick(cls, optim: Mapping[str, Any], *, batch_size: int, total_steps: int, num_classes: int) -> "Recipe":
         """Read the ``optim`` group.
 
-        ``auto`` takes AdamW with a learning rate of 0.01 / (4 + classes) for runs shorter than 10,000 optimizer
-        steps, else SGD. The weight decay is scaled to the images that really make one optimizer step.
-
-        Raises:
-            DetkitError: an unknown optimizer.
+        ``auto`` takes AdamW for runs shorter than 10,000 optimizer steps, else SGD. Where ``lr`` and the like are null,
+        AdamW starts from 0.01 / (4 + classes) with a first beta of 0.9, SGD from 0.01 with a momentum of 0.937. The
+        weight decay is scaled to the images that really make one optimizer step.
         """
-        name, lr, momentum, bias_lr = optim["name"], optim["lr"], optim["momentum"], optim["bias_warmup_lr"]
+        name = optim["name"]
         if name == "auto":
-            if total_steps < AUTO_ADAMW_BELOW:
-                name, lr, momentum, bias_lr = "adamw", round(0.002 * 5 / (4 + num_classes), 6), 0.9, 0.0
-            else:
-                name, lr, momentum = "sgd", 0.01, 0.9
-        if name not in ("sgd", "adamw"):
-            raise DetkitError(f"optim.name={name} is unknown: use auto, sgd or adamw")
+            name = "adamw" if total_steps < AUTO_ADAMW_BELOW else "sgd"
+        if name == "adamw":
+            defaults = {"lr": round(0.002 * 5 / (4 + num_classes), 6), "momentum": 0.9, "warmup_bias_lr": 0.0}
+        else:
+            defaults = {"lr": 0.01, "momentum": 0.937, "warmup_bias_lr": 0.1}
+        chosen = {key: default if optim[key] is None else optim[key] for key, default in defaults.items()}
         nominal = optim["nominal_batch"]
         decay = optim["weight_decay"] * batch_size * accumulation(batch_size, nominal) / nominal
-        return cls(name, lr, momentum, decay, bias_lr)
+        return cls(name, weight_decay=decay, **chosen)
 
     def build(self, model: nn.Module) -> torch.optim.Optimizer:
         """Return the optimizer over the model's parameter groups, with fused or foreach kernels."""
@@ -80,7 +76,7 @@ class Schedule:
     Attributes:
         recipe: where the learning rate starts after the warm-up.
         epochs: of the run.
-        final: the last epoch's learning rate, as a share of the first's.
+        final: share of the learning rate towards which it falls; an epoch after the last one would have it.
         shape: ``"linear"`` or ``"cosine"`` on the way.
         warmup: batches of warm-up.
         warmup_momentum: momentum at its start.
@@ -93,6 +89,16 @@ class Schedule:
     warmup: int
     warmup_momentum: float
 
+    @classmethod
+    def pick(cls, recipe: Recipe, optim: Mapping[str, Any], *, epochs: int, batches: int) -> "Schedule":
+        """Read the ``optim`` group for a run of ``epochs`` of ``batches`` each.
+
+        The warm-up lasts ``warmup_epochs``, but one fewer than the run has, and at least ``warmup_min_batches``.
+        """
+        warmup_epochs = min(optim["warmup_epochs"], epochs - 1)
+        warmup = max(round(warmup_epochs * batches), optim["warmup_min_batches"]) if warmup_epochs > 0 else 0
+        return cls(recipe, epochs, optim["final"], optim["shape"], warmup, optim["warmup_momentum"])
+
     def factor(self, epoch: int) -> float:
         """Return the share of the starting learning rate in ``epoch`` (from 0)."""
         progress = epoch / max(self.epochs, 1)
@@ -100,12 +106,16 @@ class Schedule:
             progress = (1 - math.cos(math.pi * progress)) / 2
         return 1 + (self.final - 1) * progress
 
+    def lr(self, epoch: int) -> float:
+        """Return the learning rate of ``epoch`` (from 0) after the warm-up."""
+        return self.recipe.lr * self.factor(epoch)
+
     def apply(self, optimizer: torch.optim.Optimizer, step: int, epoch: int) -> None:
         """Set the groups' learning rate and momentum for batch ``step`` of the run, which lies in ``epoch``."""
-        target = self.recipe.lr * self.factor(epoch)
+        target = self.lr(epoch)
         progress = min(step / self.warmup, 1.0) if self.warmup else 1.0
         for group in optimizer.param_groups:
-            start = self.recipe.bias_warmup_lr if group["name"] == "bias" else 0.0
+            start = self.recipe.warmup_bias_lr if group["name"] == "bias" else 0.0
             group["lr"] = start * (1 - progress) + target * progress
             if "momentum" in group:
                 group["momentum"] = self.warmup_momentum + (self.recipe.momentum - self.warmup_momentum) * progress

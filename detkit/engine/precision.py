@@ -74,13 +74,14 @@ class Precision:
         return str(self.dtype or torch.float32).removeprefix("torch.")
 
 
-def seed_everything(seed: int) -> None:
-    """Seed Python, NumPy and torch, and choose deterministic kernels where torch has them."""
+def make_deterministic(seed: int) -> None:
+    """Seed Python, NumPy and torch, choose deterministic kernels where torch has them, and float32 that is float32."""
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS needs to be deterministic
     torch.backends.cudnn.benchmark = False
+    torch.backends.cudnn.allow_tf32 = False  # amp is the way to be faster than float32
     torch.use_deterministic_algorithms(True, warn_only=True)
 
 

@@ -12,9 +12,25 @@ from detkit.registry import BLOCKS
 BlockSpec = str | Mapping[str, Any]
 
 
-def build_block(spec: BlockSpec, *args: Any) -> nn.Module:
-    """Build a block from its name, or from ``{name, keyword arguments}``, and the arguments its place gives it."""
-    return BLOCKS.build({"name": spec} if isinstance(spec, str) else spec, *args)
+def build_block(slot: str, spec: BlockSpec, *args: Any) -> nn.Module:
+    """Build the block that a config names for a slot.
+
+    Args:
+        slot: kind of place: ``"conv"`` (c1, c2, k, s), ``"csp"`` (c1, c2, n, shortcut) or ``"context"`` (c1, c2);
+            a block class says in its attribute ``slot`` where it fits.
+        spec: a registered name, or ``{name, keyword arguments}``.
+        args: what the place gives it, positional as above.
+
+    Raises:
+        DetkitError: no such block, or one for another kind of slot.
+    """
+    if not isinstance(spec, (str, Mapping)):
+        raise DetkitError(f"a {slot} block is a name or a mapping {{name, arguments}}, not {spec}")
+    spec = {"name": spec} if isinstance(spec, str) else spec
+    fits = [name for name in BLOCKS.names() if BLOCKS.get(name).slot == slot]
+    if "name" in spec and BLOCKS.get(spec["name"]).slot != slot:
+        raise DetkitError(f"block '{spec['name']}' does not fit a {slot} slot: those that do are {', '.join(fits)}")
+    return BLOCKS.build(spec, *args)
 
 
 def per_stage(spec: BlockSpec | Sequence[BlockSpec], stages: int, where: str) -> list[BlockSpec]:
@@ -23,7 +39,7 @@ def per_stage(spec: BlockSpec | Sequence[BlockSpec], stages: int, where: str) ->
     Raises:
         DetkitError: a list of another length; ``where`` names the config key.
     """
-    if isinstance(spec, (str, Mapping)):
+    if not isinstance(spec, (list, tuple)):
         return [spec] * stages
     if len(spec) != stages:
         raise DetkitError(f"{where} lists {len(spec)} blocks: give one, or one for each of the {stages} stages")
@@ -55,6 +71,8 @@ def fold_batch_norm(conv: nn.Conv2d, bn: nn.BatchNorm2d) -> nn.Conv2d:
 @BLOCKS.register("conv")
 class Conv(nn.Module):
     """Conv2d without bias (padding k // 2), batch norm, SiLU: (B, c1, H, W) -> (B, c2, H / s, W / s)."""
+
+    slot = "conv"
 
     def __init__(self, c1: int, c2: int, k: int = 1, s: int = 1) -> None:
         super().__init__()

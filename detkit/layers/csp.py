@@ -37,6 +37,8 @@ class C2f(nn.Module):
                                     +-- m1 -- ... ---+
     """
 
+    slot = "csp"
+
     def __init__(self, c1: int, c2: int, n: int = 1, shortcut: bool = False) -> None:
         super().__init__()
         c = c2 // 2

@@ -11,6 +11,8 @@ from detkit.registry import BLOCKS
 class SPPF(nn.Module):
     """Spatial pyramid pooling, fast: three chained k x k max-pools see k, 2k-1 and 3k-2 cells at once."""
 
+    slot = "context"
+
     def __init__(self, c1: int, c2: int, k: int = 5) -> None:
         super().__init__()
         self.cv1 = Conv(c1, c1 // 2, 1)

@@ -74,22 +74,24 @@ class Detector(nn.Module):
             One Detections a picture, boxes in the picture's own pixels.
         """
         size = image_size or self.cfg.get("image_size", 640)
-        parameter = next(self.parameters())
         was_training = self.training
         self.eval()
-        results = []
-        for path, image in _pictures(source):
-            height, width = image.shape[:2]
-            box = Letterbox.fit((height, width), (size, size))
-            pixels = torch.from_numpy(box.apply(image)).to(parameter.device).permute(2, 0, 1)[None]
-            boxes, scores = self.decode(self(pixels.to(parameter.dtype) / 255))
-            ((xyxy, confidence, labels),) = select_boxes(boxes, scores, score=score, iou=iou, max_det=max_det)
-            xyxy = to_original(xyxy, box.scale, box.offset, (height, width))
-            results.append(
-                Detections(xyxy.cpu(), confidence.cpu(), labels.cpu(), self.class_names, (height, width), path)
-            )
-        self.train(was_training)
-        return results
+        try:
+            return [self._predict_one(path, image, size, score, iou, max_det) for path, image in _pictures(source)]
+        finally:
+            self.train(was_training)
+
+    def _predict_one(
+        self, path: Path | None, image: np.ndarray, size: int, score: float, iou: float, max_det: int
+    ) -> Detections:
+        parameter = next(self.parameters())
+        height, width = image.shape[:2]
+        box = Letterbox.fit((height, width), (size, size))
+        pixels = torch.from_numpy(box.apply(image)).to(parameter.device).permute(2, 0, 1)[None]
+        boxes, scores = self.decode(self(pixels.to(parameter.dtype) / 255))
+        ((xyxy, confidence, labels),) = select_boxes(boxes, scores, score=score, iou=iou, max_det=max_det)
+        xyxy = to_original(xyxy, box.scale, box.offset, (height, width))
+        return Detections(xyxy.cpu(), confidence.cpu(), labels.cpu(), self.class_names, (height, width), path)
 
     def fuse(self) -> "Detector":
         """Return a copy in its deployed form (batch norms folded, branches merged): equal outputs, for inference."""
@@ -146,7 +148,7 @@ def list_pictures(path: Path) -> list[Path]:
 def _pictures(source: Source) -> Iterator[tuple[Path | None, np.ndarray]]:
     """Yield (path, image) for every picture in ``source``, reading one at a time."""
     if isinstance(source, np.ndarray):
-        if source.ndim != 3 or source.shape[2] != 3 or source.dtype != np.uint8:
+        if source.ndim != 3 or source.shape[2] != 3 or source.dtype != np.uint8 or not source.size:
             raise DetkitError(f"an image array must be (H, W, 3) uint8 RGB, this one is {source.shape} {source.dtype}")
         yield None, source
     elif isinstance(source, (str, Path)):

@@ -22,10 +22,21 @@ def read_image(path: Path) -> np.ndarray:
         data = np.fromfile(path, np.uint8)
     except OSError as error:
         raise DetkitError(f"cannot read image {path}: {error.strerror or error}") from None
-    image = cv2.imdecode(data, cv2.IMREAD_COLOR_RGB) if data.size else None
+    try:
+        image = cv2.imdecode(data, cv2.IMREAD_COLOR_RGB) if data.size else None
+    except cv2.error:  # a declared size beyond OpenCV's limit
+        image = None
     if image is None:
-        raise DetkitError(f"cannot read image {path}: it is empty, truncated or not an image; replace or remove it")
+        raise DetkitError(
+            f"cannot read image {path}: it is empty, truncated, too large or not an image; replace or remove it"
+        )
     return image
+
+
+def resize(image: np.ndarray, width: int, height: int) -> np.ndarray:
+    """Resize (H, W, 3) uint8 bilinearly; by area where it shrinks to less than half, as bilinear would skip pixels."""
+    shrinks = width < 0.5 * image.shape[1] or height < 0.5 * image.shape[0]
+    return cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)
 
 
 @dataclass(frozen=True)
@@ -48,12 +59,10 @@ class Letterbox:
     offset: tuple[float, float]
 
     @classmethod
-    def fit(cls, size: tuple[int, int], frame: tuple[int, int], *, scale_up: bool = True) -> "Letterbox":
+    def fit(cls, size: tuple[int, int], frame: tuple[int, int]) -> "Letterbox":
         """Fit an image of ``size`` (height, width) into ``frame`` (height, width), centred, its aspect kept."""
         (h, w), (frame_h, frame_w) = size, frame
         ratio = min(frame_h / h, frame_w / w)
-        if not scale_up:
-            ratio = min(ratio, 1.0)
         new_h, new_w = max(round(h * ratio), 1), max(round(w * ratio), 1)
         pad_h, pad_w = (frame_h - new_h) / 2, (frame_w - new_w) / 2
         top, left = round(pad_h - 0.1), round(pad_w - 0.1)
@@ -61,8 +70,8 @@ class Letterbox:
         return cls(new_h, new_w, left, top, right, bottom, (new_w / w, new_h / h), (left, top))
 
     def apply(self, image: np.ndarray) -> np.ndarray:
-        """Return (frame height, frame width, 3) uint8: the image resized bilinearly, FILL around it."""
+        """Return (frame height, frame width, 3) uint8: the image resized, FILL around it."""
         if image.shape[:2] != (self.height, self.width):
-            image = cv2.resize(image, (self.width, self.height), interpolation=cv2.INTER_LINEAR)
+            image = resize(image, self.width, self.height)
         sides = (self.top, self.bottom, self.left, self.right)
         return cv2.copyMakeBorder(image, *sides, cv2.BORDER_CONSTANT, value=(FILL, FILL, FILL)) if any(sides) else image

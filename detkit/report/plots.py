@@ -1,16 +1,16 @@
 """Curves of a run as PNG."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 
-def plot_history(rows: Sequence[Mapping[str, float]], path: Path) -> None:
+def plot_history(rows: Sequence[Mapping[str, float]], losses: Collection[str], path: Path) -> None:
     """Draw the losses, the AP and the learning rate of every epoch side by side; rows as in ``history.csv``."""
     panels = (
-        ("training loss", ("box", "cls", "dfl")),
+        ("training loss", losses),
         ("validation", ("AP", "AP50", "AP75")),
         ("learning rate", ("lr",)),
     )
@@ -19,8 +19,7 @@ def plot_history(rows: Sequence[Mapping[str, float]], path: Path) -> None:
     epochs = [row["epoch"] for row in rows]
     for axes, (title, columns) in zip(figure.subplots(1, len(panels)), panels, strict=True):
         for column in columns:
-            if column in rows[0]:
-                axes.plot(epochs, [row[column] for row in rows], marker="." if len(rows) < 40 else None, label=column)
+            axes.plot(epochs, [row[column] for row in rows], marker="." if len(rows) < 40 else None, label=column)
         axes.set(title=title, xlabel="epoch")
         axes.grid(alpha=0.3)
         axes.legend()

@@ -19,7 +19,7 @@ def print_metrics(metrics: Mapping[str, Any], console: Console) -> None:
     table.add_row("all", str(boxes), *(_percent(metrics[name]) for name in names), style="bold")
     for name, row in per_class.items():
         table.add_row(name, str(row["boxes"]), _percent(row["AP"]), _percent(row["AP50"]))
-    console.print(table)
+    console.print(table, soft_wrap=False)
 
 
 def _percent(value: float) -> str:

@@ -10,18 +10,17 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.table import Table
-from torch import nn
 
-from detkit.engine.ema import EMA
-from detkit.engine.optim import Recipe
-from detkit.engine.precision import Precision, keep_freed_memory, pick_device, seed_everything
+from detkit.config import import_plugins
+from detkit.engine.optim import Recipe, Schedule
+from detkit.engine.precision import Precision, keep_freed_memory, make_deterministic, pick_device
+from detkit.engine.step import TrainStep
 from detkit.errors import DetkitError
 from detkit.models.detector import build_detector
 from detkit.registry import LOSSES
+from detkit.report.console import make_console
 from detkit.structures import Batch
-from detkit.tasks.common import check_at_least, check_image_size
 
 WARMUP = 2  # steps before the clock starts
 
@@ -53,9 +52,6 @@ def run(cfg: dict[str, Any]) -> dict[str, Any]:
     """
     if cfg["task"] != "train":
         raise DetkitError(f"task={cfg['task']} is unknown: task=train times a training step")
-    for key in ("batch_size", "rounds", "num_classes"):
-        check_at_least(cfg, key, 1)
-    check_image_size(cfg["image_size"], 32)
     device = pick_device(cfg["device"])
     variants = [v for v in VARIANTS if v.amp != "bf16" or Precision.pick("auto", device).dtype is torch.bfloat16]
     times = _in_turns(cfg, variants)
@@ -64,8 +60,7 @@ def run(cfg: dict[str, Any]) -> dict[str, Any]:
     for name, value in seconds.items():
         row = (1000 * value, cfg["batch_size"] / value, seconds[PLAIN.name] / value)
         table.add_row(name, f"{row[0]:.0f}", f"{row[1]:.1f}", f"{row[2]:.2f}")
-    console = Console()
-    console.print(table)
+    make_console().print(table)
     result = {
         "task": "train",
         "model": cfg["model"]["name"],
@@ -116,32 +111,23 @@ def _serve(pipe: Connection, cfg: dict[str, Any], variant: Variant) -> None:
         pipe.send(time.perf_counter() - start)
 
 
-def _make_step(cfg: dict[str, Any], variant: Variant) -> Callable[[], None]:
-    """Build model, loss, optimizer, average and one batch; return the function that trains on it once."""
-    seed_everything(cfg["seed"])
+def _make_step(cfg: dict[str, Any], variant: Variant) -> Callable[[], object]:
+    """Build the training step and one batch; return the function that trains on it once."""
+    import_plugins(cfg["plugins"])
+    make_deterministic(cfg["seed"])
     device = pick_device(cfg["device"])
     precision = Precision.pick(variant.amp, device)
     if variant.keep_memory and device.type == "cpu":
         keep_freed_memory()
     layout = torch.channels_last if variant.channels_last else torch.contiguous_format
     detector = build_detector(cfg, [str(k) for k in range(cfg["num_classes"])]).to(device, memory_format=layout).train()
-    loss = LOSSES.build(cfg["loss"])
     images = cfg["batch_size"]
     recipe = Recipe.pick(cfg["optim"], batch_size=images, total_steps=1, num_classes=cfg["num_classes"])
-    optimizer, ema = recipe.build(detector), EMA(detector)
+    schedule = Schedule.pick(recipe, cfg["optim"], epochs=1, batches=1)
+    step = TrainStep(detector, LOSSES.build(cfg["loss"]), recipe, schedule, precision, accumulate=1, clip=10.0)
     batch = random_batch(images, cfg["image_size"], cfg["boxes"], cfg["num_classes"]).to(device)
     batch.images = batch.images.to(memory_format=layout)
-
-    def step() -> None:
-        with precision.autocast():
-            out = detector(batch.images.float() / 255)
-        (sum(loss(out, batch).values()) * images).backward()
-        nn.utils.clip_grad_norm_(detector.parameters(), 10.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        ema.update(detector)
-
-    return step
+    return lambda: step(batch, 0, 0)
 
 
 def random_batch(images: int, size: int, boxes: int, num_classes: int) -> Batch:

@@ -1,5 +1,8 @@
 """What the tasks share: run directories and loaders."""
 
+import itertools
+import re
+import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,7 +11,6 @@ from typing import Any
 import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
-from omegaconf import OmegaConf
 
 import detkit.data  # noqa: F401  (registers the formats)
 from detkit.data.annotations import Annotations
@@ -24,21 +26,37 @@ def make_run_dir(cfg: Mapping[str, Any], task: str, name: str) -> Path:
     Raises:
         DetkitError: ``run_dir`` holds files already; nothing is overwritten.
     """
-    if cfg["run_dir"]:
-        path = Path(cfg["run_dir"])
+    try:
+        if cfg["run_dir"] is None:
+            return _new_folder(_sweep_folder() or Path("runs") / task / f"{name}_{time.strftime('%Y%m%d-%H%M%S')}")
+        path = Path(str(cfg["run_dir"]))
         if path.is_dir() and any(path.iterdir()):
             raise DetkitError(f"run_dir={path} is not empty: name another folder, or remove it")
-    else:
-        path = Path("runs") / task / f"{name}_{time.strftime('%Y%m%d-%H%M%S')}"
-        if HydraConfig.initialized() and HydraConfig.get().mode is RunMode.MULTIRUN:
-            job = HydraConfig.get().job
-            choices = job.override_dirname.translate(str.maketrans("=,/ ", "-_--"))
-            path = Path(HydraConfig.get().sweep.dir) / f"{job.num}_{choices}"
-    try:
         path.mkdir(parents=True, exist_ok=True)
+        return path
     except OSError as error:
-        raise DetkitError(f"cannot create run_dir={path}: {error.strerror}") from None
-    return path
+        raise DetkitError(f"cannot create the run directory {error.filename}: {error.strerror}") from None
+
+
+def _sweep_folder() -> Path | None:
+    """Return a job's folder in a sweep, named by its number and what it was swept over; None outside a sweep."""
+    if not HydraConfig.initialized() or HydraConfig.get().mode is not RunMode.MULTIRUN:
+        return None
+    hydra = HydraConfig.get()
+    swept = [override for override in hydra.overrides.task if override not in sys.argv]
+    choices = re.sub(r"[^\w.+-]+", "-", "_".join(swept))[:100]
+    return Path(hydra.sweep.dir) / f"{hydra.job.num}_{choices}"
+
+
+def _new_folder(path: Path) -> Path:
+    """Create ``path``, or ``path-2``, ``path-3``, ... where it is taken."""
+    for suffix in itertools.chain([""], (f"-{k}" for k in itertools.count(2))):
+        try:
+            candidate = path.with_name(path.name + suffix)
+            candidate.mkdir(parents=True)
+            return candidate
+        except FileExistsError:
+            continue
 
 
 def read_split(data: Mapping[str, Any], split: str) -> Annotations:
@@ -51,19 +69,3 @@ def val_loader(annotations: Annotations, cfg: Mapping[str, Any], device: torch.d
     dataset = LetterboxDataset(DetectionDataset(annotations), cfg["image_size"])
     workers = worker_count(cfg["workers"])
     return BatchLoader(dataset, cfg["batch_size"], workers=workers, pin=device.type == "cuda")
-
-
-def check_image_size(size: Any, stride: int) -> None:
-    """Check the ``image_size`` key against the detector's largest stride."""
-    if not isinstance(size, int) or size <= 0 or size % stride:
-        below = max(int(size) // stride, 1) * stride if isinstance(size, (int, float)) else 640
-        raise DetkitError(
-            f"image_size={size} must be a multiple of {stride} pixels, such as {below} or {below + stride}"
-        )
-
-
-def check_at_least(cfg: Mapping[str, Any], key: str, least: int) -> None:
-    """Check that the whole number under a dotted ``key`` is not smaller than ``least``."""
-    value = OmegaConf.select(OmegaConf.create(dict(cfg)), key)
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise DetkitError(f"{key}={value} must be a whole number, {least} or more")

@@ -4,14 +4,14 @@ import json
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from detkit.engine.checkpoint import build_from_checkpoint, write_atomically
 from detkit.engine.evaluator import evaluate
-from detkit.engine.precision import Precision, pick_device
+from detkit.engine.logging import show_progress
+from detkit.engine.precision import Precision, make_deterministic, pick_device
 from detkit.errors import DetkitError
+from detkit.report.console import make_console
 from detkit.report.tables import print_metrics
-from detkit.tasks.common import check_at_least, check_image_size, make_run_dir, read_split, val_loader
+from detkit.tasks.common import make_run_dir, read_split, val_loader
 
 
 def run(cfg: dict[str, Any]) -> dict[str, Any]:
@@ -22,25 +22,26 @@ def run(cfg: dict[str, Any]) -> dict[str, Any]:
     Raises:
         DetkitError: an unreadable checkpoint, or a set with other classes.
     """
-    console = Console()
-    check_at_least(cfg, "batch_size", 1)
+    console = make_console()
     device = pick_device(cfg["device"])
-    detector = build_from_checkpoint(cfg["ckpt"]).to(device)
+    make_deterministic(cfg["seed"])
+    detector = build_from_checkpoint(str(cfg["ckpt"])).to(device)
     cfg["image_size"] = cfg["image_size"] or detector.cfg["image_size"]
-    check_image_size(cfg["image_size"], detector.max_stride)
-    annotations = read_split(cfg.get("data") or detector.cfg["data"], cfg["split"])
+    data = cfg.get("data") or detector.cfg.get("data")
+    if data is None:
+        raise DetkitError(f"{cfg['ckpt']} does not say what it was trained with: add data=coco data.root=DIR")
+    annotations = read_split(data, cfg["split"])
     if annotations.class_names != detector.class_names:
         ours, theirs = ", ".join(detector.class_names), ", ".join(annotations.class_names)
         raise DetkitError(f"{cfg['ckpt']} knows the classes {ours}; {annotations.source} has {theirs}")
+    run_dir = make_run_dir(cfg, "eval", Path(str(cfg["ckpt"])).stem)
 
     loader = val_loader(annotations, cfg, device)
-    precision = Precision.pick(cfg["amp"], device)
     thresholds = {key: cfg[key] for key in ("score", "iou", "max_det")}
-    with precision.autocast():
-        result = evaluate(detector, loader.epoch(0), annotations, **thresholds)
-    run_dir = make_run_dir(cfg, "eval", Path(cfg["ckpt"]).stem)
+    with Precision.pick(cfg["amp"], device).autocast(), show_progress("evaluation", len(loader), console) as bar:
+        result = evaluate(detector, loader.epoch(0), annotations, **thresholds, advance=bar.advance)
     write_atomically(run_dir / "metrics.json", json.dumps(result.metrics, indent=2).encode())
     write_atomically(run_dir / "predictions.json", json.dumps(result.predictions).encode())
     print_metrics(result.metrics, console)
-    console.print(f"AP {result.metrics['AP']:.6f} on {len(annotations)} images; written to {run_dir}", highlight=False)
+    console.print(f"AP {result.metrics['AP']:.6f} on {len(annotations)} images; written to {run_dir}")
     return result.metrics

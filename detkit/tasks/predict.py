@@ -1,19 +1,19 @@
 """Find objects in pictures."""
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
-
-from rich.console import Console
 
 from detkit.engine.checkpoint import build_from_checkpoint, write_atomically
 from detkit.engine.precision import pick_device
 from detkit.errors import DetkitError
 from detkit.models.detector import list_pictures
 from detkit.ops.image import read_image
+from detkit.report.console import make_console
 from detkit.report.drawing import draw_boxes, save_picture
 from detkit.structures import Detections
-from detkit.tasks.common import check_image_size, make_run_dir
+from detkit.tasks.common import make_run_dir
 
 
 def run(cfg: dict[str, Any]) -> list[dict[str, Any]]:
@@ -26,12 +26,11 @@ def run(cfg: dict[str, Any]) -> list[dict[str, Any]]:
     Raises:
         DetkitError: an unreadable checkpoint or picture.
     """
-    console = Console()
-    detector = build_from_checkpoint(cfg["ckpt"]).to(pick_device(cfg["device"])).fuse()
-    if cfg["image_size"] is not None:
-        check_image_size(cfg["image_size"], detector.max_stride)
-    files = list_pictures(Path(cfg["source"]))
-    run_dir = make_run_dir(cfg, "predict", Path(cfg["ckpt"]).stem)
+    console = make_console()
+    detector = build_from_checkpoint(str(cfg["ckpt"])).to(pick_device(cfg["device"])).fuse()
+    files = list_pictures(Path(str(cfg["source"])))
+    stems = Counter(file.stem for file in files)
+    run_dir = make_run_dir(cfg, "predict", Path(str(cfg["ckpt"])).stem)
     settings = {key: cfg[key] for key in ("score", "iou", "max_det", "image_size")}
     records, unreadable = [], []
     for file in files:
@@ -41,12 +40,13 @@ def run(cfg: dict[str, Any]) -> list[dict[str, Any]]:
             unreadable.append(str(error))
             continue
         (found,) = detector.predict(image, **settings)
+        name = file.stem if stems[file.stem] == 1 else file.name  # a.jpg beside a.png
         boxes, labels, scores = found.boxes.numpy(), found.labels.tolist(), found.scores.tolist()
-        save_picture(draw_boxes(image, boxes, labels, detector.class_names, scores), run_dir / f"{file.stem}.jpg")
+        save_picture(draw_boxes(image, boxes, labels, detector.class_names, scores), run_dir / f"{name}.jpg")
         records.append(as_record(file, found))
-        console.print(f"{file.name}: {_count(found)}", highlight=False)
+        console.print(f"{file.name}: {_count(found)}")
     write_atomically(run_dir / "predictions.json", json.dumps(records, indent=1).encode())
-    console.print(f"{len(records)} pictures and predictions.json: {run_dir}", highlight=False, soft_wrap=True)
+    console.print(f"{len(records)} pictures and predictions.json: {run_dir}")
     if unreadable:
         more = f" (and {len(unreadable) - 1} more)" if len(unreadable) > 1 else ""
         raise DetkitError(unreadable[0] + more)

@@ -4,22 +4,25 @@ import math
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
-from rich.console import Console
 
+from detkit.data.annotations import Annotations
 from detkit.data.augment import AugmentedDataset
 from detkit.data.dataset import DetectionDataset
 from detkit.data.loader import BatchLoader, worker_count
 from detkit.engine.checkpoint import load_weights
 from detkit.engine.logging import RunLog
-from detkit.engine.optim import Recipe
-from detkit.engine.precision import Precision, keep_freed_memory, pick_device, seed_everything
+from detkit.engine.optim import Recipe, Schedule, accumulation
+from detkit.engine.precision import Precision, keep_freed_memory, make_deterministic, pick_device
+from detkit.engine.step import TrainStep
 from detkit.engine.trainer import Trainer
 from detkit.errors import DetkitError
-from detkit.models.detector import build_detector
+from detkit.models.detector import Detector, build_detector
 from detkit.registry import LOSSES
+from detkit.report.console import make_console
 from detkit.report.tables import print_metrics
-from detkit.tasks.common import check_at_least, check_image_size, make_run_dir, read_split, val_loader
+from detkit.tasks.common import make_run_dir, read_split, val_loader
 
 
 def run(cfg: dict[str, Any]) -> dict[str, Any]:
@@ -28,17 +31,16 @@ def run(cfg: dict[str, Any]) -> dict[str, Any]:
     Raises:
         DetkitError: a user's mistake, found before the first step where that is possible.
     """
-    console = Console()
-    for key, least in (("batch_size", 1), ("trainer.epochs", 1)):
-        check_at_least(cfg, key, least)
+    console = make_console()
     device = pick_device(cfg["device"])
     precision = Precision.pick(cfg["amp"], device)
-    seed_everything(cfg["seed"])
+    make_deterministic(cfg["seed"])
     if device.type == "cpu":
         keep_freed_memory()
-
-    if cfg["data"].get("root"):
-        cfg["data"]["root"] = str(Path(cfg["data"]["root"]).resolve())  # so that a checkpoint finds it from anywhere
+    if cfg["data"].get("root") is not None:
+        cfg["data"]["root"] = str(
+            Path(str(cfg["data"]["root"])).resolve()
+        )  # so that a checkpoint finds it from anywhere
     train_set, val_set = read_split(cfg["data"], "train"), read_split(cfg["data"], "val")
     if train_set.class_names != val_set.class_names:
         raise DetkitError(
@@ -46,44 +48,52 @@ def run(cfg: dict[str, Any]) -> dict[str, Any]:
         )
 
     detector = build_detector(cfg, train_set.class_names).to(device)
-    check_image_size(cfg["image_size"], detector.max_stride)
-    loss = LOSSES.build(cfg["loss"])
-    steps = math.ceil(len(train_set) / max(cfg["batch_size"], cfg["optim"]["nominal_batch"])) * cfg["trainer"]["epochs"]
-    recipe = Recipe.pick(
-        cfg["optim"], batch_size=cfg["batch_size"], total_steps=steps, num_classes=len(train_set.class_names)
-    )
-    kept = load_weights(detector, cfg["weights"]) if cfg["weights"] else []
-    dataset = AugmentedDataset(
-        DetectionDataset(train_set), cfg["image_size"], cfg["augment"], cfg["seed"], cfg["trainer"]["epochs"]
-    )
-    train_loader = BatchLoader(
-        dataset,
-        cfg["batch_size"],
-        workers=worker_count(cfg["workers"]),
-        seed=cfg["seed"],
-        shuffle=True,
-        pin=device.type == "cuda",
-    )
-
+    kept = load_weights(detector, str(cfg["weights"])) if cfg["weights"] is not None else []
+    train_loader = _train_loader(train_set, cfg, device)
+    step, recipe = _train_step(detector, cfg, precision, len(train_set), len(train_loader))
     run_dir = make_run_dir(cfg, "train", f"{cfg['model']['name']}_{cfg['data']['name']}")
     (run_dir / "config.yaml").write_text(yaml.safe_dump(cfg, sort_keys=False))
+
     parameters = sum(p.numel() for p in detector.parameters())
-    console.print(f"{cfg['model']['name']}: {parameters:,} parameters on {device}, {precision}", highlight=False)
+    console.print(f"{cfg['model']['name']}: {parameters:,} parameters on {device}, {precision}")
     for name, annotations in (("train", train_set), ("val", val_set)):
         left_out = f", {annotations.left_out} boxes without area left out" if annotations.left_out else ""
-        console.print(f"{name}: {len(annotations)} images, {len(annotations.labels)} boxes{left_out}", highlight=False)
-    if cfg["weights"]:
-        console.print(f"weights: {cfg['weights']}; {len(kept)} tensors do not fit and start afresh", highlight=False)
-    console.print(f"{recipe.name}, learning rate {recipe.lr:g}; writing to {run_dir}", highlight=False, soft_wrap=True)
+        console.print(f"{name}: {len(annotations)} images, {len(annotations.labels)} boxes{left_out}")
+    if cfg["weights"] is not None:
+        console.print(f"weights: {cfg['weights']}; {len(kept)} tensors do not fit and start afresh")
+    console.print(f"{recipe.name}, learning rate {recipe.lr:g}; writing to {run_dir}")
 
     log = RunLog(run_dir, console)
+    epochs = cfg["trainer"]["epochs"]
     trainer = Trainer(
-        detector, loss, train_loader, val_loader(val_set, cfg, device), val_set, recipe, cfg, precision, run_dir, log
+        step, train_loader, val_loader(val_set, cfg, device), val_set, epochs=epochs, run_dir=run_dir, log=log
     )
     results = trainer.fit()
     log.close()
-    print_metrics(results["best"], console)
     best = results["best"]
-    console.print(f"best epoch {best['epoch']}: AP {best['AP']:.4f}, AP50 {best['AP50']:.4f}", highlight=False)
-    console.print(f"weights, metrics and pictures: {run_dir}", highlight=False, soft_wrap=True)
+    print_metrics(best, console)
+    console.print(f"best epoch {best['epoch']}: AP {best['AP']:.4f}, AP50 {best['AP50']:.4f}")
+    console.print(f"weights, metrics and pictures: {run_dir}")
     return results
+
+
+def _train_loader(annotations: Annotations, cfg: dict[str, Any], device: torch.device) -> BatchLoader:
+    """Return the augmented set, shuffled every epoch."""
+    images = DetectionDataset(annotations)
+    dataset = AugmentedDataset(images, cfg["image_size"], cfg["augment"], cfg["seed"], cfg["trainer"]["epochs"])
+    workers, pin = worker_count(cfg["workers"]), device.type == "cuda"
+    return BatchLoader(dataset, cfg["batch_size"], workers=workers, seed=cfg["seed"], shuffle=True, pin=pin)
+
+
+def _train_step(
+    detector: Detector, cfg: dict[str, Any], precision: Precision, images: int, batches: int
+) -> tuple[TrainStep, Recipe]:
+    """Work the recipe out for a run over ``images`` in ``batches`` an epoch."""
+    optim, epochs, batch_size = cfg["optim"], cfg["trainer"]["epochs"], cfg["batch_size"]
+    total_steps = math.ceil(images / max(batch_size, optim["nominal_batch"])) * epochs
+    num_classes = len(detector.class_names)
+    recipe = Recipe.pick(optim, batch_size=batch_size, total_steps=total_steps, num_classes=num_classes)
+    schedule = Schedule.pick(recipe, optim, epochs=epochs, batches=batches)
+    accumulate, clip = accumulation(batch_size, optim["nominal_batch"]), cfg["trainer"]["clip_grad_norm"]
+    loss = LOSSES.build(cfg["loss"])
+    return TrainStep(detector, loss, recipe, schedule, precision, accumulate=accumulate, clip=clip), recipe

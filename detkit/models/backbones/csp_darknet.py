@@ -44,10 +44,9 @@ class CSPDarknet(nn.Module):
         out_channels = []
         for (stride, base, repeats), stage_block, stage_down in zip(STAGES, blocks, downsamples, strict=True):
             c2 = scaled_width(base, width, max_channels)
-            down = build_block(stage_down, channels, c2, 3, 2)
-            self.stages.append(
-                nn.Sequential(down, build_block(stage_block, c2, c2, scaled_depth(repeats, depth), True))
-            )
+            down = build_block("conv", stage_down, channels, c2, 3, 2)
+            csp = build_block("csp", stage_block, c2, c2, scaled_depth(repeats, depth), True)
+            self.stages.append(nn.Sequential(down, csp))
             channels = c2
             if stride in out_strides:
                 out_channels.append(c2)

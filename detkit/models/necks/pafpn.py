@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from detkit.layers.conv import BlockSpec, build_block
+from detkit.layers.conv import BlockSpec, build_block, per_stage
 from detkit.models.scaling import scaled_depth, scaled_width
 from detkit.registry import NECKS
 
@@ -29,8 +29,8 @@ class PAFPN(nn.Module):
         in_channels, strides: of the backbone's features, derived by the builder.
         depth, width, max_channels: compound scaling (models/scaling.py).
         context: context block in front, (c1, c2); None for a plain pass.
-        block: CSP block after each concatenation, (c1, c2, n, shortcut).
-        downsample: stride-2 convolution of the bottom-up pass, (c1, c2, 3, 2).
+        block: CSP block after each concatenation, (c1, c2, n, shortcut); one, or one each in the order they run.
+        downsample: stride-2 convolution of the bottom-up pass, (c1, c2, 3, 2); one, or one each.
     """
 
     in_strides = (8, 16, 32)
@@ -43,27 +43,31 @@ class PAFPN(nn.Module):
         width: float = 0.25,
         max_channels: int = 1024,
         context: BlockSpec | None = "sppf",
-        block: BlockSpec = "c2f",
-        downsample: BlockSpec = "conv",
+        block: BlockSpec | Sequence[BlockSpec] = "c2f",
+        downsample: BlockSpec | Sequence[BlockSpec] = "conv",
     ) -> None:
         super().__init__()
         widths = [scaled_width(BASE_WIDTHS[stride], width, max_channels) for stride in strides]
         n = scaled_depth(REPEATS, depth)
         levels = len(strides)
-        self.context = build_block(context, in_channels[-1], widths[-1]) if context else nn.Identity()
+        blocks = iter(per_stage(block, 2 * (levels - 1), "neck.block"))
+        downsamples = iter(per_stage(downsample, levels - 1, "neck.downsample"))
+        self.context = build_block("context", context, in_channels[-1], widths[-1]) if context else nn.Identity()
         coarser = widths[-1] if context else in_channels[-1]
         pyramid_channels = [coarser]  # of the bottom-up pass' lateral inputs, coarsest first
         self.top_down = nn.ModuleList()
         for level in reversed(range(levels - 1)):
-            self.top_down.append(build_block(block, in_channels[level] + coarser, widths[level], n, False))
+            self.top_down.append(
+                build_block("csp", next(blocks), in_channels[level] + coarser, widths[level], n, False)
+            )
             coarser = widths[level]
             pyramid_channels.append(coarser)
         self.downs = nn.ModuleList()
         self.bottom_up = nn.ModuleList()
         for level in range(1, levels):
             finer, lateral = widths[level - 1], pyramid_channels[levels - 1 - level]
-            self.downs.append(build_block(downsample, finer, finer, 3, 2))
-            self.bottom_up.append(build_block(block, finer + lateral, widths[level], n, False))
+            self.downs.append(build_block("conv", next(downsamples), finer, finer, 3, 2))
+            self.bottom_up.append(build_block("csp", next(blocks), finer + lateral, widths[level], n, False))
         self.upsample = nn.Upsample(scale_factor=2, mode="nearest")
         self.out_channels = tuple(widths)
         self.strides = tuple(strides)

@@ -1,0 +1,107 @@
+"""What values the keys of a configuration may have, checked before any work starts."""
+
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from detkit.errors import DetkitError
+
+Rule = tuple[str, Callable[[Any], bool]]  # what is allowed, in words and as a test
+
+
+def is_whole(value: Any, least: int) -> bool:
+    """Whether ``value`` is an integer, and not below ``least``."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def is_number(value: Any, low: float, high: float = float("inf")) -> bool:
+    """Whether ``value`` is a number from ``low`` to ``high``."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and low <= value <= high
+
+
+def _whole(least: int) -> Rule:
+    return f"a whole number, {least} or more", lambda v: is_whole(v, least)
+
+
+def _number(low: float, high: float = float("inf")) -> Rule:
+    words = f"a number from {low:g} to {high:g}" if high < float("inf") else f"a number, {low:g} or more"
+    return words, lambda v: is_number(v, low, high)
+
+
+def _optional(rule: Rule) -> Rule:
+    return f"{rule[0]}, or null", lambda v: v is None or rule[1](v)
+
+
+PATH: Rule = ("a path", lambda v: isinstance(v, (str, int)) and not isinstance(v, bool) and v != "")
+POSITIVE: Rule = ("a number above 0", lambda v: is_number(v, 0) and v > 0)
+
+RULES: dict[str, Rule] = {
+    "device": (
+        "auto, cpu, cuda or cuda:N",
+        lambda v: isinstance(v, str) and bool(re.fullmatch(r"auto|cpu|cuda(:\d+)?", v)),
+    ),
+    "amp": ("auto, off, bf16 or fp16", lambda v: v in ("auto", "off", "bf16", "fp16")),
+    "workers": ("auto, or a whole number, 0 or more", lambda v: v == "auto" or is_whole(v, 0)),
+    "seed": _whole(0),
+    "run_dir": _optional(PATH),
+    "plugins": (
+        "a list of modules, such as [my_backbone]",
+        lambda v: isinstance(v, list) and all(isinstance(n, str) for n in v),
+    ),
+    "ckpt": PATH,
+    "source": PATH,
+    "weights": _optional(PATH),
+    "data.root": _optional(PATH),
+    "split": ("train or val", lambda v: v in ("train", "val")),
+    "image_size": _optional(("a multiple of 32 pixels, 64 or more", lambda v: is_whole(v, 64) and v % 32 == 0)),
+    "batch_size": _whole(1),
+    "score": _number(0, 1),
+    "iou": _number(0, 1),
+    "max_det": _whole(1),
+    "rounds": _whole(1),
+    "boxes": _whole(0),
+    "num_classes": _whole(1),
+    "model.depth": POSITIVE,
+    "model.width": POSITIVE,
+    "trainer.epochs": _whole(1),
+    "trainer.clip_grad_norm": POSITIVE,
+    "optim.name": ("auto, sgd or adamw", lambda v: v in ("auto", "sgd", "adamw")),
+    "optim.lr": _optional(POSITIVE),
+    "optim.momentum": _optional(_number(0, 1)),
+    "optim.nominal_batch": _whole(1),
+    "optim.weight_decay": _number(0),
+    "optim.shape": ("linear or cosine", lambda v: v in ("linear", "cosine")),
+    "optim.final": _number(0, 1),
+    "optim.warmup_epochs": _number(0),
+    "optim.warmup_min_batches": _whole(0),
+    "optim.warmup_momentum": _number(0, 1),
+    "optim.warmup_bias_lr": _optional(_number(0)),
+    "augment.mosaic.p": _number(0, 1),
+    "augment.mosaic.off_epochs": _whole(0),
+    "augment.affine.scale": (
+        "a pair [smallest, largest] of numbers above 0",
+        lambda v: isinstance(v, list) and len(v) == 2 and is_number(v[0], 1e-3) and is_number(v[1], v[0]),
+    ),
+    "augment.affine.translate": _number(0, 1),
+    "augment.transforms": ("a mapping of transforms to their arguments", lambda v: isinstance(v, dict)),
+}
+
+
+def check_values(cfg: Mapping[str, Any]) -> None:
+    """Check every key of a resolved configuration that has a rule.
+
+    Raises:
+        DetkitError: names the first key whose value is not allowed, and what is.
+    """
+    for group in ("backbone", "neck", "head", "loss", "model", "optim", "trainer", "augment", "data"):
+        if group in cfg and not isinstance(cfg[group], Mapping):
+            raise DetkitError(f"{group}={cfg[group]} must be one of the options of configs/{group}")
+    for key, (words, allowed) in RULES.items():
+        node: Any = cfg
+        for part in key.split("."):
+            node = node.get(part, _ABSENT) if isinstance(node, Mapping) else _ABSENT
+        if node is not _ABSENT and not allowed(node):
+            raise DetkitError(f"{key}={node} must be {words}")
+
+
+_ABSENT = object()

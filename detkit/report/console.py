@@ -1,0 +1,8 @@
+"""The terminal."""
+
+from rich.console import Console
+
+
+def make_console(stderr: bool = False) -> Console:
+    """Return a console that prints text as it is: [brackets] and :colons: in names are no markup, lines do not wrap."""
+    return Console(stderr=stderr, markup=False, emoji=False, highlight=False, soft_wrap=True)
