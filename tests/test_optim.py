@@ -11,7 +11,7 @@ from detkit.engine.optim import Recipe, Schedule, accumulation, parameter_groups
 
 
 def optim(**changes) -> dict:
-    return resolve(compose_config("train"))["optim"] | {"nominal_batch": 64} | changes
+    return resolve(compose_config("train", ["~data"]))["optim"] | changes
 
 
 def test_every_parameter_is_in_one_group():
