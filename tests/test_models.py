@@ -15,6 +15,11 @@ PARAMETERS = {  # published counts: model, classes -> plain, fused
     ("yolov8m", 80): (25_902_640, None),
     ("yolov8l", 80): (43_691_520, None),
     ("yolov8x", 80): (68_229_648, None),
+    ("yolov8n_dynamicconv", 3): (4_727_293, 4_722_733 - 640),  # published with 640 batch norms of experts unfolded
+    ("yolov8n_dynamicbnact", 3): (4_728_573, 4_724_013 - 640),
+    ("yolov8s_dynamicconv", 3): (17_996_813, 17_988_077 - 1280),
+    ("yolov8s_dynamicbnact", 3): (17_999_373, 17_990_637 - 1280),
+    ("yolov8n_gold", 80): (8_210_000, 7_756_416 - 5536),  # published with the batch norms of its attention unfolded
 }
 
 
@@ -116,7 +121,8 @@ def test_mistakes_in_a_composition_are_named(arguments, sentence):
 
 
 def test_list_models():
-    assert detkit.list_models("model") == ["yolov8l", "yolov8m", "yolov8n", "yolov8s", "yolov8x"]
+    assert {"yolov8l", "yolov8m", "yolov8n", "yolov8s", "yolov8x"} <= set(detkit.list_models("model"))
+    assert "revcol_tiny" in detkit.list_models("backbone")
     assert "c2f" in detkit.list_models("block")
     with pytest.raises(DetkitError, match="the kinds are"):
         detkit.list_models("wheel")

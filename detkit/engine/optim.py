@@ -19,16 +19,22 @@ def accumulation(batch_size: int, nominal_batch: int) -> int:
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Sort the trainable parameters into ``weight`` (decayed), ``no_decay`` and ``bias``, each exactly once.
 
-    Convolution and linear weights decay; biases, norms and scale parameters (of fewer than two dimensions) do not.
+    Convolution and linear weights decay; biases, norms and scale parameters (a single number a channel) do not. A
+    module with an attribute ``lr_factor`` has groups of its own, whose learning rate is multiplied by it.
     """
-    groups: dict[str, list[nn.Parameter]] = {"weight": [], "no_decay": [], "bias": []}
-    for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        kind = "bias" if name.endswith("bias") else "weight" if parameter.ndim >= 2 else "no_decay"
-        groups[kind].append(parameter)
+    groups: dict[tuple[str, float], list[nn.Parameter]] = {}
+    for module in model.modules():
+        factor = getattr(module, "lr_factor", 1.0)
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.requires_grad:
+                channels = max(parameter.shape)
+                kind = "bias" if name == "bias" else "no_decay" if parameter.numel() == channels else "weight"
+                groups.setdefault((kind, factor), []).append(parameter)
     decay = {"weight": weight_decay, "no_decay": 0.0, "bias": 0.0}
-    return [{"name": kind, "params": params, "weight_decay": decay[kind]} for kind, params in groups.items()]
+    return [
+        {"name": kind, "lr_factor": factor, "params": params, "weight_decay": decay[kind]}
+        for (kind, factor), params in groups.items()
+    ]
 
 
 @dataclass(frozen=True)
@@ -116,6 +122,6 @@ class Schedule:
         progress = min(step / self.warmup, 1.0) if self.warmup else 1.0
         for group in optimizer.param_groups:
             start = self.recipe.warmup_bias_lr if group["name"] == "bias" else 0.0
-            group["lr"] = start * (1 - progress) + target * progress
+            group["lr"] = group["lr_factor"] * (start * (1 - progress) + target * progress)
             if "momentum" in group:
                 group["momentum"] = self.warmup_momentum + (self.recipe.momentum - self.warmup_momentum) * progress

@@ -1,3 +1,3 @@
 """Necks: they mix a backbone's levels and hand the head one feature map a stride."""
 
-from detkit.models.necks import pafpn  # noqa: F401
+from detkit.models.necks import pafpn, repgd  # noqa: F401

@@ -1,0 +1,64 @@
+"""AKConv: convolution with any number of samples at learnt places (arXiv 2311.11587, also called LDConv)."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from detkit.registry import BLOCKS
+
+
+@BLOCKS.register("akconv")
+class AKConv(nn.Module):
+    """Sample N points around every position, bilinearly, and mix them: a conv block, (c1, c2, k, s).
+
+    The points start on a compact grid (rows of round(sqrt N), the rest in one more row), anchored at the position;
+    a 3x3 convolution moves each. Points beyond the border take the value at the border.
+
+    Args:
+        k: of the convolution that this stands in for; the number of points takes its place.
+        n: N, the number of points.
+    """
+
+    slot = "conv"
+
+    def __init__(self, c1: int, c2: int, k: int = 3, s: int = 1, n: int = 3) -> None:
+        super().__init__()
+        self.n = n
+        self.stride = s
+        self.p_conv = nn.Conv2d(c1, 2 * n, 3, s, 1)
+        self.p_conv.lr_factor = 0.1  # engine/optim.py gives it a parameter group of its own
+        nn.init.zeros_(self.p_conv.weight)
+        norm = nn.BatchNorm2d(c2, eps=1e-3, momentum=0.03)
+        self.conv = nn.Sequential(nn.Conv2d(c1, c2, (n, 1), (n, 1), bias=False), norm, nn.SiLU(inplace=True))
+        self.register_buffer("base_n2", base_grid(n), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, c1, H, W) -> (B, c2, H / s, W / s), rounded up."""
+        return self.conv(self.sample(x, self.p_conv(x)))
+
+    def sample(self, x: Tensor, offsets: Tensor) -> Tensor:
+        """Sample (B, C, H, W) at the moved points: offsets (B, 2N, h, w), rows first -> (B, C, h * N, w).
+
+        Coordinates stay in float32 under autocast: half precision would round 159.03 to 159.
+        """
+        height, width = x.shape[-2:]
+        batch, _, h, w = offsets.shape
+        with torch.autocast(x.device.type, enabled=False):
+            values = x.to(torch.promote_types(x.dtype, torch.float32))
+            rows_bnhw, columns_bnhw = offsets.to(values.dtype).chunk(2, 1)
+            base_n2 = self.base_n2.to(values.dtype)
+            y = torch.arange(h, device=x.device, dtype=values.dtype) * self.stride
+            rows_bnhw = rows_bnhw + base_n2[:, 0].view(-1, 1, 1) + y.view(-1, 1)
+            z = torch.arange(w, device=x.device, dtype=values.dtype) * self.stride
+            columns_bnhw = columns_bnhw + base_n2[:, 1].view(-1, 1, 1) + z
+            grid = torch.stack(((2 * columns_bnhw + 1) / width - 1, (2 * rows_bnhw + 1) / height - 1), -1)
+            grid = grid.transpose(1, 2).reshape(batch, h * self.n, w, 2)  # a position's N samples stand in one column
+            sampled = F.grid_sample(values, grid, mode="bilinear", padding_mode="border", align_corners=False)
+        return sampled.to(x.dtype)
+
+
+def base_grid(n: int) -> Tensor:
+    """Return where the N points start, (N, 2) as (row, column), from (0, 0)."""
+    side = round(n**0.5)
+    index = torch.arange(n)
+    return torch.stack((index // side, index % side), -1).float()

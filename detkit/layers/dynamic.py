@@ -1,0 +1,111 @@
+"""ParameterNet's dynamic convolution: a mixture of experts in the kernel itself (arXiv 2306.14525).
+
+Many parameters, few FLOPs: every image mixes its own kernel out of a few experts, then convolves once.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from detkit.registry import BLOCKS
+
+
+class MixedConv2d(nn.Module):
+    """Convolution whose kernel each sample mixes from E experts: ``sum_e r_e W_e``.
+
+    Args:
+        experts: E, each stored flat as (out * in / groups * k * k).
+    """
+
+    def __init__(self, c1: int, c2: int, k: int, s: int, groups: int, experts: int) -> None:
+        super().__init__()
+        self.kernel_shape = (c2, c1 // groups, k, k)
+        self.stride = s
+        self.groups = groups
+        self.weight = nn.Parameter(torch.empty(experts, c2 * (c1 // groups) * k * k))
+        self.register_parameter("bias", None)  # comes with a folded batch norm, and is not mixed
+        with torch.no_grad():
+            for expert in self.weight:
+                nn.init.kaiming_uniform_(expert.view(self.kernel_shape), a=5**0.5)
+
+    def forward(self, x: Tensor, routing_be: Tensor) -> Tensor:
+        """(B, c1, H, W) and mixing weights (B, E) -> (B, c2, H / s, W / s)."""
+        c2, _, k, _ = self.kernel_shape
+        if torch.compiler.is_exporting():  # a graph's number of groups is fixed, its batch is not
+            return self._mix_outputs(x, routing_be)
+        batch, _, height, width = x.shape
+        kernels = (routing_be @ self.weight).view(batch * c2, *self.kernel_shape[1:])
+        folded = x.reshape(1, -1, height, width)  # the batch becomes groups
+        out = F.conv2d(folded, kernels, None, self.stride, k // 2, groups=batch * self.groups)
+        out = out.view(batch, c2, *out.shape[-2:])
+        return out if self.bias is None else out + self.bias.view(-1, 1, 1)
+
+    def _mix_outputs(self, x: Tensor, routing_be: Tensor) -> Tensor:
+        """The same by linearity: every expert convolves, their outputs are mixed. E times the FLOPs."""
+        k = self.kernel_shape[-1]
+        outputs = [
+            F.conv2d(x, expert.view(self.kernel_shape), None, self.stride, k // 2, groups=self.groups)
+            for expert in self.weight
+        ]
+        out = sum(y * r.view(-1, 1, 1, 1) for y, r in zip(outputs, routing_be.unbind(1), strict=True))
+        return out if self.bias is None else out + self.bias.view(-1, 1, 1)
+
+
+class RoutedConv2d(nn.Module):
+    """A MixedConv2d that routes by the image itself: average pool, linear, sigmoid (the weights need not sum to 1)."""
+
+    def __init__(self, c1: int, c2: int, k: int, s: int, groups: int, experts: int) -> None:
+        super().__init__()
+        self.routing = nn.Linear(c1, experts)
+        self.cond_conv = MixedConv2d(c1, c2, k, s, groups, experts)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, c1, H, W) -> (B, c2, H / s, W / s)."""
+        return self.cond_conv(x, self.routing(x.mean((2, 3))).sigmoid())
+
+
+@BLOCKS.register("dynamic_conv")
+class DynamicConv(nn.Module):
+    """Routed convolution (no bias, padding k // 2), batch norm, SiLU: a conv block, (c1, c2, k, s)."""
+
+    slot = "conv"
+
+    def __init__(self, c1: int, c2: int, k: int = 1, s: int = 1, groups: int = 1, experts: int = 4) -> None:
+        super().__init__()
+        norm = nn.BatchNorm2d(c2, eps=1e-3, momentum=0.03)
+        self.conv = nn.Sequential(RoutedConv2d(c1, c2, k, s, groups, experts), norm, nn.SiLU(inplace=True))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, c1, H, W) -> (B, c2, H / s, W / s)."""
+        return self.conv(x)
+
+    def fuse(self) -> None:
+        """Fold the batch norm into every expert, and its shift into one bias, in place."""
+        mixed, bn = self.conv[0].cond_conv, self.conv[1]
+        with torch.no_grad():
+            scale = bn.weight / torch.sqrt(bn.running_var + bn.eps)
+            experts = mixed.weight.view(-1, *mixed.kernel_shape) * scale.view(-1, 1, 1, 1)
+            mixed.weight.copy_(experts.flatten(1))
+            mixed.bias = nn.Parameter(bn.bias - bn.running_mean * scale, requires_grad=False)
+        self.conv[1] = nn.Identity()
+
+
+@BLOCKS.register("dynamic_bn_act")
+class DynamicBnAct(nn.Module):
+    """A whole DynamicConv, then a second batch norm and ReLU; a residual where asked: (c1, c2, k, s)."""
+
+    slot = "conv"
+
+    def __init__(
+        self, c1: int, c2: int, k: int = 1, s: int = 1, groups: int = 1, experts: int = 4, residual: bool = False
+    ) -> None:
+        super().__init__()
+        self.conv = DynamicConv(c1, c2, k, s, groups, experts)
+        self.bn1 = nn.BatchNorm2d(c2, eps=1e-3, momentum=0.03)
+        self.act = nn.ReLU(inplace=True)
+        self.residual = residual
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, c1, H, W) -> (B, c2, H / s, W / s)."""
+        y = self.act(self.bn1(self.conv(x)))
+        return x + y if self.residual else y

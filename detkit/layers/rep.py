@@ -1,0 +1,69 @@
+"""RepVGG: three branches to train, one convolution to deploy (arXiv 2101.03697)."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from detkit.layers.conv import fold_batch_norm
+
+
+class ConvBN(nn.Module):
+    """Conv2d without bias (padding k // 2) and batch norm: (B, c1, H, W) -> (B, c2, H / s, W / s)."""
+
+    def __init__(self, c1: int, c2: int, k: int = 1, s: int = 1) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(c1, c2, k, s, k // 2, bias=False)
+        self.bn = nn.BatchNorm2d(c2, eps=1e-3, momentum=0.03)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return bn(conv(x))."""
+        return self.bn(self.conv(x))
+
+    def fuse(self) -> None:
+        """Fold the batch norm into the convolution, in place."""
+        self.conv = fold_batch_norm(self.conv, self.bn)
+        self.bn = nn.Identity()
+
+
+class ConvBNReLU(ConvBN):
+    """ConvBN and ReLU, YOLOv6's "SimConv"."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return relu(bn(conv(x)))."""
+        return F.relu(super().forward(x))
+
+
+class RepVGG(nn.Module):
+    """ReLU of the sum of a 3x3 and a 1x1 convolution and, where the shape stays, the input, each with batch norm."""
+
+    def __init__(self, c1: int, c2: int, s: int = 1) -> None:
+        super().__init__()
+        self.rbr_dense = ConvBN(c1, c2, 3, s)
+        self.rbr_1x1 = ConvBN(c1, c2, 1, s)
+        same = c1 == c2 and s == 1
+        self.rbr_identity = nn.BatchNorm2d(c1, eps=1e-3, momentum=0.03) if same else None
+        self.rbr_deployed: nn.Conv2d | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, c1, H, W) -> (B, c2, H / s, W / s)."""
+        if self.rbr_deployed is not None:
+            return F.relu(self.rbr_deployed(x))
+        y = self.rbr_dense(x) + self.rbr_1x1(x)
+        return F.relu(y if self.rbr_identity is None else y + self.rbr_identity(x))
+
+    def fuse(self) -> None:
+        """Merge the branches into one biased 3x3 convolution, in place."""
+        dense, point = self.rbr_dense, self.rbr_1x1
+        merged = fold_batch_norm(dense.conv, dense.bn)
+        pointwise = fold_batch_norm(point.conv, point.bn)
+        with torch.no_grad():
+            merged.weight += F.pad(pointwise.weight, (1, 1, 1, 1))
+            merged.bias += pointwise.bias
+            if self.rbr_identity is not None:
+                bn = self.rbr_identity
+                scale = bn.weight / torch.sqrt(bn.running_var + bn.eps)
+                index = torch.arange(len(scale))
+                merged.weight[index, index, 1, 1] += scale
+                merged.bias += bn.bias - bn.running_mean * scale
+        self.rbr_deployed = merged
+        del self.rbr_dense, self.rbr_1x1, self.rbr_identity

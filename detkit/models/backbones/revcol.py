@@ -1,0 +1,201 @@
+"""RevCol: columns of a ConvNeXt-like network, each refining the one before it (arXiv 2212.11696)."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from detkit.errors import DetkitError
+from detkit.layers.reversible import Columns, run_columns, run_columns_reversibly
+from detkit.registry import BACKBONES
+
+STRIDES = (4, 8, 16, 32)
+MIN_ALPHA = 1e-3
+
+
+@BACKBONES.register("revcol")
+class RevCol(nn.Module):
+    """Features at strides 4, 8, 16 and 32 of the last column. Parameters are named as in the official checkpoints.
+
+    Args:
+        channels, layers: of the four levels, the same in every column.
+        columns: how many there are.
+        drop_path: probability of skipping a block, from 0 at the first to this at the last of a column.
+        save_memory: recompute features in backward instead of remembering them (layers/reversible.py).
+        keep_every: remember the features of every so many columns, which bounds rounding errors; 0: of the last only.
+        out_strides: strides of the features to return, ascending; derived by the builder.
+    """
+
+    def __init__(
+        self,
+        channels: Sequence[int] = (64, 128, 256, 512),
+        layers: Sequence[int] = (2, 2, 4, 2),
+        columns: int = 4,
+        drop_path: float = 0.1,
+        save_memory: bool = True,
+        keep_every: int = 4,
+        out_strides: Sequence[int] = (8, 16, 32),
+    ) -> None:
+        super().__init__()
+        if not set(out_strides) <= set(STRIDES):
+            raise DetkitError(f"backbone revcol has strides {list(STRIDES)}, the neck asks for {list(out_strides)}")
+        if columns < 1:
+            raise DetkitError(f"backbone.columns={columns} must be 1 or more")
+        self.stem = nn.Sequential(nn.Conv2d(3, channels[0], 4, 4), LayerNorm2d(channels[0]))
+        ramp = iter(np.linspace(0, drop_path, sum(layers)).tolist())
+        rates = [[next(ramp) for _ in range(count)] for count in layers]
+        for k in range(columns):
+            self.add_module(f"subnet{k}", Column(channels, rates, first=k == 0))
+        self.columns = columns
+        self.save_memory = save_memory
+        self.keep_every = keep_every
+        self.strides = tuple(out_strides)
+        self.out_channels = tuple(channels[STRIDES.index(stride)] for stride in out_strides)
+        self.apply(_init_weights)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        """(B, 3, H, W), sides dividing by 32 -> the last column's features at ``strides``."""
+        x = self.stem(x)
+        x = x.to(torch.promote_types(x.dtype, torch.float32))  # the chain of columns stays exact under autocast
+        subnets = [getattr(self, f"subnet{k}") for k in range(self.columns)]
+        alphas = [subnet.alphas() for subnet in subnets[1:]]
+        noise = [subnet.draw_noise(len(x), x.device) if self.training else [None] * 4 for subnet in subnets]
+        columns = Columns([subnet.levels() for subnet in subnets], noise)
+        if self.save_memory and torch.is_grad_enabled():
+            features = run_columns_reversibly(columns, x, alphas, self.kept_columns())
+        else:
+            features = run_columns(columns, x, alphas)
+        return tuple(features[STRIDES.index(stride)] for stride in self.strides)
+
+    def kept_columns(self) -> frozenset[int]:
+        """Return the columns whose features are remembered beside the last one's."""
+        if self.keep_every == 0:
+            return frozenset()
+        return frozenset(k for k in range(self.columns - 1) if (k + 1) % self.keep_every == 0)
+
+
+class Column(nn.Module):
+    """One column: four levels, and alpha, the share of the previous column's feature in each level's.
+
+    Args:
+        rates: DropPath rate of each block of each level.
+        first: no column comes before this one, so no level has an upper input.
+    """
+
+    def __init__(self, channels: Sequence[int], rates: Sequence[Sequence[float]], first: bool) -> None:
+        super().__init__()
+        for k, c in enumerate(channels):
+            # The first column's multiplies nothing; it is there because official checkpoints have it.
+            setattr(self, f"alpha{k}", nn.Parameter(torch.full((1, c, 1, 1), 0.5), requires_grad=not first))
+        for k in range(len(channels)):
+            setattr(self, f"level{k}", Level(channels, k, rates[k], first))
+
+    def levels(self) -> list[nn.Module]:
+        """Return the four levels, finest first."""
+        return [getattr(self, f"level{k}") for k in range(4)]
+
+    def alphas(self) -> tuple[Tensor, ...]:
+        """Return alpha of each level, kept at |alpha| >= MIN_ALPHA with its sign; gradients pass as if it were not."""
+        return tuple(_away_from_zero(getattr(self, f"alpha{k}")) for k in range(4))
+
+    def draw_noise(self, batch: int, device: torch.device) -> list[Tensor]:
+        """Draw what the levels' blocks drop: for each level (blocks, batch), uniform in 0..1."""
+        return [torch.rand(len(level.blocks), batch, device=device) for level in self.levels()]
+
+
+class Level(nn.Module):
+    """Fuse the finer feature of this column with the coarser one of the previous, then ConvNeXt blocks."""
+
+    def __init__(self, channels: Sequence[int], level: int, rates: Sequence[float], first: bool) -> None:
+        super().__init__()
+        self.fusion = Fusion(channels, level, first)
+        self.blocks = nn.Sequential(*(ConvNextBlock(channels[level], rate) for rate in rates))
+
+    def forward(self, lower: Tensor, upper: Tensor | None, noise: Tensor | None) -> Tensor:
+        """Finer feature, coarser feature or None, random numbers (blocks, B) or None -> (B, C, h, w)."""
+        x = self.fusion(lower, upper)
+        for k, block in enumerate(self.blocks):
+            x = block(x, None if noise is None else noise[k])
+        return x
+
+
+class Fusion(nn.Module):
+    """Down: 2x2 stride-2 convolution and LayerNorm, from level 1 on. Up: linear, LayerNorm, nearest x2, to level 2."""
+
+    def __init__(self, channels: Sequence[int], level: int, first: bool) -> None:
+        super().__init__()
+        self.down: nn.Module = nn.Identity()
+        if level > 0:
+            self.down = nn.Sequential(
+                nn.Conv2d(channels[level - 1], channels[level], 2, 2), LayerNorm2d(channels[level])
+            )
+        self.up = None
+        if not first and level + 1 < len(channels):
+            self.up = Upsample(channels[level + 1], channels[level])
+
+    def forward(self, lower: Tensor, upper: Tensor | None) -> Tensor:
+        """Sum of both at this level's size."""
+        x = self.down(lower)
+        return x if self.up is None else x + self.up(upper)
+
+
+class Upsample(nn.Module):
+    """Linear over channels, LayerNorm, nearest x2: (B, c1, h, w) -> (B, c2, 2h, 2w)."""
+
+    def __init__(self, c1: int, c2: int) -> None:
+        super().__init__()
+        self.channel_reschedule = nn.Sequential(nn.Linear(c1, c2), nn.LayerNorm(c2, eps=1e-6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """See the class."""
+        x = self.channel_reschedule(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        return F.interpolate(x, scale_factor=2, mode="nearest")
+
+
+class LayerNorm2d(nn.LayerNorm):
+    """LayerNorm over the channels of (B, C, H, W)."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels, eps=1e-6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise every pixel's channels."""
+        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+class ConvNextBlock(nn.Module):
+    """Depthwise 3x3, LayerNorm, linear x4, GELU, linear, gamma; dropped with probability ``rate``; residual."""
+
+    def __init__(self, channels: int, rate: float = 0.0) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.full((channels,), 1e-6))
+        self.dwconv = nn.Conv2d(channels, channels, 3, padding=1, groups=channels)
+        self.norm = nn.LayerNorm(channels, eps=1e-6)
+        self.pwconv1 = nn.Linear(channels, 4 * channels)
+        self.pwconv2 = nn.Linear(4 * channels, channels)
+        self.rate = rate
+
+    def forward(self, x: Tensor, noise: Tensor | None = None) -> Tensor:
+        """(B, C, h, w) and uniform numbers (B,), or None for no dropping -> (B, C, h, w)."""
+        y = self.norm(self.dwconv(x).permute(0, 2, 3, 1))
+        y = self.gamma * self.pwconv2(F.gelu(self.pwconv1(y)))
+        y = y.permute(0, 3, 1, 2)
+        if noise is not None and self.rate > 0:
+            keep = (noise >= self.rate).to(y.dtype) / (1 - self.rate)
+            y = y * keep.view(-1, 1, 1, 1)
+        return x + y
+
+
+def _away_from_zero(alpha: Tensor) -> Tensor:
+    with torch.no_grad():
+        sign = torch.where(alpha < 0, -1.0, 1.0).to(alpha.dtype)
+        correction = sign * alpha.abs().clamp(min=MIN_ALPHA) - alpha
+    return alpha + correction
+
+
+def _init_weights(module: nn.Module) -> None:
+    if isinstance(module, (nn.Conv2d, nn.Linear)):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+        nn.init.zeros_(module.bias)
