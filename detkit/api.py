@@ -35,7 +35,7 @@ def create_model(
     """
     groups = {"model": model, "backbone": backbone, "neck": neck, "head": head}
     chosen = [f"{group}={name}" for group, name in groups.items() if name is not None]
-    if num_classes < 1:
+    if not isinstance(num_classes, int) or num_classes < 1:
         raise DetkitError(f"num_classes={num_classes}: a detector needs one class or more")
     cfg = resolve(compose_config("train", ["~data", *chosen, *overrides]))  # no data set, and so none's preset
     check_values(cfg)
@@ -57,7 +57,9 @@ def load(path: str | Path) -> Detector:
 
 
 def list_models(kind: str = "model") -> list[str]:
-    """Return the names known to the command line for a kind: model, backbone, neck, head, block or loss.
+    """Return the names the command line knows for a kind: model, backbone, neck, head, block or loss.
+
+    These are the YAML files detkit comes with (and the registered blocks); a plugin's part is not among them.
 
     Raises:
         DetkitError: another kind.

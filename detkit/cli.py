@@ -10,15 +10,15 @@ import hydra
 from omegaconf import DictConfig
 
 from detkit.checks import check_values
-from detkit.config import CONFIG_ERRORS, GROUP_ERROR, config_dir, explain, import_plugins, resolve
+from detkit.config import CONFIG_ERRORS, GROUP_ERROR, check_known, config_dir, explain, import_plugins, resolve
 from detkit.errors import DetkitError, nearest
 from detkit.report.console import make_console
 
 TASKS = {
-    "train": "train a detector: python tools/train.py model=yolov8n data=coco data.root=DIR",
-    "eval": "COCO metrics of a checkpoint: python tools/eval.py ckpt=FILE",
-    "predict": "find objects in pictures: python tools/predict.py ckpt=FILE source=FILE_OR_FOLDER",
-    "benchmark": "time a training step: python tools/benchmark.py model=yolov8n",
+    "train": "train a detector: detkit train model=yolov8n data=coco data.root=DIR",
+    "eval": "COCO metrics of a checkpoint: detkit eval ckpt=FILE",
+    "predict": "find objects in pictures: detkit predict ckpt=FILE source=FILE_OR_FOLDER",
+    "benchmark": "time a training step: detkit benchmark model=yolov8n",
 }
 
 
@@ -31,6 +31,7 @@ def launch(task: str) -> None:
     def main(cfg: DictConfig) -> None:
         try:
             resolved = resolve(cfg)
+            check_known(resolved, task)
             check_values(resolved)
             import_plugins(resolved["plugins"])
             run(resolved)

@@ -4,7 +4,7 @@ import contextlib
 import importlib
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +68,7 @@ def import_plugins(names: Sequence[str]) -> None:
     """Import the modules of ``plugins=[...]``, which register parts of their own.
 
     Raises:
-        DetkitError: a module that cannot be found.
+        DetkitError: a module that cannot be found, or that fails.
     """
     if names and str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))
@@ -77,6 +77,8 @@ def import_plugins(names: Sequence[str]) -> None:
             importlib.import_module(name)
         except ModuleNotFoundError as error:
             raise DetkitError(f"plugins: cannot import '{name}' ({error}); is its folder on PYTHONPATH?") from None
+        except Exception as error:  # whatever somebody's module does when it is run
+            raise DetkitError(f"plugins: cannot import '{name}': {type(error).__name__}: {error}") from error
 
 
 def explain(error: Exception, name: str, overrides: Sequence[str] = ()) -> str:
@@ -96,9 +98,21 @@ def explain(error: Exception, name: str, overrides: Sequence[str] = ()) -> str:
         key, known = match.group(1), _known_keys(name, overrides)
         if key in known:  # a mapping with a key too many
             return f"cannot set '{key}': {str(error.__cause__).splitlines()[0]}; + in front would add it"
-        return f"there is no key '{key}'{nearest(key, known)} (+{key}=VALUE would add it)"
+        return f"there is no key '{key}'{nearest(key, known)}"
     cause = error.__cause__ or error
     return f"{text.splitlines()[0]} ({str(cause).splitlines()[0]})" if cause is not error else text.splitlines()[0]
+
+
+def check_known(cfg: Mapping[str, Any], name: str) -> None:
+    """Check that nothing was added (``+key=``) at the top of a configuration, where nobody would read it.
+
+    Raises:
+        DetkitError: names the key and the nearest that exists.
+    """
+    known = _known_keys(name, ())
+    for key in cfg:
+        if key not in known:
+            raise DetkitError(f"there is no key '{key}'{nearest(key, known)}")
 
 
 def _known_keys(name: str, overrides: Sequence[str]) -> list[str]:

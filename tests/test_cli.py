@@ -40,7 +40,7 @@ MISTAKES = [
     ("train", ["trainer.epoks=3"], "there is no key 'trainer.epoks'; did you mean 'trainer.epochs'?"),
     ("train", ["bakbone=csp_darknet"], "did you mean 'backbone'?"),
     ("train", ["data=coco"], "data.root is not set"),
-    ("train", ["data=coco", "data.root=/nowhere"], "cannot read annotations /nowhere/annotations/instances_train.json"),
+    ("train", ["data=coco", "data.root=/nowhere"], "data.root=/nowhere is not a folder"),
     ("train", ["trainer.epochs=0"], "trainer.epochs=0 must be a whole number, 1 or more"),
     ("train", ["batch_size=1.5"], "batch_size=1.5 must be a whole number"),
     ("train", ["image_size=100"], "image_size=100 must be a multiple of 32 pixels, 64 or more"),
@@ -58,7 +58,8 @@ MISTAKES = [
         ["data=coco", "data.train_imges=x"],
         "there is no key 'data.train_imges'; did you mean 'data.train_images'?",
     ),
-    ("train", ["data=coco", "data.root=2024"], "cannot read annotations"),
+    ("train", ["data=coco", "data.root=2024"], "2024 is not a folder"),
+    ("train", ["+modle=yolov8n"], "there is no key 'modle'; did you mean 'model'?"),
     ("eval", ["ckpt=x", "split=test"], "split=test must be train or val"),
     ("eval", ["ckpt=x", "score=abc"], "score=abc must be a number from 0 to 1"),
     ("train", ["augment.transforms={Blurr: {p: 1}}"], "cannot set 'augment.transforms': Key 'Blurr' is not in struct"),
@@ -190,3 +191,6 @@ def test_a_plugin_brings_a_part(tmp_path, monkeypatch):
     assert build_detector(cfg, ["a"]).backbone.out_channels == (24, 24, 24)
     with pytest.raises(DetkitError, match="plugins: cannot import 'your_backbone'"):
         import_plugins(["your_backbone"])
+    (tmp_path / "broken.py").write_text("x = (")
+    with pytest.raises(DetkitError, match="plugins: cannot import 'broken': SyntaxError"):
+        import_plugins(["broken"])

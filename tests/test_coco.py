@@ -115,3 +115,5 @@ def test_mistakes_in_a_file_are_named(coco_set, text, sentence):
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(DetkitError, match=r"cannot read annotations .*instances_train\.json: No such file"):
         read_coco("train", root=str(tmp_path))
+    with pytest.raises(DetkitError, match=r"data\.root=.*gone is not a folder"):
+        read_coco("train", root=str(tmp_path / "gone"))

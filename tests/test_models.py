@@ -144,6 +144,7 @@ def test_predict_takes_arrays_files_folders_and_lists(tmp_path, shapes_root):
         (tmp_path, "holds no images"),
         (tmp_path / "no.jpg", "does not exist"),
         (array[..., 0], "uint8 RGB"),
+        (3, "not int"),
     ):
         with pytest.raises(DetkitError, match=sentence):
             detector.predict(source)

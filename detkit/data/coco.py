@@ -15,15 +15,21 @@ from detkit.registry import DATASETS
 def read_coco(
     split: str,
     *,
-    root: str,
+    root: str | int,
     train_images: str = "images/train",
     train_annotations: str = "annotations/instances_train.json",
     val_images: str = "images/val",
     val_annotations: str = "annotations/instances_val.json",
 ) -> Annotations:
-    """Read the ``"train"`` or ``"val"`` split; the folders and files are relative to ``root``."""
+    """Read the ``"train"`` or ``"val"`` split; the folders and files are relative to ``root``.
+
+    Raises:
+        DetkitError: ``root`` is no folder, or as ``read_coco_json``.
+    """
+    if not Path(str(root)).is_dir():
+        raise DetkitError(f"data.root={root} is not a folder")
     images, annotations = {"train": (train_images, train_annotations), "val": (val_images, val_annotations)}[split]
-    return read_coco_json(Path(root) / annotations, Path(root) / images)
+    return read_coco_json(Path(str(root)) / annotations, Path(str(root)) / images)
 
 
 def read_coco_json(file: Path, image_dir: Path) -> Annotations:

@@ -94,7 +94,7 @@ class Trainer:
         self.step.detector.train()
         sums: dict[str, torch.Tensor] = {}
         images = 0
-        start = time.perf_counter()
+        start = shown = time.perf_counter()
         total = self.epochs * len(self.train_loader)
         with show_progress(f"epoch {epoch + 1}/{self.epochs}", len(self.train_loader), self.log.console) as bar:
             for k, batch in enumerate(self.train_loader.epoch(epoch), 1):
@@ -106,11 +106,13 @@ class Trainer:
                     sums[name] = sums.get(name, 0) + term.detach()
                 images += len(batch.images)
                 info = None
-                if k == 1 or k % 10 == 0:  # reading the losses waits for the device: not at every step
-                    speed = images / (time.perf_counter() - start)
+                now = time.perf_counter()
+                if now - shown > 1 or k == len(self.train_loader):  # reading the losses waits for the device
+                    shown = now
+                    speed = images / (now - start)
                     left = (total - self.state.step) * images / k / speed
                     means = "  ".join(f"{name} {value.item() / k:.3f}" for name, value in sums.items())
-                    info = f"{means}  {speed:.0f} images/s  {clock(left)} left"
+                    info = f"{means}  {speed:.0f} images/s  {clock(left)} left of the run"
                 bar.advance(info)
         means = {name: value.item() / len(self.train_loader) for name, value in sums.items()}
         return means, images / (time.perf_counter() - start)

@@ -73,6 +73,9 @@ class Detector(nn.Module):
         Returns:
             One Detections a picture, boxes in the picture's own pixels.
         """
+        for name, value in (("score", score), ("iou", iou)):
+            if not isinstance(value, (int, float)) or not 0 <= value <= 1:
+                raise DetkitError(f"{name}={value} must be a number from 0 to 1")
         size = image_size or self.cfg.get("image_size", 640)
         was_training = self.training
         self.eval()
@@ -154,6 +157,10 @@ def _pictures(source: Source) -> Iterator[tuple[Path | None, np.ndarray]]:
     elif isinstance(source, (str, Path)):
         for file in list_pictures(Path(source)):
             yield file, read_image(file)
+    elif not isinstance(source, Sequence):
+        raise DetkitError(
+            f"a source is a path, a folder, an image array or a list of these, not {type(source).__name__}"
+        )
     else:
         for item in source:
             yield from _pictures(item)

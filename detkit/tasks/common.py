@@ -38,13 +38,23 @@ def make_run_dir(cfg: Mapping[str, Any], task: str, name: str) -> Path:
         raise DetkitError(f"cannot create the run directory {error.filename}: {error.strerror}") from None
 
 
+def model_name(cfg: Mapping[str, Any]) -> str:
+    """Return the model's name and the parts put in place of its own, such as ``yolov8s_revcol_tiny``."""
+    swapped = []
+    if HydraConfig.initialized():
+        typed = [override.partition("=") for override in HydraConfig.get().overrides.task]
+        swapped = [option for group, _, option in typed if group in ("backbone", "neck", "head", "loss")]
+    return "_".join((cfg["model"]["name"], *swapped))
+
+
 def _sweep_folder() -> Path | None:
     """Return a job's folder in a sweep, named by its number and what it was swept over; None outside a sweep."""
     if not HydraConfig.initialized() or HydraConfig.get().mode is not RunMode.MULTIRUN:
         return None
     hydra = HydraConfig.get()
-    swept = [override for override in hydra.overrides.task if override not in sys.argv]
-    choices = re.sub(r"[^\w.+-]+", "-", "_".join(swept))[:100]
+    typed = {argument.replace(" ", "") for argument in sys.argv}
+    swept = [override for override in hydra.overrides.task if override.replace(" ", "") not in typed]
+    choices = re.sub(r"[^\w.+-]+", "-", "_".join(swept)).strip("-")[:100]
     return Path(hydra.sweep.dir) / f"{hydra.job.num}_{choices}"
 
 

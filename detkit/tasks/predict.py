@@ -46,7 +46,7 @@ def run(cfg: dict[str, Any]) -> list[dict[str, Any]]:
         records.append(as_record(file, found))
         console.print(f"{file.name}: {_count(found)}")
     write_atomically(run_dir / "predictions.json", json.dumps(records, indent=1).encode())
-    console.print(f"{len(records)} pictures and predictions.json: {run_dir}")
+    console.print(f"{len(records)} of {len(files)} pictures, and predictions.json: {run_dir}")
     if unreadable:
         more = f" (and {len(unreadable) - 1} more)" if len(unreadable) > 1 else ""
         raise DetkitError(unreadable[0] + more)

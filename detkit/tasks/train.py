@@ -22,7 +22,7 @@ from detkit.models.detector import Detector, build_detector
 from detkit.registry import LOSSES
 from detkit.report.console import make_console
 from detkit.report.tables import print_metrics
-from detkit.tasks.common import make_run_dir, read_split, val_loader
+from detkit.tasks.common import make_run_dir, model_name, read_split, val_loader
 
 
 def run(cfg: dict[str, Any]) -> dict[str, Any]:
@@ -51,16 +51,18 @@ def run(cfg: dict[str, Any]) -> dict[str, Any]:
     kept = load_weights(detector, str(cfg["weights"])) if cfg["weights"] is not None else []
     train_loader = _train_loader(train_set, cfg, device)
     step, recipe = _train_step(detector, cfg, precision, len(train_set), len(train_loader))
-    run_dir = make_run_dir(cfg, "train", f"{cfg['model']['name']}_{cfg['data']['name']}")
+    name = model_name(cfg)
+    run_dir = make_run_dir(cfg, "train", f"{name}_{cfg['data']['name']}")
     (run_dir / "config.yaml").write_text(yaml.safe_dump(cfg, sort_keys=False))
 
     parameters = sum(p.numel() for p in detector.parameters())
-    console.print(f"{cfg['model']['name']}: {parameters:,} parameters on {device}, {precision}")
-    for name, annotations in (("train", train_set), ("val", val_set)):
+    console.print(f"{name}: {parameters:,} parameters on {device}, {precision}")
+    for split, annotations in (("train", train_set), ("val", val_set)):
         left_out = f", {annotations.left_out} boxes without area left out" if annotations.left_out else ""
-        console.print(f"{name}: {len(annotations)} images, {len(annotations.labels)} boxes{left_out}")
+        console.print(f"{split}: {len(annotations)} images, {len(annotations.labels)} boxes{left_out}")
     if cfg["weights"] is not None:
-        console.print(f"weights: {cfg['weights']}; {len(kept)} tensors do not fit and start afresh")
+        names = f": {', '.join(kept[:2])}{', ...' if len(kept) > 2 else ''}" if kept else ""
+        console.print(f"weights: {cfg['weights']}; {len(kept)} tensors do not fit and start afresh{names}")
     console.print(f"{recipe.name}, learning rate {recipe.lr:g}; writing to {run_dir}")
 
     log = RunLog(run_dir, console)
