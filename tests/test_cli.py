@@ -44,6 +44,7 @@ MISTAKES = [
     ("train", ["trainer.epochs=0"], "trainer.epochs=0 must be a whole number, 1 or more"),
     ("train", ["batch_size=1.5"], "batch_size=1.5 must be a whole number"),
     ("train", ["image_size=100"], "image_size=100 must be a multiple of 32 pixels, 64 or more"),
+    ("train", ["image_size=null"], "image_size is not set"),
     ("train", ["device=tpu9"], "device=tpu9 must be auto, cpu, cuda or cuda:N"),
     ("train", ["amp=half"], "amp=half must be auto, off, bf16 or fp16"),
     ("train", ["workers=-1"], "workers=-1 must be auto, or a whole number"),

@@ -42,33 +42,66 @@ def read_coco_json(file: Path, image_dir: Path) -> Annotations:
         DetkitError: a missing or malformed file, record or image; names the file and the record.
     """
     content = _load(file)
-    categories = sorted(content["categories"], key=lambda c: _get(c, "id", int, file, "categories"))
-    category_ids = tuple(c["id"] for c in categories)
-    label_of = {category_id: label for label, category_id in enumerate(category_ids)}
-    class_names = tuple(str(_get(c, "name", (str, int), file, "categories")) for c in categories)
-    for what, values in (("id", category_ids), ("name", class_names)):
+    category_ids, class_names = _categories(content["categories"], file)
+    images = content["images"]
+    _check_images(images, file)
+    paths = [image_dir / image["file_name"] for image in images]
+    require_files(paths, file)
+
+    rows, left_out = _boxes(content["annotations"], images, category_ids, file)
+    rows.sort(key=lambda row: row[0])  # stable: an image's boxes keep the order of the file
+    table = np.array(rows, np.float64).reshape(-1, 8)
+    return Annotations(
+        source=file,
+        paths=paths,
+        image_ids=np.array([image["id"] for image in images], np.int64),
+        sizes=np.array([(image["height"], image["width"]) for image in images], np.int32),
+        offsets=np.searchsorted(table[:, 0], np.arange(len(images) + 1)),
+        boxes=np.ascontiguousarray(table[:, 1:5]),
+        labels=table[:, 5].astype(np.int64),
+        areas=np.ascontiguousarray(table[:, 6]),
+        crowd=table[:, 7].astype(bool),
+        class_names=class_names,
+        category_ids=category_ids,
+        left_out=left_out,
+    )
+
+
+def _categories(records: list[Any], file: Path) -> tuple[tuple[int, ...], tuple[str, ...]]:
+    """Return the categories' ids, ascending, and their names."""
+    ranked = sorted(records, key=lambda c: _get(c, "id", int, file, "categories"))
+    ids = tuple(c["id"] for c in ranked)
+    names = tuple(str(_get(c, "name", (str, int), file, "categories")) for c in ranked)
+    for what, values in (("id", ids), ("name", names)):
         if len(set(values)) < len(values):
             raise DetkitError(f"{file}: 'categories' holds the same {what} twice; give every class one of its own")
-    if not categories:
+    if not ids:
         raise DetkitError(f"{file}: 'categories' is empty, so there is nothing to detect")
+    return ids, names
 
-    images = content["images"]
+
+def _check_images(images: list[Any], file: Path) -> None:
+    """Check that every image has an id of its own, a file name and a size."""
     for k, image in enumerate(images):
         for key, kind in (("id", int), ("file_name", str), ("height", int), ("width", int)):
             _get(image, key, kind, file, f"images[{k}]")
         if not (0 < image["height"] < 2**31 and 0 < image["width"] < 2**31 and abs(image["id"]) < 2**63):
             raise DetkitError(f"{file}: images[{k}] needs a height and a width of 1 or more, and an id below 2^63")
-    position = {image["id"]: k for k, image in enumerate(images)}
     if not images:
         raise DetkitError(f"{file}: 'images' is empty")
-    if len(position) < len(images):
+    if len({image["id"] for image in images}) < len(images):
         raise DetkitError(f"{file}: 'images' holds the same id twice")
-    paths = [image_dir / image["file_name"] for image in images]
-    require_files(paths, file)
 
-    rows: list[tuple[int, float, float, float, float, int, float, bool]] = []
+
+def _boxes(
+    records: list[Any], images: list[dict[str, Any]], category_ids: tuple[int, ...], file: Path
+) -> tuple[list[tuple[float, ...]], int]:
+    """Return a row (image, x1, y1, x2, y2, label, area, crowd) for each box, and how many had no area."""
+    position = {image["id"]: k for k, image in enumerate(images)}
+    label_of = {category_id: label for label, category_id in enumerate(category_ids)}
+    rows: list[tuple[float, ...]] = []
     left_out = 0
-    for k, record in enumerate(content["annotations"]):
+    for k, record in enumerate(records):
         where = f"annotations[{k}]"
         image = position.get(_get(record, "image_id", int, file, where))
         label = label_of.get(_get(record, "category_id", int, file, where))
@@ -86,24 +119,8 @@ def read_coco_json(file: Path, image_dir: Path) -> Annotations:
             area = (x2 - x1) * (y2 - y1)
         if not is_finite(area) or area < 0 or crowd not in (0, 1):
             raise DetkitError(f"{file}: {where} needs an 'area' of 0 or more and an 'iscrowd' of 0 or 1")
-        rows.append((image, x1, y1, x2, y2, label, area, bool(crowd)))
-
-    rows.sort(key=lambda row: row[0])  # stable: an image's boxes keep the order of the file
-    table = np.array(rows, np.float64).reshape(-1, 8)
-    return Annotations(
-        source=file,
-        paths=paths,
-        image_ids=np.array([image["id"] for image in images], np.int64),
-        sizes=np.array([(image["height"], image["width"]) for image in images], np.int32),
-        offsets=np.searchsorted(table[:, 0], np.arange(len(images) + 1)),
-        boxes=np.ascontiguousarray(table[:, 1:5]),
-        labels=table[:, 5].astype(np.int64),
-        areas=np.ascontiguousarray(table[:, 6]),
-        crowd=table[:, 7].astype(bool),
-        class_names=class_names,
-        category_ids=category_ids,
-        left_out=left_out,
-    )
+        rows.append((image, x1, y1, x2, y2, label, area, crowd))
+    return rows, left_out
 
 
 def _load(file: Path) -> dict[str, list[dict[str, Any]]]:

@@ -25,6 +25,7 @@ class RevCol(nn.Module):
         drop_path: probability of skipping a block, from 0 at the first to this at the last of a column.
         save_memory: recompute features in backward instead of remembering them (layers/reversible.py).
         keep_every: remember the features of every so many columns, which bounds rounding errors; 0: of the last only.
+            1 never divides by an alpha, which near 0 would magnify them.
         out_strides: strides of the features to return, ascending; derived by the builder.
     """
 
