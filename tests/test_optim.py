@@ -26,6 +26,16 @@ def test_every_parameter_is_in_one_group():
     assert {name: g["weight_decay"] for name, g in groups.items()} == {"weight": 5e-4, "no_decay": 0, "bias": 0}
 
 
+def test_weights_decay_and_scales_do_not():
+    """One class makes a weight of (1, c, 1, 1), the shape of RevCol's alpha; only the weight decays."""
+    detector = detkit.create_model(backbone="revcol_tiny", num_classes=1, overrides=["backbone.columns=2"])
+    groups = {g["name"]: {id(p) for p in g["params"]} for g in parameter_groups(detector, 5e-4)}
+    for name, parameter in detector.named_parameters():
+        if parameter.requires_grad and ("alpha" in name or "gamma" in name):
+            assert id(parameter) in groups["no_decay"], name
+    assert {id(branch[-1].weight) for branch in detector.head.cls_branches} <= groups["weight"]
+
+
 @pytest.mark.parametrize(("batch", "expected"), [(1, 64), (16, 4), (48, 1), (64, 1), (256, 1)])
 def test_accumulation(batch, expected):
     assert accumulation(batch, 64) == expected

@@ -19,16 +19,16 @@ def accumulation(batch_size: int, nominal_batch: int) -> int:
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Sort the trainable parameters into ``weight`` (decayed), ``no_decay`` and ``bias``, each exactly once.
 
-    Convolution and linear weights decay; biases, norms and scale parameters (a single number a channel) do not. A
-    module with an attribute ``lr_factor`` has groups of its own, whose learning rate is multiplied by it.
+    Convolution and linear weights decay; biases, norms and scale parameters (RevCol's alpha and gamma) do not. A module
+    with an attribute ``lr_factor`` has groups of its own, whose learning rate is multiplied by it.
     """
     groups: dict[tuple[str, float], list[nn.Parameter]] = {}
     for module in model.modules():
         factor = getattr(module, "lr_factor", 1.0)
         for name, parameter in module.named_parameters(recurse=False):
             if parameter.requires_grad:
-                channels = max(parameter.shape)
-                kind = "bias" if name == "bias" else "no_decay" if parameter.numel() == channels else "weight"
+                matrix = name == "weight" and parameter.ndim >= 2
+                kind = "bias" if name == "bias" else "weight" if matrix else "no_decay"
                 groups.setdefault((kind, factor), []).append(parameter)
     decay = {"weight": weight_decay, "no_decay": 0.0, "bias": 0.0}
     return [
