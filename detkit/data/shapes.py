@@ -19,11 +19,11 @@ from detkit.data.coco import read_coco
 from detkit.errors import DetkitError
 from detkit.registry import DATASETS
 
-VERSION = "shapes-v1"  # of the drawings: a change of them is another folder
+VERSION = "shapes-v2"  # of the drawings: a change of them is another folder
 SPLITS = {"train": 400, "val": 100}
 SIZE = 256  # pixels
 OVERSAMPLING = 2  # drawn this much larger, for smooth edges
-MIN_SHAPE, MAX_SHAPE = 8, 100  # pixels across, before a slight squeeze
+MIN_SHAPE, MAX_SHAPE = 24, 120  # pixels across, before a slight squeeze
 MIN_VISIBLE = 0.5  # share of a shape that others may not cover
 
 
@@ -97,7 +97,7 @@ def draw_image(rng: np.random.Generator) -> tuple[np.ndarray, list[tuple[int, li
     owner = np.zeros(canvas.shape[:2], np.uint8)  # which shape a pixel shows, counted from 1; 0 is background
     labels: list[int] = []
     sizes, visible = np.zeros((2, 0), int)  # pixels of each shape, drawn and still to be seen
-    wanted = 0 if rng.random() < 0.06 else rng.integers(1, 9)
+    wanted = 0 if rng.random() < 0.06 else rng.integers(1, 7)
     for _ in range(wanted):
         label = int(rng.integers(len(OUTLINES)))
         corners = _place(rng, label, canvas.shape[0])
