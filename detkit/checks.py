@@ -61,6 +61,7 @@ RULES: dict[str, Rule] = {
     "rounds": _whole(1),
     "boxes": _whole(0),
     "num_classes": _whole(1),
+    "depth": _whole(1),
     "model.depth": POSITIVE,
     "model.width": POSITIVE,
     "trainer.epochs": _whole(1),
