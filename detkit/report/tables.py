@@ -6,7 +6,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from detkit.engine.composition import Finding
+from detkit.engine.properties import Finding
 
 STYLES = {"pass": "green", "fail": "bold red", "-": "dim"}
 
