@@ -2,12 +2,13 @@
 
 import pytest
 import torch
+from torch import nn
 
 from detkit.config import compose_config, group_options, resolve
 from detkit.engine.composition import Composition, check_gradients
 from detkit.engine.optim import Recipe, Schedule
 from detkit.engine.precision import Precision
-from detkit.engine.properties import fused_outputs, non_square_input
+from detkit.engine.properties import fused_outputs, non_square_input, output_shapes
 from detkit.engine.step import TrainStep
 from detkit.errors import DetkitError
 from detkit.models.detector import build_detector, build_loss
@@ -30,37 +31,32 @@ GRID = [
 ]
 
 
-def compose(overrides: list[str], device: torch.device) -> Composition:
-    cfg = resolve(compose_config("check", overrides))
+def build(cfg: dict, device: torch.device) -> Composition:
     with device:
         detector = build_detector(cfg, ["a", "b", "c"])
     return Composition(detector, build_loss(cfg, detector.head))
 
 
-def smaller(backbone: str) -> list[str]:
-    """What is no matter of composition: one column that follows another stands for all that do."""
-    return ["backbone.columns=2"] if "columns" in compose_config("check", [backbone]).backbone else []
-
-
-def train_step(composition: Composition) -> TrainStep:
-    optim = resolve(compose_config("train", ["~data"]))["optim"]
-    recipe = Recipe.pick(optim, batch_size=1, total_steps=1, num_classes=3)
-    schedule = Schedule.pick(recipe, optim, epochs=1, batches=1)
-    precision = Precision(CPU, None)
-    return TrainStep(composition.detector, composition.loss, recipe, schedule, precision, accumulate=2, clip=10.0)
+@pytest.fixture(scope="module")
+def optim() -> dict:
+    return resolve(compose_config("train", ["~data"]))["optim"]
 
 
 @pytest.mark.parametrize("words", GRID)
-def test_a_composition_trains_evaluates_and_fuses(words):
+def test_a_composition_trains_evaluates_and_fuses(words, optim):
     """At 64x96 and a batch of 1; every parameter gets a gradient. Large ones on the meta device: shapes only."""
-    overrides = words.split()
-    composition = compose(overrides, torch.device("meta"))
+    cfg = resolve(compose_config("check", words.split()))
+    composition = build(cfg, torch.device("meta"))
     if sum(p.numel() for p in composition.detector.parameters()) > LARGE:
-        non_square_input(composition)
+        output_shapes(composition)
         return
-    composition = compose([*overrides, *smaller(overrides[0])], CPU)
+    if "columns" in cfg["backbone"]:
+        cfg["backbone"]["columns"] = 2  # one that follows another stands for all that do
+    composition = build(cfg, CPU)
     detector = composition.detector
-    step = train_step(composition)
+    recipe = Recipe.pick(optim, batch_size=1, total_steps=1, num_classes=3)
+    schedule = Schedule.pick(recipe, optim, epochs=1, batches=1)
+    step = TrainStep(detector, composition.loss, recipe, schedule, Precision(CPU, None), accumulate=2, clip=10.0)
     terms = step(composition.batch(images=1, boxes=4), 0, 0)
     assert all(term.isfinite() for term in terms.values())
     check_gradients(detector)
@@ -73,3 +69,78 @@ def test_a_composition_trains_evaluates_and_fuses(words):
     assert [len(boxes) for boxes, _, _ in found] == [5, 5]
     composition.awaken()
     fused_outputs(composition)
+
+
+def test_the_grid_holds_every_option():
+    words = {word for words in GRID for word in words.split()}
+    assert {f"{group}={name}" for group in ("backbone", "neck", "head") for name in group_options(group)} <= words
+    slots = {"csp": "block", "conv": "downsample"}
+    places = {f"{part}.{slots[s]}={name}" for part in ("backbone", "neck") for s in slots for name in blocks(s)}
+    assert places <= words
+
+
+@BACKBONES.register("test_coarse")
+class Coarse(nn.Module):
+    """Has stride 32 only, whatever it is asked for."""
+
+    strides, out_channels = (32,), (8,)
+
+    def __init__(self, out_strides: tuple[int, ...]) -> None:
+        super().__init__()
+
+
+@BACKBONES.register("test_silent")
+class Silent(nn.Module):
+    """Does not say what it gives."""
+
+    def __init__(self, out_strides: tuple[int, ...]) -> None:
+        super().__init__()
+
+
+@NECKS.register("test_uneven")
+class Uneven(nn.Module):
+    """Declares more channels than strides."""
+
+    in_strides = (8, 16, 32)
+    out_channels, strides = (8, 8, 8), (8, 16)
+
+    def __init__(self, in_channels: tuple[int, ...], strides: tuple[int, ...]) -> None:
+        super().__init__()
+
+
+@NECKS.register("test_undecided")
+class Undecided(Uneven):
+    """Does not say what it takes."""
+
+    in_strides = None
+
+
+UNFIT = [  # what is composed, parts put in its place, and what is said
+    (["backbone.block=akconv"], {}, "block 'akconv' does not fit a csp slot: those that do are c2f"),
+    (["neck.downsample=c3"], {}, "block 'c3' does not fit a conv slot"),
+    (["neck=repgd", "neck.context=c2f"], {}, "block 'c2f' does not fit a context slot"),
+    (["neck=pafpn_p2", "neck.block=[c2f,c2f]"], {}, "neck.block lists 2 blocks"),
+    (
+        ["neck=repgd", "+neck.in_strides=[8,16,32]"],
+        {},
+        "neck 'repgd' takes the strides [4, 8, 16, 32], not [8, 16, 32]",
+    ),
+    (["neck.in_strides=[8,16,64]"], {}, "the neck asks for [8, 16, 64]"),
+    (["backbone=timm", "backbone.model=vit_tiny_patch16_224"], {}, "take one with a pyramid"),
+    ([], {"head": {"name": "yolov5", "anchors": {8: [9, 9], 16: [9, 9]}}}, "head.anchors has none for stride 32"),
+    (["head=yolov5", "loss=yolov8"], {}, "head 'yolov5' gives AnchorOutput: leave loss= out"),
+    (["loss=yolov5"], {}, "loss 'yolov5' learns from AnchorOutput"),
+    ([], {"backbone": {"name": "test_coarse"}}, "gives features at strides [32], neck 'pafpn' takes [8, 16, 32]"),
+    ([], {"backbone": {"name": "test_silent"}}, "backbone 'test_silent' must declare out_channels and strides"),
+    ([], {"neck": {"name": "test_uneven"}}, "neck 'test_uneven' must declare out_channels and strides"),
+    ([], {"neck": {"name": "test_undecided"}}, "neck 'test_undecided' must declare in_strides"),
+]
+
+
+@pytest.mark.parametrize(("overrides", "parts", "sentence"), UNFIT, ids=lambda value: str(value)[:60])
+def test_what_cannot_be_combined_says_why(overrides, parts, sentence):
+    """Before any work starts: nothing runs but the building of the parts."""
+    with pytest.raises(DetkitError) as error:
+        build(resolve(compose_config("check", overrides)) | parts, CPU)
+    assert sentence in str(error.value)
+    assert "\n" not in str(error.value)
