@@ -55,7 +55,7 @@ class Composition:
         """Train mode, forward (under autocast where a precision is given), loss, backward; return the loss.
 
         Raises:
-            PropertyError: the loss is not finite, or a parameter that learns has no finite gradient.
+            PropertyError: the loss or a gradient is not finite.
         """
         detector = self.detector.train()
         detector.zero_grad()
@@ -65,8 +65,14 @@ class Composition:
         if not loss.isfinite():
             raise PropertyError(f"the loss is {loss.item()}")
         loss.backward()
-        check_gradients(detector)
+        broken = [n for n, p in detector.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
+        if broken:
+            raise PropertyError(f"the gradient is not finite: {some(broken)}")
         return loss.item()
+
+    def without_gradient(self) -> list[str]:
+        """Return the names of the parameters that should learn, but got no gradient from the last backward pass."""
+        return [name for name, p in self.detector.named_parameters() if p.requires_grad and p.grad is None]
 
     @torch.no_grad()
     def awaken(self) -> None:
@@ -93,17 +99,6 @@ class Composition:
         finally:
             for norm, momentum in zip(norms, momenta, strict=True):
                 norm.momentum = momentum
-
-
-def check_gradients(detector: nn.Module) -> None:
-    """Raise PropertyError unless every parameter that learns has a finite gradient."""
-    learning = {name: p.grad for name, p in detector.named_parameters() if p.requires_grad}
-    missing = [name for name, grad in learning.items() if grad is None]
-    if missing:
-        raise PropertyError(f"no gradient: {some(missing)}")
-    broken = [name for name, grad in learning.items() if not grad.isfinite().all()]
-    if broken:
-        raise PropertyError(f"the gradient is not finite: {some(broken)}")
 
 
 def deviations(found: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor]) -> tuple[float, float]:

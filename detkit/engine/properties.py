@@ -74,18 +74,24 @@ def batch_of_one(composition: Composition) -> str:
 def unused_parameters(composition: Composition) -> str:
     """Every parameter that learns gets a finite gradient from the loss."""
     composition.backward(composition.batch(images=2, boxes=4))
-    learning = sum(p.requires_grad for p in composition.detector.parameters())
-    return f"all {learning} tensors that learn get a gradient"
+    silent = composition.without_gradient()
+    if silent:
+        raise PropertyError(f"no gradient reaches {some(silent)}")
+    return f"all {sum(p.requires_grad for p in composition.detector.parameters())} tensors that learn get a gradient"
 
 
 def empty_targets(composition: Composition) -> str:
-    """Images without boxes give a finite loss and gradients, alone and beside images with boxes."""
-    composition.backward(composition.batch(images=2, boxes=0))
+    """Images without boxes give a finite loss, and gradients to the same parameters as images with boxes."""
+    composition.backward(composition.batch(images=2, boxes=3))
+    silent = set(composition.without_gradient())
     padded = composition.batch(images=2, boxes=3)
-    padded.valid_bm[0] = False
-    composition.backward(padded)
     padded.valid_bm[:] = False
-    return f"loss {composition.backward(padded):.3g} without a box"
+    for batch in (composition.batch(images=2, boxes=0), padded):
+        loss = composition.backward(batch)
+        more = sorted(set(composition.without_gradient()) - silent)
+        if more:
+            raise PropertyError(f"without boxes no gradient reaches {some(more)}")
+    return f"loss {loss:.3g} without a box"
 
 
 def half_precision(composition: Composition) -> str:

@@ -59,10 +59,13 @@ def summarize(detector: nn.Module, image_size: int, depth: int) -> list[Row]:
 
     def walk(name: str, module: nn.Module, level: int) -> list[Row]:
         kind, shapes = type(module).__name__, tuple(dict.fromkeys(outputs.get(module, ())))
-        children = [(path, child) for path, child in _children(module) if id(child) not in seen]
+        children = _children(module)
         if level == depth or not children:
             return [Row(name, kind, shapes, *share(list(module.modules())), leaf=True)]
-        rows = [row for path, child in children for row in walk(f"{name}.{path}".lstrip("."), child, level + 1)]
+        rows: list[Row] = []
+        for path, child in children:
+            if id(child) not in seen:
+                rows += walk(f"{name}.{path}".lstrip("."), child, level + 1)
         own = Row(f"{name} (own)".strip(), kind, (), *share([module]), leaf=True)
         rows += [own] if own.parameters or own.flops else []
         leaves = [row for row in rows if row.leaf]
