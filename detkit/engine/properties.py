@@ -18,7 +18,7 @@ from detkit.models.detector import Detector
 
 FUSED_TOLERANCE = 1e-3  # deviation of boxes and of scores (composition.deviations)
 COPY_TOLERANCE = 1e-6
-HALF_TOLERANCE = 8  # times the deviation that rounding the weights causes; 1 to 3 times is usual
+HALF_TOLERANCE = 8  # times the deviation that rounding the weights causes; 1 to 4 times is usual
 REVERSED_TOLERANCE = 1e-6  # deviation of each parameter's gradient, in float64
 
 Check = Callable[[Composition], str]
