@@ -61,6 +61,7 @@ RULES: dict[str, Rule] = {
     "rounds": _whole(1),
     "boxes": _whole(0),
     "num_classes": _whole(1),
+    "depth": _whole(1),
     "model.depth": POSITIVE,
     "model.width": POSITIVE,
     "trainer.epochs": _whole(1),
@@ -96,6 +97,8 @@ def check_values(cfg: Mapping[str, Any]) -> None:
     for group in ("backbone", "neck", "head", "loss", "model", "optim", "trainer", "augment", "data"):
         if group in cfg and not isinstance(cfg[group], Mapping):
             raise DetkitError(f"{group}={cfg[group]} must be one of the options of configs/{group}")
+    if "ckpt" not in cfg and cfg.get("image_size", 0) is None:  # a checkpoint knows its own
+        raise DetkitError("image_size is not set: add image_size=640")
     for key, (words, allowed) in RULES.items():
         node: Any = cfg
         for part in key.split("."):

@@ -18,6 +18,8 @@ TASKS = {
     "train": "train a detector: detkit train model=yolov8n data=coco data.root=DIR",
     "eval": "COCO metrics of a checkpoint: detkit eval ckpt=FILE",
     "predict": "find objects in pictures: detkit predict ckpt=FILE source=FILE_OR_FOLDER",
+    "check": "try a composition on this machine: detkit check model=yolov8n backbone=revcol_tiny",
+    "summary": "shapes, parameters and GFLOPs of every module: detkit summary model=yolov8n",
     "benchmark": "time a training step: detkit benchmark model=yolov8n",
 }
 

@@ -73,6 +73,11 @@ MISTAKES = [
     ("eval", ["ckpt=none.safetensors"], "checkpoint none.safetensors does not exist"),
     ("predict", ["ckpt=none.safetensors", "source=x"], "checkpoint none.safetensors does not exist"),
     ("benchmark", ["task=sleep"], "task=sleep is unknown"),
+    ("check", ["backbone=revcol_tny"], "did you mean 'revcol_tiny'?"),
+    ("check", ["neck.block=[c2f,c2f]"], "neck.block lists 2 blocks"),
+    ("check", ["head=yolov5", "loss=yolov8"], "head 'yolov5' gives AnchorOutput: leave loss= out"),
+    ("check", ["image_size=null"], "image_size is not set"),
+    ("summary", ["depth=0"], "depth=0 must be a whole number, 1 or more"),
 ]
 
 

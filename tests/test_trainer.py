@@ -18,6 +18,7 @@ from detkit.config import compose_config, resolve
 from detkit.engine.checkpoint import read_checkpoint
 from detkit.engine.evaluator import METRICS, Evaluation
 from detkit.engine.logging import RunLog
+from detkit.engine.measure import random_batch
 from detkit.engine.optim import Recipe, Schedule
 from detkit.engine.precision import Precision
 from detkit.engine.step import TrainStep
@@ -26,7 +27,6 @@ from detkit.models.losses.task_aligned import TaskAlignedLoss
 from detkit.report.console import make_console
 from detkit.tasks import eval as eval_task
 from detkit.tasks import predict, train
-from detkit.tasks.benchmark import random_batch
 
 
 def test_a_run_directory_holds_what_it_should(finished_run: Path):
@@ -125,7 +125,7 @@ def halves(batch):
 def test_accumulated_gradients_are_the_sum_of_their_batches(make_step):
     """Two batches of 4 step the optimizer once, by the sum of what each would give alone."""
     torch.manual_seed(1)
-    first, second = halves(random_batch(8, 64, 3, 3))
+    first, second = halves(random_batch(8, (64, 64), 3, 3))
     alone = []
     for part in (first, second):
         step = make_step(accumulate=9)  # more than come: look before the optimizer acts
@@ -147,7 +147,7 @@ def test_accumulated_gradients_are_the_sum_of_their_batches(make_step):
 def test_gradients_are_clipped(make_step):
     step = make_step(accumulate=1, clip=1e-3)
     start = [p.detach().clone() for p in trainable(step)]
-    step(random_batch(8, 64, 3, 3), 0, 0)
+    step(random_batch(8, (64, 64), 3, 3), 0, 0)
     moved = torch.stack([(p.detach() - s).norm() for p, s in zip(trainable(step), start, strict=True)]).norm()
     assert 0 < float(moved) <= 0.01 * 1.9 * 1e-3 * 1.01
 

@@ -122,15 +122,34 @@ def build_detector(cfg: Mapping[str, Any], class_names: Sequence[str]) -> Detect
         DetkitError: an unknown name or keyword, or parts that do not fit; the sentence says which.
     """
     neck_spec = dict(cfg["neck"])
-    in_strides = neck_spec.pop("in_strides", None) or NECKS.get(neck_spec.get("name", "")).in_strides
+    in_strides = neck_spec.pop("in_strides", None) or getattr(NECKS.get(neck_spec.get("name", "")), "in_strides", None)
+    if not in_strides:
+        raise DetkitError(f"neck '{neck_spec['name']}' must declare in_strides, such as (8, 16, 32): what it takes")
     backbone = BACKBONES.build(cfg["backbone"], out_strides=tuple(in_strides))
+    _check_declaration(backbone, f"backbone '{cfg['backbone']['name']}'")
+    if tuple(backbone.strides) != tuple(in_strides):
+        raise DetkitError(
+            f"backbone '{cfg['backbone']['name']}' gives features at strides {list(backbone.strides)}, "
+            f"neck '{neck_spec['name']}' takes {list(in_strides)}: choose another of the two"
+        )
     neck = NECKS.build(neck_spec, in_channels=backbone.out_channels, strides=backbone.strides)
+    _check_declaration(neck, f"neck '{neck_spec['name']}'")
     head = HEADS.build(cfg["head"], in_channels=neck.out_channels, strides=neck.strides, num_classes=len(class_names))
     for module in (*backbone.modules(), *neck.modules(), *head.modules()):
         if isinstance(module, nn.BatchNorm2d):
             module.eps, module.momentum = 1e-3, 0.03  # YOLOv8's, whatever the part was made with
     head.init_bias()
     return Detector(backbone, neck, head, class_names, cfg).to(memory_format=torch.channels_last)
+
+
+def _check_declaration(part: nn.Module, name: str) -> None:
+    """Check that a backbone or neck says what it gives."""
+    channels, strides = getattr(part, "out_channels", None), getattr(part, "strides", None)
+    if not isinstance(channels, Sequence) or not isinstance(strides, Sequence) or len(channels) != len(strides):
+        raise DetkitError(
+            f"{name} must declare out_channels and strides, one of each a feature map: "
+            f"it has out_channels {channels} and strides {strides}"
+        )
 
 
 def build_loss(cfg: Mapping[str, Any], head: nn.Module) -> nn.Module:

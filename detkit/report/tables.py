@@ -1,10 +1,14 @@
 """Tables for the terminal."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+
+from detkit.engine.properties import Finding
+
+STYLES = {"pass": "green", "fail": "bold red", "-": "dim"}
 
 
 def print_metrics(metrics: Mapping[str, Any], console: Console) -> None:
@@ -19,6 +23,20 @@ def print_metrics(metrics: Mapping[str, Any], console: Console) -> None:
     table.add_row("all", str(boxes), *(_number(metrics[name]) for name in names), style="bold")
     for name, row in per_class.items():
         table.add_row(name, str(row["boxes"]), _number(row["AP"]), _number(row["AP50"]))
+    console.print(table, soft_wrap=False)
+
+
+def print_findings(checks: Sequence[Finding], figures: Sequence[Finding], console: Console) -> None:
+    """Print what came of every check, then the figures; a figure that could not be had shows as failed."""
+    table = Table(header_style="bold")
+    for name in ("check", "", "what was seen"):
+        table.add_column(name, overflow="fold")
+    for finding in checks:
+        table.add_row(finding.title, finding.status, finding.words, style=STYLES[finding.status])
+    table.add_section()
+    for finding in figures:
+        failed = finding.status == "fail"
+        table.add_row(finding.title, "fail" if failed else "", finding.words, style=STYLES["fail"] if failed else None)
     console.print(table, soft_wrap=False)
 
 

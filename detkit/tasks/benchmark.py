@@ -13,13 +13,13 @@ import torch
 from rich.table import Table
 
 from detkit.config import import_plugins
+from detkit.engine.measure import random_batch
 from detkit.engine.optim import Recipe, Schedule
 from detkit.engine.precision import Precision, keep_freed_memory, make_deterministic, pick_device
 from detkit.engine.step import TrainStep
 from detkit.errors import DetkitError
 from detkit.models.detector import build_detector, build_loss
 from detkit.report.console import make_console
-from detkit.structures import Batch
 
 WARMUP = 2  # steps before the clock starts
 
@@ -124,15 +124,6 @@ def _make_step(cfg: dict[str, Any], variant: Variant) -> Callable[[], object]:
     recipe = Recipe.pick(cfg["optim"], batch_size=images, total_steps=1, num_classes=cfg["num_classes"])
     schedule = Schedule.pick(recipe, cfg["optim"], epochs=1, batches=1)
     step = TrainStep(detector, build_loss(cfg, detector.head), recipe, schedule, precision, accumulate=1, clip=10.0)
-    batch = random_batch(images, cfg["image_size"], cfg["boxes"], cfg["num_classes"]).to(device)
+    batch = random_batch(images, (cfg["image_size"],) * 2, cfg["boxes"], cfg["num_classes"]).to(device)
     batch.images = batch.images.to(memory_format=layout)
     return lambda: step(batch, 0, 0)
-
-
-def random_batch(images: int, size: int, boxes: int, num_classes: int) -> Batch:
-    """Return noise images of ``size`` x ``size`` pixels with random boxes of a tenth to a third of the side."""
-    corner = torch.rand(images, boxes, 2) * size * 0.65
-    extent = (0.1 + 0.23 * torch.rand(images, boxes, 2)) * size
-    labels = torch.randint(num_classes, (images, boxes))
-    pixels = torch.randint(256, (images, 3, size, size), dtype=torch.uint8)
-    return Batch(pixels, torch.cat((corner, corner + extent), -1), labels, torch.ones_like(labels, dtype=torch.bool))

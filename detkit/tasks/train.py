@@ -31,8 +31,6 @@ def run(cfg: dict[str, Any]) -> dict[str, Any]:
         DetkitError: a user's mistake, found before the first step where that is possible.
     """
     console = make_console()
-    if cfg["image_size"] is None:
-        raise DetkitError("image_size is not set: add image_size=640")
     device = pick_device(cfg["device"])
     precision = Precision.pick(cfg["amp"], device)
     make_deterministic(cfg["seed"])

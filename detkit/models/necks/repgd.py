@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from detkit.errors import DetkitError
 from detkit.layers.conv import BlockSpec, Conv, build_block
 from detkit.layers.rep import ConvBN, ConvBNReLU, RepVGG
 from detkit.models.scaling import scaled_width
@@ -59,6 +60,8 @@ class RepGD(nn.Module):
         drop_path: float = 0.0,
     ) -> None:
         super().__init__()
+        if tuple(strides) != self.in_strides:
+            raise DetkitError(f"neck 'repgd' takes the strides {list(self.in_strides)}, not {list(strides)}")
         c2, c3, c4, c5 = in_channels
         p3, p4, p5 = (scaled_width(base, width, max_channels) for base in widths)
         self.context = nn.Identity()
