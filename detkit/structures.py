@@ -96,6 +96,23 @@ class DenseOutput:
 
 
 @dataclass
+class AnchorOutput(DenseOutput):
+    """The same of a head with anchors: a point stands once for each anchor of its level.
+
+    ``reg`` is (B, A, 4): logits of the box's centre x, y and of its width and height (ops/anchors.py).
+
+    Attributes:
+        objectness: (B, A, 1) logits.
+        anchors: (A, 2) width and height in pixels.
+        levels: rows, columns and anchors a cell of each level; A runs over levels, rows, columns, anchors.
+    """
+
+    objectness: Tensor
+    anchors: Tensor
+    levels: tuple[tuple[int, int, int], ...]
+
+
+@dataclass
 class Detections:
     """The objects found in one image.
 

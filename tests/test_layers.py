@@ -6,15 +6,15 @@ from torch import nn
 
 from detkit.errors import DetkitError
 from detkit.layers.conv import Conv, build_block, per_stage
-from detkit.layers.csp import C2f
+from detkit.layers.csp import C3, C2f
 from detkit.layers.pooling import SPPF
 
 
 @pytest.mark.parametrize(
     ("name", "block"),
     [
-        ("v8_conv_k3s2", lambda: Conv(6, 10, 3, 2)),
         ("v8_c2f_n2_shortcut", lambda: C2f(12, 16, 2, True)),
+        ("v5_c3_n2", lambda: C3(12, 16, 2, True)),
         ("v8_sppf", lambda: SPPF(16, 20)),
     ],
 )
@@ -60,7 +60,7 @@ def test_block_slots():
     ("slot", "spec", "sentence"),
     [
         ("csp", "c2", "unknown block 'c2': known are .*; did you mean 'c2f'"),
-        ("csp", "conv", "block 'conv' does not fit a csp slot: those that do are c2f"),
+        ("csp", "conv", "block 'conv' does not fit a csp slot: those that do are c2f, c3, c3_akconv"),
         ("conv", 5, "a conv block is a name or a mapping {name, arguments}, not 5"),
         ("conv", {"k": 3}, "block.name is not set"),
     ],

@@ -24,7 +24,6 @@ def high_ifm() -> nn.Module:
 @pytest.mark.parametrize(
     ("name", "block"),
     [
-        ("dynconv_k3s2", lambda: DynamicConv(6, 10, 3, 2)),
         ("dynconv_k1s1_g2_e2", lambda: DynamicConv(6, 10, 1, 1, 2, 2)),
         ("dynbnact_k3s2", lambda: DynamicBnAct(6, 10, 3, 2)),
         ("gold_repvgg_identity", lambda: RepVGG(8, 8)),

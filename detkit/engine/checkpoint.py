@@ -77,8 +77,11 @@ def build_from_checkpoint(path: str | Path) -> Detector:
         DetkitError: as ``read_checkpoint``, or weights that do not fit the config in the header.
     """
     checkpoint = read_checkpoint(path)
+    cfg = dict(checkpoint.cfg)
+    if cfg["backbone"].get("pretrained"):
+        cfg["backbone"] = {**cfg["backbone"], "pretrained": False}  # the weights are here
     try:
-        detector = build_detector(checkpoint.cfg, checkpoint.class_names)
+        detector = build_detector(cfg, checkpoint.class_names)
     except DetkitError as error:
         plugins = checkpoint.cfg.get("plugins")  # never imported on a file's word
         hint = f"; it was trained with plugins={plugins}: import these first, or pass the same" if plugins else ""

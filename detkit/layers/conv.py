@@ -70,13 +70,16 @@ def fold_batch_norm(conv: nn.Conv2d, bn: nn.BatchNorm2d) -> nn.Conv2d:
 
 @BLOCKS.register("conv")
 class Conv(nn.Module):
-    """Conv2d without bias (padding k // 2), batch norm, SiLU: (B, c1, H, W) -> (B, c2, H / s, W / s)."""
+    """Conv2d without bias, batch norm, SiLU: (B, c1, H, W) -> (B, c2, H / s, W / s).
+
+    The padding is (k - 1) // 2, so that a stride of 2 halves even sides with odd and with even kernels.
+    """
 
     slot = "conv"
 
     def __init__(self, c1: int, c2: int, k: int = 1, s: int = 1) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(c1, c2, k, s, k // 2, bias=False)
+        self.conv = nn.Conv2d(c1, c2, k, s, (k - 1) // 2, bias=False)
         self.bn = nn.BatchNorm2d(c2, eps=1e-3, momentum=0.03)
         self.act = nn.SiLU(inplace=True)
 

@@ -1,4 +1,4 @@
-"""Cross-stage-partial blocks: part of the channels goes through bottlenecks, part goes around.
+"""Cross-stage-partial blocks: part of the channels goes through bottlenecks, part goes around (arXiv 1911.11929).
 
 A CSP block takes (c1, c2, n, shortcut): channels in and out, number of bottlenecks, residual or not.
 """
@@ -6,17 +6,17 @@ A CSP block takes (c1, c2, n, shortcut): channels in and out, number of bottlene
 import torch
 from torch import Tensor, nn
 
-from detkit.layers.conv import Conv
+from detkit.layers.conv import BlockSpec, Conv, build_block
 from detkit.registry import BLOCKS
 
 
 class Bottleneck(nn.Module):
-    """Two 3x3 convolutions of c channels, with a residual where asked."""
+    """Two convolutions that keep the shape, with a residual where asked."""
 
-    def __init__(self, c: int, shortcut: bool) -> None:
+    def __init__(self, cv1: nn.Module, cv2: nn.Module, shortcut: bool) -> None:
         super().__init__()
-        self.cv1 = Conv(c, c, 3)
-        self.cv2 = Conv(c, c, 3)
+        self.cv1 = cv1
+        self.cv2 = cv2
         self.shortcut = shortcut
 
     def forward(self, x: Tensor) -> Tensor:
@@ -44,7 +44,7 @@ class C2f(nn.Module):
         c = c2 // 2
         self.cv1 = Conv(c1, 2 * c, 1)
         self.cv2 = Conv((2 + n) * c, c2, 1)
-        self.m = nn.ModuleList(Bottleneck(c, shortcut) for _ in range(n))
+        self.m = nn.ModuleList(Bottleneck(Conv(c, c, 3), Conv(c, c, 3), shortcut) for _ in range(n))
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, c1, H, W) -> (B, c2, H, W)."""
@@ -52,3 +52,41 @@ class C2f(nn.Module):
         for bottleneck in self.m:
             parts.append(bottleneck(parts[-1]))
         return self.cv2(torch.cat(parts, 1))
+
+
+@BLOCKS.register("c3")
+class C3(nn.Module):
+    """YOLOv5's CSP block: one half goes through all bottlenecks (1x1, then 3x3), the other around them.
+
+    ::
+
+        x --+-- 1x1 -- m0 -- m1 ... --+
+            +-- 1x1 ------------------+-- concat 2c -- 1x1 --
+
+    Args:
+        conv: the bottlenecks' second convolution, (c, c, 3, 1).
+    """
+
+    slot = "csp"
+
+    def __init__(self, c1: int, c2: int, n: int = 1, shortcut: bool = False, conv: BlockSpec = "conv") -> None:
+        super().__init__()
+        c = c2 // 2
+        self.cv1 = Conv(c1, c, 1)
+        self.cv2 = Conv(c1, c, 1)
+        self.cv3 = Conv(2 * c, c2, 1)
+        self.m = nn.Sequential(
+            *(Bottleneck(Conv(c, c, 1), build_block("conv", conv, c, c, 3, 1), shortcut) for _ in range(n))
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, c1, H, W) -> (B, c2, H, W)."""
+        return self.cv3(torch.cat((self.m(self.cv1(x)), self.cv2(x)), 1))
+
+
+@BLOCKS.register("c3_akconv")
+class C3AKConv(C3):
+    """C3 whose bottlenecks end in an AKConv of N points (arXiv 2311.11587) instead of a 3x3 convolution."""
+
+    def __init__(self, c1: int, c2: int, n: int = 1, shortcut: bool = False, points: int = 3) -> None:
+        super().__init__(c1, c2, n, shortcut, {"name": "akconv", "n": points})

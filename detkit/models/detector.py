@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 import detkit.layers  # noqa: F401  (registers the blocks)
 from detkit.errors import DetkitError
-from detkit.models import backbones, heads, necks  # noqa: F401  (register themselves)
+from detkit.models import backbones, heads, losses, necks  # noqa: F401  (register themselves)
 from detkit.ops.image import IMAGE_SUFFIXES, Letterbox, read_image
 from detkit.ops.nms import select_boxes
-from detkit.registry import BACKBONES, HEADS, NECKS
+from detkit.registry import BACKBONES, HEADS, LOSSES, NECKS
 from detkit.structures import DenseOutput, Detections
 
 Source = str | Path | np.ndarray | Sequence["Source"]
@@ -121,15 +121,32 @@ def build_detector(cfg: Mapping[str, Any], class_names: Sequence[str]) -> Detect
     Raises:
         DetkitError: an unknown name or keyword, or parts that do not fit; the sentence says which.
     """
-    neck_class = NECKS.get(cfg["neck"].get("name", ""))
-    backbone = BACKBONES.build(cfg["backbone"], out_strides=tuple(neck_class.in_strides))
-    neck = NECKS.build(cfg["neck"], in_channels=backbone.out_channels, strides=backbone.strides)
+    neck_spec = dict(cfg["neck"])
+    in_strides = neck_spec.pop("in_strides", None) or NECKS.get(neck_spec.get("name", "")).in_strides
+    backbone = BACKBONES.build(cfg["backbone"], out_strides=tuple(in_strides))
+    neck = NECKS.build(neck_spec, in_channels=backbone.out_channels, strides=backbone.strides)
     head = HEADS.build(cfg["head"], in_channels=neck.out_channels, strides=neck.strides, num_classes=len(class_names))
     for module in (*backbone.modules(), *neck.modules(), *head.modules()):
         if isinstance(module, nn.BatchNorm2d):
             module.eps, module.momentum = 1e-3, 0.03  # YOLOv8's, whatever the part was made with
     head.init_bias()
     return Detector(backbone, neck, head, class_names, cfg).to(memory_format=torch.channels_last)
+
+
+def build_loss(cfg: Mapping[str, Any], head: nn.Module) -> nn.Module:
+    """Build ``cfg["loss"]`` for a head.
+
+    Raises:
+        DetkitError: an unknown name or keyword, or a loss that cannot learn from what the head gives.
+    """
+    loss = LOSSES.build(cfg["loss"])
+    given, wanted = (getattr(part, "output", DenseOutput) for part in (head, loss))
+    if given is not wanted:
+        raise DetkitError(
+            f"loss '{cfg['loss']['name']}' learns from {wanted.__name__}, head '{cfg['head']['name']}' gives "
+            f"{given.__name__}: leave loss= out, the head then chooses its own"
+        )
+    return loss
 
 
 def list_pictures(path: Path) -> list[Path]:

@@ -17,8 +17,7 @@ from detkit.engine.optim import Recipe, Schedule
 from detkit.engine.precision import Precision, keep_freed_memory, make_deterministic, pick_device
 from detkit.engine.step import TrainStep
 from detkit.errors import DetkitError
-from detkit.models.detector import build_detector
-from detkit.registry import LOSSES
+from detkit.models.detector import build_detector, build_loss
 from detkit.report.console import make_console
 from detkit.structures import Batch
 
@@ -124,7 +123,7 @@ def _make_step(cfg: dict[str, Any], variant: Variant) -> Callable[[], object]:
     images = cfg["batch_size"]
     recipe = Recipe.pick(cfg["optim"], batch_size=images, total_steps=1, num_classes=cfg["num_classes"])
     schedule = Schedule.pick(recipe, cfg["optim"], epochs=1, batches=1)
-    step = TrainStep(detector, LOSSES.build(cfg["loss"]), recipe, schedule, precision, accumulate=1, clip=10.0)
+    step = TrainStep(detector, build_loss(cfg, detector.head), recipe, schedule, precision, accumulate=1, clip=10.0)
     batch = random_batch(images, cfg["image_size"], cfg["boxes"], cfg["num_classes"]).to(device)
     batch.images = batch.images.to(memory_format=layout)
     return lambda: step(batch, 0, 0)

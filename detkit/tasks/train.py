@@ -18,8 +18,7 @@ from detkit.engine.precision import Precision, keep_freed_memory, make_determini
 from detkit.engine.step import TrainStep
 from detkit.engine.trainer import Trainer
 from detkit.errors import DetkitError
-from detkit.models.detector import Detector, build_detector
-from detkit.registry import LOSSES
+from detkit.models.detector import Detector, build_detector, build_loss
 from detkit.report.console import make_console
 from detkit.report.tables import print_metrics
 from detkit.tasks.common import make_run_dir, model_name, read_split, val_loader
@@ -99,5 +98,5 @@ def _train_step(
     recipe = Recipe.pick(optim, batch_size=batch_size, total_steps=total_steps, num_classes=num_classes)
     schedule = Schedule.pick(recipe, optim, epochs=epochs, batches=batches)
     accumulate, clip = accumulation(batch_size, optim["nominal_batch"]), cfg["trainer"]["clip_grad_norm"]
-    loss = LOSSES.build(cfg["loss"])
+    loss = build_loss(cfg, detector.head)
     return TrainStep(detector, loss, recipe, schedule, precision, accumulate=accumulate, clip=clip), recipe

@@ -1,3 +1,3 @@
 """Heads: ``forward(features) -> DenseOutput``, ``decode`` to boxes and scores, ``init_bias``."""
 
-from detkit.models.heads import yolov8  # noqa: F401
+from detkit.models.heads import yolov5, yolov8  # noqa: F401

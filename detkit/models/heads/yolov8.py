@@ -23,6 +23,8 @@ class YOLOv8Head(nn.Module):
         reg_max: bins of a distance's distribution, 0 .. reg_max - 1 strides.
     """
 
+    output = DenseOutput
+
     def __init__(self, in_channels: Sequence[int], strides: Sequence[int], num_classes: int, reg_max: int = 16) -> None:
         super().__init__()
         self.strides = tuple(strides)

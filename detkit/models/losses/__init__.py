@@ -1,3 +1,3 @@
 """Losses: ``(DenseOutput, Batch) -> {term: weighted scalar}``, in float32, without a host synchronisation."""
 
-from detkit.models.losses import task_aligned  # noqa: F401
+from detkit.models.losses import task_aligned, yolov5  # noqa: F401

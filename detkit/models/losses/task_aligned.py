@@ -24,6 +24,8 @@ class TaskAlignedLoss(nn.Module):
         topk, alpha, beta: of the assigner.
     """
 
+    output = DenseOutput
+
     def __init__(
         self,
         box: float = 7.5,

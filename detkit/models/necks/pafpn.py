@@ -1,11 +1,13 @@
-"""PAFPN, the neck of YOLOv8: a top-down pass, then a bottom-up pass (path aggregation, arXiv 1803.01534)."""
+"""PAFPN, the neck of YOLOv5 and YOLOv8: a top-down pass, then a bottom-up one (path aggregation, arXiv 1803.01534)."""
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 
-from detkit.layers.conv import BlockSpec, build_block, per_stage
+from detkit.errors import DetkitError
+from detkit.layers.conv import BlockSpec, Conv, build_block, per_stage
 from detkit.models.scaling import scaled_depth, scaled_width
 from detkit.registry import NECKS
 
@@ -25,12 +27,17 @@ class PAFPN(nn.Module):
                    up                                  down
         C5 - context --------------------------------- cat - block -- N5
 
+    With ``lateral`` (YOLOv5) a 1x1 convolution narrows each coarser map on its way to the finer one, and it is the
+    narrowed map that the bottom-up pass meets. Drawn for three levels; with ``in_strides: [4, 8, 16, 32]`` there are
+    four, P2 to N5.
+
     Args:
         in_channels, strides: of the backbone's features, derived by the builder.
         depth, width, max_channels: compound scaling (models/scaling.py).
         context: context block in front, (c1, c2); None for a plain pass.
         block: CSP block after each concatenation, (c1, c2, n, shortcut); one, or one each in the order they run.
         downsample: stride-2 convolution of the bottom-up pass, (c1, c2, 3, 2); one, or one each.
+        lateral: narrow by 1x1 convolutions before upsampling.
     """
 
     in_strides = (8, 16, 32)
@@ -45,8 +52,13 @@ class PAFPN(nn.Module):
         context: BlockSpec | None = "sppf",
         block: BlockSpec | Sequence[BlockSpec] = "c2f",
         downsample: BlockSpec | Sequence[BlockSpec] = "conv",
+        lateral: bool = False,
     ) -> None:
         super().__init__()
+        if not set(strides) <= set(BASE_WIDTHS) or any(2 * a != b for a, b in pairwise(strides)):
+            raise DetkitError(
+                f"neck.in_strides={list(strides)} must be neighbours among {list(BASE_WIDTHS)}, ascending"
+            )
         widths = [scaled_width(BASE_WIDTHS[stride], width, max_channels) for stride in strides]
         n = scaled_depth(REPEATS, depth)
         levels = len(strides)
@@ -54,31 +66,34 @@ class PAFPN(nn.Module):
         downsamples = iter(per_stage(downsample, levels - 1, "neck.downsample"))
         self.context = build_block("context", context, in_channels[-1], widths[-1]) if context else nn.Identity()
         coarser = widths[-1] if context else in_channels[-1]
-        pyramid_channels = [coarser]  # of the bottom-up pass' lateral inputs, coarsest first
+        met_channels = []  # of the maps that the bottom-up pass meets, coarsest first
+        self.laterals = nn.ModuleList()
         self.top_down = nn.ModuleList()
         for level in reversed(range(levels - 1)):
-            self.top_down.append(
-                build_block("csp", next(blocks), in_channels[level] + coarser, widths[level], n, False)
-            )
+            self.laterals.append(Conv(coarser, widths[level], 1) if lateral else nn.Identity())
+            coarser = widths[level] if lateral else coarser
+            met_channels.append(coarser)
+            c1 = in_channels[level] + coarser
+            self.top_down.append(build_block("csp", next(blocks), c1, widths[level], n, False))
             coarser = widths[level]
-            pyramid_channels.append(coarser)
         self.downs = nn.ModuleList()
         self.bottom_up = nn.ModuleList()
         for level in range(1, levels):
-            finer, lateral = widths[level - 1], pyramid_channels[levels - 1 - level]
+            finer, met = widths[level - 1], met_channels[-level]
             self.downs.append(build_block("conv", next(downsamples), finer, finer, 3, 2))
-            self.bottom_up.append(build_block("csp", next(blocks), finer + lateral, widths[level], n, False))
+            self.bottom_up.append(build_block("csp", next(blocks), finer + met, widths[level], n, False))
         self.upsample = nn.Upsample(scale_factor=2, mode="nearest")
         self.out_channels = tuple(widths)
         self.strides = tuple(strides)
 
     def forward(self, features: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """Features finest first -> as many maps with the same sizes and ``out_channels``."""
-        pyramid = [self.context(features[-1])]
-        for block, lateral in zip(self.top_down, reversed(features[:-1]), strict=True):
-            pyramid.append(block(torch.cat((self.upsample(pyramid[-1]), lateral), 1)))
-        pyramid.reverse()
-        outputs = [pyramid[0]]
-        for down, block, lateral in zip(self.downs, self.bottom_up, pyramid[1:], strict=True):
-            outputs.append(block(torch.cat((down(outputs[-1]), lateral), 1)))
+        x = self.context(features[-1])
+        met = []
+        for lateral, block, finer in zip(self.laterals, self.top_down, reversed(features[:-1]), strict=True):
+            met.append(lateral(x))
+            x = block(torch.cat((self.upsample(met[-1]), finer), 1))
+        outputs = [x]
+        for down, block in zip(self.downs, self.bottom_up, strict=True):
+            outputs.append(block(torch.cat((down(outputs[-1]), met.pop()), 1)))
         return tuple(outputs)

@@ -11,12 +11,12 @@ from detkit.layers.rep import ConvBN, ConvBNReLU, RepVGG
 from detkit.models.scaling import scaled_width
 from detkit.registry import NECKS
 
-BASE_WIDTHS = (256, 512, 1024)  # of P3, P4 and P5
+CONTEXT_WIDTH = 1024
 
 
 @NECKS.register("repgd")
 class RepGD(nn.Module):
-    """Gather-and-distribute neck over P2 to P5, as ported to YOLOv8.
+    """Gather-and-distribute neck over P2 to P5.
 
     ::
 
@@ -32,6 +32,7 @@ class RepGD(nn.Module):
     Args:
         in_channels, strides: of the backbone's features, derived by the builder.
         width, max_channels: compound scaling (models/scaling.py).
+        widths: base widths of P3, P4 and P5; half as wide in the paper as in the port to YOLOv8.
         context: context block on C5, (c1, c2); None for none.
         embed: base width of the low stage's fusion.
         low_blocks, high_blocks, rep_blocks: RepVGG blocks of LowIFM, transformer blocks of HighIFM, RepVGG blocks
@@ -48,6 +49,7 @@ class RepGD(nn.Module):
         strides: Sequence[int],
         width: float = 0.25,
         max_channels: int = 1024,
+        widths: Sequence[int] = (256, 512, 1024),
         context: BlockSpec | None = "sppf",
         embed: int = 384,
         low_blocks: int = 3,
@@ -58,9 +60,12 @@ class RepGD(nn.Module):
     ) -> None:
         super().__init__()
         c2, c3, c4, c5 = in_channels
-        p3, p4, p5 = (scaled_width(base, width, max_channels) for base in BASE_WIDTHS)
-        self.context = build_block("context", context, c5, p5) if context else nn.Identity()
-        c5 = p5 if context else c5
+        p3, p4, p5 = (scaled_width(base, width, max_channels) for base in widths)
+        self.context = nn.Identity()
+        if context:
+            widened = scaled_width(CONTEXT_WIDTH, width, max_channels)
+            self.context = build_block("context", context, c5, widened)
+            c5 = widened
         self.low_widths, self.high_widths = (p4, p3), (p4, p5)
         self.low_ifm = LowIFM(c2 + c3 + c4 + c5, scaled_width(embed, width, max_channels), p4 + p3, low_blocks)
         self.narrow_c5, self.narrow_p4 = ConvBNReLU(c5, p4), ConvBNReLU(p4, p3)

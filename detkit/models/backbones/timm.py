@@ -1,0 +1,104 @@
+"""Any backbone of the timm library that gives a pyramid of features."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import timm
+import torch
+from timm.layers import Format
+from torch import Tensor, nn
+
+from detkit.errors import DetkitError, nearest
+from detkit.registry import BACKBONES
+
+PROBE = (64, 96)  # height, width: neither square nor what any model was made for
+
+
+@BACKBONES.register("timm")
+class TimmBackbone(nn.Module):
+    """A timm model cut after its last wanted stage; stages are picked by their stride.
+
+    Images are normalised as the model's published weights expect.
+
+    Args:
+        model: timm's name, such as resnet18 or convnext_atto.
+        pretrained: start from the published weights; timm downloads them on first use.
+        out_strides: strides of the features to return, ascending; derived by the builder.
+
+    Raises:
+        DetkitError: no such model, no features at these strides (a plain ViT), a model for one image size only, or
+            weights that cannot be had.
+    """
+
+    def __init__(
+        self, model: str = "resnet18", pretrained: bool = False, out_strides: Sequence[int] = (8, 16, 32)
+    ) -> None:
+        super().__init__()
+        arguments, strides = _survey(model)
+        missing = [stride for stride in out_strides if stride not in strides]
+        if missing:
+            raise DetkitError(
+                f"timm model '{model}' has features at strides {sorted(set(strides))}, the neck asks for "
+                f"{list(out_strides)}: take one with a pyramid, such as resnet18, convnext_atto or swin_tiny"
+            )
+        stages = [len(strides) - 1 - strides[::-1].index(stride) for stride in out_strides]  # the last at each stride
+        try:
+            self.body = timm.create_model(model, pretrained, features_only=True, out_indices=stages, **arguments)
+        except Exception as error:  # whatever a download can raise
+            if not pretrained:
+                raise
+            raise DetkitError(
+                f"the weights of timm model '{model}' cannot be had ({str(error).splitlines()[0]}): "
+                "connect to the internet, or set backbone.pretrained=false"
+            ) from None
+        self.strides = tuple(out_strides)
+        self.out_channels = tuple(self.body.feature_info.channels())
+        self.channels_first = getattr(self.body, "output_fmt", None) is not Format.NHWC
+        published = timm.get_pretrained_cfg(model)
+        self.register_buffer("mean", torch.tensor(published.mean).view(-1, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(published.std).view(-1, 1, 1), persistent=False)
+        self._probe(model)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        """(B, 3, H, W) in 0..1 -> a feature map (B, out_channels[i], H / strides[i], W / strides[i]) for each i."""
+        features = self.body((x - self.mean) / self.std)
+        return tuple(features) if self.channels_first else tuple(f.permute(0, 3, 1, 2) for f in features)
+
+    @torch.enable_grad()
+    def _probe(self, model: str) -> None:
+        """Run a small image through, as some models take one size only and a few declare other features.
+
+        Parameters that no feature depends on (HRNet has some) are frozen: nothing could teach them.
+        """
+        self.eval()
+        try:
+            features = self(self.mean.new_zeros(1, 3, *PROBE))
+        except (RuntimeError, AssertionError, ValueError) as error:
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            raise DetkitError(f"timm model '{model}' does not take images of any size ({reason})") from None
+        finally:
+            self.train()
+        found = [tuple(f.shape[1:]) for f in features]
+        expected = [(c, PROBE[0] // s, PROBE[1] // s) for c, s in zip(self.out_channels, self.strides, strict=True)]
+        if found != expected:
+            raise DetkitError(f"timm model '{model}' gives features {found} of a {PROBE} image, it declares {expected}")
+        parameters = [p for p in self.parameters() if p.requires_grad]
+        gradients = torch.autograd.grad(sum(f.sum() for f in features), parameters, allow_unused=True)
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.requires_grad_(gradient is not None)
+
+
+def _survey(model: str) -> tuple[dict[str, Any], list[int]]:
+    """Return the arguments that free a timm model from a fixed image size, and the strides of its stages."""
+    if not timm.is_model(model):
+        raise DetkitError(f"timm has no model '{model}'{nearest(model, timm.list_models())}")
+    for arguments in ({"strict_img_size": False}, {}):  # Swin's, which other models do not know
+        try:
+            with torch.device("meta"):
+                body = timm.create_model(model, features_only=True, **arguments)
+            return arguments, list(body.feature_info.reduction())
+        except TypeError:
+            continue
+        except (RuntimeError, AttributeError, ValueError, NotImplementedError) as error:
+            raise DetkitError(f"timm model '{model}' gives no features ({str(error).splitlines()[0]})") from None
+    raise DetkitError(f"timm model '{model}' gives no features: take another, such as resnet18")

@@ -1,0 +1,132 @@
+"""YOLOv5's loss: anchors answer for boxes of about their size, in the box's cell and the two cells next to it."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from detkit.ops.anchors import anchor_boxes
+from detkit.ops.boxes import ciou
+from detkit.registry import LOSSES
+from detkit.structures import AnchorOutput, Batch
+
+BALANCE = {3: (4.0, 1.0, 0.4)}  # weight of each level's objectness, finest first
+BALANCE_OTHERWISE = (4.0, 1.0, 0.25, 0.06, 0.02)
+NEIGHBOURS = ((0, 0), (-1, 0), (0, -1), (1, 0), (0, 1))  # the box's own cell and those around it, (x, y)
+
+
+@dataclass
+class Matches:
+    """K candidate pairs of an image's boxes and a level's anchors; ``valid_bk`` says which count.
+
+    Attributes:
+        index_bk: (B, K) int64, place of the anchor in its level, 0 where it would lie outside.
+        box_k: (K,) int64, which of the M boxes.
+        valid_bk: (B, K) bool.
+    """
+
+    index_bk: Tensor
+    box_k: Tensor
+    valid_bk: Tensor
+
+
+@LOSSES.register("yolov5")
+class YOLOv5Loss(nn.Module):
+    """Weighted terms ``box``, ``obj`` and ``cls``, each the mean over a level's matches (``obj``: over its anchors).
+
+    ::
+
+        box = mean (1 - CIoU),  cls = mean BCE(logit, one-hot class),  obj = mean BCE(logit, CIoU of the matched box)
+
+    Args:
+        box, cls, obj: gains; ``cls`` for 80 classes, ``obj`` for images of 640 x 640 pixels.
+        anchor_ratio: a box matches an anchor when neither side differs by more than this factor.
+    """
+
+    output = AnchorOutput
+
+    def __init__(self, box: float = 0.05, cls: float = 0.5, obj: float = 1.0, anchor_ratio: float = 4.0) -> None:
+        super().__init__()
+        self.gains = {"box": box, "obj": obj, "cls": cls}
+        self.anchor_ratio = anchor_ratio
+
+    @torch.autocast("cpu", enabled=False)
+    @torch.autocast("cuda", enabled=False)
+    def forward(self, out: AnchorOutput, batch: Batch) -> dict[str, Tensor]:
+        """Return the weighted terms; their sum is the loss of the batch's mean image (not times the batch)."""
+        boxes_ba4 = anchor_boxes(out.reg.float(), out.points, out.strides, out.anchors)
+        sizes = [h * w * anchors for h, w, anchors in out.levels]
+        columns = [x.split(sizes, 1) for x in (boxes_ba4, out.cls.float(), out.objectness.float())]
+        places = [x.split(sizes) for x in (out.anchors, out.strides)]
+        levels = len(sizes)
+        balance = BALANCE.get(levels, BALANCE_OTHERWISE)
+        terms = dict.fromkeys(self.gains, torch.zeros((), device=boxes_ba4.device))
+        for k, (boxes, cls, objectness, anchors, strides) in enumerate(zip(*columns, *places, strict=True)):
+            matches = match_anchors(batch, anchors, strides, out.levels[k], self.anchor_ratio)
+            box, obj, classes = _level_terms(matches, batch, boxes, cls, objectness[..., 0])
+            terms = {
+                "box": terms["box"] + box,
+                "obj": terms["obj"] + obj * balance[k],
+                "cls": terms["cls"] + classes,
+            }
+        pixels = out.levels[0][0] * out.levels[0][1] * out.strides[0, 0] ** 2
+        scale = {"box": 1.0, "obj": pixels / 640**2, "cls": out.cls.shape[-1] / 80}
+        return {name: terms[name] * gain * scale[name] * 3 / levels for name, gain in self.gains.items()}
+
+
+def match_anchors(batch: Batch, anchors: Tensor, strides: Tensor, level: tuple[int, int, int], ratio: float) -> Matches:
+    """Pair every box with the anchors of one level that answer for it.
+
+    An anchor's sides are within a factor ``ratio`` of the box's, and it sits in the cell of the box's centre or in the
+    nearer neighbour to the side, or above or below: where the centre is less than one cell away along that axis.
+
+    Args:
+        anchors: (h * w * anchors, 2) width, height in pixels; strides: (h * w * anchors, 1), of this level.
+        level: rows, columns, anchors a cell.
+    """
+    rows, columns, per_cell = level
+    stride = strides[0, 0]
+    mins_bm2, maxs_bm2 = batch.boxes_bm4.split(2, -1)
+    centres_bm2 = (mins_bm2 + maxs_bm2) / 2 / stride
+    factors = (maxs_bm2 - mins_bm2)[:, :, None] / anchors[:per_cell]
+    alike_bma = torch.maximum(factors, 1 / factors).amax(-1) < ratio
+
+    limit = centres_bm2.new_tensor((columns - 1, rows - 1))
+    own_bm2 = torch.minimum(centres_bm2.floor().clamp(min=0), limit)
+    steps_n2 = centres_bm2.new_tensor(NEIGHBOURS)
+    cells_bmn2 = own_bm2[:, :, None] + steps_n2
+    away_bmn2 = (cells_bmn2 + 0.5 - centres_bm2[:, :, None]).abs()
+    near_bmn = (away_bmn2 * steps_n2.abs()).amax(-1) < 1
+    inside_bmn = ((cells_bmn2 >= 0) & (cells_bmn2 <= limit)).all(-1)
+
+    valid_bmna = (alike_bma & batch.valid_bm[..., None])[:, :, None] & (near_bmn & inside_bmn)[..., None]
+    cell_bmn = (cells_bmn2[..., 1] * columns + cells_bmn2[..., 0]).long()
+    index_bmna = cell_bmn[..., None] * per_cell + torch.arange(per_cell, device=cell_bmn.device)
+    boxes = torch.arange(index_bmna.shape[1], device=cell_bmn.device)
+    box_k = boxes.repeat_interleave(len(NEIGHBOURS) * per_cell)
+    return Matches((index_bmna * valid_bmna).flatten(1), box_k, valid_bmna.flatten(1))
+
+
+def _level_terms(
+    matches: Matches, batch: Batch, boxes: Tensor, cls: Tensor, objectness: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the unweighted terms box, obj and cls of one level, whose n anchors gave (B, n, ...)."""
+    weight_bk = matches.valid_bk.float()
+    count = weight_bk.sum().clamp(min=1)
+    index = matches.index_bk[..., None]
+    found_bk4 = boxes.gather(1, index.expand(-1, -1, 4))
+    # A pair that does not count gets its own box as target: a finite term that weighs nothing.
+    wanted_bk4 = torch.where(matches.valid_bk[..., None], batch.boxes_bm4[:, matches.box_k], found_bk4.detach())
+    overlap_bk = ciou(found_bk4, wanted_bk4)
+    box = ((1 - overlap_bk) * weight_bk).sum() / count
+
+    labels = F.one_hot(batch.labels_bm[:, matches.box_k], cls.shape[-1]).float()
+    logits = cls.gather(1, index.expand(-1, -1, cls.shape[-1]))
+    classes = F.binary_cross_entropy_with_logits(logits, labels, reduction="none").mean(-1)
+
+    # An anchor that answers for several boxes is as much an object as it fits the best of them.
+    target = torch.zeros_like(objectness)
+    target = target.scatter_reduce(1, matches.index_bk, overlap_bk.detach().clamp(min=0) * weight_bk, "amax")
+    obj = F.binary_cross_entropy_with_logits(objectness, target)
+    return box, obj, (classes * weight_bk).sum() / count
