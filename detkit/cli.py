@@ -18,6 +18,7 @@ TASKS = {
     "train": "train a detector: detkit train model=yolov8n data=coco data.root=DIR",
     "eval": "COCO metrics of a checkpoint: detkit eval ckpt=FILE",
     "predict": "find objects in pictures: detkit predict ckpt=FILE source=FILE_OR_FOLDER",
+    "import_weights": "another project's checkpoint as one of detkit's: detkit import_weights src=FILE dst=FILE",
     "benchmark": "time a training step: detkit benchmark model=yolov8n",
 }
 

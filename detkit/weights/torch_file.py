@@ -57,7 +57,7 @@ class TorchFile:
         _, length = self.extents.get(ref.key, (0, 0))
         if count > span or (ref.offset + span) * ref.dtype.itemsize > length:
             raise DetkitError(
-                f"{self.path} is refused: its tensor {ascii(name[:100])} claims more elements than the file holds"
+                f"{self.path} is refused: its tensor {name[:100]!a} claims more elements than the file holds"
             )
         return span
 
@@ -67,7 +67,7 @@ class TorchFile:
         file.seek(self.extents[ref.key][0] + ref.offset * ref.dtype.itemsize)
         data = bytearray(file.read(span * ref.dtype.itemsize))
         if len(data) < span * ref.dtype.itemsize:
-            raise DetkitError(f"{self.path} is truncated: its tensor {ascii(name[:100])} is incomplete")
+            raise DetkitError(f"{self.path} is truncated: its tensor {name[:100]!a} is incomplete")
         tensor = torch.frombuffer(data, dtype=ref.dtype).as_strided(ref.size, ref.stride)
         return tensor.to(torch.float32 if ref.dtype.is_floating_point else ref.dtype).contiguous()
 
@@ -163,7 +163,7 @@ def _legacy_extents(
         file.seek(position)
         count, length = file.read(8), storages[key].count * storages[key].dtype.itemsize
         if len(count) < 8 or int.from_bytes(count, "little") != storages[key].count or position + 8 + length > size:
-            raise DetkitError(f"{path} is truncated or damaged: storage {ascii(key[:40])} is incomplete")
+            raise DetkitError(f"{path} is truncated or damaged: storage {key[:40]!a} is incomplete")
         extents[key] = (position + 8, length)
         position += 8 + length
     return extents
