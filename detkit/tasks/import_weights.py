@@ -21,27 +21,33 @@ def run(cfg: dict[str, Any]) -> Checkpoint:
     src, dst = Path(str(cfg["src"])), Path(str(cfg["dst"]))
     _check_destination(dst)
     if is_checkpoint(src):
+        if "backbone" in cfg:
+            raise DetkitError(f"{src} is a checkpoint of detkit, which says by itself what it is: leave model= out")
         build_from_checkpoint(src)  # whether it is whole
-        checkpoint, told = read_checkpoint(src), "a checkpoint of detkit"
+        checkpoint, sentence = read_checkpoint(src), f"{src} is a checkpoint of detkit: copied to {dst}"
     else:
         source = read_source(src)
         found = recognise(src, source.tensors)
         chosen, named = _chosen(src, cfg, found)
-        checkpoint, told = make_checkpoint(src, source, found, chosen, named), f"{found.what}, {named}"
+        checkpoint = make_checkpoint(src, source, found, chosen, named)
+        sentence = _tell(src, dst, found, named, checkpoint)
     write_checkpoint(dst, checkpoint)
-
-    console = make_console()
-    if checkpoint.part:
-        left_out = (
-            f"; {len(found.left_out)} other tensors left out, such as {found.left_out[0]}" if found.left_out else ""
-        )
-        console.print(f"{src} is {told}: its backbone is in {dst}{left_out}")
-        console.print(f"start a training from it: detkit train model=yolov8n {named} weights={dst}")
-    else:
-        names = ", ".join(checkpoint.class_names[:5]) + (", ..." if len(checkpoint.class_names) > 5 else "")
-        console.print(f"{src} is {told}, {len(checkpoint.class_names)} classes ({names}): it is in {dst}")
-        console.print(f"evaluate it: detkit eval ckpt={dst} data=coco data.root=DIR")
+    make_console().print(sentence)
     return checkpoint
+
+
+def _tell(src: Path, dst: Path, found: Recognised, named: str, checkpoint: Checkpoint) -> str:
+    """Say what was imported, and what to do with it."""
+    told = f"{src} is {found.what} ({named})"
+    if checkpoint.part:
+        left_out = f", without {len(found.left_out)} other tensors" if found.left_out else ""
+        model = "" if named.startswith("model=") else "model=yolov8n "
+        return (
+            f"{told}: its backbone is in {dst}{left_out}\nto start from it: detkit train {model}{named} weights={dst}"
+        )
+    names = ", ".join(checkpoint.class_names[:5]) + (", ..." if len(checkpoint.class_names) > 5 else "")
+    told += f", {len(checkpoint.class_names)} classes ({names}), {checkpoint.cfg['image_size']} pixels: it is in {dst}"
+    return f"{told}\nto measure it: detkit eval ckpt={dst} data=coco data.root=DIR"
 
 
 def _check_destination(dst: Path) -> None:

@@ -1,7 +1,7 @@
 """Telling by the names and shapes of its tensors what a checkpoint is, and naming them as detkit does."""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -178,8 +178,8 @@ def _renamed(tensors: Mapping[str, Tensor], places: Mapping[str, str]) -> tuple[
     return taken, tuple(left_out)
 
 
-def _beginnings(name: str) -> Iterable[str]:
-    """``a.b.c`` -> ``a.b.c``, ``a.b``, ``a``."""
-    while name:
-        yield name
-        name = name.rpartition(".")[0]
+def _beginnings(name: str) -> Iterator[str]:
+    """``a.b.c`` -> ``a.b.c``, ``a.b``, ``a``; at most five steps, which no key of ``places`` exceeds."""
+    steps = name.split(".", 5)[:5]
+    for count in range(len(steps), 0, -1):
+        yield ".".join(steps[:count])

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from detkit.errors import DetkitError
-from detkit.weights.pickle_reader import Record, TensorRef
+from detkit.weights.pickle_names import Record, TensorRef
 from detkit.weights.torch_file import open_torch_file
 
 MODEL_KEYS = ("ema", "model_ema", "ema_state_dict", "state_dict_ema", "model", "state_dict")  # the average is better
@@ -89,8 +90,7 @@ def _named_tensors(path: Path, model: Any) -> dict[str, TensorRef]:
         if visited > MAX_MODULES or prefix.count(".") > MAX_DEPTH:
             raise DetkitError(f"{path} is refused: its modules are nested without end")
         state = module.state if isinstance(module, Record) and isinstance(module.state, Mapping) else {}
-        passing = state.get("_non_persistent_buffers_set")
-        passing = passing if isinstance(passing, set) else ()
+        passing = _strings(state.get("_non_persistent_buffers_set"))
         for name, ref in (*_items(state, "_parameters"), *_items(state, "_buffers")):
             if isinstance(ref, TensorRef) and name not in passing:
                 tensors[f"{prefix}{name}"] = ref
@@ -103,6 +103,12 @@ def _items(state: Mapping[Any, Any], key: str) -> list[tuple[str, Any]]:
     table = state.get(key)
     items = table.items() if isinstance(table, Mapping) else ()
     return [(name, value) for name, value in items if isinstance(name, str) and len(name) <= 100]
+
+
+def _strings(values: Any) -> set[str]:
+    """Return the strings among the first of a set, which the reader gives as a set or a list."""
+    values = values if isinstance(values, (set, list)) else ()
+    return {value for value in islice(values, 1000) if isinstance(value, str)}
 
 
 def _class_names(model: Any) -> tuple[str, ...] | None:

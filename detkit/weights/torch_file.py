@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from detkit.errors import DetkitError
-from detkit.weights.pickle_reader import MAX_BYTES, StorageRef, TensorRef, read_pickle
+from detkit.weights.pickle_names import StorageRef, TensorRef
+from detkit.weights.pickle_reader import MAX_BYTES, read_pickle
 
 ZIP_MAGIC = b"PK\x03\x04"
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
