@@ -1,11 +1,13 @@
 """RevCol, MobileNetV2, and detectors made with them: published counts, official names, gradients without memory."""
 
 import pytest
+import timm
 import torch
 import torchvision
 
 import detkit
 from detkit.config import group_options
+from detkit.errors import DetkitError
 from detkit.models.backbones.mobilenetv2 import MobileNetV2
 from detkit.models.backbones.revcol import ConvNextBlock, RevCol
 
@@ -136,6 +138,62 @@ def test_mobilenetv2_loads_torchvision_s_weights():
     for found, wanted in zip(model(x), expected, strict=True):
         torch.testing.assert_close(found, wanted)
     assert sum(p.numel() for p in model.parameters()) == 1_811_712
+
+
+TIMM = {"resnet18": True, "swin_tiny_patch4_window7_224": False}  # channels first
+
+
+@pytest.mark.parametrize("name", TIMM)
+def test_timm_s_features_are_its_own(name):
+    """Stages are those of the strides asked for, channels first, of an image normalised as published."""
+    detector = detkit.create_model(backbone="timm", neck="repgd", overrides=[f"backbone.model={name}"]).eval()
+    body = detector.backbone.body
+    x = torch.rand(1, 3, 64, 96)
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    expected = [f if TIMM[name] else f.permute(0, 3, 1, 2) for f in body((x - mean) / std)]
+    features = detector.backbone(x)
+    assert detector.backbone.strides == (4, 8, 16, 32)
+    for found, wanted, channels, stride in zip(
+        features, expected, detector.backbone.out_channels, (4, 8, 16, 32), strict=True
+    ):
+        assert found.shape == (1, channels, 64 // stride, 96 // stride)
+        torch.testing.assert_close(found, wanted)
+
+
+def test_timm_s_unreachable_parameters_are_frozen():
+    detector = detkit.create_model(backbone="timm", overrides=["backbone.model=hrnet_w18_small"], num_classes=3)
+    out = detector(torch.rand(1, 3, 64, 96))
+    (out.cls.square().mean() + out.reg.square().mean()).backward()
+    assert not [n for n, p in detector.named_parameters() if p.requires_grad and p.grad is None]
+
+
+@pytest.mark.parametrize(
+    ("model", "sentence"),
+    [
+        ("vit_tiny_patch16_224", r"has features at strides \[16\], the neck asks for \[8, 16, 32\]: take one with a"),
+        ("resnet19", "timm has no model 'resnet19'; did you mean 'resnet18'"),
+        ("maxvit_tiny_tf_224", "does not take images of any size .height .16. must be divisible by window .7"),
+    ],
+)
+def test_timm_models_that_cannot_be_a_backbone_say_why(model, sentence):
+    with pytest.raises(DetkitError, match=sentence):
+        detkit.create_model(backbone="timm", overrides=[f"backbone.model={model}"])
+
+
+def test_timm_passes_pretrained_on(monkeypatch):
+    asked = []
+
+    def offline(name, pretrained=False, **kwargs):
+        asked.append(pretrained)
+        if pretrained:
+            raise OSError("no route to host")
+        return create(name, pretrained, **kwargs)
+
+    create = timm.create_model
+    monkeypatch.setattr(timm, "create_model", offline)
+    with pytest.raises(DetkitError, match=r"weights of timm model 'resnet18' cannot be had .no route to host."):
+        detkit.create_model(backbone="timm", overrides=["backbone.pretrained=true"])
+    assert asked[-1] is True
 
 
 BARE = {"tiny": 29_942_144, "small": 60_054_400, "base": 138_038_256, "large": 272_068_352, "xlarge": 832_010_816}

@@ -5,6 +5,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import detkit
 from detkit.errors import DetkitError
+from detkit.layers.rep import RepVGG
 from detkit.models.heads.yolov8 import YOLOv8Head
 from detkit.structures import Batch, DenseOutput
 
@@ -19,6 +20,12 @@ PARAMETERS = {  # published counts: model, classes -> plain, fused
     ("yolov8n_dynamicbnact", 3): (4_728_573, 4_724_013 - 640),
     ("yolov8s_dynamicconv", 3): (17_996_813, 17_988_077 - 1280),
     ("yolov8s_dynamicbnact", 3): (17_999_373, 17_990_637 - 1280),
+    ("yolov5n", 80): (1_872_157, None),
+    ("yolov5s", 80): (7_235_389, None),
+    ("yolov5m", 80): (21_190_557, None),
+    ("yolov5l", 80): (46_563_709, None),
+    ("yolov5x", 80): (86_749_405, None),
+    ("yolov5l_akconv", 80): (41_928_079, 41_899_599),
     ("yolov8n_gold", 80): (8_210_000, 7_756_416 - 5536),  # published with the batch norms of its attention unfolded
 }
 
@@ -35,6 +42,33 @@ def test_parameter_counts_are_the_published_ones(name, classes):
     assert count(detector) == plain
     if fused:
         assert count(detector.fuse()) == fused
+
+
+def test_parts_of_yolov5l_akconv_are_the_published_ones():
+    with torch.device("meta"):
+        detector = detkit.create_model("yolov5l_akconv")
+    assert count(detector.backbone.stages[-1][1]) == 5_336_082
+    assert count(detector.head) == 457_725
+
+
+@pytest.mark.parametrize(("size", "plain", "deployed"), [("n", 2_198_272, 2_061_024), ("s", 7_786_240, 7_314_048)])
+def test_gold_yolo_s_own_necks_have_the_published_counts(size, plain, deployed):
+    neck = detkit.create_model(f"goldyolo_{size}", overrides=["neck.context=null"]).neck  # published without SPPF
+    assert count(neck) == plain
+    for module in list(neck.modules()):
+        if isinstance(module, RepVGG):
+            module.fuse()
+    assert count(neck) == deployed
+    assert detkit.create_model("yolov8m", neck=f"repgd_{size}").neck.out_channels == neck.out_channels
+
+
+def test_p2_gives_a_finer_level():
+    detector = detkit.create_model("yolov8n_p2", num_classes=3)
+    assert detector.head.strides == (4, 8, 16, 32)
+    assert detector(torch.zeros(1, 3, 64, 96)).points.shape == (16 * 24 + 8 * 12 + 4 * 6 + 2 * 3, 2)
+    assert detkit.create_model("yolov8n", neck="pafpn_p2", backbone="mobilenetv2").backbone.strides == (4, 8, 16, 32)
+    with pytest.raises(DetkitError, match="must be neighbours among"):
+        detkit.create_model(overrides=["neck.in_strides=[8,32]"])
 
 
 @pytest.mark.parametrize(("name", "gflops"), [("yolov8n", 8.085), ("yolov8s", 28.437)])
@@ -106,7 +140,7 @@ def test_head_decodes_as_golden_and_starts_from_the_prior(golden):
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        ({"model": "yolov8q"}, "model=yolov8q does not exist: known are yolov8l"),
+        ({"model": "yolov8q"}, "model=yolov8q does not exist: known are goldyolo_n"),
         ({"backbone": "csp_darknt"}, "did you mean 'csp_darknet'?"),
         ({"overrides": ["backbone.block=c2"]}, "unknown block 'c2': known are"),
         ({"overrides": ["+backbone.colour=red"]}, "backbone 'csp_darknet' takes no argument 'colour'"),
