@@ -69,5 +69,6 @@ def _chosen(src: Path, cfg: dict[str, Any], found: Recognised) -> tuple[dict[str
         named = [f"model={cfg['model']['name']}"] if "model" in cfg else []
         return cfg, " ".join(named or [f"backbone={cfg['backbone']['name']}"])
     if not found.choices:
-        raise DetkitError(f"{src} is {found.what}, but of which size its tensors do not tell: add model=NAME")
+        key = found.part or "model"
+        raise DetkitError(f"{src} is {found.what}, but of which size its tensors do not tell: add {key}=NAME")
     return resolve(compose_config("train", ["~data", *found.choices])), " ".join(found.choices)

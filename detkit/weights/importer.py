@@ -31,6 +31,8 @@ def make_checkpoint(path: Path, source: Source, found: Recognised, cfg: Mapping[
         kept["backbone"]["pretrained"] = False  # these weights take the place of those
     if found.part:
         names: tuple[str, ...] = ()
+    elif found.num_classes < 1:
+        raise DetkitError(f"{path} is {found.what}, but its head's last layer is missing: it has no classes")
     else:
         kept["head"] |= found.head or {}
         kept["image_size"] = source.image_size or 640

@@ -51,8 +51,8 @@ class Recognised:
     def num_classes(self) -> int:
         """Return C, by the head's last layer."""
         if "head.cls_branches.0.2.bias" in self.tensors:
-            return len(self.tensors["head.cls_branches.0.2.bias"])
-        return len(self.tensors.get("head.predictions.0.bias", ())) // 3 - 5
+            return _rows(self.tensors["head.cls_branches.0.2.bias"])
+        return _rows(self.tensors.get("head.predictions.0.bias")) // 3 - 5
 
 
 def recognise(path: Path, tensors: Mapping[str, Tensor]) -> Recognised:
@@ -98,7 +98,7 @@ def _yolov5(tensors: Mapping[str, Tensor]) -> Recognised | None:
     if not {"model.0.conv.weight", "model.24.m.0.weight", "model.24.anchors"} <= set(tensors):
         return None
     anchors = tensors["model.24.anchors"]  # (level, anchor, width and height), in cells
-    if anchors.shape != (len(STRIDES), 3, 2):
+    if anchors.shape != (len(STRIDES), 3, 2) or not anchors.isfinite().all():
         return None
     pixels = {stride: (cells * stride).flatten().tolist() for stride, cells in zip(STRIDES, anchors, strict=True)}
     rest = {
@@ -120,7 +120,7 @@ def _yolo(
     taken, left_out = _renamed(tensors, {f"model.{place}": ours for place, ours in places.items()})
     if "head.bins" in taken:
         taken["head.bins"] = taken["head.bins"].flatten()
-    scale = YOLO_SCALES.get(len(tensors["model.0.conv.weight"]))
+    scale = YOLO_SCALES.get(_rows(tensors["model.0.conv.weight"]))
     choices = (f"model={model}{scale}", *more) if scale else ()
     return Recognised(what, choices, taken, left_out, head=head)
 
@@ -133,7 +133,7 @@ def _revcol(tensors: Mapping[str, Tensor]) -> Recognised | None:
             continue
         columns = {m[1] for name in tensors if (m := re.match(rf"{re.escape(prefix)}(subnet\d+)\.", name))}
         taken, left_out = _renamed(tensors, {f"{prefix}{name}": f"backbone.{name}" for name in ("stem", *columns)})
-        scale = REVCOLS.get((len(stem), len(columns)))
+        scale = REVCOLS.get((_rows(stem), len(columns)))
         return Recognised("RevCol", (f"backbone=revcol_{scale}",) if scale else (), taken, left_out, "backbone")
     return None
 
@@ -161,9 +161,14 @@ def _mobilenetv2_timm(tensors: Mapping[str, Tensor]) -> Recognised | None:
 
 def _mobilenetv2(tensors: Mapping[str, Tensor], places: Mapping[str, str]) -> Recognised:
     taken, left_out = _renamed(tensors, places)
-    last = taken.get("backbone.features.17.conv.3.weight", ())  # 320 channels at width 1
-    width = () if len(last) == 320 else (f"backbone.width={len(last) / 320:g}",)
+    last = _rows(taken.get("backbone.features.17.conv.3.weight"))  # 320 channels at width 1
+    width = () if last == 320 else (f"backbone.width={last / 320:g}",)
     return Recognised("MobileNetV2", ("backbone=mobilenetv2", *width), taken, left_out, "backbone")
+
+
+def _rows(tensor: Tensor | None) -> int:
+    """Return the length of the first dimension; 0 where there is none."""
+    return tensor.shape[0] if tensor is not None and tensor.ndim else 0
 
 
 def _renamed(tensors: Mapping[str, Tensor], places: Mapping[str, str]) -> tuple[dict[str, Tensor], tuple[str, ...]]:
