@@ -36,7 +36,7 @@ def print_transfer(report: TransferReport, console: Console) -> None:
     console.print(f"weights: {report.path}; what of the model comes from it, in percent of the parameters' numbers")
     console.print(table, soft_wrap=False)
     if report.unused:
-        console.print(f"{report.unused} tensors of the file have no place in this model")
+        console.print(f"tensors of the file without a place in this model: {report.unused}")
 
 
 def _percent(count: int, whole: int) -> str:

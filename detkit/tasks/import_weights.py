@@ -31,7 +31,10 @@ def run(cfg: dict[str, Any]) -> Checkpoint:
         chosen, named = _chosen(src, cfg, found)
         checkpoint = make_checkpoint(src, source, found, chosen, named)
         sentence = _tell(src, dst, found, named, checkpoint)
-    write_checkpoint(dst, checkpoint)
+    try:
+        write_checkpoint(dst, checkpoint)
+    except OSError as error:
+        raise DetkitError(f"cannot write dst={dst}: {error.strerror}") from None
     make_console().print(sentence)
     return checkpoint
 
