@@ -5,7 +5,8 @@ from pathlib import Path
 
 from detkit.checks import check_values
 from detkit.config import compose_config, group_options, import_plugins, resolve
-from detkit.engine.checkpoint import build_from_checkpoint, load_weights, read_checkpoint
+from detkit.engine.checkpoint import build_from_checkpoint, read_checkpoint
+from detkit.engine.transfer import load_weights
 from detkit.errors import DetkitError
 from detkit.models.detector import Detector, build_detector
 from detkit.registry import BLOCKS
@@ -43,7 +44,7 @@ def create_model(
     detector = build_detector(cfg, [f"class{k}" for k in range(num_classes)])
     if weights is not None:
         load_weights(detector, weights)
-        detector.cfg["image_size"] = read_checkpoint(weights).cfg["image_size"]
+        detector.cfg["image_size"] = read_checkpoint(weights).cfg.get("image_size", detector.cfg["image_size"])
     return detector
 
 

@@ -50,6 +50,8 @@ RULES: dict[str, Rule] = {
     ),
     "ckpt": PATH,
     "source": PATH,
+    "src": PATH,
+    "dst": PATH,
     "weights": _optional(PATH),
     "data.root": _optional(PATH),
     "split": ("train or val", lambda v: v in ("train", "val")),

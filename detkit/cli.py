@@ -20,6 +20,7 @@ TASKS = {
     "predict": "find objects in pictures: detkit predict ckpt=FILE source=FILE_OR_FOLDER",
     "check": "try a composition on this machine: detkit check model=yolov8n backbone=revcol_tiny",
     "summary": "shapes, parameters and GFLOPs of every module: detkit summary model=yolov8n",
+    "import_weights": "another project's checkpoint as one of detkit's: detkit import_weights src=FILE dst=FILE",
     "benchmark": "time a training step: detkit benchmark model=yolov8n",
 }
 

@@ -32,8 +32,8 @@ def test_a_detector_returns_from_its_file_alone(checkpoint):
 def test_weights_move_to_another_class_count(checkpoint):
     detector, path = checkpoint
     other = detkit.create_model("yolov8n", num_classes=7)
-    kept = detkit.load_weights(other, path)
-    assert kept == [f"head.cls_branches.{k}.2.{p}" for k in range(3) for p in ("weight", "bias")]
+    report = detkit.load_weights(other, path)
+    assert report.afresh == tuple(f"head.cls_branches.{k}.2.{p}" for k in range(3) for p in ("weight", "bias"))
     assert torch.equal(other.backbone.stem.conv.weight, detector.backbone.stem.conv.weight)
 
 

@@ -10,7 +10,7 @@ LAYERS = (
     ("errors", "registry", "structures", "ops"),
     ("layers",),
     ("models", "data"),
-    ("engine", "report"),
+    ("engine", "report", "weights"),
     ("checks", "config", "api", "tasks", "cli", "__init__"),
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_safetensors
 from torch import Tensor
@@ -16,6 +15,7 @@ from detkit.errors import DetkitError
 from detkit.models.detector import Detector, build_detector
 
 SCHEMA_VERSION = 1
+FOREIGN_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin")  # what others' pickled checkpoints are called
 
 
 @dataclass(frozen=True)
@@ -26,18 +26,29 @@ class Checkpoint:
     cfg: dict[str, Any]
     class_names: tuple[str, ...]
     metrics: dict[str, Any]
+    part: str | None = None  # "backbone": it holds no more than that, its names still beginning with ``backbone.``
 
 
 def save_checkpoint(detector: Detector, path: Path, metrics: Mapping[str, Any]) -> None:
     """Write a detector's weights, config, class names and metrics; the file appears whole or not at all."""
-    header = {
-        "schema_version": SCHEMA_VERSION,
-        "cfg": detector.cfg,
-        "class_names": detector.class_names,
-        "metrics": dict(metrics),
-    }
-    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in detector.state_dict().items()}
+    write_checkpoint(path, Checkpoint(detector.state_dict(), detector.cfg, detector.class_names, dict(metrics)))
+
+
+def write_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
+    """Write a checkpoint; the file appears whole or not at all."""
+    header = {"schema_version": SCHEMA_VERSION}
+    header |= {key: getattr(checkpoint, key) for key in ("cfg", "class_names", "metrics", "part")}
+    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in checkpoint.weights.items()}
     write_atomically(path, to_safetensors(weights, {"detkit": json.dumps(header)}))
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Whether a file is one of detkit's, by its header alone."""
+    try:
+        with safe_open(path, "pt") as file:
+            return "detkit" in (file.metadata() or {})
+    except (SafetensorError, OSError):
+        return False
 
 
 def read_checkpoint(path: str | Path) -> Checkpoint:
@@ -51,6 +62,11 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
         raise DetkitError(
             f"checkpoint {path} does not exist; a run's are RUN_DIR/best.safetensors and last.safetensors"
         )
+    if path.suffix in FOREIGN_SUFFIXES:
+        raise DetkitError(
+            f"{path} is not a checkpoint of detkit: make one of it by "
+            f"detkit import_weights src={path} dst={path.stem}.safetensors"
+        )
     try:
         with safe_open(path, "pt") as file:
             header = json.loads((file.metadata() or {}).get("detkit", "null"))
@@ -58,7 +74,9 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     except (SafetensorError, ValueError, OSError) as error:
         raise DetkitError(f"{path} is not a safetensors file, or is truncated ({error})") from None
     if not isinstance(header, dict):
-        raise DetkitError(f"{path} was not written by detkit: its header has no 'detkit' entry")
+        raise DetkitError(
+            f"{path} was not written by detkit (its header has no 'detkit' entry): try detkit import_weights src={path}"
+        )
     if header.get("schema_version") != SCHEMA_VERSION:
         version = header.get("schema_version")
         raise DetkitError(
@@ -67,7 +85,7 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     for key in ("cfg", "class_names", "metrics"):
         if key not in header:
             raise DetkitError(f"{path} is damaged: its header has no '{key}'")
-    return Checkpoint(weights, header["cfg"], tuple(header["class_names"]), header["metrics"])
+    return Checkpoint(weights, header["cfg"], tuple(header["class_names"]), header["metrics"], header.get("part"))
 
 
 def build_from_checkpoint(path: str | Path) -> Detector:
@@ -77,6 +95,10 @@ def build_from_checkpoint(path: str | Path) -> Detector:
         DetkitError: as ``read_checkpoint``, or weights that do not fit the config in the header.
     """
     checkpoint = read_checkpoint(path)
+    if checkpoint.part is not None:
+        raise DetkitError(
+            f"{path} holds a {checkpoint.part} only, not a detector: start a training from it with weights={path}"
+        )
     cfg = dict(checkpoint.cfg)
     if cfg["backbone"].get("pretrained"):
         cfg["backbone"] = {**cfg["backbone"], "pretrained": False}  # the weights are here
@@ -96,19 +118,6 @@ def build_from_checkpoint(path: str | Path) -> Detector:
         )
     detector.load_state_dict(theirs)
     return detector.eval()
-
-
-def load_weights(detector: torch.nn.Module, path: str | Path) -> list[str]:
-    """Copy into ``detector`` every tensor of a checkpoint whose name and shape it shares.
-
-    Returns:
-        the names of the detector's tensors that kept their own values.
-    """
-    weights = read_checkpoint(path).weights
-    own = detector.state_dict()
-    fitting = {name: tensor for name, tensor in weights.items() if name in own and own[name].shape == tensor.shape}
-    detector.load_state_dict(fitting, strict=False)
-    return [name for name in own if name not in fitting]
 
 
 def write_atomically(path: Path, data: bytes) -> None:

@@ -9,6 +9,7 @@ from rich.table import Table
 from detkit.engine.properties import Finding
 
 STYLES = {"pass": "green", "fail": "bold red", "-": "dim"}
+from detkit.engine.transfer import TransferReport
 
 
 def print_metrics(metrics: Mapping[str, Any], console: Console) -> None:
@@ -38,6 +39,28 @@ def print_findings(checks: Sequence[Finding], figures: Sequence[Finding], consol
         failed = finding.status == "fail"
         table.add_row(finding.title, "fail" if failed else "", finding.words, style=STYLES["fail"] if failed else None)
     console.print(table, soft_wrap=False)
+
+
+def print_transfer(report: TransferReport, console: Console) -> None:
+    """Print what of a detector came from a checkpoint, in percent of each part's numbers; the whole in the last row."""
+    table = Table(header_style="bold")
+    table.add_column("part")
+    for name in ("parameters", "matched", "shape differs", "missing"):
+        table.add_column(name, justify="right")
+    for row in (*report.rows, report.total):
+        shares = (_percent(count, row.parameters) for count in (row.matched, row.differs, row.missing))
+        table.add_row(row.part, f"{row.parameters:,}", *shares, style="bold" if row is report.total else "")
+    console.print(f"weights: {report.path}; what of the model comes from it, in percent of the parameters' numbers")
+    console.print(table, soft_wrap=False)
+    if report.unused:
+        console.print(f"tensors of the file without a place in this model: {report.unused}")
+
+
+def _percent(count: int, whole: int) -> str:
+    """One decimal; 0 and 100 only where that is exact."""
+    if count in (0, whole):
+        return "-" if not whole else f"{100 * count // whole} %"
+    return f"{min(max(100 * count / whole, 0.1), 99.9):.1f} %"
 
 
 def _number(value: float) -> str:

@@ -11,16 +11,16 @@ from detkit.data.annotations import Annotations
 from detkit.data.augment import AugmentedDataset
 from detkit.data.dataset import DetectionDataset
 from detkit.data.loader import BatchLoader, worker_count
-from detkit.engine.checkpoint import load_weights
 from detkit.engine.logging import RunLog
 from detkit.engine.optim import Recipe, Schedule, accumulation
 from detkit.engine.precision import Precision, keep_freed_memory, make_deterministic, pick_device
 from detkit.engine.step import TrainStep
 from detkit.engine.trainer import Trainer
+from detkit.engine.transfer import load_weights
 from detkit.errors import DetkitError
 from detkit.models.detector import Detector, build_detector, build_loss
 from detkit.report.console import make_console
-from detkit.report.tables import print_metrics
+from detkit.report.tables import print_metrics, print_transfer
 from detkit.tasks.common import make_run_dir, model_name, read_split, val_loader
 
 
@@ -47,7 +47,7 @@ def run(cfg: dict[str, Any]) -> dict[str, Any]:
         )
 
     detector = build_detector(cfg, train_set.class_names).to(device)
-    kept = load_weights(detector, str(cfg["weights"])) if cfg["weights"] is not None else []
+    transfer = load_weights(detector, str(cfg["weights"])) if cfg["weights"] is not None else None
     train_loader = _train_loader(train_set, cfg, device)
     step, recipe = _train_step(detector, cfg, precision, len(train_set), len(train_loader))
     name = model_name(cfg)
@@ -59,9 +59,8 @@ def run(cfg: dict[str, Any]) -> dict[str, Any]:
     for split, annotations in (("train", train_set), ("val", val_set)):
         left_out = f", {annotations.left_out} boxes without area left out" if annotations.left_out else ""
         console.print(f"{split}: {len(annotations)} images, {len(annotations.labels)} boxes{left_out}")
-    if cfg["weights"] is not None:
-        names = f": {', '.join(kept[:2])}{', ...' if len(kept) > 2 else ''}" if kept else ""
-        console.print(f"weights: {cfg['weights']}; {len(kept)} tensors do not fit and start afresh{names}")
+    if transfer is not None:
+        print_transfer(transfer, console)
     console.print(f"{recipe.name}, learning rate {recipe.lr:g}; writing to {run_dir}")
 
     log = RunLog(run_dir, console)

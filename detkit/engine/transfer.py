@@ -1,0 +1,82 @@
+"""Starting from a checkpoint: what fits is taken, and a report tells how much that was."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import nn
+
+from detkit.engine.checkpoint import read_checkpoint
+from detkit.errors import DetkitError
+
+
+@dataclass(frozen=True)
+class TransferRow:
+    """One part of a detector, in numbers (elements of its parameters): together they are ``parameters``.
+
+    Attributes:
+        matched: taken from the file.
+        differs: in the file under the same name, in another shape.
+        missing: not in the file.
+    """
+
+    part: str
+    matched: int
+    differs: int
+    missing: int
+
+    @property
+    def parameters(self) -> int:
+        """Return how many there are."""
+        return self.matched + self.differs + self.missing
+
+
+@dataclass(frozen=True)
+class TransferReport:
+    """What a detector took from a checkpoint.
+
+    Attributes:
+        rows: one for each of backbone, neck and head.
+        afresh: names of the detector's tensors that kept their own values.
+        unused: how many of the file's tensors have no place in the detector.
+    """
+
+    path: Path
+    rows: tuple[TransferRow, ...]
+    afresh: tuple[str, ...]
+    unused: int
+
+    @property
+    def total(self) -> TransferRow:
+        """Return the rows' sum."""
+        return TransferRow(
+            "all", *(sum(getattr(r, key) for r in self.rows) for key in ("matched", "differs", "missing"))
+        )
+
+
+def load_weights(detector: nn.Module, path: str | Path) -> TransferReport:
+    """Copy into ``detector`` every tensor of a checkpoint whose name and shape it shares, and report on it.
+
+    Raises:
+        DetkitError: an unreadable file, or one of which not a single kernel or matrix fits.
+    """
+    path = Path(path)
+    weights = read_checkpoint(path).weights
+    own = detector.state_dict()
+    fitting = {name: tensor for name, tensor in weights.items() if name in own and own[name].shape == tensor.shape}
+    if not any(tensor.ndim > 1 for tensor in fitting.values()):
+        raise DetkitError(
+            f"weights={path}: not a single kernel in it fits this model: name the model it is of, or leave it out"
+        )
+    detector.load_state_dict(fitting, strict=False)
+
+    def row(part: str) -> TransferRow:
+        counts = {"matched": 0, "differs": 0, "missing": 0}
+        for name, parameter in detector.named_parameters():
+            if name.startswith(f"{part}."):
+                kind = "matched" if name in fitting else "differs" if name in weights else "missing"
+                counts[kind] += parameter.numel()
+        return TransferRow(part, **counts)
+
+    afresh = tuple(name for name in own if name not in fitting)
+    rows = tuple(row(part) for part, _ in detector.named_children())
+    return TransferReport(path, rows, afresh, sum(name not in own for name in weights))

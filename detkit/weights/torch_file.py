@@ -1,0 +1,170 @@
+"""The files of ``torch.save``, zip and legacy: their pickle as plain data, their tensors by place in the file."""
+
+import io
+import math
+import os
+import struct
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor
+
+from detkit.errors import DetkitError
+from detkit.weights.pickle_names import StorageRef, TensorRef
+from detkit.weights.pickle_reader import MAX_BYTES, read_pickle
+
+ZIP_MAGIC = b"PK\x03\x04"
+LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
+
+
+@dataclass(frozen=True)
+class TorchFile:
+    """What ``torch.save`` wrote.
+
+    Attributes:
+        content: the saved object; its tensors are ``TensorRef``, objects of other people's classes ``Record``.
+        extents: start and length in bytes of every storage.
+    """
+
+    path: Path
+    content: Any
+    extents: Mapping[str, tuple[int, int]]
+
+    def read_tensors(self, refs: Mapping[str, TensorRef]) -> dict[str, Tensor]:
+        """Read tensors: floating-point ones as float32, contiguous.
+
+        Raises:
+            DetkitError: a tensor that claims more than its storage holds, or all of them more than the file does.
+        """
+        tensors = {}
+        with open(self.path, "rb") as file:
+            left = os.fstat(file.fileno()).st_size
+            for name, ref in refs.items():
+                span = self._span(name, ref)
+                left -= span * ref.dtype.itemsize
+                if left < 0:
+                    raise DetkitError(f"{self.path} is refused: its tensors claim more memory than the file holds")
+                tensors[name] = self._read(file, name, ref, span)
+        return tensors
+
+    def _span(self, name: str, ref: TensorRef) -> int:
+        """Return how many elements of its storage a tensor reaches over, having checked that they are there."""
+        count = math.prod(ref.size)
+        span = 1 + sum((n - 1) * step for n, step in zip(ref.size, ref.stride, strict=True)) if count else 0
+        _, length = self.extents.get(ref.key, (0, 0))
+        if count > span or (ref.offset + span) * ref.dtype.itemsize > length:
+            raise DetkitError(
+                f"{self.path} is refused: its tensor {name[:100]!a} claims more elements than the file holds"
+            )
+        return span
+
+    def _read(self, file: BinaryIO, name: str, ref: TensorRef, span: int) -> Tensor:
+        if not span:
+            return torch.empty(0)
+        file.seek(self.extents[ref.key][0] + ref.offset * ref.dtype.itemsize)
+        data = bytearray(file.read(span * ref.dtype.itemsize))
+        if len(data) < span * ref.dtype.itemsize:
+            raise DetkitError(f"{self.path} is truncated: its tensor {name[:100]!a} is incomplete")
+        tensor = torch.frombuffer(data, dtype=ref.dtype).as_strided(ref.size, ref.stride)
+        return tensor.to(torch.float32 if ref.dtype.is_floating_point else ref.dtype).contiguous()
+
+
+def open_torch_file(path: Path) -> TorchFile:
+    """Read the structure of a file of ``torch.save``; nothing in it is run, no tensor is read yet.
+
+    Raises:
+        DetkitError: no such file, truncated or damaged, not one of ``torch.save``, or one that would run code.
+    """
+    with open(path, "rb") as file:
+        start = file.read(len(ZIP_MAGIC))
+        file.seek(0)
+        if start == ZIP_MAGIC:
+            return _open_zip(path, file)
+        if start[:1] == b"\x80":
+            return _open_legacy(path, file)
+    what = "is empty" if not start else "is not a checkpoint"
+    raise DetkitError(f"{path} {what}: a file of torch.save or of safetensors was expected")
+
+
+def _open_zip(path: Path, file: BinaryIO) -> TorchFile:
+    """A zip, nothing in it compressed: ROOT/data.pkl, and a storage each in ROOT/data/KEY."""
+    try:
+        entries = {entry.filename: entry for entry in zipfile.ZipFile(file).infolist()}
+    except (zipfile.BadZipFile, NotImplementedError, OSError, ValueError, LookupError, OverflowError, struct.error):
+        raise DetkitError(f"{path} is truncated or damaged: it begins as a zip, but has no index at its end") from None
+    pickles = [name for name in entries if name.count("/") == 1 and name.endswith("/data.pkl")]
+    if len(pickles) != 1:
+        raise DetkitError(f"{path} is a zip, but not one of torch.save: it holds no data.pkl")
+    root = pickles[0].removesuffix("data.pkl")
+    if f"{root}constants.pkl" in entries:
+        raise DetkitError(f"{path} is a TorchScript program, not a checkpoint: import the .pt it was exported from")
+    size = os.fstat(file.fileno()).st_size
+    extents = {name: _entry_extent(path, file, entry, size) for name, entry in entries.items()}
+    if _read_extent(file, extents.get(f"{root}byteorder", (0, 0))) not in (b"", b"little"):
+        raise DetkitError(f"{path} was written by a big-endian machine: load and save it again with torch on that one")
+    if extents[pickles[0]][1] > MAX_BYTES:
+        raise DetkitError(f"{path} is refused: its pickle has more than {MAX_BYTES >> 20} MiB, no checkpoint's has")
+    content, _ = read_pickle(io.BytesIO(_read_extent(file, extents[pickles[0]])), str(path))
+    prefix = f"{root}data/"
+    storages = {name.removeprefix(prefix): e for name, e in extents.items() if name.startswith(prefix)}
+    return TorchFile(path, content, storages)
+
+
+def _entry_extent(path: Path, file: BinaryIO, entry: zipfile.ZipInfo, size: int) -> tuple[int, int]:
+    """Return start and length of a zip entry's bytes.
+
+    Raises:
+        DetkitError: it is compressed (a small file could unpack to any size), or reaches beyond the file.
+    """
+    if entry.compress_type != zipfile.ZIP_STORED or entry.flag_bits & 1:
+        raise DetkitError(f"{path} is refused: a part of it is compressed, which torch.save never does")
+    file.seek(entry.header_offset)
+    header = file.read(30)
+    if len(header) < 30 or header[:4] != ZIP_MAGIC:
+        raise DetkitError(f"{path} is damaged: the index of the zip does not fit its parts")
+    start = entry.header_offset + 30 + sum(struct.unpack_from("<HH", header, 26))  # behind name and padding
+    if start + entry.file_size > size:
+        raise DetkitError(f"{path} is truncated or damaged: a part of it reaches beyond the end of the file")
+    return start, entry.file_size
+
+
+def _read_extent(file: BinaryIO, extent: tuple[int, int]) -> bytes:
+    file.seek(extent[0])
+    return file.read(extent[1])
+
+
+def _open_legacy(path: Path, file: BinaryIO) -> TorchFile:
+    """Before torch 1.6: five pickles in a row (magic number, version, system, object, keys), then the storages."""
+    head = io.BytesIO(file.read(MAX_BYTES))
+    magic, _ = read_pickle(head, str(path))
+    if magic != LEGACY_MAGIC:
+        raise DetkitError(f"{path} is a pickle, but not one of torch.save: save its state dict with torch.save")
+    _version, _ = read_pickle(head, str(path))
+    system, _ = read_pickle(head, str(path))
+    if isinstance(system, dict) and system.get("little_endian") is False:
+        raise DetkitError(f"{path} was written by a big-endian machine: load and save it again with torch on that one")
+    content, storages = read_pickle(head, str(path))
+    keys, _ = read_pickle(head, str(path))
+    return TorchFile(path, content, _legacy_extents(path, file, head.tell(), keys, storages))
+
+
+def _legacy_extents(
+    path: Path, file: BinaryIO, position: int, keys: Any, storages: Mapping[str, StorageRef]
+) -> dict[str, tuple[int, int]]:
+    """Each storage, in the order of ``keys``: its count of elements (8 bytes), then these."""
+    if not isinstance(keys, list) or not all(isinstance(key, str) and key in storages for key in keys):
+        raise DetkitError(f"{path} is damaged: its list of storages does not fit its tensors")
+    size = os.fstat(file.fileno()).st_size
+    extents = {}
+    for key in keys:
+        file.seek(position)
+        count, length = file.read(8), storages[key].count * storages[key].dtype.itemsize
+        if len(count) < 8 or int.from_bytes(count, "little") != storages[key].count or position + 8 + length > size:
+            raise DetkitError(f"{path} is truncated or damaged: storage {key[:40]!a} is incomplete")
+        extents[key] = (position + 8, length)
+        position += 8 + length
+    return extents

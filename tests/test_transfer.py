@@ -1,0 +1,89 @@
+"""``weights=FILE``: what fits is taken, and the report says how much that was."""
+
+import io
+
+import pytest
+import torch
+from rich.console import Console
+from torch import nn
+
+import detkit
+from detkit.engine.checkpoint import Checkpoint, write_checkpoint
+from detkit.engine.transfer import TransferRow, load_weights
+from detkit.errors import DetkitError
+from detkit.report.tables import print_transfer
+
+
+class Small(nn.Module):
+    """60 + 5 numbers in the backbone, 40 in the neck, 21 + 3 in the head; the batch norm's statistics do not count."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.backbone = nn.Sequential(nn.Linear(12, 5), nn.BatchNorm1d(5, affine=False))
+        self.neck = nn.Linear(5, 8, bias=False)
+        self.head = nn.Linear(7, 3)
+
+
+@pytest.fixture
+def small_checkpoint(tmp_path):
+    """Of the backbone all, of the neck another shape, of the head the bias alone; and a tensor of nobody's."""
+    weights = {
+        "backbone.0.weight": torch.full((5, 12), 2.0),
+        "backbone.0.bias": torch.full((5,), 2.0),
+        "neck.weight": torch.zeros(8, 6),
+        "head.bias": torch.full((3,), 2.0),
+        "aux.weight": torch.zeros(4),
+    }
+    path = tmp_path / "small.safetensors"
+    write_checkpoint(path, Checkpoint(weights, {}, (), {}))
+    return path
+
+
+def test_the_report_counts_numbers(small_checkpoint):
+    model = Small()
+    report = load_weights(model, small_checkpoint)
+    assert report.rows == (
+        TransferRow("backbone", 65, 0, 0),
+        TransferRow("neck", 0, 40, 0),
+        TransferRow("head", 3, 0, 21),
+    )
+    assert report.total == TransferRow("all", 68, 40, 21)
+    assert report.unused == 1
+    assert set(report.afresh) == {
+        "neck.weight",
+        "head.weight",
+        *(f"backbone.1.{name}" for name in ("running_mean", "running_var", "num_batches_tracked")),
+    }
+    assert (model.backbone[0].weight == 2).all()
+    assert (model.head.bias == 2).all()
+    assert not (model.neck.weight == 0).all()
+
+
+def test_the_table_says_it_in_percent(small_checkpoint):
+    console = Console(file=io.StringIO(), width=100)
+    print_transfer(load_weights(Small(), small_checkpoint), console)
+    rows = [line.replace("│", " ").split() for line in console.file.getvalue().splitlines() if "│" in line]
+    assert rows == [
+        ["backbone", "65", "100", "%", "0", "%", "0", "%"],
+        ["neck", "40", "0", "%", "100", "%", "0", "%"],
+        ["head", "24", "12.5", "%", "0", "%", "87.5", "%"],
+        ["all", "129", "52.7", "%", "31.0", "%", "16.3", "%"],
+    ]
+    assert "tensors of the file without a place in this model: 1" in console.file.getvalue()
+
+
+def test_nearly_all_is_not_called_all():
+    report = detkit.engine.transfer.TransferReport("x", (TransferRow("head", 99_999, 1, 0),), (), 0)
+    console = Console(file=io.StringIO(), width=100)
+    print_transfer(report, console)
+    assert "99.9 %" in console.file.getvalue()
+    assert "0.1 %" in console.file.getvalue()
+
+
+def test_weights_of_another_model_are_refused(tmp_path):
+    """The bins of the head fit everywhere, and are worth nothing."""
+    weights = {"head.bins": torch.arange(16.0), "backbone.stem.conv.weight": torch.zeros(7, 3, 3, 3)}
+    write_checkpoint(tmp_path / "x.safetensors", Checkpoint(weights, {}, (), {}))
+    detector = detkit.create_model("yolov8n")
+    with pytest.raises(DetkitError, match=r"weights=.*x.safetensors: not a single kernel in it fits this model"):
+        detkit.load_weights(detector, tmp_path / "x.safetensors")
