@@ -7,9 +7,9 @@ from rich.console import Console
 from rich.table import Table
 
 from detkit.engine.properties import Finding
+from detkit.engine.transfer import TransferReport
 
 STYLES = {"pass": "green", "fail": "bold red", "-": "dim"}
-from detkit.engine.transfer import TransferReport
 
 
 def print_metrics(metrics: Mapping[str, Any], console: Console) -> None:
