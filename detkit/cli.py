@@ -18,7 +18,7 @@ TASKS = {
     "train": "train a detector: detkit train model=yolov8n data=coco data.root=DIR",
     "eval": "COCO metrics of a checkpoint: detkit eval ckpt=FILE",
     "predict": "find objects in pictures: detkit predict ckpt=FILE source=FILE_OR_FOLDER",
-    "benchmark": "time a training step: detkit benchmark model=yolov8n",
+    "benchmark": "measure a training step, or a claim: detkit benchmark task=train model=yolov8n",
 }
 
 

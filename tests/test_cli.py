@@ -72,7 +72,7 @@ MISTAKES = [
     ("eval", [], "ckpt is not set: add ckpt=VALUE"),
     ("eval", ["ckpt=none.safetensors"], "checkpoint none.safetensors does not exist"),
     ("predict", ["ckpt=none.safetensors", "source=x"], "checkpoint none.safetensors does not exist"),
-    ("benchmark", ["task=sleep"], "task=sleep is unknown"),
+    ("benchmark", ["task=sleep"], "task=sleep is unknown: use train, reversible, akconv"),
 ]
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from detkit.benchmarks.reversible import saved_bytes
 from detkit.engine.ema import EMA
 from detkit.errors import DetkitError
 from detkit.layers import reversible
@@ -121,29 +122,16 @@ def test_channels_are_kept_before_rounding_errors_grow():
     assert sum(row is not None for (row,) in reversible.channels_to_keep(ordinary, frozenset(), torch.float64)) == 3
 
 
-def saved_bytes(model: RevCol, x: Tensor) -> int:
-    """Bytes that autograd keeps for backward, each storage once, without parameters."""
-    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    storages: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in parameters:
-            storages[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        kept = model(x)
-    del kept
-    return sum(storages.values())
+def saved(model: RevCol, x: Tensor) -> int:
+    return saved_bytes(lambda: model(x), model.parameters())
 
 
 def test_memory_does_not_grow_with_columns():
     x = torch.randn(1, 3, 128, 128)
-    two, sixteen = (saved_bytes(small_revcol(columns, keep_every=0), x) for columns in (2, 16))
+    two, sixteen = (saved(small_revcol(columns, keep_every=0), x) for columns in (2, 16))
     assert sixteen < 1.1 * two
-    assert saved_bytes(small_revcol(16, save_memory=False), x) > 20 * sixteen
-    few = saved_bytes(stirred_revcol(16, lambda alpha: alpha[:1].zero_()), x)
+    assert saved(small_revcol(16, save_memory=False), x) > 20 * sixteen
+    few = saved(stirred_revcol(16, lambda alpha: alpha[:1].zero_()), x)
     assert few < 1.5 * sixteen  # one channel of each feature is kept, in every second column
 
 
@@ -151,9 +139,9 @@ def test_evaluation_keeps_nothing():
     model = small_revcol().eval()
     x = torch.randn(1, 3, 64, 64)
     with torch.no_grad():
-        assert saved_bytes(model, x) == 0
+        assert saved(model, x) == 0
     model.requires_grad_(False)
-    assert saved_bytes(model, x) == 0
+    assert saved(model, x) == 0
     assert not any(f.requires_grad for f in model(x))
 
 

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import detkit
+from detkit.benchmarks.train_step import random_batch
 from detkit.config import compose_config, resolve
 from detkit.engine.checkpoint import read_checkpoint
 from detkit.engine.evaluator import METRICS, Evaluation
@@ -26,7 +27,6 @@ from detkit.models.losses.task_aligned import TaskAlignedLoss
 from detkit.report.console import make_console
 from detkit.tasks import eval as eval_task
 from detkit.tasks import predict, train
-from detkit.tasks.benchmark import random_batch
 
 
 def test_a_run_directory_holds_what_it_should(finished_run: Path):
