@@ -23,9 +23,9 @@ PRECISIONS = {"float64": torch.float64, "float32": torch.float32, "bf16": torch.
 def run(cfg: dict[str, Any]) -> dict[str, Any]:
     """Measure RevCol of revcol_tiny's widths, batch 1, for every number of columns and every setting.
 
-    The error, of a narrower one on a smaller image, is the largest of all parameters: the norm of the difference to plain autograd's gradient in the same
-    precision, relative to that gradient's. The blocks' gammas are 0.3 there: their first value, 1e-6, would hide what
-    the blocks add.
+    The error, of a narrower one on a smaller image, is the largest of all parameters: the norm of the difference to
+    plain autograd's gradient in the same precision, relative to that gradient's. The blocks' gammas are 0.3: their
+    first value, 1e-6, would hide what the blocks add.
     """
     device = pick_device(cfg["device"])
     make_deterministic(cfg["seed"])
