@@ -30,7 +30,7 @@ def run(cfg: dict[str, Any]) -> dict[str, Any]:
     device = pick_device(cfg["device"])
     make_deterministic(cfg["seed"])
     caption = f"errors: {ERROR_SIZE} px, {ERROR_CHANNELS} channels, gamma {GAMMA}, alpha 0.5; bf16: autocast"
-    columns = ("columns", "features kept", "MiB saved", *(f"error, {name}" for name in PRECISIONS), "ms")
+    columns = ("columns", "keep_every", "MiB saved", *(f"error, {name}" for name in PRECISIONS), "ms")
     table = Table(*columns, header_style="bold", title=f"RevCol, {SIZE} px, batch 1", caption=caption)
     result: dict[str, Any] = {"task": "reversible", "device": str(device), "image_size": SIZE, "columns": {}}
     for count in COLUMNS:
@@ -38,7 +38,9 @@ def run(cfg: dict[str, Any]) -> dict[str, Any]:
         result["columns"][count] = measured
         for name, row in measured.items():
             errors = (f"{row['error'][precision]:.1e}" for precision in PRECISIONS)
-            table.add_row(str(count), name, f"{row['mib']:.1f}", *errors, f"{row['ms']:.0f}")
+            table.add_row(
+                str(count), name.removeprefix("keep_every="), f"{row['mib']:.1f}", *errors, f"{row['ms']:.0f}"
+            )
     return tell(table, result)
 
 
