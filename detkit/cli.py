@@ -21,7 +21,7 @@ TASKS = {
     "check": "try a composition on this machine: detkit check model=yolov8n backbone=revcol_tiny",
     "summary": "shapes, parameters and GFLOPs of every module: detkit summary model=yolov8n",
     "import_weights": "another project's checkpoint as one of detkit's: detkit import_weights src=FILE dst=FILE",
-    "benchmark": "time a training step: detkit benchmark model=yolov8n",
+    "benchmark": "measure a training step, or a claim: detkit benchmark task=train model=yolov8n",
 }
 
 

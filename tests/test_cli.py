@@ -72,7 +72,7 @@ MISTAKES = [
     ("eval", [], "ckpt is not set: add ckpt=VALUE"),
     ("eval", ["ckpt=none.safetensors"], "checkpoint none.safetensors does not exist"),
     ("predict", ["ckpt=none.safetensors", "source=x"], "checkpoint none.safetensors does not exist"),
-    ("benchmark", ["task=sleep"], "task=sleep is unknown"),
+    ("benchmark", ["task=sleep"], "task=sleep is unknown: use train, reversible, akconv"),
     ("check", ["backbone=revcol_tny"], "did you mean 'revcol_tiny'?"),
     ("check", ["neck.block=[c2f,c2f]"], "neck.block lists 2 blocks"),
     ("check", ["head=yolov5", "loss=yolov8"], "head 'yolov5' gives AnchorOutput: leave loss= out"),

@@ -11,7 +11,7 @@ LAYERS = (
     ("layers",),
     ("models", "data"),
     ("engine", "report", "weights"),
-    ("checks", "config", "api", "tasks", "cli", "__init__"),
+    ("checks", "config", "api", "benchmarks", "tasks", "cli", "__init__"),
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 

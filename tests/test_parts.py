@@ -138,6 +138,23 @@ def test_akconv_samples_equal_a_naive_loop(n, stride, size):
     assert block(x).shape == (2, 4, h, w)
 
 
+@pytest.mark.parametrize("stride", [1, 2])
+def test_akconv_gradients_are_those_of_finite_differences(stride):
+    block = AKConv(2, 2, 3, stride, 5).double()
+    x = torch.randn(2, 2, 4, 6, dtype=torch.float64, requires_grad=True)
+    h, w = block.p_conv(x).shape[-2:]
+    offsets = (torch.randn(2, 10, h, w, dtype=torch.float64) * 2).requires_grad_()
+    assert torch.autograd.gradcheck(block.sample, (x, offsets))
+
+
+def test_akconv_with_broken_offsets_samples_nan():
+    block = AKConv(1, 1, n=1)
+    offsets = torch.tensor([torch.nan, torch.inf, -torch.inf, 0.0]).view(1, 1, 1, 4).expand(1, 2, 1, 4)
+    sampled = block.sample(torch.arange(4.0).view(1, 1, 1, 4), offsets)[0, 0, 0]
+    assert sampled[0].isnan()
+    assert sampled[1:].tolist() == [3, 0, 3]
+
+
 def test_akconv_grid_and_precision():
     assert base_grid(5).tolist() == [[0, 0], [0, 1], [1, 0], [1, 1], [2, 0]]
     block = AKConv(1, 1, n=1)

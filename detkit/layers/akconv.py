@@ -41,20 +41,37 @@ class AKConv(nn.Module):
 
         Coordinates stay in float32 under autocast: half precision would round 159.03 to 159.
         """
-        height, width = x.shape[-2:]
-        batch, _, h, w = offsets.shape
+        batch, channels, height, width = x.shape
+        h, w = offsets.shape[-2:]
         with torch.autocast(x.device.type, enabled=False):
             values = x.to(torch.promote_types(x.dtype, torch.float32))
-            rows_bnhw, columns_bnhw = offsets.to(values.dtype).chunk(2, 1)
+            rows_bhnw, columns_bhnw = offsets.to(values.dtype).view(batch, 2, self.n, h, w).transpose(2, 3).unbind(1)
             base_n2 = self.base_n2.to(values.dtype)
             y = torch.arange(h, device=x.device, dtype=values.dtype) * self.stride
-            rows_bnhw = rows_bnhw + base_n2[:, 0].view(-1, 1, 1) + y.view(-1, 1)
             z = torch.arange(w, device=x.device, dtype=values.dtype) * self.stride
-            columns_bnhw = columns_bnhw + base_n2[:, 1].view(-1, 1, 1) + z
-            grid = torch.stack(((2 * columns_bnhw + 1) / width - 1, (2 * rows_bnhw + 1) / height - 1), -1)
-            grid = grid.transpose(1, 2).reshape(batch, h * self.n, w, 2)  # a position's N samples stand in one column
-            sampled = F.grid_sample(values, grid, mode="bilinear", padding_mode="border", align_corners=False)
-        return sampled.to(x.dtype)
+            upper, lower, down = _neighbours(rows_bhnw + base_n2[:, :1] + y.view(-1, 1, 1), height)
+            left, right, across = _neighbours(columns_bhnw + base_n2[:, 1:] + z, width)
+            image = torch.arange(batch, device=x.device).view(-1, 1, 1, 1) * height
+            upper, lower = (image + upper) * width, (image + lower) * width
+            corners_p4 = torch.stack((upper + left, upper + right, lower + left, lower + right), -1).view(-1, 4)
+            shares = ((1 - down) * (1 - across), (1 - down) * across, down * (1 - across), down * across)
+            # A sample is a weighted sum of four pixels, each a row of C numbers: nothing larger is ever made.
+            pixels = values.permute(0, 2, 3, 1).reshape(-1, channels)
+            shares_p4 = torch.stack(shares, -1).view(-1, 4)
+            sampled = F.embedding_bag(corners_p4, pixels, mode="sum", per_sample_weights=shares_p4)
+        # A position's N samples stand in one column.
+        return sampled.view(batch, h * self.n, w, channels).permute(0, 3, 1, 2).to(x.dtype)
+
+
+def _neighbours(position: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the indices of the pixels before and after a position, and how far it lies from the first to the second.
+
+    Positions beyond the first and the last pixel are theirs.
+    """
+    position = position.clamp(0, size - 1)
+    before = position.detach().floor()
+    first = before.long().clamp(0, size - 1)  # NaN has no index, and an index beyond the image would be a crash
+    return first, (first + 1).clamp(max=size - 1), position - before
 
 
 def base_grid(n: int) -> Tensor:

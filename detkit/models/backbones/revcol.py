@@ -24,8 +24,8 @@ class RevCol(nn.Module):
         columns: how many there are.
         drop_path: probability of skipping a block, from 0 at the first to this at the last of a column.
         save_memory: recompute features in backward instead of remembering them (layers/reversible.py).
-        keep_every: remember the features of every so many columns, which bounds rounding errors; 0: of the last only.
-            1 never divides by an alpha, which near 0 would magnify them.
+        keep_every: remember the features of every so many columns; 0: of the last only, so that memory does not grow
+            with columns. Gradients are as exact either way (layers/reversible.py).
         out_strides: strides of the features to return, ascending; derived by the builder.
     """
 
@@ -36,7 +36,7 @@ class RevCol(nn.Module):
         columns: int = 4,
         drop_path: float = 0.1,
         save_memory: bool = True,
-        keep_every: int = 4,
+        keep_every: int = 0,
         out_strides: Sequence[int] = (8, 16, 32),
     ) -> None:
         super().__init__()
@@ -44,6 +44,8 @@ class RevCol(nn.Module):
             raise DetkitError(f"backbone revcol has strides {list(STRIDES)}, the neck asks for {list(out_strides)}")
         if columns < 1:
             raise DetkitError(f"backbone.columns={columns} must be 1 or more")
+        if keep_every < 0:
+            raise DetkitError(f"backbone.keep_every={keep_every} must be 0 or more")
         self.stem = nn.Sequential(nn.Conv2d(3, channels[0], 4, 4), LayerNorm2d(channels[0]))
         ramp = iter(np.linspace(0, drop_path, sum(layers)).tolist())
         rates = [[next(ramp) for _ in range(count)] for count in layers]

@@ -1,0 +1,1 @@
+"""What ``detkit benchmark task=NAME`` measures, a file a task."""

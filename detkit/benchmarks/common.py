@@ -1,0 +1,41 @@
+"""What the benchmarks share: the clock, and how a result is told."""
+
+import json
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from rich.table import Table
+
+from detkit.report.console import make_console
+
+WARMUP = 2  # rounds before the clock starts
+
+
+def time_in_turns(runs: Mapping[str, Callable[[], object]], rounds: int, device: torch.device) -> dict[str, float]:
+    """Let every run have its turn, round after round, so that a busy machine slows all alike; return median seconds."""
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for k in range(WARMUP + rounds):
+        for name, run in runs.items():
+            seconds = time_once(run, device)
+            if k >= WARMUP:
+                times[name].append(seconds)
+    return {name: statistics.median(times[name]) for name in runs}
+
+
+def time_once(run: Callable[[], object], device: torch.device) -> float:
+    """Return the seconds until what ``run`` started on the device is done."""
+    start = time.perf_counter()
+    run()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start
+
+
+def tell(table: Table, result: dict[str, Any]) -> dict[str, Any]:
+    """Print the table and, as the last line of standard output, the result as JSON; return the result."""
+    make_console().print(table)
+    print(json.dumps(result))
+    return result
