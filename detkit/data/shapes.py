@@ -1,9 +1,10 @@
 """The embedded image set: coloured shapes on cluttered, textured backgrounds, drawn on first use.
 
 Small enough to train on a laptop's CPU in minutes, hard enough to need a detector: five classes at any angle, from
-about 8 pixels up, half hidden behind each other, among scribbles that are no shapes at all; and images with nothing.
+about a quarter of the picture up, some half hidden behind each other, among scribbles that are no shapes at all; and images with nothing.
 """
 
+import colorsys
 import json
 import os
 import shutil
@@ -23,7 +24,8 @@ VERSION = "shapes-v2"  # of the drawings: a change of them is another folder
 SPLITS = {"train": 400, "val": 100}
 SIZE = 256  # pixels
 OVERSAMPLING = 2  # drawn this much larger, for smooth edges
-MIN_SHAPE, MAX_SHAPE = 24, 120  # pixels across, before a slight squeeze
+MIN_SHAPE, MAX_SHAPE = 64, 180  # pixels across, before a slight squeeze
+HUE_SPREAD = 0.03  # of a class, in turns: neighbours are 0.2 apart
 MIN_VISIBLE = 0.5  # share of a shape that others may not cover
 
 
@@ -97,7 +99,7 @@ def draw_image(rng: np.random.Generator) -> tuple[np.ndarray, list[tuple[int, li
     owner = np.zeros(canvas.shape[:2], np.uint8)  # which shape a pixel shows, counted from 1; 0 is background
     labels: list[int] = []
     sizes, visible = np.zeros((2, 0), int)  # pixels of each shape, drawn and still to be seen
-    wanted = 0 if rng.random() < 0.06 else rng.integers(1, 7)
+    wanted = 0 if rng.random() < 0.06 else rng.integers(1, 5)
     for _ in range(wanted):
         label = int(rng.integers(len(OUTLINES)))
         corners = _place(rng, label, canvas.shape[0])
@@ -110,7 +112,7 @@ def draw_image(rng: np.random.Generator) -> tuple[np.ndarray, list[tuple[int, li
         labels.append(label)
         sizes, visible = np.append(sizes, mask.sum()), np.append(left, mask.sum())
         owner[mask] = len(labels)
-        _paint(rng, canvas, mask, corners)
+        _paint(rng, canvas, mask, corners, label)
     _scribble(rng, canvas, rng.integers(0, 3))
     image = cv2.resize(canvas, (SIZE, SIZE), interpolation=cv2.INTER_AREA)
     noise = rng.standard_normal((SIZE, SIZE, 1), np.float32) * rng.uniform(1, 8)
@@ -154,9 +156,10 @@ def _place(rng: np.random.Generator, label: int, size: int) -> np.ndarray:
     return np.round(points).astype(np.int32)
 
 
-def _paint(rng: np.random.Generator, canvas: np.ndarray, mask: np.ndarray, corners: np.ndarray) -> None:
-    """Colour a shape, sometimes with stripes or a dark rim."""
-    colour = rng.uniform(20, 255, 3).astype(np.float32)
+def _paint(rng: np.random.Generator, canvas: np.ndarray, mask: np.ndarray, corners: np.ndarray, label: int) -> None:
+    """Colour a shape in about the hue of its class, sometimes with stripes or a dark rim."""
+    hue = (label / len(OUTLINES) + rng.normal(0, HUE_SPREAD)) % 1
+    colour = 255 * np.float32(colorsys.hsv_to_rgb(hue, rng.uniform(0.4, 1), rng.uniform(0.4, 1)))
     cv2.fillPoly(canvas, [corners], colour.tolist())
     if rng.random() < 0.3:
         canvas[mask] *= 1 - 0.35 * _stripes(rng, canvas.shape[0])[mask][:, None]

@@ -36,6 +36,8 @@ class AKConv(nn.Module):
         """(B, c1, H, W) -> (B, c2, H / s, W / s), rounded up."""
         return self.conv(self.sample(x, self.p_conv(x)))
 
+    @torch.autocast("cpu", enabled=False)
+    @torch.autocast("cuda", enabled=False)
     def sample(self, x: Tensor, offsets: Tensor) -> Tensor:
         """Sample (B, C, H, W) at the moved points: offsets (B, 2N, h, w), rows first -> (B, C, h * N, w).
 
@@ -43,22 +45,21 @@ class AKConv(nn.Module):
         """
         batch, channels, height, width = x.shape
         h, w = offsets.shape[-2:]
-        with torch.autocast(x.device.type, enabled=False):
-            values = x.to(torch.promote_types(x.dtype, torch.float32))
-            rows_bhnw, columns_bhnw = offsets.to(values.dtype).view(batch, 2, self.n, h, w).transpose(2, 3).unbind(1)
-            base_n2 = self.base_n2.to(values.dtype)
-            y = torch.arange(h, device=x.device, dtype=values.dtype) * self.stride
-            z = torch.arange(w, device=x.device, dtype=values.dtype) * self.stride
-            upper, lower, down = _neighbours(rows_bhnw + base_n2[:, :1] + y.view(-1, 1, 1), height)
-            left, right, across = _neighbours(columns_bhnw + base_n2[:, 1:] + z, width)
-            image = torch.arange(batch, device=x.device).view(-1, 1, 1, 1) * height
-            upper, lower = (image + upper) * width, (image + lower) * width
-            corners_p4 = torch.stack((upper + left, upper + right, lower + left, lower + right), -1).view(-1, 4)
-            shares = ((1 - down) * (1 - across), (1 - down) * across, down * (1 - across), down * across)
-            # A sample is a weighted sum of four pixels, each a row of C numbers: nothing larger is ever made.
-            pixels = values.permute(0, 2, 3, 1).reshape(-1, channels)
-            shares_p4 = torch.stack(shares, -1).view(-1, 4)
-            sampled = F.embedding_bag(corners_p4, pixels, mode="sum", per_sample_weights=shares_p4)
+        values = x.to(torch.promote_types(x.dtype, torch.float32))
+        rows_bhnw, columns_bhnw = offsets.to(values.dtype).view(batch, 2, self.n, h, w).transpose(2, 3).unbind(1)
+        base_n2 = self.base_n2.to(values.dtype)
+        y = torch.arange(h, device=x.device, dtype=values.dtype) * self.stride
+        z = torch.arange(w, device=x.device, dtype=values.dtype) * self.stride
+        upper, lower, down = _neighbours(rows_bhnw + base_n2[:, :1] + y.view(-1, 1, 1), height)
+        left, right, across = _neighbours(columns_bhnw + base_n2[:, 1:] + z, width)
+        image = torch.arange(batch, device=x.device).view(-1, 1, 1, 1) * height
+        upper, lower = (image + upper) * width, (image + lower) * width
+        corners_p4 = torch.stack((upper + left, upper + right, lower + left, lower + right), -1).view(-1, 4)
+        shares = ((1 - down) * (1 - across), (1 - down) * across, down * (1 - across), down * across)
+        # A sample is a weighted sum of four pixels, each a row of C numbers: nothing larger is ever made.
+        pixels = values.permute(0, 2, 3, 1).reshape(-1, channels)
+        shares_p4 = torch.stack(shares, -1).view(-1, 4)
+        sampled = F.embedding_bag(corners_p4, pixels, mode="sum", per_sample_weights=shares_p4)
         # A position's N samples stand in one column.
         return sampled.view(batch, h * self.n, w, channels).permute(0, 3, 1, 2).to(x.dtype)
 

@@ -13,6 +13,7 @@ from detkit.errors import DetkitError
 YOLO_SCALES = {16: "n", 32: "s", 48: "m", 64: "l", 80: "x"}  # by the channels of the stem
 REVCOLS = {(64, 4): "tiny", (64, 8): "small", (72, 16): "base", (128, 8): "large", (224, 8): "xlarge"}  # and columns
 STRIDES = (8, 16, 32)
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 # Layers of Ultralytics' and YOLOv5's flat lists, by what they are in detkit.
 _BACKBONE = {0: "backbone.stem", **{1 + k: f"backbone.stages.{k // 2}.{k % 2}" for k in range(8)}, 9: "neck.context"}
@@ -134,6 +135,7 @@ def _revcol(tensors: Mapping[str, Tensor]) -> Recognised | None:
         columns = {m[1] for name in tensors if (m := re.match(rf"{re.escape(prefix)}(subnet\d+)\.", name))}
         taken, left_out = _renamed(tensors, {f"{prefix}{name}": f"backbone.{name}" for name in ("stem", *columns)})
         scale = REVCOLS.get((_rows(stem), len(columns)))
+        _take_plain_images(taken, "backbone.stem.0.weight", "backbone.stem.0.bias")
         return Recognised("RevCol", (f"backbone=revcol_{scale}",) if scale else (), taken, left_out, "backbone")
     return None
 
@@ -161,9 +163,28 @@ def _mobilenetv2_timm(tensors: Mapping[str, Tensor]) -> Recognised | None:
 
 def _mobilenetv2(tensors: Mapping[str, Tensor], places: Mapping[str, str]) -> Recognised:
     taken, left_out = _renamed(tensors, places)
+    _take_plain_images(taken, "backbone.features.0.0.weight", "backbone.features.0.1.running_mean")
     last = _rows(taken.get("backbone.features.17.conv.3.weight"))  # 320 channels at width 1
     width = () if last == 320 else (f"backbone.width={last / 320:g}",)
     return Recognised("MobileNetV2", ("backbone=mobilenetv2", *width), taken, left_out, "backbone")
+
+
+def _take_plain_images(tensors: dict[str, Tensor], kernel: str, shift: str) -> None:
+    """Let a first convolution take images in 0..1, as detkit gives them, that learnt from ImageNet's normalised ones.
+
+    ``w * (x - mean) / std`` is ``(w / std) * x`` and a constant, which goes into ``shift``: its bias, or the running
+    mean of the batch norm behind it. Exact but for the outermost pixels of a padded convolution, whose padding is
+    black now and was the mean colour.
+    """
+    weight, constant = tensors.get(kernel), tensors.get(shift)
+    if weight is None or constant is None or weight.ndim != 4 or weight.shape[1] != 3 or constant.ndim != 1:
+        return  # not what it seems: fitting it to the model will say so
+    mean, std = (weight.new_tensor(values).view(1, 3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
+    offset = (weight * mean / std).sum((1, 2, 3))
+    if len(offset) != len(constant):
+        return
+    tensors[kernel] = weight / std
+    tensors[shift] = constant - offset if shift.endswith("bias") else constant + offset
 
 
 def _rows(tensor: Tensor | None) -> int:
