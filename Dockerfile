@@ -11,4 +11,4 @@ RUN pip install --no-cache-dir .
 
 USER detkit
 VOLUME /app/runs
-CMD ["python", "tools/train.py"]
+CMD ["python", "tools/train.py", "model=yolov8s", "backbone=revcol_tiny"]

@@ -20,8 +20,8 @@ def test_the_set_has_what_it_promises():
     boxes = np.array([box for objects in drawn for _, box, _ in objects])
     assert {label for objects in drawn for label, _, _ in objects} == set(range(len(OUTLINES)))
     assert any(not objects for objects in drawn)
-    assert boxes[:, 2:].max() > 80
-    assert 0.5 * MIN_SHAPE < boxes[:, 2:].max(1).min() < 16
+    assert boxes[:, 2:].max() > 120
+    assert 0.5 * MIN_SHAPE < boxes[:, 2:].max(1).min() < 1.2 * MIN_SHAPE
     assert (boxes[:, :2] >= 0).all()
     assert (boxes[:, :2] + boxes[:, 2:] <= SIZE).all()
 
