@@ -66,6 +66,16 @@ RULES: dict[str, Rule] = {
     "depth": _whole(1),
     "model.depth": POSITIVE,
     "model.width": POSITIVE,
+    "neck.in_strides": (
+        "a list of strides, ascending, such as [8,16,32]",
+        lambda v: isinstance(v, list) and len(v) > 0 and all(is_whole(s, 1) for s in v) and sorted(set(v)) == v,
+    ),
+    "head.anchors": (
+        "a mapping of each stride to a list of widths and heights above 0",
+        lambda v: (
+            isinstance(v, dict) and all(isinstance(s, list) and all(is_number(x, 1e-6) for x in s) for s in v.values())
+        ),
+    ),
     "trainer.epochs": _whole(1),
     "trainer.clip_grad_norm": POSITIVE,
     "optim.name": ("auto, sgd or adamw", lambda v: v in ("auto", "sgd", "adamw")),

@@ -55,10 +55,10 @@ def resolve(cfg: DictConfig) -> dict[str, Any]:
     Raises:
         DetkitError: a mandatory value is missing, or an interpolation leads nowhere.
     """
-    missing = sorted(OmegaConf.missing_keys(cfg))
-    if missing:
-        raise DetkitError(f"{missing[0]} is not set: add {missing[0]}=VALUE")
     try:
+        missing = sorted(OmegaConf.missing_keys(cfg))
+        if missing:
+            raise DetkitError(f"{missing[0]} is not set: add {missing[0]}=VALUE")
         return OmegaConf.to_container(cfg, resolve=True)
     except OmegaConfBaseException as error:
         raise DetkitError(f"the configuration does not resolve: {str(error).splitlines()[0]}") from None
@@ -86,6 +86,9 @@ def explain(error: Exception, name: str, overrides: Sequence[str] = ()) -> str:
     text = str(error)
     if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options:
         group, _, option = str(error.missing_cfg_file).rpartition("/")
+        if group == "loss" and not any(override.startswith("loss=") for override in overrides):
+            known = ", ".join(error.options)
+            return f"head={option} brings no loss of its own (loss/{option}.yaml): add loss=NAME, known are {known}"
         return f"{group}={option} does not exist: known are {', '.join(error.options)}{nearest(option, error.options)}"
     if isinstance(error, OverrideParseException):
         return f"cannot read the argument '{error.override}': write key=value, and quote a value that has = or , in it"

@@ -294,6 +294,22 @@ def long_list(count: int) -> bytes:
     return b"](" + b"".join(text(f"{k:06}") for k in range(count)) + b"eq\x00"
 
 
+def crowd(width: int) -> bytes:
+    """One module with ``width`` parameters, the child of another under ``width`` names: width**2 tensors."""
+
+    def text(value: bytes) -> bytes:
+        return b"X" + struct.pack("<I", len(value)) + value
+
+    def table(value: bytes) -> bytes:
+        return b"}(" + b"".join(text(b"%d" % k) + value for k in range(width)) + b"u"
+
+    record = b"cultralytics.nn\nConv\n)\x81"
+    storage = b"(" + text(b"storage") + b"ctorch\nFloatStorage\n" + text(b"0") + text(b"cpu") + b"K\x01tQ"
+    tensor = b"ctorch._utils\n_rebuild_tensor_v2\n(" + storage + b"K\x00))\x89}tR"
+    child = record + b"}(" + text(b"_parameters") + tensor + b"q\x010" + table(b"h\x01") + b"ub"
+    return b"\x80\x02" + child + b"q\x020" + record + b"}(" + text(b"_modules") + table(b"h\x02") + b"ub."
+
+
 BOMBS = {
     "huge string": b"\x80\x04\x8d" + struct.pack("<Q", 2**60) + b"x.",
     "huge bytes": b"\x80\x04\x8e" + struct.pack("<Q", 2**40) + b"x.",
@@ -311,6 +327,7 @@ BOMBS = {
     "sizes of one long list": b"\x80\x02" + long_list(5000) + b"](" + b"ctorch\nSize\nh\x00\x85R" * 2000 + b"e.",
     "modules, 2**40 paths": tower(40, closed=False),
     "modules, too deep": tower(3000, closed=False),
+    "one wide module under many names": crowd(1000),
     "modules in a circle": tower(3, closed=True),
     "deep lists": b"\x80\x02" + b"](" * 50_000 + b"e" * 50_000 + b".",
     "deep tuples": b"\x80\x02)" + b"\x85" * 50_000 + b".",

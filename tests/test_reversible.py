@@ -1,6 +1,7 @@
 """RevCol run backwards: the gradients of plain autograd, without its memory."""
 
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -228,7 +229,9 @@ def test_keep_every_below_zero_is_refused():
 
 def half_of_a_batch(rank: int, folder: Path) -> None:
     """Write the gradients that one of two processes has after a pass over its half."""
-    torch.distributed.init_process_group("gloo", f"file://{folder}/meet", world_size=2, rank=rank)
+    torch.distributed.init_process_group(
+        "gloo", f"file://{folder}/meet", world_size=2, rank=rank, timeout=timedelta(seconds=60)
+    )
     state = torch.load(folder / "state.pt")
     model = small_revcol(4)
     model.load_state_dict(state["model"])
@@ -250,6 +253,7 @@ def test_two_processes_average_their_gradients(tmp_path):
     other.start()
     half_of_a_batch(0, tmp_path)
     other.join(60)
+    assert other.exitcode == 0
     sum(f.square().sum() / 2 for f in model(x)).backward()
     expected = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
     for rank in range(2):

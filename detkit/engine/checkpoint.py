@@ -71,7 +71,7 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
         with safe_open(path, "pt") as file:
             header = json.loads((file.metadata() or {}).get("detkit", "null"))
             weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (it is no dict)
-    except (SafetensorError, ValueError, OSError) as error:
+    except (SafetensorError, ValueError, OSError, RecursionError) as error:
         raise DetkitError(f"{path} is not a safetensors file, or is truncated ({error})") from None
     if not isinstance(header, dict):
         raise DetkitError(
@@ -82,8 +82,8 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
         raise DetkitError(
             f"{path} has schema version {version}, this detkit reads {SCHEMA_VERSION}: use a matching detkit"
         )
-    for key in ("cfg", "class_names", "metrics"):
-        if key not in header:
+    for key, kind in (("cfg", dict), ("class_names", list), ("metrics", dict)):
+        if not isinstance(header.get(key), kind):
             raise DetkitError(f"{path} is damaged: its header has no '{key}'")
     return Checkpoint(weights, header["cfg"], tuple(header["class_names"]), header["metrics"], header.get("part"))
 

@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from detkit.errors import DetkitError
 from detkit.registry import BLOCKS
 
 
@@ -23,6 +24,8 @@ class AKConv(nn.Module):
 
     def __init__(self, c1: int, c2: int, k: int = 3, s: int = 1, n: int = 3) -> None:
         super().__init__()
+        if n < 1:
+            raise DetkitError(f"akconv samples n={n} points: it needs 1 or more")
         self.n = n
         self.stride = s
         self.p_conv = nn.Conv2d(c1, 2 * n, 3, s, 1)
@@ -34,7 +37,13 @@ class AKConv(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, c1, H, W) -> (B, c2, H / s, W / s), rounded up."""
-        return self.conv(self.sample(x, self.p_conv(x)))
+        return self.conv(self.sample(x, self.offsets(x)))
+
+    @torch.autocast("cpu", enabled=False)
+    @torch.autocast("cuda", enabled=False)
+    def offsets(self, x: Tensor) -> Tensor:
+        """How far each point is moved, (B, 2N, h, w): N rows, then N columns, in pixels."""
+        return self.p_conv(x.to(self.p_conv.weight.dtype))
 
     @torch.autocast("cpu", enabled=False)
     @torch.autocast("cuda", enabled=False)

@@ -115,8 +115,11 @@ def channels_to_keep(alphas: Sequence[Sequence[Tensor]], keep: frozenset[int], d
             magnification_c[:] = magnification_c.max()
         over_c = torch.ones_like(alpha_c, dtype=torch.bool) if k in keep else magnification_c > MAX_MAGNIFICATION[dtype]
         magnification_c[over_c] = 1
-        rows = [over.nonzero().flatten().to(alphas[0][0].device) for over in over_c.split(sizes)]
-        kept.append([slice(None) if k in keep else row if len(row) else None for row in rows])
+        if k in keep:
+            kept.append([slice(None)] * len(sizes))
+            continue
+        rows = [over.nonzero().flatten() for over in over_c.split(sizes)]
+        kept.append([row.to(alphas[0][0].device) if len(row) else None for row in rows])
     return kept
 
 

@@ -122,7 +122,9 @@ def build_detector(cfg: Mapping[str, Any], class_names: Sequence[str]) -> Detect
         DetkitError: an unknown name or keyword, or parts that do not fit; the sentence says which.
     """
     neck_spec = dict(cfg["neck"])
-    in_strides = neck_spec.pop("in_strides", None) or getattr(NECKS.get(neck_spec.get("name", "")), "in_strides", None)
+    in_strides = neck_spec.pop("in_strides", None)
+    if in_strides is None:
+        in_strides = getattr(NECKS.get(neck_spec.get("name", "")), "in_strides", None)
     if not in_strides:
         raise DetkitError(f"neck '{neck_spec['name']}' must declare in_strides, such as (8, 16, 32): what it takes")
     backbone = BACKBONES.build(cfg["backbone"], out_strides=tuple(in_strides))

@@ -30,7 +30,9 @@ def run(cfg: dict[str, Any]) -> Checkpoint:
         found = recognise(src, source.tensors)
         chosen, named = _chosen(src, cfg, found)
         checkpoint = make_checkpoint(src, source, found, chosen, named)
-        sentence = _tell(src, dst, found, named, checkpoint)
+        known = " ".join(found.choices) if found.choices and checkpoint.part else named
+        model = f"model={cfg['model']['name']} " if checkpoint.part and "model" in cfg else ""
+        sentence = _tell(src, dst, found, f"{model}{known}", checkpoint)
     try:
         write_checkpoint(dst, checkpoint)
     except OSError as error:

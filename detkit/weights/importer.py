@@ -14,6 +14,8 @@ from detkit.registry import BACKBONES
 from detkit.weights.recognise import Recognised
 from detkit.weights.source import Source
 
+MAX_CLASSES = 10_000
+
 
 def make_checkpoint(path: Path, source: Source, found: Recognised, cfg: Mapping[str, Any], named: str) -> Checkpoint:
     """Return the checkpoint of what was recognised in ``path``, built as ``cfg`` says.
@@ -33,12 +35,17 @@ def make_checkpoint(path: Path, source: Source, found: Recognised, cfg: Mapping[
         names: tuple[str, ...] = ()
     elif found.num_classes < 1:
         raise DetkitError(f"{path} is {found.what}, but its head's last layer is missing: it has no classes")
+    elif found.num_classes > MAX_CLASSES:
+        raise DetkitError(f"{path} is refused: its head's last layer claims {found.num_classes:,} classes")
     else:
         kept["head"] |= found.head or {}
         kept["image_size"] = source.image_size or 640
         told = source.class_names or ()
         names = told if len(told) == found.num_classes else tuple(f"class{k}" for k in range(found.num_classes))
     shapes = _shapes(kept, names)
+    for name in shapes:  # older checkpoints have no such counters, and nothing depends on them
+        if name.endswith("num_batches_tracked"):
+            found.tensors.setdefault(name, torch.tensor(0))
     odd = _first_odd(shapes, found)
     if odd:
         hint = (

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from detkit.errors import DetkitError
@@ -105,6 +106,7 @@ def _yolov5(tensors: Mapping[str, Tensor]) -> Recognised | None:
     rest = {
         name: tensor for name, tensor in tensors.items() if name not in ("model.24.anchors", "model.24.anchor_grid")
     }
+    rest["head.anchors"] = torch.tensor([pixels[stride] for stride in STRIDES]).view(anchors.shape)
     places = _BACKBONE | _V5_NECK | {"24.m": "head.predictions"}
     return _yolo("YOLOv5", "yolov5", (), rest, places, {"anchors": pixels})
 
@@ -118,7 +120,8 @@ def _yolo(
     head: Mapping[str, Any] | None = None,
 ) -> Recognised:
     """Rename ``model.K.rest`` by ``places``; the stem's width tells the scale."""
-    taken, left_out = _renamed(tensors, {f"model.{place}": ours for place, ours in places.items()})
+    names = {f"model.{place}": ours for place, ours in places.items()} | {"head.anchors": "head.anchors_la2"}
+    taken, left_out = _renamed(tensors, names)
     if "head.bins" in taken:
         taken["head.bins"] = taken["head.bins"].flatten()
     scale = YOLO_SCALES.get(_rows(tensors["model.0.conv.weight"]))
@@ -164,6 +167,10 @@ def _mobilenetv2_timm(tensors: Mapping[str, Tensor]) -> Recognised | None:
 def _mobilenetv2(tensors: Mapping[str, Tensor], places: Mapping[str, str]) -> Recognised:
     taken, left_out = _renamed(tensors, places)
     _take_plain_images(taken, "backbone.features.0.0.weight", "backbone.features.0.1.running_mean")
+    for name in [name for name in taken if name.endswith(".running_var")]:
+        weight, variance = taken.get(name.replace(".running_var", ".weight")), taken[name]
+        if weight is not None and weight.shape == variance.shape:  # detectors divide by sqrt(var + 1e-3)
+            taken[name.replace(".running_var", ".weight")] = weight * ((variance + 1e-3) / (variance + 1e-5)).sqrt()
     last = _rows(taken.get("backbone.features.17.conv.3.weight"))  # 320 channels at width 1
     width = () if last == 320 else (f"backbone.width={last / 320:g}",)
     return Recognised("MobileNetV2", ("backbone=mobilenetv2", *width), taken, left_out, "backbone")

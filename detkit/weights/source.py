@@ -15,7 +15,7 @@ from detkit.weights.torch_file import open_torch_file
 
 MODEL_KEYS = ("ema", "model_ema", "ema_state_dict", "state_dict_ema", "model", "state_dict")  # the average is better
 MAX_DEPTH = 50  # of modules in modules; real ones: below 15
-MAX_MODULES = 20_000  # RevCol-XL, the largest known here, has 1,500
+MAX_ENTRIES = 50_000  # modules and tensors; RevCol-XL, the largest known here, has 4,000
 
 
 @dataclass(frozen=True)
@@ -83,18 +83,19 @@ def _named_tensors(path: Path, model: Any) -> dict[str, TensorRef]:
     if isinstance(model, Mapping):
         return {name: ref for name, ref in model.items() if isinstance(name, str) and isinstance(ref, TensorRef)}
     tensors: dict[str, TensorRef] = {}
-    todo, visited = [("", model)], 0
+    todo, entries = [("", model)], 0
     while todo:
         prefix, module = todo.pop()
-        visited += 1
-        if visited > MAX_MODULES or prefix.count(".") > MAX_DEPTH:
-            raise DetkitError(f"{path} is refused: its modules are nested without end")
         state = module.state if isinstance(module, Record) and isinstance(module.state, Mapping) else {}
+        own, children = (*_items(state, "_parameters"), *_items(state, "_buffers")), _items(state, "_modules")
+        entries += 1 + len(own) + len(children)  # one small module, referred to a million times, would be as many
+        if entries > MAX_ENTRIES or prefix.count(".") > MAX_DEPTH:
+            raise DetkitError(f"{path} is refused: its modules are nested without end")
         passing = _strings(state.get("_non_persistent_buffers_set"))
-        for name, ref in (*_items(state, "_parameters"), *_items(state, "_buffers")):
+        for name, ref in own:
             if isinstance(ref, TensorRef) and name not in passing:
                 tensors[f"{prefix}{name}"] = ref
-        todo += [(f"{prefix}{name}.", child) for name, child in reversed(_items(state, "_modules"))]
+        todo += [(f"{prefix}{name}.", child) for name, child in reversed(children)]
     return tensors
 
 

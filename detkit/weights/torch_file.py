@@ -104,7 +104,8 @@ def _open_zip(path: Path, file: BinaryIO) -> TorchFile:
         raise DetkitError(f"{path} is a TorchScript program, not a checkpoint: import the .pt it was exported from")
     size = os.fstat(file.fileno()).st_size
     extents = {name: _entry_extent(path, file, entry, size) for name, entry in entries.items()}
-    if _read_extent(file, extents.get(f"{root}byteorder", (0, 0))) not in (b"", b"little"):
+    start, length = extents.get(f"{root}byteorder", (0, 0))
+    if _read_extent(file, (start, min(length, 16))) not in (b"", b"little"):
         raise DetkitError(f"{path} was written by a big-endian machine: load and save it again with torch on that one")
     if extents[pickles[0]][1] > MAX_BYTES:
         raise DetkitError(f"{path} is refused: its pickle has more than {MAX_BYTES >> 20} MiB, no checkpoint's has")

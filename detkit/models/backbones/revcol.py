@@ -42,6 +42,9 @@ class RevCol(nn.Module):
         super().__init__()
         if not set(out_strides) <= set(STRIDES):
             raise DetkitError(f"backbone revcol has strides {list(STRIDES)}, the neck asks for {list(out_strides)}")
+        for key, values in (("channels", channels), ("layers", layers)):
+            if not isinstance(values, Sequence) or len(values) != len(STRIDES):
+                raise DetkitError(f"backbone.{key}={values} must list a number for each of the {len(STRIDES)} levels")
         if columns < 1:
             raise DetkitError(f"backbone.columns={columns} must be 1 or more")
         if keep_every < 0:
@@ -61,12 +64,13 @@ class RevCol(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """(B, 3, H, W), sides dividing by 32 -> the last column's features at ``strides``."""
         x = self.stem(x)
-        x = x.to(torch.promote_types(x.dtype, torch.float32))  # the chain of columns stays exact under autocast
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.float()  # the chain of columns stays exact
         subnets = [getattr(self, f"subnet{k}") for k in range(self.columns)]
         alphas = [subnet.alphas() for subnet in subnets[1:]]
         noise = [subnet.draw_noise(len(x), x.device) if self.training else [None] * 4 for subnet in subnets]
         columns = Columns([subnet.levels() for subnet in subnets], noise)
-        if self.save_memory and torch.is_grad_enabled():
+        if self.save_memory and torch.is_grad_enabled() and not torch.compiler.is_exporting():
             features = run_columns_reversibly(columns, x, alphas, self.kept_columns())
         else:
             features = run_columns(columns, x, alphas)

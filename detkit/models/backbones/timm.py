@@ -51,6 +51,8 @@ class TimmBackbone(nn.Module):
                 f"the weights of timm model '{model}' cannot be had ({str(error).splitlines()[0]}): "
                 "connect to the internet, or set backbone.pretrained=false"
             ) from None
+        if pretrained:
+            _keep_outputs_with_eps(self.body, 1e-3)
         self.strides = tuple(out_strides)
         self.out_channels = tuple(self.body.feature_info.channels())
         self.channels_first = getattr(self.body, "output_fmt", None) is not Format.NHWC
@@ -86,6 +88,15 @@ class TimmBackbone(nn.Module):
         gradients = torch.autograd.grad(sum(f.sum() for f in features), parameters, allow_unused=True)
         for parameter, gradient in zip(parameters, gradients, strict=True):
             parameter.requires_grad_(gradient is not None)
+
+
+@torch.no_grad()
+def _keep_outputs_with_eps(body: nn.Module, eps: float) -> None:
+    """Scale the batch norms' weights so that they give the same with the detector's ``eps`` as with their own."""
+    for norm in body.modules():
+        if isinstance(norm, nn.BatchNorm2d) and norm.affine:
+            norm.weight *= ((norm.running_var + eps) / (norm.running_var + norm.eps)).sqrt()
+            norm.eps = eps
 
 
 def _survey(model: str) -> tuple[dict[str, Any], list[int]]:

@@ -36,7 +36,7 @@ class YOLOv5Head(nn.Module):
         self.strides = tuple(strides)
         self.num_classes = num_classes
         anchors_l = _anchors_of(strides, anchors)
-        self.register_buffer("anchors_la2", anchors_l, persistent=False)
+        self.register_buffer("anchors_la2", anchors_l)  # goes with the weights, which mean nothing without
         channels = anchors_l.shape[1] * (5 + num_classes)
         self.predictions = nn.ModuleList(nn.Conv2d(c, channels, 1) for c in in_channels)
 

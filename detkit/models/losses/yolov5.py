@@ -39,6 +39,8 @@ class YOLOv5Loss(nn.Module):
 
         box = mean (1 - CIoU),  cls = mean BCE(logit, one-hot class),  obj = mean BCE(logit, CIoU of the matched box)
 
+    A single class is learnt like several, where the published recipe leaves its term out.
+
     Args:
         box, cls, obj: gains; ``cls`` for 80 classes, ``obj`` for images of 640 x 640 pixels.
         anchor_ratio: a box matches an anchor when neither side differs by more than this factor.
@@ -88,20 +90,19 @@ def match_anchors(batch: Batch, anchors: Tensor, strides: Tensor, level: tuple[i
     rows, columns, per_cell = level
     stride = strides[0, 0]
     mins_bm2, maxs_bm2 = batch.boxes_bm4.split(2, -1)
-    centres_bm2 = (mins_bm2 + maxs_bm2) / 2 / stride
+    x_bm, y_bm = ((mins_bm2 + maxs_bm2) / 2 / stride).unbind(-1)
     factors = (maxs_bm2 - mins_bm2)[:, :, None] / anchors[:per_cell]
     alike_bma = torch.maximum(factors, 1 / factors).amax(-1) < ratio
 
-    limit = centres_bm2.new_tensor((columns - 1, rows - 1))
-    own_bm2 = torch.minimum(centres_bm2.floor().clamp(min=0), limit)
-    steps_n2 = centres_bm2.new_tensor(NEIGHBOURS)
-    cells_bmn2 = own_bm2[:, :, None] + steps_n2
-    away_bmn2 = (cells_bmn2 + 0.5 - centres_bm2[:, :, None]).abs()
-    near_bmn = (away_bmn2 * steps_n2.abs()).amax(-1) < 1
-    inside_bmn = ((cells_bmn2 >= 0) & (cells_bmn2 <= limit)).all(-1)
-
-    valid_bmna = (alike_bma & batch.valid_bm[..., None])[:, :, None] & (near_bmn & inside_bmn)[..., None]
-    cell_bmn = (cells_bmn2[..., 1] * columns + cells_bmn2[..., 0]).long()
+    own_x_bm, own_y_bm = x_bm.floor().clamp(0, columns - 1), y_bm.floor().clamp(0, rows - 1)
+    cells, reached = [], []
+    for right, down in NEIGHBOURS:  # Python's numbers: a tensor made of them would make the device wait
+        column, row = own_x_bm + right, own_y_bm + down
+        near = ((column + 0.5 - x_bm).abs() * abs(right) < 1) & ((row + 0.5 - y_bm).abs() * abs(down) < 1)
+        cells.append(row * columns + column)
+        reached.append(near & (column >= 0) & (column < columns) & (row >= 0) & (row < rows))
+    cell_bmn = torch.stack(cells, -1).long()
+    valid_bmna = (alike_bma & batch.valid_bm[..., None])[:, :, None] & torch.stack(reached, -1)[..., None]
     index_bmna = cell_bmn[..., None] * per_cell + torch.arange(per_cell, device=cell_bmn.device)
     boxes = torch.arange(index_bmna.shape[1], device=cell_bmn.device)
     box_k = boxes.repeat_interleave(len(NEIGHBOURS) * per_cell)
