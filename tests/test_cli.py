@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -143,7 +144,12 @@ def test_a_sweep_runs_every_choice_in_a_directory_of_its_own(monkeypatch, tmp_pa
     from detkit.tasks import train
 
     seen = []
-    monkeypatch.setattr(train, "run", lambda cfg: seen.append((cfg["seed"], make_run_dir(cfg, "train", "x"))))
+
+    def run(cfg):
+        seen.append((cfg["seed"], make_run_dir(cfg, "train", "x")))
+        time.sleep(0.6)  # the clock of a sweep's name moves on while its jobs run
+
+    monkeypatch.setattr(train, "run", run)
     monkeypatch.chdir(tmp_path)
     arguments = ["-m", "seed=0,1", "backbone.block=c2f,[c2f,c2f,c2f,c2f]", f"data.root={shapes_root}"]
     monkeypatch.setattr(sys, "argv", ["detkit", "train", *arguments])
@@ -152,6 +158,7 @@ def test_a_sweep_runs_every_choice_in_a_directory_of_its_own(monkeypatch, tmp_pa
     names = [path.name for _, path in seen]
     assert names[0] == "0_seed-0_backbone.block-c2f"
     assert len(set(names)) == 4
+    assert len({path.parent for _, path in seen}) == len(list((tmp_path / "runs").iterdir())) == 1
 
 
 def test_default_run_directories_never_meet(monkeypatch, tmp_path):

@@ -72,6 +72,21 @@ def test_the_table_says_it_in_percent(small_checkpoint):
     assert "tensors of the file without a place in this model: 1" in console.file.getvalue()
 
 
+def test_what_starts_from_noise_is_said(tmp_path, small_checkpoint):
+    model = Small()
+    assert load_weights(model, small_checkpoint).warnings == ("the neck starts from noise",)
+    write_checkpoint(tmp_path / "named.safetensors", Checkpoint({"neck.weight": torch.zeros(8, 5)}, {}, ("cat",), {}))
+    model.class_names = ("cat", "dog")
+    report = load_weights(model, tmp_path / "named.safetensors")
+    assert report.warnings[:2] == ("the backbone starts from noise", "the head starts from noise")
+    assert "the file knows 1 classes (cat, ...), this model has 2 (cat, dog, ...)" in report.warnings[2]
+    out = io.StringIO()
+    print_transfer(report, Console(file=out, width=100))
+    assert "mind: the head starts from noise" in out.getvalue()
+    model.class_names = ("cat",)
+    assert len(load_weights(model, tmp_path / "named.safetensors").warnings) == 2
+
+
 def test_nearly_all_is_not_called_all():
     report = detkit.engine.transfer.TransferReport("x", (TransferRow("head", 99_999, 1, 0),), (), 0)
     console = Console(file=io.StringIO(), width=100)

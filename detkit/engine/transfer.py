@@ -38,12 +38,14 @@ class TransferReport:
         rows: one for each of backbone, neck and head.
         afresh: names of the detector's tensors that kept their own values.
         unused: how many of the file's tensors have no place in the detector.
+        warnings: sentences on what starts from noise though a percentage may look well.
     """
 
     path: Path
     rows: tuple[TransferRow, ...]
     afresh: tuple[str, ...]
     unused: int
+    warnings: tuple[str, ...] = ()
 
     @property
     def total(self) -> TransferRow:
@@ -60,7 +62,8 @@ def load_weights(detector: nn.Module, path: str | Path) -> TransferReport:
         DetkitError: an unreadable file, or one of which not a single kernel or matrix fits.
     """
     path = Path(path)
-    weights = read_checkpoint(path).weights
+    checkpoint = read_checkpoint(path)
+    weights = checkpoint.weights
     own = detector.state_dict()
     fitting = {name: tensor for name, tensor in weights.items() if name in own and own[name].shape == tensor.shape}
     if not any(tensor.ndim > 1 for tensor in fitting.values()):
@@ -79,4 +82,12 @@ def load_weights(detector: nn.Module, path: str | Path) -> TransferReport:
 
     afresh = tuple(name for name in own if name not in fitting)
     rows = tuple(row(part) for part, _ in detector.named_children())
-    return TransferReport(path, rows, afresh, sum(name not in own for name in weights))
+    warnings = [f"the {row.part} starts from noise" for row in rows if row.matched < 0.01 * row.parameters]
+    theirs, ours = checkpoint.class_names, getattr(detector, "class_names", ())
+    if theirs and ours and theirs != ours:
+        known, wanted = (", ".join((*names[:3], "...")) for names in (theirs, ours))
+        warnings.append(
+            f"the file knows {len(theirs)} classes ({known}), this model has {len(ours)} ({wanted}): "
+            "what tells them apart has to be learnt"
+        )
+    return TransferReport(path, rows, afresh, sum(name not in own for name in weights), tuple(warnings))

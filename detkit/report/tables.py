@@ -45,7 +45,7 @@ def print_transfer(report: TransferReport, console: Console) -> None:
     """Print what of a detector came from a checkpoint, in percent of each part's numbers; the whole in the last row."""
     table = Table(header_style="bold")
     table.add_column("part")
-    for name in ("parameters", "matched", "shape differs", "missing"):
+    for name in ("parameters", "matched", "shape differs", "not in the file"):
         table.add_column(name, justify="right")
     for row in (*report.rows, report.total):
         shares = (_percent(count, row.parameters) for count in (row.matched, row.differs, row.missing))
@@ -54,6 +54,8 @@ def print_transfer(report: TransferReport, console: Console) -> None:
     console.print(table, soft_wrap=False)
     if report.unused:
         console.print(f"tensors of the file without a place in this model: {report.unused}")
+    for warning in report.warnings:
+        console.print(f"mind: {warning}")
 
 
 def _percent(count: int, whole: int) -> str:

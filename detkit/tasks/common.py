@@ -38,6 +38,12 @@ def make_run_dir(cfg: Mapping[str, Any], task: str, name: str) -> Path:
         raise DetkitError(f"cannot create the run directory {error.filename}: {error.strerror}") from None
 
 
+def checkpoint_name(ckpt: object) -> str:
+    """Return the name of a checkpoint's run and file, such as ``yolov8n_shapes_20261122-101508_best``."""
+    path = Path(str(ckpt)).resolve()
+    return f"{path.parent.name}_{path.stem}".strip("_")
+
+
 def model_name(cfg: Mapping[str, Any]) -> str:
     """Return the model's name and the parts put in place of its own, such as ``yolov8s_revcol_tiny``."""
     swapped = []
@@ -55,7 +61,8 @@ def _sweep_folder() -> Path | None:
     typed = {argument.replace(" ", "") for argument in sys.argv}
     swept = [override for override in hydra.overrides.task if override.replace(" ", "") not in typed]
     choices = re.sub(r"[^\w.+-]+", "-", "_".join(swept)).strip("-")[:100]
-    return Path(hydra.sweep.dir) / f"{hydra.job.num}_{choices}"
+    # The folder Hydra made at the start; hydra.sweep.dir would tell the time anew for every job.
+    return Path(hydra.runtime.output_dir) / f"{hydra.job.num}_{choices}"
 
 
 def _new_folder(path: Path) -> Path:

@@ -13,7 +13,7 @@ from detkit.ops.image import read_image
 from detkit.report.console import make_console
 from detkit.report.drawing import draw_boxes, save_picture
 from detkit.structures import Detections
-from detkit.tasks.common import make_run_dir
+from detkit.tasks.common import checkpoint_name, make_run_dir
 
 
 def run(cfg: dict[str, Any]) -> list[dict[str, Any]]:
@@ -30,7 +30,7 @@ def run(cfg: dict[str, Any]) -> list[dict[str, Any]]:
     detector = build_from_checkpoint(str(cfg["ckpt"])).to(pick_device(cfg["device"])).fuse()
     files = list_pictures(Path(str(cfg["source"])))
     stems = Counter(file.stem for file in files)
-    run_dir = make_run_dir(cfg, "predict", Path(str(cfg["ckpt"])).stem)
+    run_dir = make_run_dir(cfg, "predict", checkpoint_name(cfg["ckpt"]))
     settings = {key: cfg[key] for key in ("score", "iou", "max_det", "image_size")}
     records, unreadable = [], []
     for file in files:
