@@ -122,9 +122,8 @@ def test_mistakes_in_a_transform_are_named(name, arguments, sentence):
 
 @pytest.fixture(scope="module")
 def augmented(shapes_root) -> AugmentedDataset:
-    augment = resolve(compose_config("train", ["augment.transforms.CLAHE.p=0.5", "augment.mosaic.off_epochs=1"]))[
-        "augment"
-    ]
+    chosen = ["augment.transforms.CLAHE.p=0.5", "augment.mosaic.off_epochs=1", "~data.preset"]  # not the embedded set's
+    augment = resolve(compose_config("train", chosen))["augment"]
     return AugmentedDataset(DetectionDataset(read_shapes("train", root=str(shapes_root))), 64, augment, 0, 3)
 
 
@@ -166,7 +165,7 @@ def test_a_worker_s_mistake_arrives_as_its_sentence(shapes_root, tmp_path):
 
 @pytest.mark.parametrize("name", group_options("augment"))
 def test_every_augmentation_preset_makes_samples(name, shapes_root):
-    cfg = resolve(compose_config("train", [f"augment={name}"]))
+    cfg = resolve(compose_config("train", [f"augment={name}", "~data.preset"]))
     dataset = AugmentedDataset(DetectionDataset(read_shapes("train", root=str(shapes_root))), 64, cfg["augment"], 0, 30)
     for index in range(4):
         sample = dataset[0, index]

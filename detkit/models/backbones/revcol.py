@@ -64,8 +64,7 @@ class RevCol(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """(B, 3, H, W), sides dividing by 32 -> the last column's features at ``strides``."""
         x = self.stem(x)
-        if torch.is_autocast_enabled(x.device.type):
-            x = x.float()  # the chain of columns stays exact
+        x = x.to(self.stem[0].weight.dtype)  # under autocast, too, the chain of columns stays as exact as the weights
         subnets = [getattr(self, f"subnet{k}") for k in range(self.columns)]
         alphas = [subnet.alphas() for subnet in subnets[1:]]
         noise = [subnet.draw_noise(len(x), x.device) if self.training else [None] * 4 for subnet in subnets]
