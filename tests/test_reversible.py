@@ -209,7 +209,7 @@ def test_autocast_repeats_what_forward_computed(monkeypatch):
     x = torch.randn(1, 3, 64, 64)
     with torch.autocast("cpu", torch.bfloat16):
         found = gradients(model, x)
-        monkeypatch.setitem(reversible.MAX_MAGNIFICATION, torch.float32, 0.0)  # the same sums, all of them remembered
+        monkeypatch.setattr(reversible, "MAX_MAGNIFICATION", 0.0)  # the same sums, all of them remembered
         assert largest_error(found, gradients(model, x)) < 1e-5
 
 
@@ -258,3 +258,11 @@ def test_two_processes_average_their_gradients(tmp_path):
     expected = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
     for rank in range(2):
         assert largest_error(torch.load(tmp_path / f"grads{rank}.pt"), expected) < 1e-5
+
+
+def test_a_model_in_half_precision_runs_backward():
+    model = small_revcol(4).to(torch.bfloat16)
+    features = model(torch.rand(2, 3, 64, 64, dtype=torch.bfloat16))
+    assert {f.dtype for f in features} == {torch.bfloat16}
+    sum(f.square().sum() for f in features).backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)

@@ -28,9 +28,9 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 Features = tuple[Tensor, ...]
 Kept = Tensor | slice | None  # channels of a feature to remember: indices, all, or none
 
-# By the dtype in which levels compute. With 2**16, 16 columns of alpha 0.5 remember nothing. Nothing is wider than
-# float64: there errors do spread, and only a few columns are undone at a stretch.
-MAX_MAGNIFICATION = {torch.float32: 2.0**16, torch.float64: 2.0**4}
+# With 2**16, 16 columns of alpha 0.5 remember nothing. Nothing is wider than float64: where the levels compute in it,
+# errors do spread, and only a few columns are undone at a stretch.
+MAX_MAGNIFICATION, MAX_MAGNIFICATION_FLOAT64 = 2.0**16, 2.0**4
 
 
 @dataclass(frozen=True)
@@ -99,12 +99,13 @@ def channels_to_keep(alphas: Sequence[Sequence[Tensor]], keep: frozenset[int], d
     """Decide which channels of the features before each column are remembered, [K - 1][L].
 
     Undoing column after column multiplies a channel's rounding error by 1 / |alpha| each time; it is remembered where
-    the product since it last was would exceed MAX_MAGNIFICATION of ``dtype``, in which the levels compute. In float64
+    the product since it last was would exceed MAX_MAGNIFICATION; ``dtype`` is what the levels compute in. In float64
     the worst channel decides for all. Columns in ``keep`` are remembered whole.
     """
     if not alphas:
         return []
     sizes = [alpha.numel() for alpha in alphas[0]]
+    limit = MAX_MAGNIFICATION_FLOAT64 if dtype is torch.float64 else MAX_MAGNIFICATION
     # One copy to the host, which waits for the device once a forward pass: what to remember is the host's decision.
     alphas_kc = torch.stack([torch.cat([alpha.flatten() for alpha in column]) for column in alphas]).abs().cpu()
     magnification_c = torch.ones(alphas_kc.shape[1])
@@ -113,7 +114,7 @@ def channels_to_keep(alphas: Sequence[Sequence[Tensor]], keep: frozenset[int], d
         magnification_c = (magnification_c / alpha_c).clamp(min=1)
         if dtype is torch.float64:
             magnification_c[:] = magnification_c.max()
-        over_c = torch.ones_like(alpha_c, dtype=torch.bool) if k in keep else magnification_c > MAX_MAGNIFICATION[dtype]
+        over_c = torch.ones_like(alpha_c, dtype=torch.bool) if k in keep else magnification_c > limit
         magnification_c[over_c] = 1
         if k in keep:
             kept.append([slice(None)] * len(sizes))
