@@ -123,9 +123,9 @@ class _Boxes:
         """Take annotations[position]."""
         try:
             image_id, category_id = record["image_id"], record["category_id"]
-            x, y, w, h = map(float, record["bbox"] if record.get("bbox") else polygon_box(record["segmentation"]))
+            x, y, w, h = _numbers(record["bbox"] if record.get("bbox") else polygon_box(record["segmentation"]))
             area, crowd = record.get("area"), record.get("iscrowd") or 0
-            area = math.nan if area is None else float(area)
+            area = math.nan if area is None else _numbers([area])[0]
             sensible = is_whole(image_id) and is_whole(category_id) and crowd in (0, 1)
             sensible = sensible and max(abs(x), abs(y), abs(w), abs(h)) < LARGEST and not math.isnan(x + y + w + h)
         except (KeyError, TypeError, ValueError, OverflowError, AttributeError):
@@ -173,9 +173,16 @@ def polygon_box(polygons: list[list[float]]) -> tuple[float, float, float, float
     Raises:
         TypeError, ValueError: they are something else, such as a run-length mask.
     """
-    xs = [float(v) for polygon in polygons for v in polygon[0::2]]
-    ys = [float(v) for polygon in polygons for v in polygon[1::2]]
+    xs = _numbers([v for polygon in polygons for v in polygon[0::2]])
+    ys = _numbers([v for polygon in polygons for v in polygon[1::2]])
     return min(xs), min(ys), max(xs) - min(xs), max(ys) - min(ys)
+
+
+def _numbers(values: Any) -> list[float]:
+    """Return a list of numbers as floats; ValueError for anything else, such as text that looks like one."""
+    if not isinstance(values, (list, tuple)) or not all(type(v) in (int, float) for v in values):
+        raise ValueError(values)
+    return [float(v) for v in values]
 
 
 def is_whole(value: Any) -> bool:

@@ -10,6 +10,7 @@ from detkit.errors import DetkitError
 CHUNK = 2**20  # characters read at a time
 MAX_VALUE = 2**28  # characters of one record
 SPACE = " \t\r\n"
+AFTER = tuple(f"{SPACE},:]}}")  # what may follow a value
 _decode = json.JSONDecoder().raw_decode
 
 
@@ -93,12 +94,14 @@ class _Reader:
         while True:
             try:
                 value, end = _decode(self.text, self.at)
-                if end < len(self.text) or not self.more():  # a number at the very end may go on
-                    self.advance(end - self.at)
+                taken = end - self.at
+                if self.text[end : end + 1] in AFTER or not self.more():  # else a number that may go on: 12 of 12.5
+                    self.advance(taken)
                     return value
             except json.JSONDecodeError as error:
+                fault = error.pos - self.at
                 if not self.more():
-                    self.advance(max(error.pos - self.at, 0))
+                    self.advance(fault)
                     raise self.malformed(error.msg) from None
             except (ValueError, RecursionError) as error:  # a number of thousands of digits, lists without end
                 raise self.malformed(str(error)) from None
