@@ -85,8 +85,6 @@ def test_what_is_no_image(tmp_path):
     os.symlink("loop.jpg", tmp_path / "loop.jpg")
     os.mkfifo(tmp_path / "pipe.jpg")  # reading it would wait for ever
     found = {path.name: probe(path)[4] for path in list_images(tmp_path)}
-    assert found == {name: UNREADABLE for name in ("empty.jpg", "pipe.jpg", "text.jpg", "x.jpeg")} | {
-        "loop.jpg": MISSING
-    }
+    assert found == dict.fromkeys(("empty.jpg", "pipe.jpg", "text.jpg", "x.jpeg"), UNREADABLE) | {"loop.jpg": MISSING}
     huge = save(tmp_path / "huge.png", Image.new("1", (20000, 20000)))
     assert probe(huge)[4] == UNREADABLE

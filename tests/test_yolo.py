@@ -17,7 +17,7 @@ def yolo_set(tmp_path):
 
     def write(text: str = "train: images/train\nval: images/val\nnames: [cat, dog]\n") -> Path:
         for name, lines in LABELS.items():
-            for folder, suffix in (("images", "png"), ("labels", "txt")):
+            for folder in ("images", "labels"):
                 (tmp_path / folder / name).parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(np.zeros((50, 100, 3), np.uint8)).save(tmp_path / "images" / f"{name}.png")
             (tmp_path / "labels" / f"{name}.txt").write_text(lines)

@@ -105,9 +105,8 @@ def _describe(image: Image.Image, path: str | Path) -> tuple[int, int, int, int,
     if image.format == "PNG" and _png_bits(path) == 16:
         flags |= DEEP  # colour of 16 bits, which Pillow reads as 8
     stored = (height, width)
-    if image.format == "PNG" and "exif" not in image.info:
-        orientation = 1  # Pillow would decode all of it to look behind the pixels
-    else:
+    orientation = 1
+    if image.format != "PNG" or "exif" in image.info:  # else Pillow would decode all of it to look behind the pixels
         orientation = image.getexif().get(EXIF_ORIENTATION, 1)
     if orientation in range(2, 9):
         flags |= ROTATED | orientation << ORIENTATION_SHIFT

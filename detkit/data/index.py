@@ -67,8 +67,7 @@ def fingerprint(files: Sequence[Path], folders: Sequence[Path]) -> str:
         digest.update(_state(file, file))
     for folder in folders:
         if folder.is_dir():
-            entries = sorted(walk(folder), key=lambda entry: entry.path)
-            for entry in entries:
+            for entry in walk(folder):
                 digest.update(_state(entry.path, entry))
         digest.update(b"end")
     return digest.hexdigest()
