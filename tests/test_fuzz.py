@@ -123,7 +123,8 @@ def sound(tmp_path_factory) -> Path:
             (root / "labels" / split / f"{name}.txt").write_text("0 0.5 0.5 0.5 0.5\n1 0.25 0.25 0.2 0.3\n")
             box = "<bndbox><xmin>16</xmin><ymin>12</ymin><xmax>48</xmax><ymax>36</ymax></bndbox>"
             size = "<size><width>64</width><height>48</height></size>"
-            xml = f"<annotation>{size}<object><name>a</name>{box}</object><object><name>b</name>{box}</object></annotation>"
+            objects = "".join(f"<object><name>{c}</name>{box}</object>" for c in "ab")
+            xml = f"<annotation>{size}{objects}</annotation>"
             (root / "voc" / "Annotations" / f"{name}.xml").write_text(xml)
             images.append({"id": k, "file_name": f"{name}.{'png' if k == 3 else 'jpg'}", "height": 48, "width": 64})
             for c in (1, 2):
