@@ -34,6 +34,8 @@ def _optional(rule: Rule) -> Rule:
 
 PATH: Rule = ("a path", lambda v: isinstance(v, (str, int)) and not isinstance(v, bool) and v != "")
 POSITIVE: Rule = ("a number above 0", lambda v: is_number(v, 0) and v > 0)
+FRACTION: Rule = ("a number above 0, and 1 at most", lambda v: is_number(v, 0, 1) and v > 0)
+BOOLEAN: Rule = ("true or false", lambda v: isinstance(v, bool))
 
 RULES: dict[str, Rule] = {
     "device": (
@@ -53,7 +55,20 @@ RULES: dict[str, Rule] = {
     "src": PATH,
     "dst": PATH,
     "weights": _optional(PATH),
+    "rect": BOOLEAN,
     "data.root": _optional(PATH),
+    "data.sampling": (
+        "null, repeat_factor or class_balanced",
+        lambda v: v in (None, "repeat_factor", "class_balanced"),
+    ),
+    "data.repeat_threshold": FRACTION,
+    "data.tiles": (
+        "null, or a mapping of size, overlap and share",
+        lambda v: v is None or (isinstance(v, dict) and set(v) == {"size", "overlap", "share"}),
+    ),
+    "data.tiles.size": _optional(_whole(32)),
+    "data.tiles.overlap": _number(0, 0.9),
+    "data.tiles.share": FRACTION,
     "split": ("train or val", lambda v: v in ("train", "val")),
     "image_size": _optional(("a multiple of 32 pixels, 64 or more", lambda v: is_whole(v, 64) and v % 32 == 0)),
     "batch_size": _whole(1),
@@ -78,6 +93,7 @@ RULES: dict[str, Rule] = {
     ),
     "trainer.epochs": _whole(1),
     "trainer.clip_grad_norm": POSITIVE,
+    "trainer.multi_scale": _number(0, 0.9),
     "optim.name": ("auto, sgd or adamw", lambda v: v in ("auto", "sgd", "adamw")),
     "optim.lr": _optional(POSITIVE),
     "optim.momentum": _optional(_number(0, 1)),
@@ -96,6 +112,11 @@ RULES: dict[str, Rule] = {
         lambda v: isinstance(v, list) and len(v) == 2 and is_number(v[0], 1e-3) and is_number(v[1], v[0]),
     ),
     "augment.affine.translate": _number(0, 1),
+    "augment.copy_paste.p": _number(0, 1),
+    "augment.copy_paste.max_objects": _whole(1),
+    "augment.copy_paste.max_side": FRACTION,
+    "augment.mixup.p": _number(0, 1),
+    "augment.mixup.alpha": POSITIVE,
     "augment.transforms": ("a mapping of transforms to their arguments", lambda v: isinstance(v, dict)),
 }
 

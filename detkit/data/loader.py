@@ -8,30 +8,39 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from detkit.data.sampling import draw_items, epoch_length
 from detkit.errors import DetkitError
 from detkit.structures import Batch, Sample
 
 
-class EpochSampler(Sampler[tuple[int, int]]):
+class EpochSampler(Sampler[tuple[int, ...]]):
     """Yields ``(epoch, index)`` keys, shuffled by (seed, epoch); set ``epoch`` before each pass.
 
     The epoch travels in the key, so worker processes that outlive an epoch know which one they serve.
+
+    Args:
+        length: of the data set.
+        expected: (length,) how often each index is expected in an epoch (``sampling.expected_draws``); None for once.
+            A key then has a third number, the how manieth of its index it is, so that each looks different.
     """
 
-    def __init__(self, length: int, seed: int = 0, shuffle: bool = True) -> None:
+    def __init__(self, length: int, seed: int = 0, shuffle: bool = True, expected: np.ndarray | None = None) -> None:
         self.length = length
         self.seed = seed
         self.shuffle = shuffle
+        self.expected = expected
         self.epoch = 0
 
     def __len__(self) -> int:
-        return self.length
+        return self.length if self.expected is None else epoch_length(self.expected)
 
-    def __iter__(self) -> Iterator[tuple[int, int]]:
-        order = np.arange(self.length)
+    def __iter__(self) -> Iterator[tuple[int, ...]]:
+        rng = np.random.default_rng((self.seed, self.epoch))
+        columns = [np.arange(self.length)] if self.expected is None else draw_items(self.expected, rng)
+        order = np.arange(len(self))
         if self.shuffle:
-            np.random.default_rng((self.seed, self.epoch)).shuffle(order)
-        return ((self.epoch, int(index)) for index in order)
+            rng.shuffle(order)
+        return ((self.epoch, *key) for key in np.stack(columns, 1)[order].tolist())
 
 
 class BatchLoader:
@@ -39,7 +48,7 @@ class BatchLoader:
 
     Args:
         workers: number of processes; 0 loads in this one.
-        seed, shuffle: of the order; see EpochSampler.
+        seed, shuffle, expected: of the order; see EpochSampler.
         pin: copy batches to page-locked memory, for a GPU.
     """
 
@@ -51,9 +60,10 @@ class BatchLoader:
         workers: int,
         seed: int = 0,
         shuffle: bool = False,
+        expected: np.ndarray | None = None,
         pin: bool = False,
     ) -> None:
-        self.sampler = EpochSampler(len(dataset), seed, shuffle)
+        self.sampler = EpochSampler(len(dataset), seed, shuffle, expected)
         self.loader = DataLoader(
             _Guarded(dataset),
             batch_size,
@@ -107,7 +117,7 @@ class _Guarded(Dataset):
     def __init__(self, dataset: Dataset) -> None:
         self.dataset = dataset
 
-    def __getitem__(self, key: tuple[int, int]) -> Sample | DetkitError:
+    def __getitem__(self, key: tuple[int, ...]) -> Sample | DetkitError:
         try:
             return self.dataset[key]
         except DetkitError as error:

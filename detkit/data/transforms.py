@@ -6,14 +6,17 @@
 import inspect
 import os
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import cv2
 import numpy as np
 
+from detkit.data.mosaic import MAX_ASPECT, MIN_SIDE, MIN_VISIBLE
 from detkit.errors import DetkitError, nearest
+from detkit.ops.image import FILL, Letterbox
 from detkit.registry import Registry
-from detkit.structures import Sample
+from detkit.structures import Origin, Sample
 
 Transform = Callable[[Sample, np.random.Generator], Sample]
 TRANSFORMS = Registry("transform")
@@ -56,9 +59,18 @@ class Flip:
 
 
 class Albumentation:
-    """One albumentations transform, applied with probability ``p``; boxes are carried along."""
+    """One albumentations transform, applied with probability ``p``; boxes are carried along.
 
-    def __init__(self, name: str, p: float = 0.5, **arguments: Any) -> None:
+    A picture that comes out in another size, of a crop for instance, is letterboxed back to the size it had. Boxes
+    are clipped to the picture, and dropped by the measures of ``mosaic.clip_boxes``.
+
+    Args:
+        name: of an albumentations class.
+        size: side of the square that it is tried on, so that mistakes are found before the training starts.
+        p: its probability; arguments: of the class.
+    """
+
+    def __init__(self, name: str, size: int, p: float = 0.5, **arguments: Any) -> None:
         os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # it would ask the network for its newest version
         import albumentations
 
@@ -72,31 +84,89 @@ class Albumentation:
                 raise DetkitError(f"augment.transforms: {name} takes no argument '{key}'{nearest(key, accepted)}")
         try:
             transform = cls(p=1.0, **arguments)
-        except (TypeError, ValueError) as error:
-            raise DetkitError(f"augment.transforms: {name} refuses its arguments {arguments}: {error}") from None
+        except (TypeError, ValueError, NotImplementedError) as error:
+            raise DetkitError(f"augment.transforms: {name} refuses its arguments {arguments}: {_line(error)}") from None
+        if transform.targets_as_params:
+            wants = ", ".join(transform.targets_as_params)
+            raise DetkitError(
+                f"augment.transforms: {name} needs {wants} with every picture: detkit has none, leave it out"
+            )
         moves_boxes = isinstance(transform, albumentations.DualTransform)
-        boxes = albumentations.BboxParams("pascal_voc", label_fields=["labels"]) if moves_boxes else None
-        self.compose = albumentations.Compose([transform], bbox_params=boxes)
+        boxes = albumentations.BboxParams(
+            "pascal_voc",
+            label_fields=["labels"],
+            min_width=MIN_SIDE,
+            min_height=MIN_SIDE,
+            min_visibility=MIN_VISIBLE,
+            max_accept_ratio=MAX_ASPECT,
+            clip=True,
+            filter_invalid_bboxes=True,
+        )
+        self.compose = albumentations.Compose([transform], bbox_params=boxes if moves_boxes else None)
+        self.name = name
         self.p = p
+        blank = Sample(
+            np.full((size, size, 3), FILL, np.uint8),
+            np.array([[size / 4, size / 4, size / 2, size / 2]], np.float32),
+            np.zeros(1, np.int64),
+            Origin(0, Path(), (size, size)),
+        )
+        self.apply(blank, np.random.default_rng(0))
 
     def __call__(self, sample: Sample, rng: np.random.Generator) -> Sample:
         """Return the sample, perhaps transformed, with the transform's own randomness drawn from ``rng``."""
-        if rng.random() < self.p:
-            self.compose.set_random_seed(int(rng.integers(2**31)))
+        return self.apply(sample, rng) if rng.random() < self.p else sample
+
+    def apply(self, sample: Sample, rng: np.random.Generator) -> Sample:
+        """Return the sample transformed.
+
+        Raises:
+            DetkitError: the transform fails, or makes something else than an RGB picture of bytes.
+        """
+        size = sample.image.shape[:2]
+        self.compose.set_random_seed(int(rng.integers(2**31)))
+        try:
             result = self.compose(image=sample.image, bboxes=sample.boxes, labels=sample.labels)
-            sample.image = result["image"]
-            sample.boxes = np.asarray(result["bboxes"], np.float32).reshape(-1, 4)
-            sample.labels = np.asarray(result["labels"], np.int64)
+        except Exception as error:  # whatever the library raises in whichever of its transforms
+            picture = f"a picture of {size[1]}x{size[0]} pixels"
+            raise DetkitError(f"augment.transforms: {self.name} fails on {picture}: {_line(error)}") from None
+        image = result["image"]
+        if not (isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.shape[2:] == (3,)):
+            raise DetkitError(
+                f"augment.transforms: {self.name} does not make an RGB picture of bytes; leave it out, "
+                "detkit itself turns pictures into the network's input"
+            )
+        sample.image = image
+        sample.boxes = np.asarray(result["bboxes"], np.float32).reshape(-1, 4)
+        sample.labels = np.asarray(result["labels"], np.int64)
+        if image.shape[:2] != size:
+            box = Letterbox.fit(image.shape[:2], size)
+            sample.image = box.apply(image)
+            sample.boxes = sample.boxes * np.float32((*box.scale, *box.scale)) + np.float32((*box.offset, *box.offset))
         return sample
 
 
-def build_transform(name: str, arguments: Mapping[str, Any] | None) -> Transform:
+def build_transform(name: str, arguments: Mapping[str, Any] | None, size: int = 640) -> Transform:
     """Build a transform from its line in ``augment.transforms``: its name and keyword arguments.
+
+    Args:
+        size: side of the pictures it will see, in pixels.
 
     Raises:
         DetkitError: unknown to detkit and albumentations alike, or arguments it does not take.
     """
+    if not isinstance(arguments, Mapping | None):
+        raise DetkitError(f"augment.transforms.{name}={arguments} must be a mapping of arguments, such as {{p: 0.5}}")
     arguments = dict(arguments or {})
+    p = arguments.get("p", 1)
+    if not isinstance(p, int | float) or not 0 <= p <= 1:
+        raise DetkitError(f"augment.transforms.{name}.p={p} must be a number from 0 to 1")
     if name in TRANSFORMS.names():
         return TRANSFORMS.build({"name": name, **arguments})
-    return Albumentation(name, **arguments)
+    return Albumentation(name, size, **arguments)
+
+
+def _line(error: Exception) -> str:
+    """Return an error's text on one line, without the links that pydantic adds."""
+    lines = (line.strip() for line in str(error).splitlines())
+    return " ".join(line for line in lines if not line.startswith("For further information")) or type(error).__name__

@@ -19,6 +19,8 @@ from detkit.data.loader import BatchLoader, worker_count
 from detkit.errors import DetkitError
 from detkit.registry import DATASETS
 
+OPTIONS = ("preset", "sampling", "repeat_threshold", "tiles")  # keys of ``data`` that no format's reader takes
+
 
 def make_run_dir(cfg: Mapping[str, Any], task: str, name: str) -> Path:
     """Create and return the run directory: ``run_dir``, or a new one under ``runs/TASK`` named after the run.
@@ -78,11 +80,12 @@ def _new_folder(path: Path) -> Path:
 
 def read_split(data: Mapping[str, Any], split: str) -> Annotations:
     """Read one split of the configured data set."""
-    return DATASETS.build({key: value for key, value in data.items() if key != "preset"}, split)
+    return DATASETS.build({key: value for key, value in data.items() if key not in OPTIONS}, split)
 
 
 def val_loader(annotations: Annotations, cfg: Mapping[str, Any], device: torch.device) -> BatchLoader:
-    """Return the letterboxed set in order, as the evaluation wants it."""
-    dataset = LetterboxDataset(DetectionDataset(annotations), cfg["image_size"])
+    """Return every image letterboxed, in order, or by aspect ratio where ``rect`` is set."""
+    rect_batch = cfg["batch_size"] if cfg["rect"] else None
+    dataset = LetterboxDataset(DetectionDataset(annotations), cfg["image_size"], rect_batch)
     workers = worker_count(cfg["workers"])
     return BatchLoader(dataset, cfg["batch_size"], workers=workers, pin=device.type == "cuda")
