@@ -11,6 +11,7 @@ from detkit.data.mosaic import clip_boxes
 from detkit.structures import Sample
 
 MAX_HIDDEN = 0.3  # share of a box that all pastes together may hide
+MIN_SHOWN = 0.5  # share of a neighbour that must show in a crop to be labelled there
 TRIES = 10  # random places for each object; where none will do, it is left out
 
 
@@ -20,8 +21,9 @@ def paste_objects(
     """Paste crops of the donor's boxes into the sample, each at a random place wholly inside the picture.
 
     One to ``max_objects`` boxes are drawn from the donor, again and again the same where it has few. A crop moves by
-    whole pixels, so a box comes out exactly where its pixels are. What else shows in a crop is labelled too, clipped
-    to it. No box of the sample, pasted ones included, ends up hidden by more than MAX_HIDDEN of its area.
+    whole pixels, so a box comes out exactly where its pixels are. Another object of which half or more shows in a
+    crop is labelled too, clipped to it. No box of the sample, pasted ones included, ends up hidden by more than
+    MAX_HIDDEN of its area.
 
     Args:
         donor: the other picture; the sample itself will do.
@@ -47,9 +49,11 @@ def paste_objects(
         place = int(free.argmax())
         (x, y), (w, h) = corners[place], extent
         image[y : y + h, x : x + w] = donor.image[low[k, 1] : high[k, 1], low[k, 0] : high[k, 0]]
-        pasted, keep = clip_boxes(donor_boxes, np.concatenate((low[k], high[k])))
+        crop = np.concatenate((low[k], high[k]))
+        shown = _covered(crop[None], donor_boxes)[0] >= MIN_SHOWN
+        pasted, keep = clip_boxes(donor_boxes[shown], crop)
         boxes = np.concatenate((boxes, pasted + np.tile(corners[place] - low[k], 2)))
-        labels = np.concatenate((labels, donor_labels[keep]))
+        labels = np.concatenate((labels, donor_labels[shown][keep]))
         hidden = np.concatenate((hidden + covered[place], np.zeros(len(pasted))))
     return Sample(image, boxes.astype(np.float32), labels, sample.origin)
 

@@ -66,11 +66,11 @@ class Albumentation:
 
     Args:
         name: of an albumentations class.
+        arguments: of the class, and ``p``.
         size: side of the square that it is tried on, so that mistakes are found before the training starts.
-        p: its probability; arguments: of the class.
     """
 
-    def __init__(self, name: str, size: int, p: float = 0.5, **arguments: Any) -> None:
+    def __init__(self, name: str, arguments: Mapping[str, Any], size: int) -> None:
         os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # it would ask the network for its newest version
         import albumentations
 
@@ -83,9 +83,10 @@ class Albumentation:
             if key not in accepted:  # albumentations itself only warns
                 raise DetkitError(f"augment.transforms: {name} takes no argument '{key}'{nearest(key, accepted)}")
         try:
-            transform = cls(p=1.0, **arguments)
-        except (TypeError, ValueError, NotImplementedError) as error:
-            raise DetkitError(f"augment.transforms: {name} refuses its arguments {arguments}: {_line(error)}") from None
+            transform = cls(**{**arguments, "p": 1.0})
+        except Exception as error:  # whatever the library raises in whichever of its transforms
+            given = dict(arguments)
+            raise DetkitError(f"augment.transforms: {name} refuses its arguments {given}: {_line(error)}") from None
         if transform.targets_as_params:
             wants = ", ".join(transform.targets_as_params)
             raise DetkitError(
@@ -104,7 +105,7 @@ class Albumentation:
         )
         self.compose = albumentations.Compose([transform], bbox_params=boxes if moves_boxes else None)
         self.name = name
-        self.p = p
+        self.p = arguments.get("p", 0.5)
         blank = Sample(
             np.full((size, size, 3), FILL, np.uint8),
             np.array([[size / 4, size / 4, size / 2, size / 2]], np.float32),
@@ -127,7 +128,7 @@ class Albumentation:
         self.compose.set_random_seed(int(rng.integers(2**31)))
         try:
             result = self.compose(image=sample.image, bboxes=sample.boxes, labels=sample.labels)
-        except Exception as error:  # whatever the library raises in whichever of its transforms
+        except Exception as error:  # likewise
             picture = f"a picture of {size[1]}x{size[0]} pixels"
             raise DetkitError(f"augment.transforms: {self.name} fails on {picture}: {_line(error)}") from None
         image = result["image"]
@@ -163,10 +164,10 @@ def build_transform(name: str, arguments: Mapping[str, Any] | None, size: int = 
         raise DetkitError(f"augment.transforms.{name}.p={p} must be a number from 0 to 1")
     if name in TRANSFORMS.names():
         return TRANSFORMS.build({"name": name, **arguments})
-    return Albumentation(name, size, **arguments)
+    return Albumentation(name, arguments, size)
 
 
 def _line(error: Exception) -> str:
-    """Return an error's text on one line, without the links that pydantic adds."""
-    lines = (line.strip() for line in str(error).splitlines())
+    """Return an error's text on one line, without the details and links that pydantic adds."""
+    lines = (line.partition(" [type=")[0].strip() for line in str(error).splitlines())
     return " ".join(line for line in lines if not line.startswith("For further information")) or type(error).__name__
