@@ -88,6 +88,7 @@ def test_items_are_the_images_then_filled_tiles_then_empty_ones(drawn):
     items, labels = tiled.labels_by_item()
     for index in range(n, len(tiled)):
         sample = tiled[0, index]
+        assert (sample.boxes.dtype, sample.labels.dtype, sample.image.dtype) == (np.float32, np.int64, np.uint8)
         assert sorted(sample.labels) == sorted(labels[items == index])
         assert (len(sample.boxes) > 0) == (index < n + filled)
         for box in sample.boxes.astype(int):

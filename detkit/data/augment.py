@@ -12,7 +12,7 @@ from detkit.data.mixup import mixup
 from detkit.data.mosaic import compose
 from detkit.data.tiles import TiledDataset
 from detkit.data.transforms import build_transform
-from detkit.structures import Sample
+from detkit.structures import Key, Sample
 
 
 class AugmentedDataset(Dataset):
@@ -43,10 +43,10 @@ class AugmentedDataset(Dataset):
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, key: tuple[int, ...]) -> Sample:
-        """Return image ``key[1]`` as the network sees it in epoch ``key[0]``."""
-        epoch, index = key[:2]
-        rng = np.random.default_rng((self.seed, *key))
+    def __getitem__(self, key: Key | tuple[int, int]) -> Sample:
+        """Return item ``key[1]`` as the network sees it in epoch ``key[0]``."""
+        epoch, index, repeat = Key(*key)
+        rng = np.random.default_rng((self.seed, epoch, index, repeat))
         mixes = epoch < self.mosaic_epochs
         indices = [index]
         if rng.random() < self.mosaic_p and mixes:

@@ -1,7 +1,6 @@
 """Torch datasets over Annotations: raw images, and images letterboxed for evaluation.
 
-A key is ``(epoch, index)``, and a third number where an epoch draws an index again (``EpochSampler``): what a sample
-looks like depends on nothing else but the seed.
+A key is ``(epoch, index)`` or a ``Key``: what a sample looks like depends on nothing else but the seed.
 """
 
 import numpy as np
@@ -10,7 +9,7 @@ from torch.utils.data import Dataset
 from detkit.data.annotations import Annotations
 from detkit.errors import DetkitError
 from detkit.ops.image import Letterbox, read_image
-from detkit.structures import Origin, Sample
+from detkit.structures import Key, Origin, Sample
 
 
 class DetectionDataset(Dataset):
@@ -28,7 +27,7 @@ class DetectionDataset(Dataset):
         images = np.repeat(np.arange(len(a)), np.diff(a.offsets))
         return images[~a.crowd], a.labels[~a.crowd]
 
-    def __getitem__(self, key: tuple[int, ...]) -> Sample:
+    def __getitem__(self, key: Key | tuple[int, int]) -> Sample:
         """Return image ``key[1]`` as it is on disk.
 
         Raises:
@@ -67,9 +66,9 @@ class LetterboxDataset(Dataset):
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, key: tuple[int, int]) -> Sample:
+    def __getitem__(self, key: Key | tuple[int, int]) -> Sample:
         """Return item ``key[1]`` letterboxed, its boxes along with it."""
-        epoch, item = key
+        epoch, item = key[:2]
         sample = self.dataset[epoch, int(self.order[item])]
         height, width = self.frames[item].tolist()
         box = Letterbox.fit(sample.origin.size, (height, width))

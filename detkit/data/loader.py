@@ -10,18 +10,17 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from detkit.data.sampling import draw_items, epoch_length
 from detkit.errors import DetkitError
-from detkit.structures import Batch, Sample
+from detkit.structures import Batch, Key, Sample
 
 
-class EpochSampler(Sampler[tuple[int, ...]]):
-    """Yields ``(epoch, index)`` keys, shuffled by (seed, epoch); set ``epoch`` before each pass.
+class EpochSampler(Sampler[Key]):
+    """Yields keys (epoch, index, repeat), shuffled by (seed, epoch); set ``epoch`` before each pass.
 
     The epoch travels in the key, so worker processes that outlive an epoch know which one they serve.
 
     Args:
         length: of the data set.
         expected: (length,) how often each index is expected in an epoch (``sampling.expected_draws``); None for once.
-            A key then has a third number, the how manieth of its index it is, so that each looks different.
     """
 
     def __init__(self, length: int, seed: int = 0, shuffle: bool = True, expected: np.ndarray | None = None) -> None:
@@ -34,13 +33,15 @@ class EpochSampler(Sampler[tuple[int, ...]]):
     def __len__(self) -> int:
         return self.length if self.expected is None else epoch_length(self.expected)
 
-    def __iter__(self) -> Iterator[tuple[int, ...]]:
+    def __iter__(self) -> Iterator[Key]:
         rng = np.random.default_rng((self.seed, self.epoch))
-        columns = [np.arange(self.length)] if self.expected is None else draw_items(self.expected, rng)
-        order = np.arange(len(self))
+        items, repeats = np.arange(self.length), np.zeros(self.length, np.int64)
+        if self.expected is not None:
+            items, repeats = draw_items(self.expected, rng)
+        order = np.arange(len(items))
         if self.shuffle:
             rng.shuffle(order)
-        return ((self.epoch, *key) for key in np.stack(columns, 1)[order].tolist())
+        return (Key(self.epoch, int(items[k]), int(repeats[k])) for k in order)
 
 
 class BatchLoader:
@@ -117,7 +118,7 @@ class _Guarded(Dataset):
     def __init__(self, dataset: Dataset) -> None:
         self.dataset = dataset
 
-    def __getitem__(self, key: tuple[int, ...]) -> Sample | DetkitError:
+    def __getitem__(self, key: Key | tuple[int, int]) -> Sample | DetkitError:
         try:
             return self.dataset[key]
         except DetkitError as error:

@@ -51,18 +51,17 @@ def compose(
 
 
 def clip_boxes(boxes: np.ndarray, window: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Clip (N, 4) xyxy boxes to an xyxy window and drop what is too little to learn from.
+    """Clip (N, 4) xyxy boxes to an xyxy window, (4,) or one each (N, 4), and drop what is too little to learn from.
 
     Returns:
         the boxes kept (K, 4), and which they are, (N,) bool.
     """
-    clipped = boxes.copy()
-    clipped[:, 0::2] = clipped[:, 0::2].clip(window[0], window[2])
-    clipped[:, 1::2] = clipped[:, 1::2].clip(window[1], window[3])
+    low, high = window[..., (0, 1, 0, 1)], window[..., (2, 3, 2, 3)]
+    clipped = np.minimum(np.maximum(boxes, low), high)
+    x1, y1, x2, y2 = boxes.T
     w, h = (clipped[:, 2:] - clipped[:, :2]).T
-    area = np.prod(boxes[:, 2:] - boxes[:, :2], axis=1)
-    aspect = np.maximum(w, h) / np.maximum(np.minimum(w, h), 1e-9)
-    keep = (w > MIN_SIDE) & (h > MIN_SIDE) & (w * h > MIN_VISIBLE * area) & (aspect < MAX_ASPECT)
+    long, short = np.maximum(w, h), np.minimum(w, h)
+    keep = (short > MIN_SIDE) & (w * h > MIN_VISIBLE * (x2 - x1) * (y2 - y1)) & (long < MAX_ASPECT * short)
     return clipped[keep], keep
 
 

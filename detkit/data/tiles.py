@@ -11,7 +11,7 @@ from torch.utils.data import Dataset
 from detkit.data.annotations import Annotations
 from detkit.data.dataset import DetectionDataset
 from detkit.data.mosaic import clip_boxes
-from detkit.structures import Origin, Sample
+from detkit.structures import Key, Origin, Sample
 
 PAIRS = 1 << 18  # boxes times tiles that are looked at together, to bound the memory
 
@@ -23,7 +23,7 @@ class TiledDataset(Dataset):
     overlap, so an object no larger than the overlap is whole in at least one tile.
 
     Args:
-        dataset: the whole images.
+        dataset: the whole images; the tiles are read in full from the files, whatever size it has its images in.
         size: side of a tile in pixels; where an image is narrower or lower, its tiles are.
         overlap: share of ``size`` that neighbours have in common, or more.
         share: of an epoch's tiles, those that show an object; the rest are empty ones, which come in turn.
@@ -31,6 +31,7 @@ class TiledDataset(Dataset):
 
     def __init__(self, dataset: DetectionDataset, size: int, overlap: float = 0.2, share: float = 0.5) -> None:
         self.dataset = dataset
+        self.files = DetectionDataset(dataset.annotations)
         self.image_of_tile, self.windows, self._boxed = find_tiles(dataset.annotations, size, overlap)
         shows = np.zeros(len(self.windows), bool)
         shows[self._boxed[0]] = True
@@ -40,18 +41,18 @@ class TiledDataset(Dataset):
     def __len__(self) -> int:
         return len(self.dataset) + len(self.filled) + self.empty_slots
 
-    def __getitem__(self, key: tuple[int, ...]) -> Sample:
+    def __getitem__(self, key: Key | tuple[int, int]) -> Sample:
         """Return item ``key[1]`` in epoch ``key[0]``: an image, or a tile of one."""
         epoch, index = key[:2]
         if index < len(self.dataset):
             return self.dataset[key]
         tile = self.tile(epoch, index - len(self.dataset))
-        sample = self.dataset[epoch, int(self.image_of_tile[tile])]
+        sample = self.files[epoch, int(self.image_of_tile[tile])]
         window = self.windows[tile]
         x1, y1, x2, y2 = (int(v) for v in window)
         boxes, keep = clip_boxes(sample.boxes, window)
         origin = Origin(sample.origin.index, sample.origin.path, sample.origin.size, offset=(-x1, -y1))
-        boxes = boxes - np.float32((x1, y1, x1, y1))
+        boxes = (boxes - (x1, y1, x1, y1)).astype(np.float32)
         return Sample(sample.image[y1:y2, x1:x2].copy(), boxes, sample.labels[keep], origin)
 
     def tile(self, epoch: int, slot: int) -> int:
@@ -121,5 +122,5 @@ def find_tiles(
 def _shows(boxes: np.ndarray, windows: np.ndarray) -> np.ndarray:
     """Return which of (N, 4) boxes show enough in which of (T, 4) windows, (N, T) bool."""
     pairs = np.repeat(boxes, len(windows), axis=0)
-    window_of_pair = np.tile(windows, (len(boxes), 1)).T[..., None]  # (4, N * T, 1)
+    window_of_pair = np.tile(windows, (len(boxes), 1))
     return clip_boxes(pairs, window_of_pair)[1].reshape(len(boxes), len(windows))

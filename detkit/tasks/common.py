@@ -19,7 +19,7 @@ from detkit.data.loader import BatchLoader, worker_count
 from detkit.errors import DetkitError
 from detkit.registry import DATASETS
 
-OPTIONS = ("preset", "sampling", "repeat_threshold", "tiles")  # keys of ``data`` that no format's reader takes
+DATA_OPTIONS = ("preset", "sampling", "repeat_threshold", "tiles")  # keys of ``data`` that no format's reader takes
 
 
 def make_run_dir(cfg: Mapping[str, Any], task: str, name: str) -> Path:
@@ -80,7 +80,7 @@ def _new_folder(path: Path) -> Path:
 
 def read_split(data: Mapping[str, Any], split: str) -> Annotations:
     """Read one split of the configured data set."""
-    return DATASETS.build({key: value for key, value in data.items() if key not in OPTIONS}, split)
+    return DATASETS.build({key: value for key, value in data.items() if key not in DATA_OPTIONS}, split)
 
 
 def val_loader(annotations: Annotations, cfg: Mapping[str, Any], device: torch.device) -> BatchLoader:
