@@ -26,6 +26,15 @@ def golden() -> Callable[[str], dict[str, Tensor]]:
     return lambda name: load_file(GOLDEN / f"{name}.safetensors")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A cache folder of the tests' own, for indexes."""
+    folder = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(folder))
+        yield folder
+
+
 @pytest.fixture(scope="session")
 def shapes_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small drawing of the embedded set: 24 training and 10 validation images."""

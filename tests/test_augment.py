@@ -155,7 +155,7 @@ def test_a_worker_s_mistake_arrives_as_its_sentence(shapes_root, tmp_path):
     annotations = read_shapes("val", root=str(shapes_root))
     broken = tmp_path / "broken.jpg"
     broken.write_bytes(b"no picture")
-    annotations.paths[4] = broken
+    annotations.paths = [broken if k == 4 else path for k, path in enumerate(annotations.paths)]
     for workers in (0, 1):
         loader = BatchLoader(DetectionDataset(annotations), 2, workers=workers)
         with pytest.raises(DetkitError) as error:

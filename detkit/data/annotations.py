@@ -1,35 +1,68 @@
 """The labels of an image set, whatever format they came from."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from detkit.errors import DetkitError
+from detkit.data.problems import ProblemLog
+
+
+class PathTable(Sequence[Path]):
+    """N file names in two flat arrays: a list of a million Path objects would be copied into every worker.
+
+    Args:
+        text: (L,) uint8, the names one after the other as the file system spells them.
+        ends: (N,) int64, where each ends.
+    """
+
+    def __init__(self, text: np.ndarray, ends: np.ndarray) -> None:
+        self.text = text
+        self.ends = ends
+
+    @classmethod
+    def of(cls, paths: Iterable[str | Path]) -> "PathTable":
+        """Return the table of some paths."""
+        names = [os.fsencode(path) for path in paths]
+        ends = np.cumsum([len(name) for name in names], dtype=np.int64)
+        return cls(np.frombuffer(b"".join(names), np.uint8), ends)
+
+    def __len__(self) -> int:
+        return len(self.ends)
+
+    def __getitem__(self, index: int) -> Path:
+        if not -len(self) <= index < len(self):
+            raise IndexError(index)
+        index %= len(self)
+        start = self.ends[index - 1] if index else 0
+        return Path(os.fsdecode(self.text[start : self.ends[index]].tobytes()))
 
 
 @dataclass
 class Annotations:
-    """N images and their T boxes in flat arrays: cheap to share with the loader's worker processes.
+    """N images and their T boxes in flat arrays, mapped from the index file: worker processes share one copy.
+
+    Every image could be read when the index was built, every box lies within its image and has an area.
 
     Attributes:
         source: the file or folder they were read from, for messages.
         paths: file of each image.
-        image_ids: (N,) int64, the ids of the source.
-        sizes: (N, 2) int32 (height, width) as the source states them.
+        image_ids: (N,) int64, the ids of the source, or counted from 1.
+        sizes: (N, 2) int32 (height, width) of the image in its file, turned upright.
         offsets: (N + 1,) int64, the boxes of image i are rows offsets[i] to offsets[i + 1].
         boxes: (T, 4) float64, xyxy in pixels of the image.
-        labels: (T,) int64 in 0 .. C - 1, indices into ``class_names``.
+        labels: (T,) int32 in 0 .. C - 1, indices into ``class_names``.
         areas: (T,) float64 pixels, what COCO's small / medium / large go by.
         crowd: (T,) bool, a region of many objects: never trained on, ignored when evaluating.
         class_names: C names; category_ids: the source's id of each.
-        left_out: boxes the source has and this lacks because they have no area.
+        problems: what was found wrong, and mended or left out.
     """
 
     source: Path
-    paths: list[Path]
+    paths: Sequence[Path]
     image_ids: np.ndarray
     sizes: np.ndarray
     offsets: np.ndarray
@@ -39,10 +72,14 @@ class Annotations:
     crowd: np.ndarray
     class_names: tuple[str, ...]
     category_ids: tuple[int, ...]
-    left_out: int = 0
+    problems: ProblemLog = field(default_factory=ProblemLog)
 
     def __len__(self) -> int:
         return len(self.paths)
+
+    def rows(self, index: int) -> slice:
+        """Return where the boxes of an image are."""
+        return slice(int(self.offsets[index]), int(self.offsets[index + 1]))
 
     def ground_truth(self) -> dict[str, list[dict[str, Any]]]:
         """Return the set as a COCO dictionary (images, annotations, categories) for the evaluation."""
@@ -63,22 +100,3 @@ class Annotations:
                 {"id": i, "name": name} for i, name in zip(self.category_ids, self.class_names, strict=True)
             ],
         }
-
-
-def require_files(paths: Sequence[Path], source: Path) -> None:
-    """Check that every image exists, with one listing a folder.
-
-    Raises:
-        DetkitError: names the first one missing, how many there are, and ``source``, which lists them.
-    """
-    listings: dict[Path, set[str]] = {}
-    missing = []
-    for path in paths:
-        if path.parent not in listings:
-            folder = path.parent
-            listings[folder] = {p.name for p in folder.iterdir()} if folder.is_dir() else set()
-        if path.name not in listings[path.parent]:
-            missing.append(path)
-    if missing:
-        more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
-        raise DetkitError(f"image {missing[0]} does not exist{more}, though {source} lists it")

@@ -1,14 +1,23 @@
 """COCO json: the format most tools write (https://cocodataset.org/#format-data)."""
 
-import json
+import math
+from array import array
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from detkit.data.annotations import Annotations, require_files
+from detkit.data.annotations import Annotations
+from detkit.data.columns import Columns
+from detkit.data.index import cached
+from detkit.data.json_stream import read_records
+from detkit.data.problems import ProblemLog
 from detkit.errors import DetkitError
 from detkit.registry import DATASETS
+
+LARGEST = 1e9  # pixels of a coordinate: beyond, it is nonsense
+LISTS = ("images", "annotations", "categories")
 
 
 @DATASETS.register("coco")
@@ -20,8 +29,12 @@ def read_coco(
     train_annotations: str = "annotations/instances_train.json",
     val_images: str = "images/val",
     val_annotations: str = "annotations/instances_val.json",
+    log: ProblemLog | None = None,
 ) -> Annotations:
     """Read the ``"train"`` or ``"val"`` split; the folders and files are relative to ``root``.
+
+    Args:
+        log: where problems go; given one, the files are read anew instead of the index.
 
     Raises:
         DetkitError: ``root`` is no folder, or as ``read_coco_json``.
@@ -29,49 +42,163 @@ def read_coco(
     if not Path(str(root)).is_dir():
         raise DetkitError(f"data.root={root} is not a folder")
     images, annotations = {"train": (train_images, train_annotations), "val": (val_images, val_annotations)}[split]
-    return read_coco_json(Path(str(root)) / annotations, Path(str(root)) / images)
+    file, image_dir = Path(str(root)) / str(annotations), Path(str(root)) / str(images)
+    return cached("coco", [file], [image_dir], log, lambda log: read_coco_json(file, image_dir, log))
 
 
-def read_coco_json(file: Path, image_dir: Path) -> Annotations:
+def read_coco_json(file: Path, image_dir: Path, log: ProblemLog | None = None) -> Annotations:
     """Read one COCO json whose image files lie under ``image_dir``.
 
-    Category ids may have gaps: labels are their ranks. Boxes are clipped to their image; those left without
-    area are counted in ``left_out``. Images without boxes stay, as background.
+    Category ids may have gaps: labels are their ranks. A record without a ``bbox`` has that of its polygons. Records
+    that make no sense are left out and logged; boxes and images are judged as in data/mending.py.
 
     Raises:
-        DetkitError: a missing or malformed file, record or image; names the file and the record.
+        DetkitError: a missing or malformed file, categories that make no sense, or no image left.
     """
-    content = _load(file)
-    category_ids, class_names = _categories(content["categories"], file)
-    images = content["images"]
-    _check_images(images, file)
-    paths = [image_dir / image["file_name"] for image in images]
-    require_files(paths, file)
+    log = ProblemLog() if log is None else log
+    categories: list[Any] = []
+    images = _Images(file, image_dir, log)
+    boxes = _Boxes(file, log)
+    take = {"images": images.add, "annotations": boxes.add, "categories": lambda k, line, c: categories.append(c)}
+    missing = set(LISTS)
+    for key, position, line, record in read_records(file, LISTS):
+        if position < 0:
+            missing.discard(key)
+        else:
+            take[key](position, line, record)
+    if missing:
+        raise DetkitError(f"{file} is not a COCO detection file: it has no list '{min(missing)}'")
+    category_ids, class_names = _categories(categories, file)
+    columns = Columns(file, class_names, category_ids, log)
+    columns.paths, columns.image_ids, columns.stated = images.paths, images.ids, images.stated
+    numbers = boxes.fill(columns)
 
-    rows, left_out = _boxes(content["annotations"], images, category_ids, file)
-    rows.sort(key=lambda row: row[0])  # stable: an image's boxes keep the order of the file
-    table = np.array(rows, np.float64).reshape(-1, 8)
-    return Annotations(
-        source=file,
-        paths=paths,
-        image_ids=np.array([image["id"] for image in images], np.int64),
-        sizes=np.array([(image["height"], image["width"]) for image in images], np.int32),
-        offsets=np.searchsorted(table[:, 0], np.arange(len(images) + 1)),
-        boxes=np.ascontiguousarray(table[:, 1:5]),
-        labels=table[:, 5].astype(np.int64),
-        areas=np.ascontiguousarray(table[:, 6]),
-        crowd=table[:, 7].astype(bool),
-        class_names=class_names,
-        category_ids=category_ids,
-        left_out=left_out,
-    )
+    def place(_: int, k: int) -> tuple[Path, int, str]:
+        return file, int(boxes.lines[k]), f"annotations[{numbers[k]}] "
+
+    return columns.finish(place)
+
+
+class _Images:
+    """The records of 'images' that make sense."""
+
+    def __init__(self, file: Path, image_dir: Path, log: ProblemLog) -> None:
+        self.file, self.image_dir, self.log = file, image_dir, log
+        self.paths: list[str] = []
+        self.ids, self.stated = array("q"), array("q")
+        self.seen: set[int] = set()
+
+    def add(self, position: int, line: int, record: Any) -> None:
+        """Take images[position]."""
+        try:
+            image_id, name = record["id"], record["file_name"]
+            height, width = record.get("height") or 0, record.get("width") or 0
+            sensible = is_whole(image_id) and isinstance(name, str) and name and "\0" not in name
+            sensible = sensible and all(is_whole(side) and 0 <= side < 2**31 for side in (height, width))
+        except (KeyError, TypeError, AttributeError):
+            sensible = False
+        if not sensible:
+            needs = "needs a whole 'id', a 'file_name', and 'height' and 'width' in whole pixels"
+            words = f"images[{position}] {needs}, it is {_short(record)}"
+            self.log.add("malformed_image", self.file, line, words)
+        elif image_id in self.seen:
+            self.log.add("repeated_image", self.file, line, f"images[{position}] has the id {image_id}, given before")
+        else:
+            self.seen.add(image_id)
+            self.ids.append(image_id)
+            self.stated.extend((height, width))
+            self.paths.append(str(self.image_dir / name))
+
+
+class _Boxes:
+    """The records of 'annotations' that make sense; the ids they name are looked up at the end."""
+
+    def __init__(self, file: Path, log: ProblemLog) -> None:
+        self.file, self.log = file, log
+        self.image_ids, self.category_ids = array("q"), array("q")
+        self.positions, self.lines = array("q"), array("q")
+        self.xyxy, self.area, self.crowd = array("d"), array("d"), array("b")
+
+    def add(self, position: int, line: int, record: Any) -> None:
+        """Take annotations[position]."""
+        try:
+            image_id, category_id = record["image_id"], record["category_id"]
+            x, y, w, h = _numbers(record["bbox"] if record.get("bbox") else polygon_box(record["segmentation"]))
+            area, crowd = record.get("area"), record.get("iscrowd") or 0
+            area = math.nan if area is None else _numbers([area])[0]
+            sensible = is_whole(image_id) and is_whole(category_id) and crowd in (0, 1)
+            sensible = sensible and max(abs(x), abs(y), abs(w), abs(h)) < LARGEST and not math.isnan(x + y + w + h)
+        except (KeyError, TypeError, ValueError, OverflowError, AttributeError):
+            sensible = False
+        if not sensible:
+            needs = "needs 'image_id', 'category_id' and 'bbox' [x, y, width, height] as numbers"
+            words = f"annotations[{position}] {needs}, it is {_short(record)}"
+            self.log.add("malformed_box", self.file, line, words)
+            return
+        self.image_ids.append(image_id)
+        self.category_ids.append(category_id)
+        self.positions.append(position)
+        self.lines.append(line)
+        self.xyxy.extend((x, y, x + w, y + h))
+        self.area.append(area)
+        self.crowd.append(crowd)
+
+    def fill(self, columns: Columns) -> np.ndarray:
+        """Hand the boxes whose image and class exist to ``columns``; return the position of each in 'annotations'."""
+        image, has_image = _look_up(self.image_ids, columns.image_ids)
+        label, has_label = _look_up(self.category_ids, columns.category_ids)
+
+        def words(key: str, ids: array) -> Any:
+            return lambda k: (
+                self.file,
+                self.lines[k],
+                f"annotations[{self.positions[k]}] has {key} {ids[k]}, which the file does not define",
+            )
+
+        self.log.extend("labels_without_image", np.flatnonzero(~has_image), words("image_id", self.image_ids))
+        self.log.extend(
+            "unknown_class", np.flatnonzero(has_image & ~has_label), words("category_id", self.category_ids)
+        )
+        keep = has_image & has_label
+        columns.image_of, columns.label = image[keep], label[keep]
+        columns.line = np.flatnonzero(keep)
+        columns.xyxy = np.array(self.xyxy).reshape(-1, 4)[keep]
+        columns.area, columns.crowd = np.array(self.area)[keep], np.array(self.crowd)[keep]
+        return np.array(self.positions)
+
+
+def polygon_box(polygons: list[list[float]]) -> tuple[float, float, float, float]:
+    """Return x, y, width and height of the box around polygons [[x, y, x, y, ...], ...].
+
+    Raises:
+        TypeError, ValueError: they are something else, such as a run-length mask.
+    """
+    xs = _numbers([v for polygon in polygons for v in polygon[0::2]])
+    ys = _numbers([v for polygon in polygons for v in polygon[1::2]])
+    return min(xs), min(ys), max(xs) - min(xs), max(ys) - min(ys)
+
+
+def _numbers(values: Any) -> list[float]:
+    """Return a list of numbers as floats; ValueError for anything else, such as text that looks like one."""
+    if not isinstance(values, (list, tuple)) or not all(type(v) in (int, float) for v in values):
+        raise ValueError(values)
+    return [float(v) for v in values]
+
+
+def is_whole(value: Any) -> bool:
+    """Whether ``value`` is an integer that fits 64 bits."""
+    return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63
 
 
 def _categories(records: list[Any], file: Path) -> tuple[tuple[int, ...], tuple[str, ...]]:
     """Return the categories' ids, ascending, and their names."""
-    ranked = sorted(records, key=lambda c: _get(c, "id", int, file, "categories"))
-    ids = tuple(c["id"] for c in ranked)
-    names = tuple(str(_get(c, "name", (str, int), file, "categories")) for c in ranked)
+    for k, record in enumerate(records):
+        if not (
+            isinstance(record, Mapping) and is_whole(record.get("id")) and isinstance(record.get("name"), (str, int))
+        ):
+            raise DetkitError(f"{file}: categories[{k}] needs a whole 'id' and a 'name', it is {_short(record)}")
+    ranked = sorted(records, key=lambda c: c["id"])
+    ids, names = tuple(c["id"] for c in ranked), tuple(str(c["name"]) for c in ranked)
     for what, values in (("id", ids), ("name", names)):
         if len(set(values)) < len(values):
             raise DetkitError(f"{file}: 'categories' holds the same {what} twice; give every class one of its own")
@@ -80,84 +207,16 @@ def _categories(records: list[Any], file: Path) -> tuple[tuple[int, ...], tuple[
     return ids, names
 
 
-def _check_images(images: list[Any], file: Path) -> None:
-    """Check that every image has an id of its own, a file name and a size."""
-    for k, image in enumerate(images):
-        for key, kind in (("id", int), ("file_name", str), ("height", int), ("width", int)):
-            _get(image, key, kind, file, f"images[{k}]")
-        if not (0 < image["height"] < 2**31 and 0 < image["width"] < 2**31 and abs(image["id"]) < 2**63):
-            raise DetkitError(f"{file}: images[{k}] needs a height and a width of 1 or more, and an id below 2^63")
-    if not images:
-        raise DetkitError(f"{file}: 'images' is empty")
-    if len({image["id"] for image in images}) < len(images):
-        raise DetkitError(f"{file}: 'images' holds the same id twice")
+def _look_up(wanted: array, ids: array | tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+    """Return the position in ``ids`` of each id wanted, and whether it is there."""
+    known, wanted = np.array(ids, np.int64), np.array(wanted, np.int64)
+    if not known.size:
+        return np.zeros(len(wanted), np.int64), np.zeros(len(wanted), bool)
+    order = np.argsort(known)
+    position = order[np.searchsorted(known, wanted, sorter=order).clip(max=len(known) - 1)]
+    return position, known[position] == wanted
 
 
-def _boxes(
-    records: list[Any], images: list[dict[str, Any]], category_ids: tuple[int, ...], file: Path
-) -> tuple[list[tuple[float, ...]], int]:
-    """Return a row (image, x1, y1, x2, y2, label, area, crowd) for each box, and how many had no area."""
-    position = {image["id"]: k for k, image in enumerate(images)}
-    label_of = {category_id: label for label, category_id in enumerate(category_ids)}
-    rows: list[tuple[float, ...]] = []
-    left_out = 0
-    for k, record in enumerate(records):
-        where = f"annotations[{k}]"
-        image = position.get(_get(record, "image_id", int, file, where))
-        label = label_of.get(_get(record, "category_id", int, file, where))
-        if image is None or label is None:
-            key = "image_id" if image is None else "category_id"
-            raise DetkitError(f"{file}: {where} has {key} {record[key]}, which the file does not define")
-        x, y, w, h = _box(record, file, where)
-        x1, y1 = max(x, 0.0), max(y, 0.0)
-        x2, y2 = min(x + w, float(images[image]["width"])), min(y + h, float(images[image]["height"]))
-        if x2 <= x1 or y2 <= y1:
-            left_out += 1
-            continue
-        area, crowd = record.get("area"), record.get("iscrowd", 0)
-        if area is None:
-            area = (x2 - x1) * (y2 - y1)
-        if not is_finite(area) or area < 0 or crowd not in (0, 1):
-            raise DetkitError(f"{file}: {where} needs an 'area' of 0 or more and an 'iscrowd' of 0 or 1")
-        rows.append((image, x1, y1, x2, y2, label, area, crowd))
-    return rows, left_out
-
-
-def _load(file: Path) -> dict[str, list[dict[str, Any]]]:
-    """Parse the json and check its outline."""
-    try:
-        content = json.loads(file.read_text(encoding="utf-8-sig"))
-    except OSError as error:
-        raise DetkitError(f"cannot read annotations {file}: {error.strerror or error}") from None
-    except UnicodeDecodeError:
-        raise DetkitError(f"{file} is not a json file: it is not UTF-8 text") from None
-    except json.JSONDecodeError as error:
-        raise DetkitError(f"{file} is malformed json, line {error.lineno} column {error.colno}: {error.msg}") from None
-    except (ValueError, RecursionError) as error:  # a number of thousands of digits, lists without end
-        raise DetkitError(f"{file} is malformed json: {error}") from None
-    for key in ("images", "annotations", "categories"):
-        if not isinstance(content, dict) or not isinstance(content.get(key), list):
-            raise DetkitError(f"{file} is not a COCO detection file: it has no list '{key}'")
-    return content
-
-
-def _get(record: Any, key: str, kind: type | tuple[type, ...], file: Path, where: str) -> Any:
-    """Return ``record[key]`` if it is there and of the right type."""
-    value = record.get(key) if isinstance(record, dict) else None
-    if not isinstance(value, kind) or isinstance(value, bool):
-        expected = kind.__name__ if isinstance(kind, type) else "text"
-        raise DetkitError(f"{file}: {where} needs '{key}' ({expected}), it has {value!r}")
-    return value
-
-
-def _box(record: dict[str, Any], file: Path, where: str) -> list[float]:
-    """Return the record's [x, y, width, height] as finite numbers."""
-    box = record.get("bbox")
-    if not isinstance(box, list) or len(box) != 4 or not all(map(is_finite, box)):
-        raise DetkitError(f"{file}: {where} needs 'bbox' [x, y, width, height], it has {str(box)[:80]}")
-    return [float(v) for v in box]
-
-
-def is_finite(value: Any) -> bool:
-    """Whether ``value`` is a number that a float can hold."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e300
+def _short(record: Any) -> str:
+    text = repr(record)
+    return text if len(text) <= 100 else f"{text[:97]}..."

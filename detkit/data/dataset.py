@@ -35,16 +35,16 @@ class DetectionDataset(Dataset):
         """
         index = key[1]
         a = self.annotations
-        rows = slice(a.offsets[index], a.offsets[index + 1])
+        rows = a.rows(index)
         keep = ~a.crowd[rows]
         image = read_image(a.paths[index])
         stated = tuple(int(n) for n in a.sizes[index])
         if image.shape[:2] != stated:
             raise DetkitError(
-                f"image {a.paths[index]} is {image.shape[1]}x{image.shape[0]} pixels once turned upright, "
-                f"{a.source} says {stated[1]}x{stated[0]}: its boxes would be misplaced; correct the one or the other"
+                f"image {a.paths[index]} is now {image.shape[1]}x{image.shape[0]} pixels; when its labels were read "
+                f"it was {stated[1]}x{stated[0]}, so its boxes would be misplaced"
             )
-        boxes, labels = a.boxes[rows][keep].astype(np.float32), a.labels[rows][keep]
+        boxes, labels = a.boxes[rows][keep].astype(np.float32), a.labels[rows][keep].astype(np.int64)
         return Sample(image, boxes, labels, Origin(index, a.paths[index], image.shape[:2]))
 
 

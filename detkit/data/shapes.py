@@ -17,6 +17,7 @@ import numpy as np
 
 from detkit.data.annotations import Annotations
 from detkit.data.coco import read_coco
+from detkit.data.problems import ProblemLog
 from detkit.errors import DetkitError
 from detkit.registry import DATASETS
 
@@ -30,11 +31,12 @@ MIN_VISIBLE = 0.5  # share of a shape that others may not cover
 
 
 @DATASETS.register("shapes")
-def read_shapes(split: str, *, root: str | None = None) -> Annotations:
+def read_shapes(split: str, *, root: str | None = None, log: ProblemLog | None = None) -> Annotations:
     """Read the ``"train"`` or ``"val"`` split, drawing the set first where its folder is new or empty.
 
     Args:
         root: folder of the set; by default one in the user's cache folder (XDG_CACHE_HOME or ~/.cache).
+        log: as for read_coco.
     """
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     folder = Path(root) if root else cache / "detkit" / VERSION
@@ -45,7 +47,7 @@ def read_shapes(split: str, *, root: str | None = None) -> Annotations:
             raise DetkitError(
                 f"cannot write the shapes to {folder} ({error}): set data.root to a folder you own"
             ) from None
-    return read_coco(split, root=str(folder))
+    return read_coco(split, root=str(folder), log=log)
 
 
 def _draw_set(folder: Path) -> None:

@@ -11,15 +11,18 @@ from typing import Any
 import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
+from rich.console import Console
 
 import detkit.data  # noqa: F401  (registers the formats)
 from detkit.data.annotations import Annotations
 from detkit.data.dataset import DetectionDataset, LetterboxDataset
 from detkit.data.loader import BatchLoader, worker_count
+from detkit.data.problems import LEFT_OUT, MENDED
 from detkit.errors import DetkitError
 from detkit.registry import DATASETS
 
-DATA_OPTIONS = ("preset", "sampling", "repeat_threshold", "tiles")  # keys of ``data`` that no format's reader takes
+# Keys of data that are no arguments of its reader.
+DATA_OPTIONS = ("preset", "strict", "cache", "sampling", "repeat_threshold", "tiles")
 
 
 def make_run_dir(cfg: Mapping[str, Any], task: str, name: str) -> Path:
@@ -79,8 +82,24 @@ def _new_folder(path: Path) -> Path:
 
 
 def read_split(data: Mapping[str, Any], split: str) -> Annotations:
-    """Read one split of the configured data set."""
-    return DATASETS.build({key: value for key, value in data.items() if key not in DATA_OPTIONS}, split)
+    """Read one split of the configured data set.
+
+    Raises:
+        DetkitError: it cannot be read, or has problems where ``data.strict`` is set.
+    """
+    annotations = DATASETS.build({key: value for key, value in data.items() if key not in DATA_OPTIONS}, split)
+    if data.get("strict"):
+        annotations.problems.refuse()
+    return annotations
+
+
+def tell_split(split: str, annotations: Annotations, console: Console) -> None:
+    """Print a line of what a split holds, and one of what was mended or left out, if anything was."""
+    console.print(f"{split}: {len(annotations)} images, {len(annotations.labels)} boxes")
+    summary = annotations.problems.summary()
+    if summary:
+        first = annotations.problems.first(LEFT_OUT, MENDED)
+        console.print(f"{split}: {summary}; the first: {first} (check_data lists all, data.strict=true refuses them)")
 
 
 def val_loader(annotations: Annotations, cfg: Mapping[str, Any], device: torch.device) -> BatchLoader:

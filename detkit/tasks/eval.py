@@ -10,7 +10,7 @@ from detkit.engine.precision import Precision, make_deterministic, pick_device
 from detkit.errors import DetkitError
 from detkit.report.console import make_console
 from detkit.report.tables import print_metrics
-from detkit.tasks.common import checkpoint_name, make_run_dir, read_split, val_loader
+from detkit.tasks.common import checkpoint_name, make_run_dir, read_split, tell_split, val_loader
 
 
 def run(cfg: dict[str, Any]) -> dict[str, Any]:
@@ -33,6 +33,7 @@ def run(cfg: dict[str, Any]) -> dict[str, Any]:
     if annotations.class_names != detector.class_names:
         ours, theirs = ", ".join(detector.class_names), ", ".join(annotations.class_names)
         raise DetkitError(f"{cfg['ckpt']} knows the classes {ours}; {annotations.source} has {theirs}")
+    tell_split(cfg["split"], annotations, console)
     run_dir = make_run_dir(cfg, "eval", checkpoint_name(cfg["ckpt"]))
 
     loader = val_loader(annotations, cfg, device)

@@ -23,7 +23,7 @@ from detkit.errors import DetkitError
 from detkit.models.detector import Detector, build_detector, build_loss
 from detkit.report.console import make_console
 from detkit.report.tables import print_metrics, print_transfer
-from detkit.tasks.common import make_run_dir, model_name, read_split, val_loader
+from detkit.tasks.common import make_run_dir, model_name, read_split, tell_split, val_loader
 
 
 def run(cfg: dict[str, Any]) -> dict[str, Any]:
@@ -38,15 +38,12 @@ def run(cfg: dict[str, Any]) -> dict[str, Any]:
     make_deterministic(cfg["seed"])
     if device.type == "cpu":
         keep_freed_memory()
-    if cfg["data"].get("root") is not None:
-        cfg["data"]["root"] = str(
-            Path(str(cfg["data"]["root"])).resolve()
-        )  # so that a checkpoint finds it from anywhere
+    for key in ("root", "yaml"):
+        if cfg["data"].get(key) is not None:  # made absolute, so that a checkpoint finds it from anywhere
+            cfg["data"][key] = str(Path(str(cfg["data"][key])).resolve())
     train_set, val_set = read_split(cfg["data"], "train"), read_split(cfg["data"], "val")
     if train_set.class_names != val_set.class_names:
-        raise DetkitError(
-            f"{val_set.source} has other classes than {train_set.source}: give both the same 'categories'"
-        )
+        raise DetkitError(f"{val_set.source} has other classes than {train_set.source}: give both the same")
 
     detector = build_detector(cfg, train_set.class_names).to(device)
     transfer = load_weights(detector, str(cfg["weights"])) if cfg["weights"] is not None else None
@@ -59,8 +56,7 @@ def run(cfg: dict[str, Any]) -> dict[str, Any]:
     parameters = sum(p.numel() for p in detector.parameters())
     console.print(f"{name}: {parameters:,} parameters on {device}, {precision}")
     for split, annotations in (("train", train_set), ("val", val_set)):
-        left_out = f", {annotations.left_out} boxes without area left out" if annotations.left_out else ""
-        console.print(f"{split}: {len(annotations)} images, {len(annotations.labels)} boxes{left_out}")
+        tell_split(split, annotations, console)
     if transfer is not None:
         print_transfer(transfer, console)
     console.print(f"{recipe.name}, learning rate {recipe.lr:g}; writing to {run_dir}")

@@ -1,0 +1,149 @@
+"""The index: a set's annotations as read, mended and looked at once, kept for the next start.
+
+One file in the user's cache folder, in the safetensors layout: 8 bytes of length, a json header, flat arrays. It is
+mapped into memory, so all worker processes share one copy; it is never unpickled. Its name says what it was built
+from: the names, sizes and times of every label file and image.
+"""
+
+import hashlib
+import json
+import math
+import os
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import save_file
+
+from detkit.data.annotations import Annotations, PathTable
+from detkit.data.images import walk
+from detkit.data.problems import ProblemLog
+
+VERSION = 1  # of the layout, and of the judgement of images and boxes
+ARRAYS = ("image_ids", "sizes", "offsets", "boxes", "labels", "areas", "crowd")
+DTYPES = {"I64": np.int64, "I32": np.int32, "F64": np.float64, "BOOL": np.bool_, "U8": np.uint8}
+
+
+def cached(
+    kind: str,
+    files: Sequence[Path],
+    folders: Sequence[Path],
+    log: ProblemLog | None,
+    build: Callable[[ProblemLog], Annotations],
+    **arguments: Any,
+) -> Annotations:
+    """Return what ``build`` makes of these files and folders, from the index where nothing has changed since.
+
+    Args:
+        kind: the format; with ``files``, ``folders`` and ``arguments`` it names the set.
+        log: where ``build`` puts problems; given one, the index is not used, as it holds no more than a few.
+    """
+    if log is not None:
+        return build(log)
+    name = json.dumps([VERSION, kind, [str(p.absolute()) for p in (*files, *folders)], arguments], sort_keys=True)
+    prefix = hashlib.blake2b(name.encode(errors="surrogateescape"), digest_size=8).hexdigest()
+    index = index_folder() / f"{prefix}-{fingerprint(files, folders)}.safetensors"
+    annotations = open_index(index)
+    if annotations is None:
+        annotations = build(ProblemLog())
+        if write_index(annotations, index):
+            _remove_older(prefix, index)
+            annotations = open_index(index) or annotations
+    return annotations
+
+
+def index_folder() -> Path:
+    """Return where indexes are kept: XDG_CACHE_HOME or ~/.cache, detkit/index."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "detkit" / "index"
+
+
+def fingerprint(files: Sequence[Path], folders: Sequence[Path]) -> str:
+    """Return a hash of the names, sizes and modification times of files, and of all files below folders."""
+    digest = hashlib.blake2b(digest_size=16)
+    for file in files:
+        digest.update(_state(file, file))
+    for folder in folders:
+        if folder.is_dir():
+            for entry in walk(folder):
+                digest.update(_state(entry.path, entry))
+        digest.update(b"end")
+    return digest.hexdigest()
+
+
+def _state(path: str | Path, entry: Path | os.DirEntry) -> bytes:
+    try:
+        status = entry.stat()
+        return os.fsencode(path) + b"\0%d %d\0" % (status.st_size, status.st_mtime_ns)
+    except OSError:  # missing, or a link to itself
+        return os.fsencode(path) + b"\0-\0"
+
+
+def write_index(annotations: Annotations, file: Path) -> bool:
+    """Write the index in one piece: whole or not at all, whoever else writes it; False where the disk refuses."""
+    table = PathTable.of(annotations.paths)
+    arrays = {name: np.ascontiguousarray(getattr(annotations, name)) for name in ARRAYS}
+    arrays |= {"path_text": table.text, "path_ends": table.ends}
+    about = {
+        "source": str(annotations.source),
+        "class_names": annotations.class_names,
+        "category_ids": annotations.category_ids,
+        "problems": annotations.problems.as_dict(),
+    }
+    scratch = None
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, scratch = tempfile.mkstemp(prefix=".index-", dir=file.parent)
+        os.close(descriptor)
+        save_file(arrays, scratch, {"detkit_index": json.dumps(about)})
+        os.replace(scratch, file)
+        return True
+    except (OSError, SafetensorError, UnicodeEncodeError):  # a full or read-only disk, a name that is no text
+        if scratch is not None:
+            Path(scratch).unlink(missing_ok=True)
+        return False
+
+
+def open_index(file: Path) -> Annotations | None:
+    """Map an index into memory; None where it is not there or not whole."""
+    try:
+        size = file.stat().st_size
+        with file.open("rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            if length > size:
+                return None
+            header = json.loads(stream.read(length))
+        about = json.loads(header.pop("__metadata__")["detkit_index"])
+        arrays = {name: _map(file, size, 8 + length, entry) for name, entry in header.items()}
+        table = PathTable(arrays.pop("path_text"), arrays.pop("path_ends"))
+        annotations = Annotations(
+            source=Path(about["source"]),
+            paths=table,
+            class_names=tuple(about["class_names"]),
+            category_ids=tuple(about["category_ids"]),
+            problems=ProblemLog.from_dict(about["problems"]),
+            **{name: arrays[name] for name in ARRAYS},
+        )
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    consistent = len(annotations.offsets) == len(table) + 1 and annotations.offsets[-1] == len(annotations.boxes)
+    return annotations if consistent else None
+
+
+def _map(file: Path, size: int, start: int, entry: dict[str, Any]) -> np.ndarray:
+    begin, end = entry["data_offsets"]
+    dtype, shape = np.dtype(DTYPES[entry["dtype"]]), tuple(entry["shape"])
+    if start + end > size or end - begin != math.prod(shape) * dtype.itemsize:
+        raise ValueError(f"{file} is cut off")
+    if begin == end:
+        return np.zeros(shape, dtype)
+    return np.memmap(file, dtype, "r", start + begin, shape)
+
+
+def _remove_older(prefix: str, index: Path) -> None:
+    """Remove indexes of the same set as it was before; who has them mapped keeps them."""
+    for other in index.parent.glob(f"{prefix}-*.safetensors"):
+        if other != index:
+            other.unlink(missing_ok=True)

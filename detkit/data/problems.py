@@ -1,0 +1,142 @@
+"""What can be wrong with an image set, and what training does about it."""
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from detkit.errors import DetkitError
+
+NOTE = "note"  # worth knowing; nothing is lost
+MENDED = "mended"  # used after a correction
+LEFT_OUT = "left out"  # not used
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of problem: ``title`` in the plural, as it is counted, and what becomes of such a thing."""
+
+    title: str
+    outcome: str
+
+
+KINDS: dict[str, Kind] = {
+    "missing_image": Kind("images that do not exist", LEFT_OUT),
+    "unreadable_image": Kind("images that cannot be read", LEFT_OUT),
+    "truncated_image": Kind("truncated images", LEFT_OUT),
+    "contradicting_size": Kind("images of another shape than their labels state", LEFT_OUT),
+    "stated_size": Kind("images of another size than their labels state, boxes scaled or turned along", MENDED),
+    "repeated_image": Kind("images listed twice", LEFT_OUT),
+    "malformed_image": Kind("malformed image records", LEFT_OUT),
+    "unreadable_labels": Kind("images whose label file cannot be read", LEFT_OUT),
+    "missing_labels": Kind("images whose label file does not exist", LEFT_OUT),
+    "labels_without_image": Kind("labels without an image", LEFT_OUT),
+    "malformed_box": Kind("malformed boxes", LEFT_OUT),
+    "unknown_class": Kind("boxes of a class that the set does not define", LEFT_OUT),
+    "degenerate_box": Kind("boxes without area", LEFT_OUT),
+    "outside_box": Kind("boxes outside their image", LEFT_OUT),
+    "duplicate_box": Kind("boxes given twice", LEFT_OUT),
+    "overhanging_box": Kind("boxes partly outside their image, clipped", MENDED),
+    "beyond_one": Kind("boxes with normalised values beyond 0..1, clipped", MENDED),
+    "exif_rotated": Kind("images turned upright by their EXIF orientation", NOTE),
+    "gray_image": Kind("gray images", NOTE),
+    "deep_image": Kind("images of more than 8 bits a channel, read as 8", NOTE),
+    "cmyk_image": Kind("CMYK images, read as RGB", NOTE),
+    "alpha_image": Kind("images with transparency, which is dropped", NOTE),
+    "without_boxes": Kind("images without boxes, background", NOTE),
+}
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One finding: where (``line`` counts from 1; None where a file has no lines) and what in words."""
+
+    kind: str
+    file: str
+    line: int | None
+    detail: str
+
+    def __str__(self) -> str:
+        place = self.file if self.line is None else f"{self.file}:{self.line}"
+        return f"{place}: {self.detail}"
+
+
+class ProblemLog:
+    """Counts every problem and keeps the first ``limit`` of a kind, so that a bad set cannot fill the memory.
+
+    Attributes:
+        counts: how many of each kind.
+        problems: those kept, in the order they were found.
+    """
+
+    def __init__(self, limit: int = 20) -> None:
+        self.limit = limit
+        self.counts: Counter[str] = Counter()
+        self.problems: list[Problem] = []
+
+    def add(self, kind: str, file: object, line: int | None, detail: str) -> None:
+        """Count a problem; keep it while there is room."""
+        if self.counts[kind] < self.limit:
+            self.problems.append(Problem(kind, str(file), line, detail))
+        self.counts[kind] += 1
+
+    def extend(self, kind: str, found: np.ndarray, describe: Callable[[int], tuple[object, int | None, str]]) -> None:
+        """Count many problems at once: ``describe`` gives file, line and words of those that are kept.
+
+        Args:
+            found: (K,) int, whatever ``describe`` takes.
+        """
+        if not len(found):
+            return
+        room = max(self.limit - self.counts[kind], 0)
+        for k in found[:room].tolist():
+            self.add(kind, *describe(k))
+        self.counts[kind] += max(len(found) - room, 0)
+
+    def of(self, *outcomes: str) -> dict[str, int]:
+        """Return the counts of the kinds with one of these outcomes, in the order of KINDS."""
+        return {
+            name: self.counts[name] for name, kind in KINDS.items() if kind.outcome in outcomes and self.counts[name]
+        }
+
+    def summary(self) -> str:
+        """Return one line such as ``left out: boxes without area (2); mended: ...``, empty where there is nothing."""
+        parts = []
+        for outcome in (LEFT_OUT, MENDED):
+            counts = [f"{KINDS[name].title} ({count})" for name, count in self.of(outcome).items()]
+            if counts:
+                parts.append(f"{outcome}: {', '.join(counts)}")
+        return "; ".join(parts)
+
+    def first(self, *outcomes: str) -> Problem | None:
+        """Return the first problem kept that has one of these outcomes."""
+        return next((p for p in self.problems if KINDS[p.kind].outcome in outcomes), None)
+
+    def refuse(self) -> None:
+        """Check that nothing was mended or left out.
+
+        Raises:
+            DetkitError: names the first problem and how many more there are.
+        """
+        first = self.first(LEFT_OUT, MENDED)
+        if first is not None:
+            others = sum(self.of(LEFT_OUT, MENDED).values()) - 1
+            more = f" (and {others} more)" if others else ""
+            raise DetkitError(f"{first}{more}; data.strict=true refuses it, and check_data lists everything")
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return plain data for json."""
+        return {
+            "counts": dict(self.counts),
+            "problems": [[p.kind, p.file, p.line, p.detail] for p in self.problems],
+        }
+
+    @classmethod
+    def from_dict(cls, content: dict[str, Any]) -> "ProblemLog":
+        """Return the log that ``as_dict`` described."""
+        log = cls()
+        log.counts.update(content["counts"])
+        log.problems = [Problem(*row) for row in content["problems"]]
+        return log

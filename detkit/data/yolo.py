@@ -1,0 +1,213 @@
+"""YOLO txt: a data.yaml, and beside every image a text file with a line ``class x_centre y_centre width height``.
+
+The numbers are in 0..1 of the upright image. A line of more numbers is a polygon; its box is taken.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from detkit.data.annotations import Annotations
+from detkit.data.columns import Columns
+from detkit.data.images import list_images, walk
+from detkit.data.index import cached
+from detkit.data.problems import ProblemLog
+from detkit.errors import DetkitError
+from detkit.registry import DATASETS
+
+LARGEST = 1e6  # of a normalised value: beyond, it is nonsense
+NO_LABELS = {"classes.txt", "labels.txt", "readme.txt", "notes.txt"}  # tools leave these beside the labels
+
+
+@DATASETS.register("yolo")
+def read_yolo(split: str, *, yaml: str | int, log: ProblemLog | None = None) -> Annotations:
+    """Read the ``"train"`` or ``"val"`` split that a data.yaml describes.
+
+    ``train`` and ``val`` are a folder, a text file of image paths, or a list of these, relative to ``path``, which is
+    relative to the yaml and may be missing. ``names`` is a list, or a mapping of class ids that may have gaps. Labels
+    lie in the folder ``labels`` beside ``images``, or else beside their image; an image without any is background.
+
+    Args:
+        log: where problems go; given one, the files are read anew instead of the index.
+
+    Raises:
+        DetkitError: a missing or malformed yaml, folder or list of images, or no image left.
+    """
+    file = Path(str(yaml))
+    content = _load(file)
+    class_names, category_ids = _names(content, file)
+    sources = _sources(content, split, file)
+    folders = [source for source in sources if source.is_dir()]
+    lists = [source for source in sources if not source.is_dir()]
+    listed = {parent for source in lists for parent in {path.parent for path in _read_list(source)}}
+    watched = sorted({*folders, *listed})
+    watched += [labels for labels in map(label_folder, watched) if labels not in watched]
+
+    def build(log: ProblemLog) -> Annotations:
+        paths = [
+            path for source in sources for path in (list_images(source) if source.is_dir() else _read_list(source))
+        ]
+        source = f"{file} ({split})"
+        return _read_labels(paths, Columns(Path(source), class_names, category_ids, log, normalised=True))
+
+    return cached("yolo", [file, *lists], watched, log, build, split=split)
+
+
+def label_folder(folder: Path) -> Path:
+    """Return where the labels of the images in a folder are: its last part ``images`` becomes ``labels``."""
+    parts = list(folder.parts)
+    if "images" not in parts:
+        return folder
+    parts[len(parts) - 1 - parts[::-1].index("images")] = "labels"
+    return Path(*parts)
+
+
+def label_file(image: Path) -> Path:
+    """Return the text file with the labels of an image."""
+    return label_folder(image.parent) / f"{image.stem}.txt"
+
+
+def _read_labels(paths: list[Path], columns: Columns) -> Annotations:
+    """Read the text file of every image, and look for text files without one."""
+    log, label_of = columns.log, {category: k for k, category in enumerate(columns.category_ids)}
+    files = [label_file(path) for path in paths]
+    for path, file in zip(paths, files, strict=True):
+        _read_label_file(path, file, columns, label_of)
+    known, folders = set(files), {file.parent for file in files}
+    for folder in sorted(folders):
+        if not folder.is_dir():
+            continue
+        for entry in walk(folder):
+            file = Path(entry.path)
+            if file.suffix == ".txt" and file.parent in folders and file not in known and file.name not in NO_LABELS:
+                known.add(file)
+                log.add("labels_without_image", file, None, "has no image")
+    return columns.finish(lambda image, line: (label_file(Path(columns.paths[image])), line, ""))
+
+
+def _read_label_file(path: Path, file: Path, columns: Columns, label_of: Mapping[int, int]) -> None:
+    """Append an image and its boxes; an image whose labels cannot be read is left out, one without any is not."""
+    try:
+        text = file.read_text(encoding="utf-8-sig") if file.is_file() else ""
+    except (OSError, UnicodeDecodeError) as error:
+        columns.log.add("unreadable_labels", file, None, f"cannot be read as text ({type(error).__name__})")
+        return
+    image = columns.add_image(path, len(columns.paths) + 1)
+    for number, line in enumerate(text.splitlines(), 1):
+        fields = line.split()
+        if not fields:
+            continue
+        xyxy = _box(fields)
+        if xyxy is None:
+            words = f"needs a class and 4 numbers, or a polygon of 3 points or more, it is '{line[:80]}'"
+            columns.log.add("malformed_box", file, number, words)
+            continue
+        category = int(float(fields[0]))
+        if category not in label_of:
+            known = f"{min(label_of)} to {max(label_of)}"
+            columns.log.add("unknown_class", file, number, f"has class {category}, data.yaml defines {known}")
+            continue
+        columns.add_box(image, label_of[category], xyxy, number)
+
+
+def _box(fields: list[str]) -> tuple[float, float, float, float] | None:
+    """Return the normalised xyxy box of a line's fields; None where they make no sense."""
+    try:
+        numbers = [float(field) for field in fields]
+    except ValueError:
+        return None
+    if not (numbers[0].is_integer() and all(abs(v) < LARGEST for v in numbers)):  # NaN is not, either
+        return None
+    if len(numbers) == 5:
+        x, y, w, h = numbers[1:]
+        return x - w / 2, y - h / 2, x + w / 2, y + h / 2
+    if len(numbers) >= 7 and len(numbers) % 2:
+        xs, ys = numbers[1::2], numbers[2::2]
+        return min(xs), min(ys), max(xs), max(ys)
+    return None
+
+
+def _load(file: Path) -> dict[str, Any]:
+    """Parse the data.yaml."""
+    try:
+        if not file.is_file():
+            raise DetkitError(f"data.yaml={file} is not a file")
+        content = yaml.safe_load(file.read_text(encoding="utf-8-sig"))
+    except OSError as error:
+        raise DetkitError(f"cannot read {file}: {error.strerror or error}") from None
+    except UnicodeDecodeError:
+        raise DetkitError(f"{file} is not a yaml file: it is not UTF-8 text") from None
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f", line {mark.line + 1}" if mark else ""
+        raise DetkitError(f"{file} is malformed yaml{line}: {str(error).splitlines()[0]}") from None
+    if not isinstance(content, dict):
+        raise DetkitError(f"{file} is no data.yaml: it needs the keys train, val and names")
+    return content
+
+
+def _names(content: Mapping[str, Any], file: Path) -> tuple[tuple[str, ...], tuple[int, ...]]:
+    """Return class names and the id of each, ascending."""
+    names = content.get("names")
+    if isinstance(names, list):
+        names = dict(enumerate(names))
+    if not isinstance(names, dict) or not names:
+        raise DetkitError(f"{file} needs 'names': a list of class names, or a mapping of class ids to names")
+    try:
+        by_id = {int(key): str(name) for key, name in names.items() if isinstance(name, (str, int, float))}
+    except (TypeError, ValueError, OverflowError):
+        raise DetkitError(f"{file}: the keys of 'names' must be whole numbers") from None
+    if len(by_id) < len(names) or min(by_id) < 0:
+        raise DetkitError(f"{file}: 'names' must give every class id, 0 or more, one name")
+    ids = tuple(sorted(by_id))
+    result = tuple(by_id[k] for k in ids)
+    if len(set(result)) < len(result):
+        raise DetkitError(f"{file}: 'names' holds the same name twice; give every class one of its own")
+    count = content.get("nc", len(ids))
+    if count != len(ids):
+        raise DetkitError(f"{file}: 'nc' is {count}, but 'names' holds {len(ids)}; correct the one or the other")
+    return result, ids
+
+
+def _sources(content: Mapping[str, Any], split: str, file: Path) -> list[Path]:
+    """Return the folders and lists of images of a split."""
+    entries = content.get(split)
+    if split == "val" and entries is None:
+        entries = content.get("valid")
+    entries = [entries] if isinstance(entries, str) else entries
+    if not isinstance(entries, list) or not entries or not all(isinstance(e, str) and e for e in entries):
+        raise DetkitError(f"{file} needs '{split}': a folder of images, a text file of image paths, or a list of these")
+    base = content.get("path") or "."
+    if not isinstance(base, str):
+        raise DetkitError(f"{file}: 'path' must be a folder, it is {base}")
+    return [_resolve(file.parent / base, entry, file) for entry in entries]
+
+
+def _resolve(base: Path, entry: str, file: Path) -> Path:
+    """Return where an entry is; some tools write ``../train/images`` for what lies beside the yaml."""
+    for candidate in (base / entry, file.parent / entry, file.parent / entry.removeprefix("../")):
+        if _exists(candidate):
+            return candidate
+    raise DetkitError(
+        f"{file}: there is no {base / entry}; correct 'path' (relative to the yaml) or the entry '{entry}'"
+    )
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.is_dir() or path.is_file()
+    except (OSError, ValueError):
+        return False
+
+
+def _read_list(file: Path) -> list[Path]:
+    """Return the image paths in a text file, a line each, relative to the file's folder."""
+    try:
+        lines = file.read_text(encoding="utf-8-sig").splitlines()
+    except OSError as error:
+        raise DetkitError(f"cannot read {file}: {error.strerror or error}") from None
+    except UnicodeDecodeError:
+        raise DetkitError(f"{file} should list image paths, but it is not UTF-8 text") from None
+    return [file.parent / line.strip() for line in lines if line.strip()]

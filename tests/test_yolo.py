@@ -1,0 +1,138 @@
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from detkit.data.yolo import label_file, read_yolo
+from detkit.errors import DetkitError
+
+LABELS = {"train/a": "1 0.5 0.5 0.2 0.4\n\n0 0.1 0.2 0.3 0.2 0.2 0.5\n", "train/ü b": "", "val/a": "0 0.5 0.5 1 1\n"}
+
+
+@pytest.fixture
+def yolo_set(tmp_path):
+    """Return a function that writes a set of 100x50 pictures with LABELS and a data.yaml; returns the yaml."""
+
+    def write(text: str = "train: images/train\nval: images/val\nnames: [cat, dog]\n") -> Path:
+        for name, lines in LABELS.items():
+            for folder in ("images", "labels"):
+                (tmp_path / folder / name).parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(np.zeros((50, 100, 3), np.uint8)).save(tmp_path / "images" / f"{name}.png")
+            (tmp_path / "labels" / f"{name}.txt").write_text(lines)
+        (tmp_path / "data.yaml").write_text(text)
+        return tmp_path / "data.yaml"
+
+    return write
+
+
+def test_boxes_and_polygons_become_pixels(yolo_set):
+    annotations = read_yolo("train", yaml=str(yolo_set()))
+    assert [path.name for path in annotations.paths] == ["a.png", "ü b.png"]
+    np.testing.assert_allclose(annotations.boxes, [[40, 15, 60, 35], [10, 10, 30, 25]])
+    assert annotations.labels.tolist() == [1, 0]
+    assert annotations.offsets.tolist() == [0, 2, 2]
+    assert annotations.class_names == ("cat", "dog")
+    assert not annotations.problems.summary()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "path: .\ntrain: images/train\nval: images/val\nnames: {0: cat, 1: dog}\nnc: 2\n",
+        "path: ROOT\ntrain: [images/train]\nval: [images/val]\nnames: [cat, dog]\n",
+        "train: train.txt\nval: ./images/val\nnames: [cat, dog]\n",
+        "train: ../images/train\nvalid: images/val\nnames: [cat, dog]\n",
+        "train: [train.txt]\nval: images/val\nnames: {'1': dog, '0': cat}\n",
+    ],
+)
+def test_every_way_to_say_where_the_images_are(yolo_set, tmp_path, text):
+    yaml = yolo_set(text.replace("ROOT", str(tmp_path)))
+    (tmp_path / "train.txt").write_text(f"./images/train/a.png\n{tmp_path}/images/train/ü b.png\n")
+    train, val = read_yolo("train", yaml=str(yaml)), read_yolo("val", yaml=str(yaml))
+    assert (len(train), len(train.labels), len(val), len(val.labels)) == (2, 2, 1, 1)
+    assert train.class_names == ("cat", "dog")
+
+
+def test_class_ids_may_have_gaps(yolo_set):
+    annotations = read_yolo("train", yaml=str(yolo_set("train: images/train\nnames: {0: cat, 7: horse, 1: dog}\n")))
+    assert annotations.class_names == ("cat", "dog", "horse")
+    assert annotations.category_ids == (0, 1, 7)
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("train: [", "malformed yaml, line"),
+        ("- a", "it needs the keys train"),
+        ("train: images/train\n", "needs 'names'"),
+        ("train: images/train\nnames: {a: b}\n", "must be whole numbers"),
+        ("train: images/train\nnames: [a, a]\n", "same name twice"),
+        ("train: images/train\nnames: [a, b]\nnc: 3\n", "'nc' is 3, but 'names' holds 2"),
+        ("names: [a]\n", "needs 'train'"),
+        ("train: {}\nnames: [a]\n", "needs 'train'"),
+        ("train: nowhere\nnames: [a]\n", "there is no .*nowhere"),
+        ("path: 3\ntrain: nowhere\nnames: [a]\n", "'path' must be a folder"),
+        ("train: labels\nnames: [a]\n", "lists no images"),
+        ("train: \ud800", "not UTF-8"),
+    ],
+)
+def test_a_wrong_yaml_is_named(yolo_set, text, sentence):
+    yaml = yolo_set()
+    yaml.write_text(text, errors="surrogatepass")
+    with pytest.raises(DetkitError, match=sentence) as error:
+        read_yolo("train", yaml=str(yaml))
+    assert str(yaml) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("line", "kind"),
+    [
+        ("0 0.5 0.5 0.1", "malformed_box"),
+        ("0 0.5 0.5 0.1 nan", "malformed_box"),
+        ("0 0.5 0.5 0.1 1e30", "malformed_box"),
+        ("cat 0.5 0.5 0.1 0.1", "malformed_box"),
+        ("0.5 0.5 0.5 0.1 0.1", "malformed_box"),
+        ("0 0.5 0.5 0.1 0.1 0.9", "malformed_box"),
+        ("2 0.5 0.5 0.1 0.1", "unknown_class"),
+        ("-1 0.5 0.5 0.1 0.1", "unknown_class"),
+        ("0 0.5 0.5 0 0.1", "degenerate_box"),
+        ("0 1.5 0.5 0.1 0.1", "outside_box"),
+        ("0 0.99 0.5 0.1 0.1", "beyond_one"),
+        ("1 0.5 0.5 0.2 0.4", "duplicate_box"),
+    ],
+)
+def test_a_wrong_line_is_named_and_the_rest_is_used(yolo_set, line, kind):
+    yaml = yolo_set()
+    file = yaml.parent / "labels" / "train" / "a.txt"
+    file.write_text(LABELS["train/a"] + line)
+    annotations = read_yolo("train", yaml=str(yaml))
+    (problem,) = (p for p in annotations.problems.problems if p.kind != "without_boxes")
+    assert (problem.kind, problem.file, problem.line) == (kind, str(file), 4)
+    assert len(annotations.labels) == 2 + (kind == "beyond_one")
+    assert annotations.boxes.max() <= 100
+
+
+def test_a_label_without_an_image_and_one_that_is_no_text(yolo_set):
+    yaml = yolo_set()
+    (yaml.parent / "labels" / "train" / "gone.txt").write_text("0 0.5 0.5 1 1")
+    (yaml.parent / "labels" / "train" / "classes.txt").write_text("cat\ndog")
+    (yaml.parent / "labels" / "train" / "a.txt").write_bytes(b"\xff\xfe\x00")
+    annotations = read_yolo("train", yaml=str(yaml))
+    assert [path.name for path in annotations.paths] == ["ü b.png"]
+    assert dict(annotations.problems.counts) == {"unreadable_labels": 1, "labels_without_image": 1, "without_boxes": 1}
+
+
+def test_folders_that_link_to_themselves_are_read_once(yolo_set):
+    yaml = yolo_set()
+    os.symlink(yaml.parent / "images" / "train", yaml.parent / "images" / "train" / "again")
+    os.symlink("loop.png", yaml.parent / "images" / "train" / "loop.png")
+    annotations = read_yolo("train", yaml=str(yaml))
+    assert len(annotations) == 2
+    assert dict(annotations.problems.counts) == {"missing_image": 1, "without_boxes": 1}
+
+
+def test_labels_lie_in_the_folder_beside_the_last_images():
+    assert label_file(Path("/images/set/images/train/x.y.jpg")) == Path("/images/set/labels/train/x.y.txt")
+    assert label_file(Path("/set/train/x.jpg")) == Path("/set/train/x.txt")
