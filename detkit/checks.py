@@ -54,6 +54,7 @@ RULES: dict[str, Rule] = {
     "dst": PATH,
     "weights": _optional(PATH),
     "data.root": _optional(PATH),
+    "data.cache": ("null, ram or disk", lambda v: v in (None, "ram", "disk")),
     "split": ("train or val", lambda v: v in ("train", "val")),
     "image_size": _optional(("a multiple of 32 pixels, 64 or more", lambda v: is_whole(v, 64) and v % 32 == 0)),
     "batch_size": _whole(1),
@@ -91,11 +92,14 @@ RULES: dict[str, Rule] = {
     "optim.warmup_bias_lr": _optional(_number(0)),
     "augment.mosaic.p": _number(0, 1),
     "augment.mosaic.off_epochs": _whole(0),
+    "augment.mosaic.partners": ("auto, set or window", lambda v: v in ("auto", "set", "window")),
     "augment.affine.scale": (
         "a pair [smallest, largest] of numbers above 0",
         lambda v: isinstance(v, list) and len(v) == 2 and is_number(v[0], 1e-3) and is_number(v[1], v[0]),
     ),
     "augment.affine.translate": _number(0, 1),
+    "augment.affine.degrees": _number(0, 180),
+    "augment.affine.shear": ("a number from 0 to below 45", lambda v: is_number(v, 0) and v < 45),
     "augment.transforms": ("a mapping of transforms to their arguments", lambda v: isinstance(v, dict)),
 }
 

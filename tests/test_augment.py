@@ -9,7 +9,7 @@ from detkit.data import augment
 from detkit.data.augment import AugmentedDataset
 from detkit.data.dataset import DetectionDataset
 from detkit.data.loader import BatchLoader
-from detkit.data.mosaic import clip_boxes, compose
+from detkit.data.mosaic import Affine, clip_boxes, compose
 from detkit.data.shapes import read_shapes
 from detkit.data.transforms import build_transform
 from detkit.errors import DetkitError
@@ -35,7 +35,7 @@ def test_boxes_are_where_their_pixels_are(tiles, seed):
     """The drawn rectangles, found again in the output, have the boxes that came out."""
     rng = np.random.default_rng(seed)
     samples = [rectangle(rng, COLOURS[k], k) for k in range(tiles)]
-    result = compose(samples, 160, rng, (0.5, 1.5), 0.1)
+    result = compose(samples, 160, rng, Affine((0.5, 1.5), 0.1))
     assert result.image.shape == (160, 160, 3)
     assert result.boxes.dtype == np.float32
     for box, label in zip(result.boxes, result.labels, strict=True):
@@ -47,7 +47,7 @@ def test_boxes_are_where_their_pixels_are(tiles, seed):
 
 def test_no_augmentation_is_a_letterbox():
     sample = rectangle(np.random.default_rng(0), COLOURS[0], 0)
-    result = compose([sample], 128, np.random.default_rng(0), (1.0, 1.0), 0.0)
+    result = compose([sample], 128, np.random.default_rng(0), Affine())
     height, width = sample.image.shape[:2]
     ratio = 128 / max(height, width)
     offset = (128 - np.array((width, height)) * ratio) / 2

@@ -1,51 +1,101 @@
-"""The training view of a data set: mosaic, affine and the transforms of ``configs/augment``."""
+"""The training view of a data set: mosaic, affine and the transforms of ``configs/augment``.
 
-from collections.abc import Mapping
+``Augmentation`` makes samples of images, wherever these come from; ``AugmentedDataset`` takes them from a set whose
+images have numbers.
+"""
+
+import math
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 from torch.utils.data import Dataset
 
 from detkit.data.dataset import DetectionDataset
-from detkit.data.mosaic import compose
+from detkit.data.mosaic import Affine, compose
 from detkit.data.transforms import build_transform
 from detkit.structures import Sample
 
+MIN_PARTNERS = 16  # a window of the epoch's order has this many positions at least
 
-class AugmentedDataset(Dataset):
-    """Samples of ``size`` x ``size`` pixels, a function of (seed, epoch, index) alone.
+
+class Augmentation:
+    """Makes a training sample of an image and, for a mosaic, of partners drawn from a pool.
 
     Args:
-        dataset: the raw images.
         size: side of a sample in pixels.
-        augment: ``mosaic`` {p, off_epochs}, ``affine`` {scale, translate}, ``transforms`` {name: arguments}.
-        seed: of the run.
+        augment: ``mosaic`` {p, off_epochs}, ``affine`` {scale, translate, degrees, shear}, ``transforms`` {name:
+            arguments}.
         epochs: of the run; the mosaic stays off in the last ``off_epochs``.
+    """
+
+    def __init__(self, size: int, augment: Mapping[str, Any], epochs: int) -> None:
+        self.size = size
+        self.mosaic_p = augment["mosaic"]["p"]
+        self.mosaic_epochs = epochs - augment["mosaic"]["off_epochs"]
+        self.affine = Affine(**augment["affine"])
+        self.transforms = [build_transform(name, args) for name, args in augment["transforms"].items()]
+
+    def __call__(self, sample: Sample, draw: Callable[[], Sample], rng: np.random.Generator, epoch: int) -> Sample:
+        """Return ``sample`` as the network sees it in ``epoch``: (size, size, 3), pixels of its own.
+
+        Args:
+            draw: returns a partner, as it was decoded, at random.
+            rng: what everything here is drawn from.
+        """
+        mosaic = rng.random() < self.mosaic_p and epoch < self.mosaic_epochs
+        result = self._place(sample, draw, rng, mosaic)
+        # What joins whole pictures (mixup, copy-paste) goes here; partners are self._place(draw(), draw, rng, mosaic).
+        for transform in self.transforms:
+            result = transform(result, rng)
+        return result
+
+    def _place(self, sample: Sample, draw: Callable[[], Sample], rng: np.random.Generator, mosaic: bool) -> Sample:
+        """Return the image alone in its frame, or in a mosaic with three partners."""
+        samples = [sample, draw(), draw(), draw()] if mosaic else [sample]
+        return compose(samples, self.size, rng, self.affine)
+
+
+class AugmentedDataset(Dataset):
+    """Samples of ``size`` x ``size`` pixels, a function of the seed and the key alone.
+
+    Args:
+        dataset: the images.
+        size, augment, epochs: see Augmentation.
+        seed: of the run.
     """
 
     def __init__(
         self, dataset: DetectionDataset, size: int, augment: Mapping[str, Any], seed: int, epochs: int
     ) -> None:
         self.dataset = dataset
-        self.size = size
         self.seed = seed
-        self.mosaic_p = augment["mosaic"]["p"]
-        self.mosaic_epochs = epochs - augment["mosaic"]["off_epochs"]
-        self.affine = augment["affine"]
-        self.transforms = [build_transform(name, args) for name, args in augment["transforms"].items()]
+        self.augmentation = Augmentation(size, augment, epochs)
 
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, key: tuple[int, int]) -> Sample:
-        """Return image ``key[1]`` as the network sees it in epoch ``key[0]``."""
-        epoch, index = key
+    def __getitem__(self, key: tuple) -> Sample:
+        """Return the sample of a key ``(epoch, index)``, its partners drawn from the whole set, or of a key
+        ``(epoch, index, indices)``, from those indices alone."""
+        epoch, index, *window = key
+        pool = window[0] if window else range(len(self))
         rng = np.random.default_rng((self.seed, epoch, index))
-        indices = [index]
-        if rng.random() < self.mosaic_p and epoch < self.mosaic_epochs:
-            indices.extend(rng.integers(len(self), size=3))
-        samples = [self.dataset[epoch, i] for i in indices]
-        sample = compose(samples, self.size, rng, self.affine["scale"], self.affine["translate"])
-        for transform in self.transforms:
-            sample = transform(sample, rng)
-        return sample
+        return self.augmentation(
+            self.dataset[epoch, index], lambda: self.dataset[epoch, pool[rng.integers(len(pool))]], rng, epoch
+        )
+
+
+def partner_window(partners: str, dataset: DetectionDataset, batch_size: int) -> int:
+    """Return how many positions of an epoch's order share their partners; 0 where these come from the whole set.
+
+    Decoding four images a sample would take longer than all the rest. From a window of the order, whole batches long,
+    each image is decoded once: whoever makes those batches still remembers it.
+
+    Args:
+        partners: ``augment.mosaic.partners``: ``set``, ``window``, or ``auto``, which is ``set`` where the images are in
+            memory.
+    """
+    if partners == "set" or (partners == "auto" and dataset.in_memory):
+        return 0
+    return batch_size * math.ceil(MIN_PARTNERS / batch_size)

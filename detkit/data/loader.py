@@ -12,26 +12,37 @@ from detkit.errors import DetkitError
 from detkit.structures import Batch, Sample
 
 
-class EpochSampler(Sampler[tuple[int, int]]):
+class EpochSampler(Sampler[tuple]):
     """Yields ``(epoch, index)`` keys, shuffled by (seed, epoch); set ``epoch`` before each pass.
 
-    The epoch travels in the key, so worker processes that outlive an epoch know which one they serve.
+    The epoch travels in the key, so worker processes that outlive an epoch know which one they serve. With ``window``
+    a key is ``(epoch, index, indices)``: those of its stretch of the order, that many positions long and whoever's
+    turn it is; the last stretch of an epoch overlaps the one before.
     """
 
-    def __init__(self, length: int, seed: int = 0, shuffle: bool = True) -> None:
+    def __init__(self, length: int, seed: int = 0, shuffle: bool = True, window: int = 0) -> None:
         self.length = length
         self.seed = seed
         self.shuffle = shuffle
+        self.window = window
         self.epoch = 0
 
     def __len__(self) -> int:
         return self.length
 
-    def __iter__(self) -> Iterator[tuple[int, int]]:
+    def __iter__(self) -> Iterator[tuple]:
         order = np.arange(self.length)
         if self.shuffle:
             np.random.default_rng((self.seed, self.epoch)).shuffle(order)
-        return ((self.epoch, int(index)) for index in order)
+        if not self.window:
+            return ((self.epoch, int(index)) for index in order)
+        return self._with_windows(order.tolist())
+
+    def _with_windows(self, order: list[int]) -> Iterator[tuple[int, int, list[int]]]:
+        for start in range(0, len(order), self.window):
+            stop = min(start + self.window, len(order))
+            window = order[max(stop - self.window, 0) : stop]
+            yield from ((self.epoch, index, window) for index in order[start:stop])
 
 
 class BatchLoader:
@@ -41,6 +52,7 @@ class BatchLoader:
         workers: number of processes; 0 loads in this one.
         seed, shuffle: of the order; see EpochSampler.
         pin: copy batches to page-locked memory, for a GPU.
+        window: positions of the order that a key names beside its own; 0: none. See EpochSampler.
     """
 
     def __init__(
@@ -52,8 +64,9 @@ class BatchLoader:
         seed: int = 0,
         shuffle: bool = False,
         pin: bool = False,
+        window: int = 0,
     ) -> None:
-        self.sampler = EpochSampler(len(dataset), seed, shuffle)
+        self.sampler = EpochSampler(len(dataset), seed, shuffle, window)
         self.loader = DataLoader(
             _Guarded(dataset),
             batch_size,

@@ -19,6 +19,8 @@ from detkit.data.loader import BatchLoader, worker_count
 from detkit.errors import DetkitError
 from detkit.registry import DATASETS
 
+OPTIONS = {"preset", "cache"}  # keys of `data` that are not for the reader of the set
+
 
 def make_run_dir(cfg: Mapping[str, Any], task: str, name: str) -> Path:
     """Create and return the run directory: ``run_dir``, or a new one under ``runs/TASK`` named after the run.
@@ -78,7 +80,7 @@ def _new_folder(path: Path) -> Path:
 
 def read_split(data: Mapping[str, Any], split: str) -> Annotations:
     """Read one split of the configured data set."""
-    return DATASETS.build({key: value for key, value in data.items() if key != "preset"}, split)
+    return DATASETS.build({key: value for key, value in data.items() if key not in OPTIONS}, split)
 
 
 def val_loader(annotations: Annotations, cfg: Mapping[str, Any], device: torch.device) -> BatchLoader:

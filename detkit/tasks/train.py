@@ -8,7 +8,7 @@ import torch
 import yaml
 
 from detkit.data.annotations import Annotations
-from detkit.data.augment import AugmentedDataset
+from detkit.data.augment import AugmentedDataset, partner_window
 from detkit.data.dataset import DetectionDataset
 from detkit.data.loader import BatchLoader, worker_count
 from detkit.engine.logging import RunLog
@@ -79,10 +79,13 @@ def run(cfg: dict[str, Any]) -> dict[str, Any]:
 
 def _train_loader(annotations: Annotations, cfg: dict[str, Any], device: torch.device) -> BatchLoader:
     """Return the augmented set, shuffled every epoch."""
-    images = DetectionDataset(annotations)
+    images = DetectionDataset(annotations, cfg["image_size"], cfg["data"].get("cache"))
     dataset = AugmentedDataset(images, cfg["image_size"], cfg["augment"], cfg["seed"], cfg["trainer"]["epochs"])
     workers, pin = worker_count(cfg["workers"]), device.type == "cuda"
-    return BatchLoader(dataset, cfg["batch_size"], workers=workers, seed=cfg["seed"], shuffle=True, pin=pin)
+    window = partner_window(cfg["augment"]["mosaic"]["partners"], images, cfg["batch_size"])
+    return BatchLoader(
+        dataset, cfg["batch_size"], workers=workers, seed=cfg["seed"], shuffle=True, pin=pin, window=window
+    )
 
 
 def _train_step(
