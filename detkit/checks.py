@@ -62,6 +62,7 @@ RULES: dict[str, Rule] = {
     "iou": _number(0, 1),
     "max_det": _whole(1),
     "rounds": _whole(1),
+    "peer": _optional(PATH),
     "boxes": _whole(0),
     "num_classes": _whole(1),
     "depth": _whole(1),

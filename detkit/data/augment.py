@@ -93,8 +93,7 @@ def partner_window(partners: str, dataset: DetectionDataset, batch_size: int) ->
     each image is decoded once: whoever makes those batches still remembers it.
 
     Args:
-        partners: ``augment.mosaic.partners``: ``set``, ``window``, or ``auto``, which is ``set`` where the images are in
-            memory.
+        partners: ``augment.mosaic.partners``: ``set``, ``window``, or ``auto``: ``set`` where the images are in memory.
     """
     if partners == "set" or (partners == "auto" and dataset.in_memory):
         return 0

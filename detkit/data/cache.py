@@ -27,14 +27,15 @@ Load = Callable[[], np.ndarray]
 
 
 class RecentImages:
-    """The images one process decoded last, up to ``RECENT_BYTES``.
+    """The images one process used last, up to ``RECENT_BYTES``.
 
     Attributes:
         holds_all: whether every image of the set fits in.
     """
 
     def __init__(self, annotations: Annotations, longest: int) -> None:
-        self.holds_all = bool(_image_bytes(annotations, longest).sum() <= RECENT_BYTES)
+        self.limit = RECENT_BYTES
+        self.holds_all = bool(_image_bytes(annotations, longest).sum() <= self.limit)
         self.images: OrderedDict[int, np.ndarray] = OrderedDict()
         self.bytes = 0
 
@@ -47,7 +48,7 @@ class RecentImages:
         image.flags.writeable = False
         self.images[index] = image
         self.bytes += image.nbytes
-        while self.bytes > RECENT_BYTES and len(self.images) > 1:
+        while self.bytes > self.limit and len(self.images) > 1:
             self.bytes -= self.images.popitem(last=False)[1].nbytes
         return image
 
@@ -149,8 +150,8 @@ def _file(path: Path, size: int, what: str) -> mmap.mmap:
             free = shutil.disk_usage(path.parent).free
             if size > MARGIN * free:
                 raise DetkitError(
-                    f"data.cache=disk takes {_gib(size)} for {what}, more than {MARGIN:.0%} of the {_gib(free)} free at "
-                    f"{path.parent}: make room, point XDG_CACHE_HOME at another disk, or use data.cache=null"
+                    f"data.cache=disk takes {_gib(size)} for {what}, more than {MARGIN:.0%} of the {_gib(free)} free "
+                    f"at {path.parent}: make room, point XDG_CACHE_HOME at another disk, or use data.cache=null"
                 )
             _reserve(path, size)
         with path.open("r+b") as file:

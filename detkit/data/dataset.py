@@ -28,6 +28,7 @@ class DetectionDataset(Dataset):
 
     def __init__(self, annotations: Annotations, longest: int | None = None, cache: str | None = None) -> None:
         self.annotations = annotations
+        self.has_crowds = bool(annotations.crowd.any())
         self.longest = longest
         self.cache = open_cache(cache, annotations, longest) if longest else None
 
@@ -49,16 +50,16 @@ class DetectionDataset(Dataset):
         a = self.annotations
         path, size = a.paths[index], (int(a.sizes[index, 0]), int(a.sizes[index, 1]))
         rows = slice(a.offsets[index], a.offsets[index + 1])
-        boxes, labels, crowd = a.boxes[rows].astype(np.float32), a.labels[rows], a.crowd[rows]
-        if crowd.any():
-            boxes, labels = boxes[~crowd], labels[~crowd]
+        boxes, labels = a.boxes[rows].astype(np.float32), a.labels[rows]
+        if self.has_crowds:
+            keep = ~a.crowd[rows]
+            boxes, labels = boxes[keep], labels[keep]
         if self.cache is None:
             image = self._decode(path, size)
         else:
             image = self.cache.fetch(index, lambda: self._decode(path, size))
         if image.shape[:2] != size:
-            scale = np.float32((image.shape[1] / size[1], image.shape[0] / size[0]))
-            boxes *= np.concatenate((scale, scale))
+            boxes *= np.float32((image.shape[1] / size[1], image.shape[0] / size[0]) * 2)
         return Sample(image, boxes, labels, Origin(index, path, size))
 
     def _decode(self, path: Path, size: tuple[int, int]) -> np.ndarray:

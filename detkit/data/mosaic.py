@@ -64,21 +64,22 @@ def compose(samples: Sequence[Sample], size: int, rng: np.random.Generator, affi
     centre = rng.uniform(size / 2, 3 * size / 2, 2)
     matrix, shift = affine.draw(rng, size, canvas)
     turned = bool(matrix[0, 1] or matrix[1, 0])
+    paint = _warp if turned else _paste
     output = np.full((size, size, 4 if turned else 3), FILL, np.uint8)
     boxes, labels, windows = [], [], []
     for k, sample in enumerate(samples):
         height, width = sample.image.shape[:2]
         fit = size / max(height, width)
-        extent = np.array((width, height)) * fit
+        extent = np.array((width * fit, height * fit))
         # tiles 0 to 3 touch the centre from the upper left, upper right, lower left, lower right
         corner = centre - extent * ((k + 1) % 2, 1 - k // 2) if mosaic else (size - extent) / 2
-        seen = np.concatenate((-corner, canvas - corner)) / fit  # the canvas, in pixels of the image
-        paint = _warp if turned else _paste
+        seen = ((-corner / fit).tolist(), ((canvas - corner) / fit).tolist())  # the canvas, from the image
         placed, kept, window = paint(output, sample, fit * matrix, matrix @ corner + shift, seen)
         boxes.append(placed)
         labels.append(kept)
-        windows.append(np.broadcast_to(window, placed.shape))
-    clipped, keep = clip_boxes(np.concatenate(boxes), np.concatenate(windows))
+        windows.append(window)
+    windows = np.repeat(np.array(windows, np.float32), [len(kept) for kept in labels], axis=0)
+    clipped, keep = clip_boxes(np.concatenate(boxes), windows)
     image = cv2.cvtColor(output, cv2.COLOR_RGBA2RGB) if turned else output
     return Sample(image, clipped.astype(np.float32), np.concatenate(labels)[keep], samples[0].origin)
 
@@ -89,69 +90,73 @@ def clip_boxes(boxes: np.ndarray, window: np.ndarray) -> tuple[np.ndarray, np.nd
     Returns:
         the boxes kept (K, 4), and which they are, (N,) bool.
     """
-    low, high = window[..., None, :2], window[..., None, 2:]
-    clipped = np.clip(boxes.reshape(-1, 2, 2), low, high).reshape(-1, 4)
+    low, high = window[..., (0, 1, 0, 1)], window[..., (2, 3, 2, 3)]
+    clipped = np.minimum(np.maximum(boxes, low), high)
+    x1, y1, x2, y2 = boxes.T
     w, h = (clipped[:, 2:] - clipped[:, :2]).T
-    area = np.prod(boxes[:, 2:] - boxes[:, :2], axis=1)
     long, short = np.maximum(w, h), np.minimum(w, h)
-    keep = (short > MIN_SIDE) & (w * h > MIN_VISIBLE * area) & (long < MAX_ASPECT * short)
+    keep = (short > MIN_SIDE) & (w * h > MIN_VISIBLE * (x2 - x1) * (y2 - y1)) & (long < MAX_ASPECT * short)
     return clipped[keep], keep
 
 
 def _paste(
-    output: np.ndarray, sample: Sample, matrix: np.ndarray, offset: np.ndarray, seen: np.ndarray
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Draw the part ``seen`` (xyxy, pixels of the image) at ``x * scale + offset`` into ``output``.
+    output: np.ndarray, sample: Sample, matrix: np.ndarray, offset: np.ndarray, seen: tuple[list[float], list[float]]
+) -> tuple[np.ndarray, np.ndarray, tuple[float, ...]]:
+    """Draw the part ``seen`` (low, high; pixels of the image) at ``xy * scale + offset`` into ``output``.
 
     One resize draws it: its ends are rounded to whole pixels of both pictures, on the outside of what the output
     shows where that is cut, so that it is off by half a pixel of the output at most; the boxes go with what is drawn.
 
     Returns:
-        the boxes as drawn (K, 4), their labels (K,), and the window painted (4,), xyxy pixels of ``output``.
+        the boxes as drawn (K, 4), their labels (K,), and the window painted (x1, y1, x2, y2), pixels of ``output``.
     """
     scale = float(matrix[0, 0])
-    ranges = []  # along x and y: from where to where in the image, in its drawing, in the output
-    for axis in (0, 1):
-        length, start = sample.image.shape[1 - axis], float(offset[axis])
-        first, last = max(float(seen[axis]), 0.0), min(float(seen[axis + 2]), length)
-        low, high = max(round(first * scale + start), 0), min(round(last * scale + start), output.shape[1 - axis])
+    spans = []  # along x and y: from where to where in the image, in its drawing, in the output
+    for length, limit, start, first, last in zip(
+        sample.image.shape[1::-1], output.shape[1::-1], offset.tolist(), *seen, strict=True
+    ):
+        low = max(round(max(first, 0.0) * scale + start), 0)
+        high = min(round(min(last, length) * scale + start), limit)
         if high <= low:
-            return sample.boxes[:0], sample.labels[:0], np.zeros(4)
+            return sample.boxes[:0], sample.labels[:0], (0, 0, 0, 0)
         crop_low = max(math.floor((low - start) / scale), 0)
         crop_high = min(math.ceil((high - start) / scale), length)
-        drawn_low, drawn_high = round(crop_low * scale + start), round(crop_high * scale + start)
-        ranges.append((crop_low, crop_high, min(drawn_low, low), max(drawn_high, high), low, high))
-    (left, right, x1, x2, low_x, high_x), (top, bottom, y1, y2, low_y, high_y) = ranges
+        drawn_low = min(round(crop_low * scale + start), low)
+        drawn_high = max(round(crop_high * scale + start), high)
+        spans.append((crop_low, crop_high, drawn_low, drawn_high, low, high))
+    (left, right, x1, x2, low_x, high_x), (top, bottom, y1, y2, low_y, high_y) = spans
     crop, window = sample.image[top:bottom, left:right], output[low_y:high_y, low_x:high_x]
     if window.shape[:2] == (y2 - y1, x2 - x1):
         resize(crop, x2 - x1, y2 - y1, window)
     else:
         window[:] = resize(crop, x2 - x1, y2 - y1)[low_y - y1 : high_y - y1, low_x - x1 : high_x - x1]
-    drawn = np.array(((x2 - x1) / (right - left), (y2 - y1) / (bottom - top)) * 2)
-    boxes = (sample.boxes - (left, top, left, top)) * drawn + (x1, y1, x1, y1)
-    return boxes, sample.labels, np.array((low_x, low_y, high_x, high_y))
+    scale_x, scale_y = (x2 - x1) / (right - left), (y2 - y1) / (bottom - top)
+    shift = (x1 - left * scale_x, y1 - top * scale_y)
+    boxes = sample.boxes * np.array((scale_x, scale_y) * 2, np.float32) + np.array(shift * 2, np.float32)
+    return boxes, sample.labels, (low_x, low_y, high_x, high_y)
 
 
 def _warp(
-    output: np.ndarray, sample: Sample, matrix: np.ndarray, offset: np.ndarray, seen: np.ndarray
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Draw the part ``seen`` (xyxy, pixels of the image) at ``matrix @ xy + offset`` into ``output``, of four channels:
-    OpenCV warps those more than twice as fast as three.
+    output: np.ndarray, sample: Sample, matrix: np.ndarray, offset: np.ndarray, seen: tuple[list[float], list[float]]
+) -> tuple[np.ndarray, np.ndarray, tuple[float, ...]]:
+    """Draw the part ``seen`` (low, high; pixels of the image) at ``matrix @ xy + offset`` into ``output``.
+
+    That has four channels, which OpenCV warps more than twice as fast as three.
 
     Returns:
-        the boxes around the warped boxes (K, 4), their labels (K,), and the window painted (4,), as ``_paste``.
+        the boxes around the warped boxes (K, 4), their labels (K,), and the window painted, as ``_paste``.
     """
     height, width = sample.image.shape[:2]
     size = output.shape[0]
     inverse = np.linalg.inv(matrix)
     frame = _hull(np.array(((0, 0, size, size),)), inverse, -inverse @ offset)[0]  # the output, seen from the image
-    low = np.floor(np.maximum(np.maximum(seen[:2], frame[:2] - 1), 0)).astype(int)
-    high = np.ceil(np.minimum(np.minimum(seen[2:], frame[2:] + 1), (width, height))).astype(int)
+    low = np.floor(np.maximum(np.maximum(seen[0], frame[:2] - 1), 0)).astype(int)
+    high = np.ceil(np.minimum(np.minimum(seen[1], frame[2:] + 1), (width, height))).astype(int)
     crop = np.concatenate((low, high))
     window = np.clip(_hull(crop[None], matrix, offset)[0], 0, size)
     first, last = np.floor(window[:2]).astype(int), np.ceil(window[2:]).astype(int)
     if (high <= low).any() or (last <= first).any():
-        return sample.boxes[:0], sample.labels[:0], np.zeros(4)
+        return sample.boxes[:0], sample.labels[:0], (0, 0, 0, 0)
     # OpenCV counts pixels by their centres, half a pixel from the edges that boxes go by.
     start = matrix @ (low + 0.5) + offset - first - 0.5
     cv2.warpAffine(
@@ -162,10 +167,10 @@ def _warp(
         flags=cv2.INTER_LINEAR,
         borderMode=cv2.BORDER_TRANSPARENT,
     )
-    inside = np.clip(sample.boxes.reshape(-1, 2, 2), seen[:2], seen[2:]).reshape(-1, 4)  # cut where the canvas ends
+    inside = np.clip(sample.boxes.reshape(-1, 2, 2), *seen).reshape(-1, 4)  # cut where the canvas ends
     share = np.prod(inside[:, 2:] - inside[:, :2], 1) / np.prod(sample.boxes[:, 2:] - sample.boxes[:, :2], 1)
     keep = share > MIN_VISIBLE
-    return _hull(inside[keep], matrix, offset), sample.labels[keep], window
+    return _hull(inside[keep], matrix, offset), sample.labels[keep], tuple(window)
 
 
 def _hull(boxes: np.ndarray, matrix: np.ndarray, offset: np.ndarray) -> np.ndarray:

@@ -19,6 +19,7 @@ from detkit.structures import Sample
 
 Transform = Callable[[Sample, np.random.Generator], Sample]
 TRANSFORMS = Registry("transform")
+STRIP = 64  # rows that HSV works on at a time: they stay in the processor's cache
 
 
 @TRANSFORMS.register("hsv")
@@ -33,13 +34,13 @@ class HSV:
         factors = 1 + rng.uniform(-1, 1, 3) * self.gains
         if not self.gains.any():
             return sample
-        hsv = cv2.cvtColor(sample.image, cv2.COLOR_RGB2HSV)
-        if 179 * factors[0] > 255:  # beyond what a byte holds
-            hsv[..., 0] = hsv[..., 0] * factors[0] % 180
-            factors[0] = 1
-        # A matrix is four times as fast as a table for each channel; a hue beyond 180 wraps around on the way back.
-        cv2.transform(hsv, np.diag(factors), dst=hsv)
-        sample.image = cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB, dst=sample.image)
+        matrix = np.diag(factors)
+        for top in range(0, len(sample.image), STRIP):
+            strip = sample.image[top : top + STRIP]
+            hsv = cv2.cvtColor(strip, cv2.COLOR_RGB2HSV)
+            # A matrix is four times as fast as a table for each channel; a hue beyond 180 wraps on the way back.
+            cv2.transform(hsv, matrix, dst=hsv)
+            cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB, dst=strip)
         return sample
 
 

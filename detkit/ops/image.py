@@ -65,8 +65,10 @@ def read_shrunk(path: Path, size: tuple[int, int], longest: int) -> tuple[np.nda
     reduce = next(r for r in (8, 4, 2, 1) if max(size) >= r * longest or r == 1)
     image = read_image(path, reduce)
     found = image.shape[:2]
-    if found in (tuple(size), tuple(-(-n // reduce) for n in size)):
-        found = tuple(size)
+    if found in (size, tuple(-(-n // reduce) for n in size)):
+        if reduce > 1 and found != size:  # the last row and column may stand for less than half a pixel
+            image = image[: max(round(size[0] / reduce), 1), : max(round(size[1] / reduce), 1)]
+        found = size
     elif reduce > 1:  # the label lies: what size has the file?
         image = read_image(path)
         found = image.shape[:2]
