@@ -73,6 +73,7 @@ RULES: dict[str, Rule] = {
     "data.images": _optional(PATH),
     "data.strict": ("true or false", lambda v: isinstance(v, bool)),
     "data.one_based": ("true or false", lambda v: isinstance(v, bool)),
+    "data.cache": ("null, ram or disk", lambda v: v in (None, "ram", "disk")),
     "split": ("train or val", lambda v: v in ("train", "val")),
     "image_size": _optional(("a multiple of 32 pixels, 64 or more", lambda v: is_whole(v, 64) and v % 32 == 0)),
     "batch_size": _whole(1),
@@ -80,6 +81,7 @@ RULES: dict[str, Rule] = {
     "iou": _number(0, 1),
     "max_det": _whole(1),
     "rounds": _whole(1),
+    "peer": _optional(PATH),
     "boxes": _whole(0),
     "num_classes": _whole(1),
     "depth": _whole(1),
@@ -111,6 +113,7 @@ RULES: dict[str, Rule] = {
     "optim.warmup_bias_lr": _optional(_number(0)),
     "augment.mosaic.p": _number(0, 1),
     "augment.mosaic.off_epochs": _whole(0),
+    "augment.mosaic.partners": ("auto, set or window", lambda v: v in ("auto", "set", "window")),
     "augment.affine.scale": (
         "a pair [smallest, largest] of numbers above 0",
         lambda v: isinstance(v, list) and len(v) == 2 and is_number(v[0], 1e-3) and is_number(v[1], v[0]),
@@ -121,6 +124,8 @@ RULES: dict[str, Rule] = {
     "augment.copy_paste.max_side": FRACTION,
     "augment.mixup.p": _number(0, 1),
     "augment.mixup.alpha": POSITIVE,
+    "augment.affine.degrees": _number(0, 180),
+    "augment.affine.shear": ("a number from 0 to below 45", lambda v: is_number(v, 0) and v < 45),
     "augment.transforms": ("a mapping of transforms to their arguments", lambda v: isinstance(v, dict)),
 }
 

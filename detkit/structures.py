@@ -23,11 +23,13 @@ class Key(NamedTuple):
         epoch: from 0.
         index: of the item.
         repeat: how often the epoch has drawn the item before, so that each time it looks different.
+        partners: the items that a mosaic takes its others from; None: the whole set.
     """
 
     epoch: int
     index: int
     repeat: int = 0
+    partners: list[int] | None = None
 
 
 @dataclass

@@ -109,7 +109,7 @@ def test_the_default_order_is_once_each_and_crowds_do_not_count():
         assert len(sampler) == 3
     order = np.arange(3)
     np.random.default_rng((1, 0)).shuffle(order)
-    assert list(EpochSampler(3, seed=1)) == [(0, int(index), 0) for index in order]
+    assert [key[:3] for key in EpochSampler(3, seed=1)] == [(0, int(index), 0) for index in order]
 
 
 def test_an_image_drawn_again_looks_different_and_the_same_in_every_process(shapes_root):

@@ -20,14 +20,24 @@ class EpochSampler(Sampler[Key]):
 
     Args:
         length: of the data set.
+        window: positions of the order that name each other as ``Key.partners``, whoever's turn it is; the last stretch
+            of an epoch overlaps the one before. 0: none are named.
         expected: (length,) how often each index is expected in an epoch (``sampling.expected_draws``); None for once.
     """
 
-    def __init__(self, length: int, seed: int = 0, shuffle: bool = True, expected: np.ndarray | None = None) -> None:
+    def __init__(
+        self,
+        length: int,
+        seed: int = 0,
+        shuffle: bool = True,
+        expected: np.ndarray | None = None,
+        window: int = 0,
+    ) -> None:
         self.length = length
         self.seed = seed
         self.shuffle = shuffle
         self.expected = expected
+        self.window = window
         self.epoch = 0
 
     def __len__(self) -> int:
@@ -41,7 +51,13 @@ class EpochSampler(Sampler[Key]):
         order = np.arange(len(items))
         if self.shuffle:
             rng.shuffle(order)
-        return (Key(self.epoch, int(items[k]), int(repeats[k])) for k in order)
+        items, repeats = items[order].tolist(), repeats[order].tolist()
+        width = self.window or len(items)
+        for start in range(0, len(items), width):
+            stop = min(start + width, len(items))
+            partners = items[max(stop - width, 0) : stop] if self.window else None
+            for k in range(start, stop):
+                yield Key(self.epoch, items[k], repeats[k], partners)
 
 
 class BatchLoader:
@@ -51,6 +67,7 @@ class BatchLoader:
         workers: number of processes; 0 loads in this one.
         seed, shuffle, expected: of the order; see EpochSampler.
         pin: copy batches to page-locked memory, for a GPU.
+        window: positions of the order that a key names beside its own; 0: none. See EpochSampler.
     """
 
     def __init__(
@@ -63,8 +80,9 @@ class BatchLoader:
         shuffle: bool = False,
         expected: np.ndarray | None = None,
         pin: bool = False,
+        window: int = 0,
     ) -> None:
-        self.sampler = EpochSampler(len(dataset), seed, shuffle, expected)
+        self.sampler = EpochSampler(len(dataset), seed, shuffle, expected, window)
         self.loader = DataLoader(
             _Guarded(dataset),
             batch_size,

@@ -38,6 +38,11 @@ class TiledDataset(Dataset):
         self.filled, self.empty = np.flatnonzero(shows), np.flatnonzero(~shows)
         self.empty_slots = min(round(len(self.filled) * (1 - share) / share), len(self.empty))
 
+    @property
+    def in_memory(self) -> bool:
+        """Whether the whole images are at hand without decoding; the tiles never are."""
+        return self.dataset.in_memory
+
     def __len__(self) -> int:
         return len(self.dataset) + len(self.filled) + self.empty_slots
 

@@ -8,7 +8,7 @@ import torch
 import yaml
 
 from detkit.data.annotations import Annotations
-from detkit.data.augment import AugmentedDataset
+from detkit.data.augment import AugmentedDataset, partner_window
 from detkit.data.dataset import DetectionDataset
 from detkit.data.loader import BatchLoader, worker_count
 from detkit.data.sampling import expected_draws
@@ -77,14 +77,15 @@ def run(cfg: dict[str, Any]) -> dict[str, Any]:
 
 def _train_loader(annotations: Annotations, cfg: dict[str, Any], device: torch.device) -> BatchLoader:
     """Return the augmented set, with its tiles and the sampling that ``data`` asks for, shuffled every epoch."""
-    images = DetectionDataset(annotations)
+    images = DetectionDataset(annotations, cfg["image_size"], cfg["data"].get("cache"))
     tiles = cfg["data"].get("tiles")
     if tiles and tiles["size"] is not None:
         images = TiledDataset(images, **tiles)
     expected = expected_draws(images, cfg["data"])
     dataset = AugmentedDataset(images, cfg["image_size"], cfg["augment"], cfg["seed"], cfg["trainer"]["epochs"])
     workers, pin = worker_count(cfg["workers"]), device.type == "cuda"
-    order = {"seed": cfg["seed"], "shuffle": True, "expected": expected}
+    window = partner_window(cfg["augment"]["mosaic"]["partners"], images, cfg["batch_size"])
+    order = {"seed": cfg["seed"], "shuffle": True, "expected": expected, "window": window}
     return BatchLoader(dataset, cfg["batch_size"], workers=workers, pin=pin, **order)
 
 
