@@ -34,6 +34,8 @@ def _optional(rule: Rule) -> Rule:
 
 PATH: Rule = ("a path", lambda v: isinstance(v, (str, int)) and not isinstance(v, bool) and v != "")
 POSITIVE: Rule = ("a number above 0", lambda v: is_number(v, 0) and v > 0)
+FRACTION: Rule = ("a number above 0, and 1 at most", lambda v: is_number(v, 0, 1) and v > 0)
+BOOLEAN: Rule = ("true or false", lambda v: isinstance(v, bool))
 
 RULES: dict[str, Rule] = {
     "device": (
@@ -53,11 +55,25 @@ RULES: dict[str, Rule] = {
     "src": PATH,
     "dst": PATH,
     "weights": _optional(PATH),
+    "rect": BOOLEAN,
     "data.root": _optional(PATH),
+    "data.sampling": (
+        "null, repeat_factor or class_balanced",
+        lambda v: v in (None, "repeat_factor", "class_balanced"),
+    ),
+    "data.repeat_threshold": FRACTION,
+    "data.tiles": (
+        "null, or a mapping of size, overlap and share",
+        lambda v: v is None or (isinstance(v, dict) and set(v) == {"size", "overlap", "share"}),
+    ),
+    "data.tiles.size": _optional(_whole(32)),
+    "data.tiles.overlap": _number(0, 0.9),
+    "data.tiles.share": FRACTION,
     "data.yaml": PATH,
     "data.images": _optional(PATH),
     "data.strict": ("true or false", lambda v: isinstance(v, bool)),
     "data.one_based": ("true or false", lambda v: isinstance(v, bool)),
+    "data.cache": ("null, ram or disk", lambda v: v in (None, "ram", "disk")),
     "split": ("train or val", lambda v: v in ("train", "val")),
     "image_size": _optional(("a multiple of 32 pixels, 64 or more", lambda v: is_whole(v, 64) and v % 32 == 0)),
     "batch_size": _whole(1),
@@ -65,6 +81,7 @@ RULES: dict[str, Rule] = {
     "iou": _number(0, 1),
     "max_det": _whole(1),
     "rounds": _whole(1),
+    "peer": _optional(PATH),
     "boxes": _whole(0),
     "num_classes": _whole(1),
     "depth": _whole(1),
@@ -82,6 +99,7 @@ RULES: dict[str, Rule] = {
     ),
     "trainer.epochs": _whole(1),
     "trainer.clip_grad_norm": POSITIVE,
+    "trainer.multi_scale": _number(0, 0.9),
     "optim.name": ("auto, sgd or adamw", lambda v: v in ("auto", "sgd", "adamw")),
     "optim.lr": _optional(POSITIVE),
     "optim.momentum": _optional(_number(0, 1)),
@@ -95,11 +113,19 @@ RULES: dict[str, Rule] = {
     "optim.warmup_bias_lr": _optional(_number(0)),
     "augment.mosaic.p": _number(0, 1),
     "augment.mosaic.off_epochs": _whole(0),
+    "augment.mosaic.partners": ("auto, set or window", lambda v: v in ("auto", "set", "window")),
     "augment.affine.scale": (
         "a pair [smallest, largest] of numbers above 0",
         lambda v: isinstance(v, list) and len(v) == 2 and is_number(v[0], 1e-3) and is_number(v[1], v[0]),
     ),
     "augment.affine.translate": _number(0, 1),
+    "augment.copy_paste.p": _number(0, 1),
+    "augment.copy_paste.max_objects": _whole(1),
+    "augment.copy_paste.max_side": FRACTION,
+    "augment.mixup.p": _number(0, 1),
+    "augment.mixup.alpha": POSITIVE,
+    "augment.affine.degrees": _number(0, 180),
+    "augment.affine.shear": ("a number from 0 to below 45", lambda v: is_number(v, 0) and v < 45),
     "augment.transforms": ("a mapping of transforms to their arguments", lambda v: isinstance(v, dict)),
 }
 

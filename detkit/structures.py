@@ -7,10 +7,29 @@ C classes, N boxes of one image. Boxes are xyxy in pixels of the image they belo
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
+
+
+class Key(NamedTuple):
+    """What a data set is asked for: with the seed of the run, all that a sample depends on.
+
+    A plain tuple ``(epoch, index)`` will do.
+
+    Attributes:
+        epoch: from 0.
+        index: of the item.
+        repeat: how often the epoch has drawn the item before, so that each time it looks different.
+        partners: the items that a mosaic takes its others from; None: the whole set.
+    """
+
+    epoch: int
+    index: int
+    repeat: int = 0
+    partners: list[int] | None = None
 
 
 @dataclass

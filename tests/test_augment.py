@@ -5,14 +5,15 @@ import numpy as np
 import pytest
 
 from detkit.config import compose_config, group_options, resolve
-from detkit.data import augment
-from detkit.data.augment import AugmentedDataset
+from detkit.data import augment, cache, dataset
+from detkit.data.augment import AugmentedDataset, partner_window
 from detkit.data.dataset import DetectionDataset
-from detkit.data.loader import BatchLoader
-from detkit.data.mosaic import clip_boxes, compose
+from detkit.data.loader import BatchLoader, EpochSampler
+from detkit.data.mosaic import Affine, clip_boxes, compose
 from detkit.data.shapes import read_shapes
 from detkit.data.transforms import build_transform
 from detkit.errors import DetkitError
+from detkit.ops.image import read_shrunk
 from detkit.structures import Origin, Sample
 
 COLOURS = [(255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 0)]
@@ -35,7 +36,7 @@ def test_boxes_are_where_their_pixels_are(tiles, seed):
     """The drawn rectangles, found again in the output, have the boxes that came out."""
     rng = np.random.default_rng(seed)
     samples = [rectangle(rng, COLOURS[k], k) for k in range(tiles)]
-    result = compose(samples, 160, rng, (0.5, 1.5), 0.1)
+    result = compose(samples, 160, rng, Affine((0.5, 1.5), 0.1))
     assert result.image.shape == (160, 160, 3)
     assert result.boxes.dtype == np.float32
     for box, label in zip(result.boxes, result.labels, strict=True):
@@ -45,9 +46,53 @@ def test_boxes_are_where_their_pixels_are(tiles, seed):
         assert np.abs(found - box).max() <= 1.0, (found, box)
 
 
+@pytest.mark.parametrize("tiles", [1, 4])
+@pytest.mark.parametrize("seed", range(30))
+def test_turned_boxes_are_around_their_pixels(tiles, seed):
+    """Of a rectangle that is wholly in the picture, the box is that of its pixels; of a cut one, it holds them."""
+    rng = np.random.default_rng(seed)
+    samples = [rectangle(rng, COLOURS[k], k) for k in range(tiles)]
+    result = compose(samples, 160, rng, Affine((0.5, 1.5), 0.1, degrees=180.0, shear=15.0))
+    assert result.image.shape == (160, 160, 3)
+    for box, label in zip(result.boxes, result.labels, strict=True):
+        near = np.abs(result.image.astype(int) - COLOURS[label]).max(-1) < 128
+        ys, xs = np.nonzero(near)
+        found = np.array((xs.min(), ys.min(), xs.max() + 1, ys.max() + 1))
+        outside = np.maximum(box[:2] - found[:2], found[2:] - box[2:]).max()
+        assert outside <= 1.0, (found, box)
+        if tiles == 1 and box.min() > 0 and box.max() < 160:
+            assert np.abs(found - box).max() <= 2.0, (found, box)  # a sharp corner fills less than half of its pixel
+
+
+def test_a_quarter_turn_moves_pixels_as_it_moves_edges(monkeypatch):
+    """A checkerboard turned by 90 degrees is the turned checkerboard: nothing is half a pixel off."""
+    board = np.random.default_rng(0).integers(0, 256, (64, 64, 3)).astype(np.uint8)
+    sample = Sample(board, np.array([[0, 0, 16, 8]], np.float32), np.array([0]), Origin(0, Path("drawn"), (64, 64)))
+    turn = np.array(((0.0, 1.0), (-1.0, 0.0)))
+    monkeypatch.setattr(Affine, "draw", lambda *_: (turn, np.array((0.0, 64.0))))
+    result = compose([sample], 64, np.random.default_rng(0), Affine())
+    assert np.array_equal(result.image, np.rot90(board))
+    assert result.boxes.tolist() == [[0, 48, 8, 64]]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_an_enlarged_tile_is_where_it_was_asked_to_be(seed, monkeypatch):
+    """An image of a few pixels, much enlarged: its place is right to a pixel of the output, not of the image."""
+    rng = np.random.default_rng(seed)
+    image = np.zeros((12, 16, 3), np.uint8)
+    box = np.array([[4, 3, 12, 9]], np.float32)
+    sample = Sample(image, box, np.array([0]), Origin(0, Path("drawn"), (12, 16)))
+    factor, shift = rng.uniform(1, 2), rng.uniform(-60, 0, 2)
+    monkeypatch.setattr(Affine, "draw", lambda *_: (factor * np.eye(2), shift))
+    result = compose([sample], 160, rng, Affine())
+    scale = 10 * factor
+    asked = box * scale + np.tile(np.array((0, 20)) * factor + shift, 2)
+    np.testing.assert_allclose(result.boxes, asked.clip(0, 160), atol=1)
+
+
 def test_no_augmentation_is_a_letterbox():
     sample = rectangle(np.random.default_rng(0), COLOURS[0], 0)
-    result = compose([sample], 128, np.random.default_rng(0), (1.0, 1.0), 0.0)
+    result = compose([sample], 128, np.random.default_rng(0), Affine())
     height, width = sample.image.shape[:2]
     ratio = 128 / max(height, width)
     offset = (128 - np.array((width, height)) * ratio) / 2
@@ -127,10 +172,12 @@ def augmented(shapes_root) -> AugmentedDataset:
     return AugmentedDataset(DetectionDataset(read_shapes("train", root=str(shapes_root))), 64, augment, 0, 3)
 
 
-def test_a_sample_depends_on_seed_epoch_and_index_alone(augmented):
+@pytest.mark.parametrize("window", [0, 16])
+def test_a_sample_depends_on_its_key_alone(augmented, window):
+    """On seed, epoch, index and window; not on who makes it, nor on what that process made before."""
     batches = {}
     for workers in (0, 2):
-        loader = BatchLoader(augmented, 8, workers=workers, seed=0, shuffle=True)
+        loader = BatchLoader(augmented, 8, workers=workers, seed=0, shuffle=True, window=window)
         batches[workers] = [batch for epoch in (0, 1) for batch in loader.epoch(epoch)]
     assert len(batches[0]) == len(batches[2]) == 6
     for one, other in zip(batches[0], batches[2], strict=True):
@@ -139,6 +186,36 @@ def test_a_sample_depends_on_seed_epoch_and_index_alone(augmented):
     first, second = ([o.index for b in batches[0][k : k + 3] for o in b.origins] for k in (0, 3))
     assert sorted(first) == sorted(second) == list(range(24))
     assert first != second
+
+
+@pytest.mark.parametrize(("length", "window"), [(24, 16), (40, 16), (10, 16), (32, 8)])
+def test_windows_are_stretches_of_the_order(length, window):
+    sampler = EpochSampler(length, seed=3, window=window)
+    keys = list(sampler)
+    order = [key.index for key in keys]
+    assert sorted(order) == list(range(length))
+    for position, (_, index, _, pool) in enumerate(keys):
+        assert index in pool
+        assert len(pool) == min(window, length)
+        last = min((position // window + 1) * window, length)
+        assert pool == order[max(last - window, 0) : last]
+
+
+def test_an_image_of_a_window_is_decoded_once(shapes_root, monkeypatch):
+    decoded = []
+    monkeypatch.setattr(dataset, "read_shrunk", lambda path, *rest: decoded.append(path) or read_shrunk(path, *rest))
+    monkeypatch.setattr(cache, "RECENT_BYTES", 12 * 64 * 64 * 3)
+    images = DetectionDataset(read_shapes("train", root=str(shapes_root)), 64)
+    window = partner_window("auto", images, 4)
+    assert window == 16
+    assert partner_window("set", images, 4) == 0
+    monkeypatch.setattr(images.cache, "limit", 16 * 64 * 64 * 3)
+    augment = {"mosaic": {"p": 1.0, "off_epochs": 0}, "affine": {}, "transforms": {}}
+    sampler = EpochSampler(16, window=window)
+    view = AugmentedDataset(images, 64, augment, 0, 3)
+    for key in sampler:
+        view[key]
+    assert len(decoded) == len(set(decoded)) == 16
 
 
 def test_mosaic_is_off_in_the_last_epochs(augmented, monkeypatch):

@@ -1,16 +1,21 @@
 """The benchmarks run and end with their line of JSON, on sizes of no interest."""
 
 import json
+import os
+import sys
 
+import numpy as np
 import pytest
 
-from detkit.benchmarks import akconv, reversible
+from detkit.benchmarks import akconv, data, reversible
 from detkit.config import compose_config, resolve
+from detkit.data.shapes import read_shapes
+from detkit.errors import DetkitError
 from detkit.tasks import benchmark
 
 
-def last_line(task: str, capsys: pytest.CaptureFixture) -> dict:
-    result = benchmark.run(resolve(compose_config("benchmark", [f"task={task}", "rounds=1", "device=cpu"])))
+def last_line(task: str, capsys: pytest.CaptureFixture, *overrides: str) -> dict:
+    result = benchmark.run(resolve(compose_config("benchmark", [f"task={task}", "rounds=1", "device=cpu", *overrides])))
     line = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert line == json.loads(json.dumps(result))
     return line
@@ -34,3 +39,53 @@ def test_akconv_computes_what_gathering_does(monkeypatch, capsys):
     monkeypatch.setattr(akconv, "SIZE", 7)
     monkeypatch.setattr(akconv, "CHANNELS", 4)
     assert set(last_line("akconv", capsys)["ratio"]) == {"3", "5", "9"}
+
+
+STAND_IN = """#!{python}
+import sys
+print("chatter", file=sys.stderr)
+assert sys.argv[1] == "-c" and len(sys.argv) == 7
+compile(sys.argv[2], "peer", "exec")
+print("ready", flush=True)
+for line in sys.stdin:
+    print({{"uncached": 4.0, "cached": 2.0}}[line.strip()], flush=True)
+"""
+
+
+def test_data_beside_a_peer(shapes_root, tmp_path, capsys):
+    """The peer is a stand-in with the same manners: it says when it is ready and how many seconds a sample took."""
+    peer = tmp_path / "peer"
+    peer.write_text(STAND_IN.format(python=sys.executable))
+    peer.chmod(0o755)
+    cores, overrides = os.sched_getaffinity(0), ("data=shapes", f"data.root={shapes_root}", "image_size=64")
+    result = last_line("data", capsys, *overrides, f"peer={peer}")
+    assert os.sched_getaffinity(0) == cores
+    assert (result["peer_uncached"], result["peer_cached"]) == (0.25, 0.5)
+    assert result["ratio_cached"] == pytest.approx(2 * result["cached"])
+    assert set(last_line("data", capsys, *overrides)) == {"task", "images", "image_size", "uncached", "cached"}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "sentence"),
+    [
+        (["task=data"], "task=data needs a data set: add data=coco data.root=DIR"),
+        (["task=data", "data=shapes", "peer=/nowhere"], "peer=/nowhere cannot be run: No such file"),
+        (["task=data", "data=shapes", "peer=/bin/false"], "peer=/bin/false must be a Python with ultralytics"),
+    ],
+)
+def test_mistakes_of_the_data_benchmark(overrides, sentence, shapes_root):
+    root = [f"data.root={shapes_root}", "image_size=64"] if "data=shapes" in overrides else []
+    with pytest.raises(DetkitError, match=sentence):
+        benchmark.run(resolve(compose_config("benchmark", [*overrides, *root])))
+
+
+def test_a_peer_s_copy_is_the_set(shapes_root, tmp_path):
+    annotations = read_shapes("train", root=str(shapes_root))
+    images = data._write_yolo(annotations, tmp_path)
+    assert len(list(images.iterdir())) == len(annotations)
+    for k in (0, 7):
+        table = np.loadtxt(tmp_path / "labels" / f"{k:07d}.txt", ndmin=2)
+        rows = slice(annotations.offsets[k], annotations.offsets[k + 1])
+        assert table[:, 0].tolist() == annotations.labels[rows].tolist()
+        corners = np.concatenate((table[:, 1:3] - table[:, 3:] / 2, table[:, 1:3] + table[:, 3:] / 2), 1) * 256
+        np.testing.assert_allclose(corners, annotations.boxes[rows], atol=1e-3)

@@ -1,51 +1,117 @@
-"""The training view of a data set: mosaic, affine and the transforms of ``configs/augment``."""
+"""The training view of a data set: mosaic, affine, copy-paste, mixup and the transforms of ``configs/augment``.
 
-from collections.abc import Mapping
+``Augmentation`` makes samples of images, wherever these come from; ``AugmentedDataset`` takes them from a set whose
+images have numbers.
+"""
+
+import math
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 from torch.utils.data import Dataset
 
+from detkit.data.copy_paste import paste_objects
 from detkit.data.dataset import DetectionDataset
-from detkit.data.mosaic import compose
+from detkit.data.mixup import mixup
+from detkit.data.mosaic import Affine, compose
+from detkit.data.tiles import TiledDataset
 from detkit.data.transforms import build_transform
-from detkit.structures import Sample
+from detkit.structures import Key, Sample
+
+OFF = {"p": 0.0}  # where a configuration of one's own does not mention something
+MIN_PARTNERS = 16  # a window of the epoch's order has this many positions at least
+
+
+class Augmentation:
+    """Makes a training sample of an image and of partners drawn from a pool.
+
+    Args:
+        size: side of a sample in pixels.
+        augment: ``mosaic`` {p, off_epochs}, ``affine`` {scale, translate, degrees, shear}, ``copy_paste`` {p,
+            max_objects, max_side}, ``mixup`` {p, alpha}, ``transforms`` {name: arguments}.
+        epochs: of the run; mosaic, copy-paste and mixup stay off in the last ``off_epochs``.
+    """
+
+    def __init__(self, size: int, augment: Mapping[str, Any], epochs: int) -> None:
+        self.size = size
+        self.mosaic_p = augment["mosaic"]["p"]
+        self.mosaic_epochs = epochs - augment["mosaic"]["off_epochs"]
+        self.affine = Affine(**augment["affine"])
+        self.copy_paste = augment.get("copy_paste", OFF)
+        self.mixup = augment.get("mixup", OFF)
+        self.transforms = [build_transform(name, args, size) for name, args in augment["transforms"].items()]
+
+    def __call__(self, sample: Sample, draw: Callable[[], Sample], rng: np.random.Generator, epoch: int) -> Sample:
+        """Return ``sample`` as the network sees it in ``epoch``: (size, size, 3), pixels of its own.
+
+        Args:
+            draw: returns a partner, as it was decoded, at random.
+            rng: what everything here is drawn from.
+        """
+        mixes = epoch < self.mosaic_epochs
+        mosaic = rng.random() < self.mosaic_p and mixes
+        result = self._place(sample, draw, rng, mosaic)
+        if mixes and _happens(self.copy_paste["p"], rng):
+            donor = self._place(draw(), draw, rng, mosaic=False)
+            limits = {name: self.copy_paste[name] for name in ("max_objects", "max_side")}
+            result = paste_objects(result, donor, rng, **limits)
+        if mixes and _happens(self.mixup["p"], rng):
+            other = self._place(draw(), draw, rng, mosaic=False)
+            result = mixup(result, other, rng, self.mixup["alpha"])
+        for transform in self.transforms:
+            result = transform(result, rng)
+        return result
+
+    def _place(self, sample: Sample, draw: Callable[[], Sample], rng: np.random.Generator, mosaic: bool) -> Sample:
+        """Return the image alone in its frame, or in a mosaic with three partners."""
+        samples = [sample, draw(), draw(), draw()] if mosaic else [sample]
+        return compose(samples, self.size, rng, self.affine)
+
+
+def _happens(p: float, rng: np.random.Generator) -> bool:
+    """Draw whether something of probability ``p`` happens; nothing is drawn where ``p`` is 0."""
+    return p > 0 and rng.random() < p
 
 
 class AugmentedDataset(Dataset):
-    """Samples of ``size`` x ``size`` pixels, a function of (seed, epoch, index) alone.
+    """Samples of ``size`` x ``size`` pixels, a function of the seed and the key alone.
 
     Args:
-        dataset: the raw images.
-        size: side of a sample in pixels.
-        augment: ``mosaic`` {p, off_epochs}, ``affine`` {scale, translate}, ``transforms`` {name: arguments}.
+        dataset: the images, and perhaps their tiles.
+        size, augment, epochs: see Augmentation.
         seed: of the run.
-        epochs: of the run; the mosaic stays off in the last ``off_epochs``.
     """
 
     def __init__(
-        self, dataset: DetectionDataset, size: int, augment: Mapping[str, Any], seed: int, epochs: int
+        self, dataset: DetectionDataset | TiledDataset, size: int, augment: Mapping[str, Any], seed: int, epochs: int
     ) -> None:
         self.dataset = dataset
-        self.size = size
         self.seed = seed
-        self.mosaic_p = augment["mosaic"]["p"]
-        self.mosaic_epochs = epochs - augment["mosaic"]["off_epochs"]
-        self.affine = augment["affine"]
-        self.transforms = [build_transform(name, args) for name, args in augment["transforms"].items()]
+        self.augmentation = Augmentation(size, augment, epochs)
 
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, key: tuple[int, int]) -> Sample:
-        """Return image ``key[1]`` as the network sees it in epoch ``key[0]``."""
-        epoch, index = key
-        rng = np.random.default_rng((self.seed, epoch, index))
-        indices = [index]
-        if rng.random() < self.mosaic_p and epoch < self.mosaic_epochs:
-            indices.extend(rng.integers(len(self), size=3))
-        samples = [self.dataset[epoch, i] for i in indices]
-        sample = compose(samples, self.size, rng, self.affine["scale"], self.affine["translate"])
-        for transform in self.transforms:
-            sample = transform(sample, rng)
-        return sample
+    def __getitem__(self, key: Key | tuple[int, int]) -> Sample:
+        """Return item ``key[1]`` as the network sees it in epoch ``key[0]``."""
+        epoch, index, repeat, partners = Key(*key)
+        pool = range(len(self)) if partners is None else partners
+        rng = np.random.default_rng((self.seed, epoch, index, repeat))
+        return self.augmentation(
+            self.dataset[epoch, index], lambda: self.dataset[epoch, pool[rng.integers(len(pool))]], rng, epoch
+        )
+
+
+def partner_window(partners: str, dataset: DetectionDataset | TiledDataset, batch_size: int) -> int:
+    """Return how many positions of an epoch's order share their partners; 0 where these come from the whole set.
+
+    Decoding four images a sample would take longer than all the rest. From a window of the order, whole batches long,
+    each image is decoded once: whoever makes those batches still remembers it.
+
+    Args:
+        partners: ``augment.mosaic.partners``: ``set``, ``window``, or ``auto``: ``set`` where the images are in memory.
+    """
+    if partners == "set" or (partners == "auto" and dataset.in_memory):
+        return 0
+    return batch_size * math.ceil(MIN_PARTNERS / batch_size)

@@ -1,62 +1,129 @@
 """Torch datasets over Annotations: raw images, and images letterboxed for evaluation.
 
-A key is ``(epoch, index)``: what a sample looks like depends on nothing else but the seed.
+A key is ``(epoch, index)`` or a ``Key``: what a sample looks like depends on nothing else but the seed.
 """
+
+from pathlib import Path
 
 import numpy as np
 from torch.utils.data import Dataset
 
 from detkit.data.annotations import Annotations
+from detkit.data.cache import open_cache
 from detkit.errors import DetkitError
-from detkit.ops.image import Letterbox, read_image
-from detkit.structures import Origin, Sample
+from detkit.ops.image import Letterbox, read_shrunk
+from detkit.structures import Key, Origin, Sample
 
 
 class DetectionDataset(Dataset):
-    """Decoded images with the boxes one trains on (no crowds)."""
+    """Decoded images with the boxes one trains on (no crowds): as they are on disk, or of a training's size.
 
-    def __init__(self, annotations: Annotations) -> None:
+    Args:
+        longest: shrink an image whose longer side has more pixels than this; none is enlarged.
+        cache: ``data.cache`` (null, ram or disk), of images of that size; needs ``longest``.
+
+    Raises:
+        DetkitError: the cache takes more than there is room for.
+    """
+
+    def __init__(self, annotations: Annotations, longest: int | None = None, cache: str | None = None) -> None:
         self.annotations = annotations
+        self.has_crowds = bool(annotations.crowd.any())
+        self.longest = longest
+        self.cache = open_cache(cache, annotations, longest) if longest else None
 
     def __len__(self) -> int:
         return len(self.annotations)
 
-    def __getitem__(self, key: tuple[int, int]) -> Sample:
-        """Return image ``key[1]`` as it is on disk.
+    def labels_by_item(self) -> tuple[np.ndarray, np.ndarray]:
+        """Return the image of each box that one trains on, and its label, (T,) each."""
+        a = self.annotations
+        images = np.repeat(np.arange(len(a)), np.diff(a.offsets))
+        return images[~a.crowd], a.labels[~a.crowd]
+
+    @property
+    def in_memory(self) -> bool:
+        """Whether any image is at hand without decoding, once each was decoded."""
+        return self.cache is not None and self.cache.holds_all
+
+    def __getitem__(self, key: Key | tuple[int, int]) -> Sample:
+        """Return image ``key[1]``, its pixels to be read only.
 
         Raises:
             DetkitError: the image cannot be read, or has another size than its annotations say.
         """
         index = key[1]
         a = self.annotations
+        path, size = a.paths[index], (int(a.sizes[index, 0]), int(a.sizes[index, 1]))
         rows = a.rows(index)
-        keep = ~a.crowd[rows]
-        image = read_image(a.paths[index])
-        stated = tuple(int(n) for n in a.sizes[index])
-        if image.shape[:2] != stated:
+        boxes, labels = a.boxes[rows].astype(np.float32), a.labels[rows].astype(np.int64)
+        if self.has_crowds:
+            keep = ~a.crowd[rows]
+            boxes, labels = boxes[keep], labels[keep]
+        if self.cache is None:
+            image = self._decode(path, size)
+        else:
+            image = self.cache.fetch(index, lambda: self._decode(path, size))
+        if image.shape[:2] != size:
+            boxes *= np.float32((image.shape[1] / size[1], image.shape[0] / size[0]) * 2)
+        return Sample(image, boxes, labels, Origin(index, path, size))
+
+    def _decode(self, path: Path, size: tuple[int, int]) -> np.ndarray:
+        """Return the file's picture, whose (height, width) is ``size`` by its label."""
+        image, found = read_shrunk(path, size, self.longest or max(size))
+        if found != size:
             raise DetkitError(
-                f"image {a.paths[index]} is now {image.shape[1]}x{image.shape[0]} pixels; when its labels were read "
-                f"it was {stated[1]}x{stated[0]}, so its boxes would be misplaced"
+                f"image {path} is now {found[1]}x{found[0]} pixels; when its labels were read it was "
+                f"{size[1]}x{size[0]}, so its boxes would be misplaced"
             )
-        boxes, labels = a.boxes[rows][keep].astype(np.float32), a.labels[rows][keep].astype(np.int64)
-        return Sample(image, boxes, labels, Origin(index, a.paths[index], image.shape[:2]))
+        return image
 
 
 class LetterboxDataset(Dataset):
-    """Images fitted into a square of ``size`` pixels, aspect kept; the sample remembers how."""
+    """Images fitted into a frame with a longer side of ``size`` pixels, aspect kept; the sample remembers how.
 
-    def __init__(self, dataset: DetectionDataset, size: int) -> None:
+    The frame is a square, the order that of the set. Where ``rect_batch`` is given (rectangular validation), items
+    come by aspect ratio instead, and each run of ``rect_batch`` items shares its own smallest frame (``rect_frames``):
+    the same pixels of each image, with less padding around them.
+    """
+
+    def __init__(self, dataset: DetectionDataset, size: int, rect_batch: int | None = None) -> None:
         self.dataset = dataset
-        self.size = size
+        self.order = np.arange(len(dataset))
+        self.frames = np.full((len(dataset), 2), size)
+        if rect_batch is not None:
+            self.order, self.frames = rect_frames(dataset.annotations.sizes, size, rect_batch)
 
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, key: tuple[int, int]) -> Sample:
-        """Return image ``key[1]`` letterboxed, its boxes along with it."""
-        sample = self.dataset[key]
-        box = Letterbox.fit(sample.origin.size, (self.size, self.size))
+    def __getitem__(self, key: Key | tuple[int, int]) -> Sample:
+        """Return item ``key[1]`` letterboxed, its boxes along with it."""
+        epoch, item = key[:2]
+        sample = self.dataset[epoch, int(self.order[item])]
+        height, width = self.frames[item].tolist()
+        box = Letterbox.fit(sample.origin.size, (height, width))
         sample.image = box.apply(sample.image)
         sample.origin.scale, sample.origin.offset = box.scale, box.offset
         sample.boxes = sample.boxes * np.float32((*box.scale, *box.scale)) + np.float32((*box.offset, *box.offset))
         return sample
+
+
+def rect_frames(sizes: np.ndarray, size: int, batch_size: int, stride: int = 32) -> tuple[np.ndarray, np.ndarray]:
+    """Sort images into batches of like aspect and find each batch's smallest frame.
+
+    Args:
+        sizes: (N, 2) height and width of the images.
+        size: the longer side that every image is scaled to, a multiple of ``stride``.
+        stride: the sides of a frame divide by it.
+
+    Returns:
+        the order of the images (N,), from wide to high, and the frame (height, width) of each in that order (N, 2).
+    """
+    sizes = sizes.astype(np.int64)
+    order = np.argsort(sizes[:, 0] / sizes[:, 1], kind="stable")
+    longest = sizes[order].max(1, keepdims=True)
+    fitted = -(-sizes[order] * size // (longest * stride)) * stride  # whole numbers, so that no rounding adds a stride
+    starts = np.arange(0, len(order), batch_size)
+    lengths = np.diff(starts, append=len(order))
+    return order, np.repeat(np.maximum.reduceat(fitted, starts), lengths, axis=0)

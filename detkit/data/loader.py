@@ -8,30 +8,56 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from detkit.data.sampling import draw_items, epoch_length
 from detkit.errors import DetkitError
-from detkit.structures import Batch, Sample
+from detkit.structures import Batch, Key, Sample
 
 
-class EpochSampler(Sampler[tuple[int, int]]):
-    """Yields ``(epoch, index)`` keys, shuffled by (seed, epoch); set ``epoch`` before each pass.
+class EpochSampler(Sampler[Key]):
+    """Yields keys (epoch, index, repeat), shuffled by (seed, epoch); set ``epoch`` before each pass.
 
     The epoch travels in the key, so worker processes that outlive an epoch know which one they serve.
+
+    Args:
+        length: of the data set.
+        window: positions of the order that name each other as ``Key.partners``, whoever's turn it is; the last stretch
+            of an epoch overlaps the one before. 0: none are named.
+        expected: (length,) how often each index is expected in an epoch (``sampling.expected_draws``); None for once.
     """
 
-    def __init__(self, length: int, seed: int = 0, shuffle: bool = True) -> None:
+    def __init__(
+        self,
+        length: int,
+        seed: int = 0,
+        shuffle: bool = True,
+        expected: np.ndarray | None = None,
+        window: int = 0,
+    ) -> None:
         self.length = length
         self.seed = seed
         self.shuffle = shuffle
+        self.expected = expected
+        self.window = window
         self.epoch = 0
 
     def __len__(self) -> int:
-        return self.length
+        return self.length if self.expected is None else epoch_length(self.expected)
 
-    def __iter__(self) -> Iterator[tuple[int, int]]:
-        order = np.arange(self.length)
+    def __iter__(self) -> Iterator[Key]:
+        rng = np.random.default_rng((self.seed, self.epoch))
+        items, repeats = np.arange(self.length), np.zeros(self.length, np.int64)
+        if self.expected is not None:
+            items, repeats = draw_items(self.expected, rng)
+        order = np.arange(len(items))
         if self.shuffle:
-            np.random.default_rng((self.seed, self.epoch)).shuffle(order)
-        return ((self.epoch, int(index)) for index in order)
+            rng.shuffle(order)
+        items, repeats = items[order].tolist(), repeats[order].tolist()
+        width = self.window or len(items)
+        for start in range(0, len(items), width):
+            stop = min(start + width, len(items))
+            partners = items[max(stop - width, 0) : stop] if self.window else None
+            for k in range(start, stop):
+                yield Key(self.epoch, items[k], repeats[k], partners)
 
 
 class BatchLoader:
@@ -39,8 +65,9 @@ class BatchLoader:
 
     Args:
         workers: number of processes; 0 loads in this one.
-        seed, shuffle: of the order; see EpochSampler.
+        seed, shuffle, expected: of the order; see EpochSampler.
         pin: copy batches to page-locked memory, for a GPU.
+        window: positions of the order that a key names beside its own; 0: none. See EpochSampler.
     """
 
     def __init__(
@@ -51,9 +78,11 @@ class BatchLoader:
         workers: int,
         seed: int = 0,
         shuffle: bool = False,
+        expected: np.ndarray | None = None,
         pin: bool = False,
+        window: int = 0,
     ) -> None:
-        self.sampler = EpochSampler(len(dataset), seed, shuffle)
+        self.sampler = EpochSampler(len(dataset), seed, shuffle, expected, window)
         self.loader = DataLoader(
             _Guarded(dataset),
             batch_size,
@@ -107,7 +136,7 @@ class _Guarded(Dataset):
     def __init__(self, dataset: Dataset) -> None:
         self.dataset = dataset
 
-    def __getitem__(self, key: tuple[int, int]) -> Sample | DetkitError:
+    def __getitem__(self, key: Key | tuple[int, int]) -> Sample | DetkitError:
         try:
             return self.dataset[key]
         except DetkitError as error:

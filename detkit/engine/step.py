@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from detkit.engine.ema import EMA
+from detkit.engine.multi_scale import draw_size, resize_batch
 from detkit.engine.optim import Recipe, Schedule
 from detkit.engine.precision import Precision
 from detkit.models.detector import Detector
@@ -20,6 +21,7 @@ class TrainStep:
         precision: of the forward pass; the loss computes in float32.
         accumulate: batches that make one optimizer step, fewer during the warm-up; their gradients are summed.
         clip: largest norm of the gradient.
+        multi_scale: train every batch at a size within this share of its own, drawn by (seed, step); 0: as it is.
 
     Attributes:
         ema: the averaged weights.
@@ -36,6 +38,8 @@ class TrainStep:
         *,
         accumulate: int,
         clip: float,
+        multi_scale: float = 0.0,
+        seed: int = 0,
     ) -> None:
         self.detector = detector
         self.loss = loss
@@ -43,6 +47,8 @@ class TrainStep:
         self.precision = precision
         self.accumulate = accumulate
         self.clip = clip
+        self.multi_scale = multi_scale
+        self.seed = seed
         self.optimizer = recipe.build(detector)
         self.scaler = torch.amp.GradScaler(precision.device.type, enabled=precision.dtype is torch.float16)
         self.ema = EMA(detector)
@@ -51,8 +57,12 @@ class TrainStep:
     def __call__(self, batch: Batch, step: int, epoch: int) -> dict[str, Tensor]:
         """Learn from one batch, the run's number ``step`` (from 0), on the device; return the loss terms."""
         self.schedule.apply(self.optimizer, step, epoch)
+        images = batch.images.float() / 255
+        if self.multi_scale:
+            size = draw_size(images.shape[-1], self.multi_scale, self.detector.max_stride, self.seed, step)
+            images, batch = resize_batch(images, batch, size)
         with self.precision.autocast():
-            out = self.detector(batch.images.float() / 255)
+            out = self.detector(images)
         terms = self.loss(out, batch)
         self.scaler.scale(sum(terms.values()) * len(batch.images)).backward()
         self.pending += 1

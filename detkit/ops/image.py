@@ -10,10 +10,21 @@ from detkit.errors import DetkitError
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
 FILL = 114  # the gray that YOLO models see around an image
+# OpenCV's flags for a reduced decoding carry no order of colours: IMREAD_COLOR_RGB is added to them.
+_REDUCED = {
+    1: 0,
+    2: cv2.IMREAD_REDUCED_GRAYSCALE_2,
+    4: cv2.IMREAD_REDUCED_GRAYSCALE_4,
+    8: cv2.IMREAD_REDUCED_GRAYSCALE_8,
+}
 
 
-def read_image(path: Path) -> np.ndarray:
+def read_image(path: Path, reduce: int = 1) -> np.ndarray:
     """Decode a file to (H, W, 3) uint8 RGB, turned upright by its EXIF orientation.
+
+    Args:
+        reduce: 1, 2, 4 or 8: a JPEG is decoded at this fraction of its size, rounded up, which takes less time; files
+            of other kinds come as they are.
 
     Raises:
         DetkitError: the file is missing or is no image that OpenCV can read.
@@ -23,7 +34,9 @@ def read_image(path: Path) -> np.ndarray:
     except OSError as error:
         raise DetkitError(f"cannot read image {path}: {error.strerror or error}") from None
     try:
-        image = cv2.imdecode(data, cv2.IMREAD_COLOR_RGB) if data.size else None
+        is_jpeg = data[:2].tobytes() == b"\xff\xd8"
+        flags = cv2.IMREAD_COLOR_RGB | (_REDUCED[reduce] if is_jpeg else 0)
+        image = cv2.imdecode(data, flags) if data.size else None
     except cv2.error:  # a declared size beyond OpenCV's limit
         image = None
     if image is None:
@@ -33,10 +46,43 @@ def read_image(path: Path) -> np.ndarray:
     return image
 
 
-def resize(image: np.ndarray, width: int, height: int) -> np.ndarray:
-    """Resize (H, W, 3) uint8 bilinearly; by area where it shrinks to less than half, as bilinear would skip pixels."""
+def shrunk_size(height: int, width: int, longest: int) -> tuple[int, int]:
+    """Return (height, width) with the longer side brought down to ``longest``, aspect kept; smaller ones stay."""
+    ratio = longest / max(height, width)
+    return (max(round(height * ratio), 1), max(round(width * ratio), 1)) if ratio < 1 else (height, width)
+
+
+def read_shrunk(path: Path, size: tuple[int, int], longest: int) -> tuple[np.ndarray, tuple[int, int]]:
+    """Decode a file as ``read_image`` does and shrink it to ``shrunk_size``, as little as possible of it at full size.
+
+    Args:
+        size: (height, width) that the file is said to have, upright.
+        longest: longer side of the result at most, pixels.
+
+    Returns:
+        the picture, and the file's (height, width): ``size`` where that is right.
+    """
+    reduce = next(r for r in (8, 4, 2, 1) if max(size) >= r * longest or r == 1)
+    image = read_image(path, reduce)
+    found = image.shape[:2]
+    if found in (size, tuple(-(-n // reduce) for n in size)):
+        if reduce > 1 and found != size:  # the last row and column may stand for less than half a pixel
+            image = image[: max(round(size[0] / reduce), 1), : max(round(size[1] / reduce), 1)]
+        found = size
+    elif reduce > 1:  # the label lies: what size has the file?
+        image = read_image(path)
+        found = image.shape[:2]
+    height, width = shrunk_size(*found, longest)
+    return (image if image.shape[:2] == (height, width) else resize(image, width, height)), found
+
+
+def resize(image: np.ndarray, width: int, height: int, output: np.ndarray | None = None) -> np.ndarray:
+    """Resize (H, W, 3) uint8 bilinearly; by area where it shrinks to less than half, as bilinear would skip pixels.
+
+    The result is drawn into ``output`` (height, width, 3) where that is given; it may be a part of a larger picture.
+    """
     shrinks = width < 0.5 * image.shape[1] or height < 0.5 * image.shape[0]
-    return cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)
+    return cv2.resize(image, (width, height), output, interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)
 
 
 @dataclass(frozen=True)

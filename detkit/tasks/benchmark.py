@@ -2,10 +2,10 @@
 
 from typing import Any
 
-from detkit.benchmarks import akconv, reversible, train_step
+from detkit.benchmarks import akconv, data, reversible, train_step
 from detkit.errors import DetkitError
 
-TASKS = {"train": train_step.run, "reversible": reversible.run, "akconv": akconv.run}
+TASKS = {"train": train_step.run, "reversible": reversible.run, "akconv": akconv.run, "data": data.run}
 
 
 def run(cfg: dict[str, Any]) -> dict[str, Any]:

@@ -21,7 +21,8 @@ from detkit.data.problems import LEFT_OUT, MENDED
 from detkit.errors import DetkitError
 from detkit.registry import DATASETS
 
-DATA_OPTIONS = ("preset", "strict")  # keys of data that are no arguments of its reader
+# Keys of data that are no arguments of its reader.
+DATA_OPTIONS = ("preset", "strict", "cache", "sampling", "repeat_threshold", "tiles")
 
 
 def make_run_dir(cfg: Mapping[str, Any], task: str, name: str) -> Path:
@@ -102,7 +103,8 @@ def tell_split(split: str, annotations: Annotations, console: Console) -> None:
 
 
 def val_loader(annotations: Annotations, cfg: Mapping[str, Any], device: torch.device) -> BatchLoader:
-    """Return the letterboxed set in order, as the evaluation wants it."""
-    dataset = LetterboxDataset(DetectionDataset(annotations), cfg["image_size"])
+    """Return every image letterboxed, in order, or by aspect ratio where ``rect`` is set."""
+    rect_batch = cfg["batch_size"] if cfg["rect"] else None
+    dataset = LetterboxDataset(DetectionDataset(annotations), cfg["image_size"], rect_batch)
     workers = worker_count(cfg["workers"])
     return BatchLoader(dataset, cfg["batch_size"], workers=workers, pin=device.type == "cuda")

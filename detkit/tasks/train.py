@@ -8,9 +8,11 @@ import torch
 import yaml
 
 from detkit.data.annotations import Annotations
-from detkit.data.augment import AugmentedDataset
+from detkit.data.augment import AugmentedDataset, partner_window
 from detkit.data.dataset import DetectionDataset
 from detkit.data.loader import BatchLoader, worker_count
+from detkit.data.sampling import expected_draws
+from detkit.data.tiles import TiledDataset
 from detkit.engine.logging import RunLog
 from detkit.engine.optim import Recipe, Schedule, accumulation
 from detkit.engine.precision import Precision, keep_freed_memory, make_deterministic, pick_device
@@ -46,7 +48,7 @@ def run(cfg: dict[str, Any]) -> dict[str, Any]:
     detector = build_detector(cfg, train_set.class_names).to(device)
     transfer = load_weights(detector, str(cfg["weights"])) if cfg["weights"] is not None else None
     train_loader = _train_loader(train_set, cfg, device)
-    step, recipe = _train_step(detector, cfg, precision, len(train_set), len(train_loader))
+    step, recipe = _train_step(detector, cfg, precision, len(train_loader.sampler), len(train_loader))
     name = model_name(cfg)
     run_dir = make_run_dir(cfg, "train", f"{name}_{cfg['data']['name']}")
     (run_dir / "config.yaml").write_text(yaml.safe_dump(cfg, sort_keys=False))
@@ -74,22 +76,39 @@ def run(cfg: dict[str, Any]) -> dict[str, Any]:
 
 
 def _train_loader(annotations: Annotations, cfg: dict[str, Any], device: torch.device) -> BatchLoader:
-    """Return the augmented set, shuffled every epoch."""
-    images = DetectionDataset(annotations)
+    """Return the augmented set, with its tiles and the sampling that ``data`` asks for, shuffled every epoch."""
+    images = DetectionDataset(annotations, cfg["image_size"], cfg["data"].get("cache"))
+    tiles = cfg["data"].get("tiles")
+    if tiles and tiles["size"] is not None:
+        images = TiledDataset(images, **tiles)
+    expected = expected_draws(images, cfg["data"])
     dataset = AugmentedDataset(images, cfg["image_size"], cfg["augment"], cfg["seed"], cfg["trainer"]["epochs"])
     workers, pin = worker_count(cfg["workers"]), device.type == "cuda"
-    return BatchLoader(dataset, cfg["batch_size"], workers=workers, seed=cfg["seed"], shuffle=True, pin=pin)
+    window = partner_window(cfg["augment"]["mosaic"]["partners"], images, cfg["batch_size"])
+    order = {"seed": cfg["seed"], "shuffle": True, "expected": expected, "window": window}
+    return BatchLoader(dataset, cfg["batch_size"], workers=workers, pin=pin, **order)
 
 
 def _train_step(
     detector: Detector, cfg: dict[str, Any], precision: Precision, images: int, batches: int
 ) -> tuple[TrainStep, Recipe]:
-    """Work the recipe out for a run over ``images`` in ``batches`` an epoch."""
-    optim, epochs, batch_size = cfg["optim"], cfg["trainer"]["epochs"], cfg["batch_size"]
+    """Work the recipe out for a run over ``images`` in ``batches`` an epoch, as often as they are seen."""
+    optim, trainer, batch_size = cfg["optim"], cfg["trainer"], cfg["batch_size"]
+    epochs = trainer["epochs"]
     total_steps = math.ceil(images / max(batch_size, optim["nominal_batch"])) * epochs
     num_classes = len(detector.class_names)
     recipe = Recipe.pick(optim, batch_size=batch_size, total_steps=total_steps, num_classes=num_classes)
     schedule = Schedule.pick(recipe, optim, epochs=epochs, batches=batches)
-    accumulate, clip = accumulation(batch_size, optim["nominal_batch"]), cfg["trainer"]["clip_grad_norm"]
     loss = build_loss(cfg, detector.head)
-    return TrainStep(detector, loss, recipe, schedule, precision, accumulate=accumulate, clip=clip), recipe
+    step = TrainStep(
+        detector,
+        loss,
+        recipe,
+        schedule,
+        precision,
+        accumulate=accumulation(batch_size, optim["nominal_batch"]),
+        clip=trainer["clip_grad_norm"],
+        multi_scale=trainer["multi_scale"],
+        seed=cfg["seed"],
+    )
+    return step, recipe

@@ -1,0 +1,187 @@
+"""Training samples a second that one core makes: decoding, mosaic, affine, HSV and flip; beside a peer's, if asked."""
+
+import os
+import shutil
+import statistics
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import torch
+from rich.table import Table
+
+from detkit.benchmarks.common import WARMUP, tell
+from detkit.data.annotations import Annotations
+from detkit.data.augment import AugmentedDataset, partner_window
+from detkit.data.dataset import DetectionDataset
+from detkit.data.loader import BatchLoader
+from detkit.errors import DetkitError
+from detkit.tasks.common import read_split
+
+CACHES = {"uncached": None, "cached": "ram"}
+TRANSFORMS = ("hsv", "flip")  # what both sides do; a peer's other transforms need packages of their own
+# Runs in the peer's Python, told the folder of the images, the side, the images of a batch, the number of classes.
+PEER = """
+import os, random, sys, time
+answers = os.fdopen(os.dup(1), "w")
+os.dup2(2, 1)  # whatever it prints is not an answer
+import cv2, torch
+cv2.setNumThreads(1)
+torch.set_num_threads(1)
+from ultralytics.cfg import get_cfg
+from ultralytics.data.dataset import YOLODataset
+folder, side, batch, classes = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
+names = {k: str(k) for k in range(classes)}
+sets = {
+    name: YOLODataset(img_path=folder, imgsz=side, batch_size=batch, augment=True, hyp=get_cfg(), rect=False,
+                      cache=cache, data={"names": names, "nc": classes, "channels": 3}, task="detect")
+    for name, cache in (("uncached", False), ("cached", "ram"))
+}
+print("ready", file=answers, flush=True)
+for line in sys.stdin:
+    dataset = sets[line.strip()]
+    order = random.sample(range(len(dataset)), len(dataset))
+    start = time.perf_counter()
+    for index in order:
+        dataset[index]
+    print((time.perf_counter() - start) / len(order), file=answers, flush=True)
+"""
+
+
+def run(cfg: dict[str, Any]) -> dict[str, Any]:
+    """Time passes over the shuffled training split, uncached and with data.cache=ram, in turns; print a table and JSON.
+
+    One core makes ``image_size`` samples one by one (no batches), of the configured mosaic and affine, HSV and flip.
+    The first passes are not timed: the files are in the page cache, the images in data.cache; uncached, what is left
+    of earlier passes is what a process remembers in a training, too (data/cache.py). ``peer`` is a Python that has
+    ultralytics: its own dataset with its default augmentation makes samples of a copy of the set, in turns with ours.
+
+    Raises:
+        DetkitError: no data set was given, or the peer does not work.
+    """
+    if "data" not in cfg:
+        raise DetkitError("task=data needs a data set: add data=coco data.root=DIR")
+    annotations = read_split(cfg["data"], "train")
+    with ExitStack() as stack:
+        stack.enter_context(_one_core())
+        turns = {name: _turn(annotations, cfg, cache) for name, cache in CACHES.items()}
+        if cfg["peer"] is not None:
+            ask = stack.enter_context(_peer(str(cfg["peer"]), annotations, cfg))
+            turns |= {f"peer_{name}": lambda name=name: ask(name) for name in CACHES}
+        seconds: dict[str, list[float]] = {name: [] for name in turns}
+        for k in range(WARMUP + cfg["rounds"]):
+            for name, turn in turns.items():
+                seconds[name].append(turn())
+                if k < WARMUP:
+                    seconds[name].clear()
+    speed = {name: 1 / statistics.median(values) for name, values in seconds.items()}
+    result = {"task": "data", "images": len(annotations), "image_size": cfg["image_size"], **speed}
+    table = Table("samples", "images/s", "peer's", "ratio", header_style="bold")
+    for name in CACHES:
+        row = [name, f"{speed[name]:.1f}", "", ""]
+        if f"peer_{name}" in speed:
+            result[f"ratio_{name}"] = speed[name] / speed[f"peer_{name}"]
+            row[2:] = f"{speed[f'peer_{name}']:.1f}", f"{result[f'ratio_{name}']:.2f}"
+        table.add_row(*row)
+    return tell(table, result)
+
+
+@contextmanager
+def _one_core() -> Iterator[None]:
+    """Keep this process and those it starts to one core and one thread."""
+    cores, threads, torch_threads = os.sched_getaffinity(0), cv2.getNumThreads(), torch.get_num_threads()
+    os.sched_setaffinity(0, {max(cores)})
+    cv2.setNumThreads(1)
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, cores)
+        cv2.setNumThreads(threads)
+        torch.set_num_threads(torch_threads)
+
+
+def _turn(annotations: Annotations, cfg: dict[str, Any], cache: str | None) -> Callable[[], float]:
+    """Return a function that makes every sample of the next epoch and returns seconds a sample."""
+    size, batch_size = cfg["image_size"], cfg["batch_size"]
+    images = DetectionDataset(annotations, size, cache)
+    transforms = {name: cfg["augment"]["transforms"].get(name) for name in TRANSFORMS}
+    augment = {**cfg["augment"], "transforms": transforms}
+    dataset = AugmentedDataset(images, size, augment, cfg["seed"], epochs=2**31)
+    window = partner_window(augment["mosaic"]["partners"], images, batch_size)
+    sampler = BatchLoader(dataset, batch_size, workers=0, seed=cfg["seed"], shuffle=True, window=window).sampler
+
+    def turn() -> float:
+        start = time.perf_counter()
+        for key in sampler:
+            dataset[key]
+        seconds = (time.perf_counter() - start) / len(dataset)
+        sampler.epoch += 1
+        return seconds
+
+    return turn
+
+
+@contextmanager
+def _peer(python: str, annotations: Annotations, cfg: dict[str, Any]) -> Iterator[Callable[[str], float]]:
+    """Start the peer on a copy of the set; yield a function that lets it make one pass and returns seconds a sample."""
+    with tempfile.TemporaryDirectory(prefix="detkit-peer-") as folder, (Path(folder) / "log").open("w+") as log:
+        images = _write_yolo(annotations, Path(folder))
+        arguments = [str(n) for n in (images, cfg["image_size"], cfg["batch_size"], len(annotations.class_names))]
+        quiet = {"YOLO_OFFLINE": "true", "YOLO_AUTOINSTALL": "false", "YOLO_VERBOSE": "false"}
+        try:
+            process = subprocess.Popen(
+                [python, "-c", PEER, *arguments],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+                env={**os.environ, **quiet, "YOLO_CONFIG_DIR": folder},
+            )
+        except OSError as error:
+            raise DetkitError(f"peer={python} cannot be run: {error.strerror}") from None
+
+        def answer() -> str:
+            line = process.stdout.readline()
+            if not line:
+                log.seek(0)
+                last = (log.read().strip().splitlines() or ["it ended"])[-1]
+                raise DetkitError(f"peer={python} must be a Python with ultralytics installed: {last}")
+            return line
+
+        def ask(name: str) -> float:
+            print(name, file=process.stdin, flush=True)
+            return float(answer())
+
+        try:
+            answer()
+            yield ask
+        finally:
+            process.kill()
+            process.communicate()
+
+
+def _write_yolo(annotations: Annotations, folder: Path) -> Path:
+    """Write the set as images/ and labels/ (a text file each: class, centre and size as shares); return images/."""
+    images, labels = folder / "images", folder / "labels"
+    images.mkdir()
+    labels.mkdir()
+    for k in range(len(annotations)):
+        path, (height, width) = annotations.paths[k], annotations.sizes[k]
+        shutil.copyfile(path, images / f"{k:07d}{path.suffix}")
+        rows = slice(annotations.offsets[k], annotations.offsets[k + 1])
+        keep = ~annotations.crowd[rows]
+        boxes = annotations.boxes[rows][keep] / (width, height, width, height)
+        shares = np.concatenate(((boxes[:, :2] + boxes[:, 2:]) / 2, boxes[:, 2:] - boxes[:, :2]), 1)
+        lines = [
+            f"{label} {' '.join(f'{v:.6f}' for v in row)}"
+            for label, row in zip(annotations.labels[rows][keep], shares, strict=True)
+        ]
+        (labels / f"{k:07d}.txt").write_text("\n".join(lines))
+    return images

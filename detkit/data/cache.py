@@ -1,0 +1,190 @@
+"""Decoded images kept for the next time, so that a training decodes each of them seldom or once.
+
+All three keep images of a training's size (uint8, the longer side that many pixels at most) and have one method,
+``fetch(index, load)``: return image ``index``, made by ``load()`` where it is not there yet.
+"""
+
+import hashlib
+import mmap
+import os
+import shutil
+import tempfile
+from collections import OrderedDict
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from detkit.data.annotations import Annotations
+from detkit.errors import DetkitError
+from detkit.ops.image import shrunk_size
+
+RECENT_BYTES = 128 * 2**20  # what a process remembers where there is no cache
+MARGIN = 0.8  # share of the free memory or disk that a cache may take
+VERSION = 1  # of the files: how their pixels are made and laid out
+
+Load = Callable[[], np.ndarray]
+
+
+class RecentImages:
+    """The images one process used last, up to ``RECENT_BYTES``.
+
+    Attributes:
+        holds_all: whether every image of the set fits in.
+    """
+
+    def __init__(self, annotations: Annotations, longest: int) -> None:
+        self.limit = RECENT_BYTES
+        self.holds_all = bool(_image_bytes(annotations, longest).sum() <= self.limit)
+        self.images: OrderedDict[int, np.ndarray] = OrderedDict()
+        self.bytes = 0
+
+    def fetch(self, index: int, load: Load) -> np.ndarray:
+        """Return image ``index`` (H, W, 3), read-only."""
+        if index in self.images:
+            self.images.move_to_end(index)
+            return self.images[index]
+        image = load()
+        image.flags.writeable = False
+        self.images[index] = image
+        self.bytes += image.nbytes
+        while self.bytes > self.limit and len(self.images) > 1:
+            self.bytes -= self.images.popitem(last=False)[1].nbytes
+        return image
+
+
+class SharedImages:
+    """Every image of a set in one flat buffer that the loader's worker processes share, filled by whoever comes first.
+
+    The buffer holds a byte for each image, 1 once its pixels are there, and then the pixels of all.
+
+    Args:
+        buffer: writable memory of ``shared_bytes(annotations, longest)`` bytes, zero where nothing was written yet.
+    """
+
+    holds_all = True
+
+    def __init__(self, buffer: mmap.mmap, annotations: Annotations, longest: int) -> None:
+        self.shapes = _image_shapes(annotations, longest)
+        count = len(self.shapes)
+        self.offsets = count + np.concatenate(([0], np.cumsum(_image_bytes(annotations, longest))))
+        self.bytes = np.frombuffer(buffer, np.uint8)
+        self.there = self.bytes[:count]
+
+    def fetch(self, index: int, load: Load) -> np.ndarray:
+        """Return image ``index`` (H, W, 3), read-only.
+
+        Raises:
+            ValueError: ``load`` made an image of another size than the annotations' sizes lead to.
+        """
+        pixels = self.bytes[self.offsets[index] : self.offsets[index + 1]].reshape(*self.shapes[index], 3)
+        if not self.there[index]:
+            np.copyto(pixels, load())
+            self.there[index] = 1  # after the pixels: another process may look at any moment
+        pixels.flags.writeable = False
+        return pixels
+
+
+def open_cache(kind: str | None, annotations: Annotations, longest: int) -> RecentImages | SharedImages:
+    """Return the cache that ``data.cache`` asks for: ``null`` (recent images only), ``ram`` or ``disk``.
+
+    Args:
+        longest: longer side of the images kept at most, pixels.
+
+    Raises:
+        DetkitError: there is too little free memory or disk; says what it takes and what there is.
+    """
+    if kind is None:
+        return RecentImages(annotations, longest)
+    size = shared_bytes(annotations, longest)
+    what = f"{len(annotations)} images at {longest} pixels"
+    buffer = _memory(size, what) if kind == "ram" else _file(_cache_file(annotations, longest), size, what)
+    return SharedImages(buffer, annotations, longest)
+
+
+def shared_bytes(annotations: Annotations, longest: int) -> int:
+    """Return the bytes that ``SharedImages`` takes."""
+    return len(annotations) + int(_image_bytes(annotations, longest).sum())
+
+
+def free_memory() -> int:
+    """Return the bytes of memory that can still be had: of the machine, or of the container if that is less."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        free = 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration):
+        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    try:
+        limit, used = (Path(f"/sys/fs/cgroup/memory.{name}").read_text().strip() for name in ("max", "current"))
+        return free if limit == "max" else max(min(free, int(limit) - int(used)), 0)
+    except (OSError, ValueError):
+        return free
+
+
+def _image_shapes(annotations: Annotations, longest: int) -> np.ndarray:
+    """Return the (N, 2) heights and widths that the images have in a cache."""
+    return np.array([shrunk_size(int(h), int(w), longest) for h, w in annotations.sizes], np.int64).reshape(-1, 2)
+
+
+def _image_bytes(annotations: Annotations, longest: int) -> np.ndarray:
+    """Return the (N,) bytes of the images in a cache."""
+    return 3 * _image_shapes(annotations, longest).prod(1)
+
+
+def _memory(size: int, what: str) -> mmap.mmap:
+    """Return zeroed memory that forked processes share."""
+    free = free_memory()
+    if size > MARGIN * free:
+        raise DetkitError(
+            f"data.cache=ram takes {_gib(size)} for {what}, more than {MARGIN:.0%} of the {_gib(free)} of free memory: "
+            "use data.cache=disk or data.cache=null"
+        )
+    return mmap.mmap(-1, size)
+
+
+def _file(path: Path, size: int, what: str) -> mmap.mmap:
+    """Map the cache file, made first where there is none."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if not path.exists():
+            free = shutil.disk_usage(path.parent).free
+            if size > MARGIN * free:
+                raise DetkitError(
+                    f"data.cache=disk takes {_gib(size)} for {what}, more than {MARGIN:.0%} of the {_gib(free)} free "
+                    f"at {path.parent}: make room, point XDG_CACHE_HOME at another disk, or use data.cache=null"
+                )
+            _reserve(path, size)
+        with path.open("r+b") as file:
+            return mmap.mmap(file.fileno(), size)
+    except (OSError, ValueError) as error:  # ValueError: the file is shorter than that
+        raise DetkitError(f"data.cache=disk cannot use {path} ({error}): remove it, or use data.cache=null") from None
+
+
+def _reserve(path: Path, size: int) -> None:
+    """Create a file of zeros whose disk space is taken at once: a full disk would kill whoever writes to a mapping."""
+    handle, scratch = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-")
+    try:
+        os.posix_fallocate(handle, 0, size)
+        os.replace(scratch, path)
+    except BaseException:
+        os.unlink(scratch)
+        raise
+    finally:
+        os.close(handle)
+
+
+def _cache_file(annotations: Annotations, longest: int) -> Path:
+    """Return the file in the user's cache folder, named by all that its pixels depend on."""
+    digest = hashlib.blake2b(f"{VERSION} {longest}".encode(), digest_size=8)
+    for path, (height, width) in zip(annotations.paths, annotations.sizes, strict=True):
+        try:
+            status = path.stat()
+        except OSError as error:
+            raise DetkitError(f"cannot read image {path}: {error.strerror or error}") from None
+        digest.update(f"{path.resolve()}\0{height} {width} {status.st_size} {status.st_mtime_ns}\n".encode())
+    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return root / "detkit" / "images" / f"{digest.hexdigest()}.u8"
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:.2f} GiB"

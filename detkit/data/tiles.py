@@ -1,0 +1,131 @@
+"""Tiles: large training images seen in parts at full resolution, for objects that shrinking would wipe out.
+
+    items of the data set    [ N whole images | P tiles that show an object | E of the empty tiles, others every epoch ]
+
+Validation stays on whole images: it measures what prediction, which does not tile, will find.
+"""
+
+import numpy as np
+from torch.utils.data import Dataset
+
+from detkit.data.annotations import Annotations
+from detkit.data.dataset import DetectionDataset
+from detkit.data.mosaic import clip_boxes
+from detkit.structures import Key, Origin, Sample
+
+PAIRS = 1 << 18  # boxes times tiles that are looked at together, to bound the memory
+
+
+class TiledDataset(Dataset):
+    """A data set, and the tiles of its images that are larger than a tile, in flat arrays.
+
+    Boxes are clipped to their tile and dropped where too little of them shows (``mosaic.clip_boxes``). Neighbours
+    overlap, so an object no larger than the overlap is whole in at least one tile.
+
+    Args:
+        dataset: the whole images; the tiles are read in full from the files, whatever size it has its images in.
+        size: side of a tile in pixels; where an image is narrower or lower, its tiles are.
+        overlap: share of ``size`` that neighbours have in common, or more.
+        share: of an epoch's tiles, those that show an object; the rest are empty ones, which come in turn.
+    """
+
+    def __init__(self, dataset: DetectionDataset, size: int, overlap: float = 0.2, share: float = 0.5) -> None:
+        self.dataset = dataset
+        self.files = DetectionDataset(dataset.annotations)
+        self.image_of_tile, self.windows, self._boxed = find_tiles(dataset.annotations, size, overlap)
+        shows = np.zeros(len(self.windows), bool)
+        shows[self._boxed[0]] = True
+        self.filled, self.empty = np.flatnonzero(shows), np.flatnonzero(~shows)
+        self.empty_slots = min(round(len(self.filled) * (1 - share) / share), len(self.empty))
+
+    @property
+    def in_memory(self) -> bool:
+        """Whether the whole images are at hand without decoding; the tiles never are."""
+        return self.dataset.in_memory
+
+    def __len__(self) -> int:
+        return len(self.dataset) + len(self.filled) + self.empty_slots
+
+    def __getitem__(self, key: Key | tuple[int, int]) -> Sample:
+        """Return item ``key[1]`` in epoch ``key[0]``: an image, or a tile of one."""
+        epoch, index = key[:2]
+        if index < len(self.dataset):
+            return self.dataset[key]
+        tile = self.tile(epoch, index - len(self.dataset))
+        sample = self.files[epoch, int(self.image_of_tile[tile])]
+        window = self.windows[tile]
+        x1, y1, x2, y2 = (int(v) for v in window)
+        boxes, keep = clip_boxes(sample.boxes, window)
+        origin = Origin(sample.origin.index, sample.origin.path, sample.origin.size, offset=(-x1, -y1))
+        boxes = (boxes - (x1, y1, x1, y1)).astype(np.float32)
+        return Sample(sample.image[y1:y2, x1:x2].copy(), boxes, sample.labels[keep], origin)
+
+    def tile(self, epoch: int, slot: int) -> int:
+        """Return the tile of ``slot`` among the items after the whole images."""
+        if slot < len(self.filled):
+            return int(self.filled[slot])
+        return int(self.empty[(slot - len(self.filled) + epoch * self.empty_slots) % len(self.empty)])
+
+    def labels_by_item(self) -> tuple[np.ndarray, np.ndarray]:
+        """Return the item of each box that shows, and its label, (T,) each."""
+        items, labels = self.dataset.labels_by_item()
+        tiles, tile_labels = self._boxed
+        slots = len(self.dataset) + np.searchsorted(self.filled, tiles)
+        return np.concatenate((items, slots)), np.concatenate((labels, tile_labels))
+
+
+def tile_starts(length: int, size: int, overlap: float) -> np.ndarray:
+    """Return the first pixel of each tile along a side of ``length`` pixels, evenly spread from end to end."""
+    if length <= size:
+        return np.zeros(1, np.int64)
+    step = max(size - int(np.ceil(overlap * size)), 1)
+    last = length - size
+    count = -(-last // step) + 1
+    return np.arange(count) * last // (count - 1)
+
+
+def find_tiles(
+    annotations: Annotations, size: int, overlap: float
+) -> tuple[np.ndarray, np.ndarray, tuple[np.ndarray, np.ndarray]]:
+    """Lay tiles over every image with a side longer than ``size``.
+
+    Returns:
+        the image of each tile (T,), its window (T, 4) xyxy in pixels of the image, and of each box that shows in a
+        tile (no crowds) the tile and the label, (K,) each.
+    """
+    a = annotations
+    shapes, shape_of_image = np.unique(a.sizes, axis=0, return_inverse=True)
+    images_by_shape = np.argsort(shape_of_image, kind="stable")
+    bounds = np.searchsorted(shape_of_image[images_by_shape], np.arange(len(shapes) + 1))
+    image_of_box = np.repeat(np.arange(len(a)), np.diff(a.offsets))
+    trained = np.flatnonzero(~a.crowd)
+    boxes_by_shape = trained[np.argsort(shape_of_image[image_of_box[trained]], kind="stable")]
+    box_bounds = np.searchsorted(shape_of_image[image_of_box[boxes_by_shape]], np.arange(len(shapes) + 1))
+
+    images, windows = [np.zeros(0, np.int64)], [np.zeros((0, 4), np.int64)]
+    tiles, labels = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
+    first = 0
+    for k, (height, width) in enumerate(shapes.tolist()):
+        if max(height, width) <= size:
+            continue
+        ys, xs = tile_starts(height, size, overlap), tile_starts(width, size, overlap)
+        x, y = (grid.ravel() for grid in np.meshgrid(xs, ys))
+        grid = np.stack((x, y, np.minimum(x + size, width), np.minimum(y + size, height)), 1)
+        members = images_by_shape[bounds[k] : bounds[k + 1]]  # ascending
+        images.append(np.repeat(members, len(grid)))
+        windows.append(np.tile(grid, (len(members), 1)))
+        rows = boxes_by_shape[box_bounds[k] : box_bounds[k + 1]]
+        for part in np.array_split(rows, -(-len(rows) * len(grid) // PAIRS) or 1):
+            row, tile = np.nonzero(_shows(a.boxes[part], grid))
+            member = np.searchsorted(members, image_of_box[part[row]])
+            tiles.append(first + member * len(grid) + tile)
+            labels.append(a.labels[part[row]])
+        first += len(members) * len(grid)
+    return np.concatenate(images), np.concatenate(windows), (np.concatenate(tiles), np.concatenate(labels))
+
+
+def _shows(boxes: np.ndarray, windows: np.ndarray) -> np.ndarray:
+    """Return which of (N, 4) boxes show enough in which of (T, 4) windows, (N, T) bool."""
+    pairs = np.repeat(boxes, len(windows), axis=0)
+    window_of_pair = np.tile(windows, (len(boxes), 1))
+    return clip_boxes(pairs, window_of_pair)[1].reshape(len(boxes), len(windows))
