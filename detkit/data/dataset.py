@@ -8,7 +8,7 @@ from torch.utils.data import Dataset
 
 from detkit.data.annotations import Annotations
 from detkit.errors import DetkitError
-from detkit.ops.image import Letterbox, read_image
+from detkit.ops.image import Letterbox, decode_image, read_bytes
 from detkit.structures import Origin, Sample
 
 
@@ -27,11 +27,14 @@ class DetectionDataset(Dataset):
         Raises:
             DetkitError: the image cannot be read, or has another size than its annotations say.
         """
-        index = key[1]
+        return self.decode(key[1], read_bytes(self.annotations.paths[key[1]]))
+
+    def decode(self, index: int, data: np.ndarray) -> Sample:
+        """Return image ``index`` made of its bytes (K,) uint8, for who has read them already; raises the same."""
         a = self.annotations
         rows = a.rows(index)
         keep = ~a.crowd[rows]
-        image = read_image(a.paths[index])
+        image = decode_image(data, a.paths[index])
         stated = tuple(int(n) for n in a.sizes[index])
         if image.shape[:2] != stated:
             raise DetkitError(

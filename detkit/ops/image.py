@@ -1,7 +1,13 @@
-"""Reading pictures and fitting them into the network's input."""
+"""Reading pictures and fitting them into the network's input.
 
+A picture's path may lead into a tar file: SHARD.tar/OFFSET+SIZE/NAME, bytes counted from the start of the shard.
+"""
+
+import io
+import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import cv2
 import numpy as np
@@ -10,6 +16,44 @@ from detkit.errors import DetkitError
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
 FILL = 114  # the gray that YOLO models see around an image
+_IN_TAR = re.compile(r"(.+\.tar)/(\d+)\+(\d+)/[^/]+", re.DOTALL)
+
+
+def tar_member(path: str | Path) -> tuple[str, int, int] | None:
+    """Return the tar file that a path leads into, and the first byte and size of the picture there; None for a file."""
+    match = _IN_TAR.fullmatch(str(path))
+    return (match[1], int(match[2]), int(match[3])) if match else None
+
+
+def open_picture(path: str | Path) -> BinaryIO:
+    """Open a picture's bytes for reading, wherever they are.
+
+    Raises:
+        OSError: the file cannot be opened.
+    """
+    member = tar_member(path)
+    if member is None:
+        return open(path, "rb")
+    shard, offset, size = member
+    with open(shard, "rb") as file:
+        file.seek(offset)
+        return io.BytesIO(file.read(size))
+
+
+def read_bytes(path: Path) -> np.ndarray:
+    """Return a picture's bytes as they are stored, (K,) uint8.
+
+    Raises:
+        DetkitError: the file is missing.
+    """
+    member = tar_member(path)
+    try:
+        if member is None:
+            return np.fromfile(path, np.uint8)
+        shard, offset, size = member
+        return np.fromfile(shard, np.uint8, size, offset=offset)
+    except OSError as error:
+        raise DetkitError(f"cannot read image {path}: {error.strerror or error}") from None
 
 
 def read_image(path: Path) -> np.ndarray:
@@ -18,10 +62,15 @@ def read_image(path: Path) -> np.ndarray:
     Raises:
         DetkitError: the file is missing or is no image that OpenCV can read.
     """
-    try:
-        data = np.fromfile(path, np.uint8)
-    except OSError as error:
-        raise DetkitError(f"cannot read image {path}: {error.strerror or error}") from None
+    return decode_image(read_bytes(path), path)
+
+
+def decode_image(data: np.ndarray, path: Path) -> np.ndarray:
+    """Decode the bytes (K,) uint8 of the picture at ``path``, as ``read_image`` does.
+
+    Raises:
+        DetkitError: they are no image that OpenCV can read.
+    """
     try:
         image = cv2.imdecode(data, cv2.IMREAD_COLOR_RGB) if data.size else None
     except cv2.error:  # a declared size beyond OpenCV's limit

@@ -8,9 +8,10 @@ import torch
 import yaml
 
 from detkit.data.annotations import Annotations
-from detkit.data.augment import AugmentedDataset
+from detkit.data.augment import Augmentation, AugmentedDataset
 from detkit.data.dataset import DetectionDataset
 from detkit.data.loader import BatchLoader, worker_count
+from detkit.data.stream import ShardLoader
 from detkit.engine.logging import RunLog
 from detkit.engine.optim import Recipe, Schedule, accumulation
 from detkit.engine.precision import Precision, keep_freed_memory, make_deterministic, pick_device
@@ -73,12 +74,15 @@ def run(cfg: dict[str, Any]) -> dict[str, Any]:
     return results
 
 
-def _train_loader(annotations: Annotations, cfg: dict[str, Any], device: torch.device) -> BatchLoader:
-    """Return the augmented set, shuffled every epoch."""
+def _train_loader(annotations: Annotations, cfg: dict[str, Any], device: torch.device) -> BatchLoader | ShardLoader:
+    """Return the augmented set, shuffled every epoch; tar shards as streams."""
     images = DetectionDataset(annotations)
-    dataset = AugmentedDataset(images, cfg["image_size"], cfg["augment"], cfg["seed"], cfg["trainer"]["epochs"])
-    workers, pin = worker_count(cfg["workers"]), device.type == "cuda"
-    return BatchLoader(dataset, cfg["batch_size"], workers=workers, seed=cfg["seed"], shuffle=True, pin=pin)
+    augment = (cfg["image_size"], cfg["augment"])
+    options = {"workers": worker_count(cfg["workers"]), "seed": cfg["seed"], "pin": device.type == "cuda"}
+    if cfg["data"]["name"] == "webdataset":
+        return ShardLoader(images, Augmentation(*augment, cfg["trainer"]["epochs"]), cfg["batch_size"], **options)
+    dataset = AugmentedDataset(images, *augment, cfg["seed"], cfg["trainer"]["epochs"])
+    return BatchLoader(dataset, cfg["batch_size"], shuffle=True, **options)
 
 
 def _train_step(
