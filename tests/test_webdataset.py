@@ -22,7 +22,7 @@ from detkit.data.shapes import read_shapes
 from detkit.data.stream import ShardLoader, cut_batches
 from detkit.data.webdataset import read_webdataset, write_webdataset
 from detkit.errors import DetkitError
-from detkit.ops.image import read_bytes, read_image
+from detkit.ops.image import read_bytes, read_image, tar_member
 from detkit.tasks import eval as eval_task
 from detkit.tasks import train
 from detkit.tasks.common import read_split
@@ -103,10 +103,11 @@ def _rank(root: str, rank: int, ranks: int, workers: int, queue: multiprocessing
     queue.put((rank, len(loader), epochs))
 
 
-@pytest.mark.parametrize("ranks,workers", [(1, 0), (1, 3), (2, 2), (3, 1)])
-@pytest.mark.parametrize("shard_images", [100, 10, 1])
+@pytest.mark.parametrize(
+    "ranks,workers,shard_images", [(1, 0, 10), (1, 2, 10), (2, 2, 100), (2, 2, 10), (2, 2, 1), (3, 1, 100)]
+)
 def test_every_image_comes_once_an_epoch(ranks, workers, shard_images, shapes_root, tmp_path):
-    """One shard, three uneven ones and one for each image, read by up to four processes that know of no other."""
+    """One shard, three uneven ones or one for each image, read by up to four processes that know of no other."""
     source = read_shapes("train", root=str(shapes_root))
     write_webdataset(source, tmp_path, "train", shard_images)
     context = multiprocessing.get_context("fork")
@@ -115,7 +116,7 @@ def test_every_image_comes_once_an_epoch(ranks, workers, shard_images, shapes_ro
     processes = [context.Process(target=_rank, args=(str(tmp_path), r, ranks, workers, queue)) for r in range(ranks)]
     for process in processes:
         process.start()
-    results = dict((rank, rest) for rank, *rest in (queue.get(timeout=60) for _ in processes))
+    results = {rank: rest for rank, *rest in (queue.get(timeout=60) for _ in processes)}
     for process in processes:
         process.join()
     for epoch in range(3):
@@ -138,7 +139,7 @@ def test_samples_do_not_depend_on_the_workers_but_for_partners(shards):
         }
 
     flips = PLAIN | {"affine": {"scale": [0.5, 1.5], "translate": 0.2}, "transforms": {"flip": {"p": 0.5}}}
-    assert samples(flips, 0) == samples(flips, 3)
+    assert samples(flips, 0) == samples(flips, 2)
     assert samples(MOSAIC, 2) == samples(MOSAIC, 2) != samples(MOSAIC, 0)
 
 
@@ -156,7 +157,7 @@ def test_damage_is_left_out_and_said(tmp_path):
             "dir/good.png": png(), "dir/good.json": label(boxes=[[0, 0, 99, 99], [1, 1, 1, 5]], labels=[1, 0]),
             "noimage.json": label(), "nolabel.png": png(),
             "broken.png": b"broken", "broken.json": label(),
-            "half.png": png()[:-20], "half.json": label(),
+            "half.png": png()[:50], "half.json": label(),
             "list.png": png(), "list.json": b"[1, 2]",
             "deep.png": png(), "deep.json": b"[" * 100_000,
             "short.png": png(), "short.json": label(labels=[]),
@@ -171,8 +172,7 @@ def test_damage_is_left_out_and_said(tmp_path):
     assert found.boxes[found.rows(3)].tolist() == [[0, 0, 16, 16]]
     assert log.of("left out", "mended") == {
         "broken_shard": 2,
-        "unreadable_image": 1,
-        "truncated_image": 1,
+        "unreadable_image": 2,
         "unreadable_labels": 3,
         "missing_labels": 1,
         "labels_without_image": 1,
@@ -197,21 +197,22 @@ def test_damage_after_the_index_loses_no_other_image(workers, tmp_path):
         )
     write_list(tmp_path, ("0.tar", 4), ("1.tar", 4), ("2.tar", 4))
     dataset = DetectionDataset(read_webdataset("train", root=str(tmp_path)))
-    pixels = dataset.annotations.paths[1]
-    _, offset, _ = (int(n) if n.isdigit() else n for n in ("", *pixels.parent.name.split("+")))
+    damaged = dataset.annotations.paths[1]
+    _, offset, _ = tar_member(damaged)
     with (tmp_path / "0.tar").open("r+b") as file:
         file.seek(offset)
         file.write(b"damaged!")
-    os.truncate(tmp_path / "2.tar", 3000)  # within its first sample's neighbour
+    os.truncate(tmp_path / "2.tar", 3000)  # within its second sample
     loader = ShardLoader(dataset, Augmentation(64, PLAIN, 1), 4, workers=workers)
     assert len(loader) == 3
     batches = list(loader.epoch(0))
     seen = {o.index for batch in batches for o in batch.origins}
     assert {0, 2, 3, 4, 5, 6, 7} <= seen <= set(range(12)) - {1, 11}
     said = " ".join([p for batch in batches for p in batch.problems] + loader.problems)
-    assert f"cannot read image {pixels}" in said
+    assert f"cannot read image {damaged}" in said
     assert "2.tar: " in said and "images are left out" in said
-    (tmp_path / "0.tar").unlink(), (tmp_path / "1.tar").unlink(), (tmp_path / "2.tar").unlink()
+    for shard in tmp_path.glob("*.tar"):
+        shard.unlink()
     with pytest.raises(DetkitError, match=r"no image of this epoch can be read: .*\.tar"):
         list(loader.epoch(1))
 
@@ -221,14 +222,16 @@ def test_a_failing_augmentation_says_why_from_its_process(shards):
         raise DetkitError("augment.transforms: Blur fails")
 
     dataset = DetectionDataset(read_webdataset("train", root=str(shards)))
-    with pytest.raises(DetkitError, match="^augment.transforms: Blur fails$"):
+    with pytest.raises(DetkitError, match=r"^augment\.transforms: Blur fails$"):
         next(ShardLoader(dataset, augment, 4, workers=2).epoch(0))
-    with (
-        pytest.raises(DetkitError, match="24 images are too few for batch_size=4 on 25 processes"),
-        pytest.MonkeyPatch.context() as patch,
-    ):
-        patch.setenv("RANK", "0"), patch.setenv("WORLD_SIZE", "25")
-        ShardLoader(dataset, augment, 4, workers=0)
+
+
+def test_too_few_images_for_the_processes(shards, monkeypatch):
+    dataset = DetectionDataset(read_webdataset("train", root=str(shards)))
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "25")
+    with pytest.raises(DetkitError, match="24 images are too few for batch_size=4 on 25 processes"):
+        ShardLoader(dataset, Augmentation(64, PLAIN, 1), 4, workers=0)
 
 
 MISTAKES = [
@@ -248,7 +251,7 @@ MISTAKES = [
 ]
 
 
-@pytest.mark.parametrize("arguments,content,sentence", MISTAKES)
+@pytest.mark.parametrize("arguments,content,sentence", MISTAKES, ids=range(len(MISTAKES)))
 def test_a_mistake_is_one_sentence(arguments, content, sentence, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     if isinstance(content, str):
@@ -263,17 +266,16 @@ def test_a_mistake_is_one_sentence(arguments, content, sentence, tmp_path, monke
 
 def test_training_on_shards(shards, shapes_root, tmp_path, capsys):
     """One epoch, mosaic and all; the weights score on the shards what they score on the files."""
-    common = ["image_size=64", "workers=2", "device=cpu", "amp=off"]
+    common = ["image_size=64", "device=cpu", "amp=off"]
     data = ["data=webdataset", f"data.root={shards}"]
-    rest = ["batch_size=8", "trainer.epochs=1", "optim.warmup_min_batches=1", f"run_dir={tmp_path / 'run'}"]
+    rest = ["batch_size=8", "workers=2", "trainer.epochs=1", f"run_dir={tmp_path / 'run'}"]
     train.run(resolve(compose_config("train", [*common, *data, *rest])))
     assert (tmp_path / "run" / "plots").is_dir()
-    ckpt = f"ckpt={tmp_path / 'run' / 'last.safetensors'}"
-    shapes = ["data=shapes", f"data.root={shapes_root}"]
-    metrics = [
-        eval_task.run(resolve(compose_config("eval", [*common, ckpt, *given, f"run_dir={tmp_path / name}"])))
-        for name, given in (("shards", []), ("files", shapes))
-    ]
+    ckpt = [f"ckpt={tmp_path / 'run' / 'last.safetensors'}", "workers=0", "score=0.0001"]
+    metrics, predictions = [], []
+    for name, given in (("shards", []), ("files", ["data=shapes", f"data.root={shapes_root}"])):
+        cfg = resolve(compose_config("eval", [*common, *ckpt, *given, f"run_dir={tmp_path / name}"]))
+        metrics.append(eval_task.run(cfg))
+        predictions.append(json.loads((tmp_path / name / "predictions.json").read_text()))
     assert metrics[0] == metrics[1]
-    predictions = [json.loads((tmp_path / name / "predictions.json").read_text()) for name in ("shards", "files")]
-    assert predictions[0] and len(predictions[0]) == len(predictions[1])
+    assert predictions[0] == predictions[1] != []

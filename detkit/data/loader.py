@@ -77,7 +77,7 @@ class BatchLoader:
         self.sampler.epoch = epoch
         for batch in self.loader:
             if isinstance(batch, DetkitError):
-                raise batch
+                raise DetkitError(str(batch))  # not itself: a cycle with this frame would make the workers end late
             yield batch
 
 

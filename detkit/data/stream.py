@@ -83,7 +83,7 @@ class ShardLoader:
         for batch, problems in self.loader:
             self.problems += problems
             if isinstance(batch, DetkitError):
-                raise batch
+                raise DetkitError(str(batch))  # not itself: a cycle with this frame would make the workers end late
             if batch is not None:
                 any_batch = True
                 batch.problems, self.problems = self.problems, []
