@@ -11,6 +11,10 @@ class DetkitError(ValueError):
     """
 
 
+class UnreadableImage(DetkitError):  # noqa: N818  (what it is, not that it is an error)
+    """An image file that cannot be read, or is not the one that was labelled: whoever loads many may leave it out."""
+
+
 def nearest(word: str, known: Iterable[str]) -> str:
     """Return ``"; did you mean 'x'?"`` for the known word closest to ``word``, or an empty string."""
     matches = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)

@@ -77,6 +77,7 @@ class Batch:
         labels_bm: (B, M) int64, zero where padded.
         valid_bm: (B, M) bool, False where padded.
         origins: where each image comes from.
+        problems: a sentence for each image that was left out on the way here.
     """
 
     images: Tensor
@@ -84,6 +85,7 @@ class Batch:
     labels_bm: Tensor
     valid_bm: Tensor
     origins: list[Origin] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
 
     def to(self, device: torch.device) -> "Batch":
         """Return the batch with its tensors on ``device`` (without waiting, from pinned memory)."""
@@ -94,7 +96,8 @@ class Batch:
         return self._map(Tensor.pin_memory)
 
     def _map(self, move: Callable[[Tensor], Tensor]) -> "Batch":
-        return Batch(*map(move, (self.images, self.boxes_bm4, self.labels_bm, self.valid_bm)), origins=self.origins)
+        tensors = map(move, (self.images, self.boxes_bm4, self.labels_bm, self.valid_bm))
+        return Batch(*tensors, origins=self.origins, problems=self.problems)
 
 
 @dataclass

@@ -3,6 +3,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+from torch.utils.data import Dataset
 
 from detkit.config import compose_config, group_options, resolve
 from detkit.data import augment, cache, dataset
@@ -13,7 +14,7 @@ from detkit.data.mosaic import Affine, clip_boxes, compose
 from detkit.data.shapes import read_shapes
 from detkit.data.transforms import build_transform
 from detkit.errors import DetkitError
-from detkit.ops.image import read_shrunk
+from detkit.ops.image import decode_shrunk
 from detkit.structures import Origin, Sample
 
 COLOURS = [(255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 0)]
@@ -203,7 +204,9 @@ def test_windows_are_stretches_of_the_order(length, window):
 
 def test_an_image_of_a_window_is_decoded_once(shapes_root, monkeypatch):
     decoded = []
-    monkeypatch.setattr(dataset, "read_shrunk", lambda path, *rest: decoded.append(path) or read_shrunk(path, *rest))
+    monkeypatch.setattr(
+        dataset, "decode_shrunk", lambda data, path, *rest: decoded.append(path) or decode_shrunk(data, path, *rest)
+    )
     monkeypatch.setattr(cache, "RECENT_BYTES", 12 * 64 * 64 * 3)
     images = DetectionDataset(read_shapes("train", root=str(shapes_root)), 64)
     window = partner_window("auto", images, 4)
@@ -228,16 +231,40 @@ def test_mosaic_is_off_in_the_last_epochs(augmented, monkeypatch):
     assert tiles == [4, 4, 1]
 
 
-def test_a_worker_s_mistake_arrives_as_its_sentence(shapes_root, tmp_path):
-    annotations = read_shapes("val", root=str(shapes_root))
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_image_that_becomes_unreadable_is_skipped_and_named(shapes_root, tmp_path, workers):
+    annotations = read_shapes("train", root=str(shapes_root))
     broken = tmp_path / "broken.jpg"
     broken.write_bytes(b"no picture")
     annotations.paths = [broken if k == 4 else path for k, path in enumerate(annotations.paths)]
-    for workers in (0, 1):
-        loader = BatchLoader(DetectionDataset(annotations), 2, workers=workers)
-        with pytest.raises(DetkitError) as error:
-            list(loader.epoch(0))
-        assert str(error.value).startswith(f"cannot read image {broken}: ")
+    augment = resolve(compose_config("train", ["~data.preset"]))["augment"]  # with mosaics: it may be a partner, too
+    dataset = AugmentedDataset(DetectionDataset(annotations, 64), 64, augment, 0, 20)
+    batches = list(BatchLoader(dataset, 4, workers=workers).epoch(0))
+    assert [len(batch.images) for batch in batches] == [4, 3, 4, 4, 4, 4]
+    assert sorted({*range(24)} - {o.index for batch in batches for o in batch.origins}) == [4]
+    (problem,) = (sentence for batch in batches for sentence in batch.problems)
+    assert problem.startswith(f"cannot read image {broken}: ")
+    annotations.paths = [broken] * 24
+    with pytest.raises(DetkitError, match="no image of this epoch can be read; the first: cannot read image"):
+        list(BatchLoader(dataset, 4, workers=workers).epoch(0))
+
+
+class Failing(Dataset):
+    """Its third sample cannot be made, for a reason that no other image would mend."""
+
+    def __len__(self):
+        return 6
+
+    def __getitem__(self, key):
+        if key[1] == 2:
+            raise DetkitError("augment.transforms: Blur fails")
+        return rectangle(np.random.default_rng(0), COLOURS[0], 0)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_mistake_arrives_as_its_sentence(workers):
+    with pytest.raises(DetkitError, match=r"^augment\.transforms: Blur fails$"):
+        list(BatchLoader(Failing(), 2, workers=workers).epoch(0))
 
 
 @pytest.mark.parametrize("name", group_options("augment"))

@@ -16,7 +16,7 @@ from detkit.data.dataset import DetectionDataset
 from detkit.data.loader import BatchLoader
 from detkit.data.shapes import read_shapes
 from detkit.errors import DetkitError
-from detkit.ops.image import read_image, read_shrunk, shrunk_size
+from detkit.ops.image import decode_shrunk, read_bytes, read_image, shrunk_size
 from detkit.tasks.common import read_split
 
 
@@ -60,8 +60,8 @@ def test_workers_share_a_cache_and_samples_are_the_same(kind, shapes, monkeypatc
     for plain, cached in zip(*batches.values(), strict=True):
         assert np.array_equal(plain.images, cached.images)
         assert np.array_equal(plain.boxes_bm4, cached.boxes_bm4)
-    expected = [read_shrunk(path, (256, 256), 64)[0] for path in shapes.paths]
-    monkeypatch.setattr(dataset, "read_shrunk", None)
+    expected = [decode_shrunk(read_bytes(path), path, (256, 256), 64)[0] for path in shapes.paths]
+    monkeypatch.setattr(dataset, "decode_shrunk", None)
     again = images if kind == "ram" else DetectionDataset(shapes, 64, kind)  # a later run
     for index, pixels in enumerate(expected):
         assert np.array_equal(again[0, index].image, pixels)
@@ -145,7 +145,7 @@ def test_a_jpeg_is_decoded_at_a_fraction_and_upright(tmp_path):
         (151, 76),
         (76, 38),
     ]
-    image, found = read_shrunk(path, (601, 301), 100)
+    image, found = decode_shrunk(read_bytes(path), path, (601, 301), 100)
     assert found == (601, 301)
     assert image.shape[:2] == (100, 50)
     assert image[20].mean() > 100 > image[80].mean()

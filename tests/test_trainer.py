@@ -165,7 +165,9 @@ def test_best_is_the_latest_of_the_best(tmp_path, monkeypatch, make_step):
     trainer = Trainer(make_step(1), [], [], None, epochs=5, run_dir=tmp_path, log=log)
     monkeypatch.setattr(trainer, "train_epoch", lambda epoch: ({"box": 1.0}, 1.0))
     blank = dict.fromkeys(METRICS, 0.0)
-    monkeypatch.setattr(trainer, "validate", lambda: Evaluation(blank | {"AP": next(scores), "per_class": {}}, [], []))
+    monkeypatch.setattr(
+        trainer, "validate", lambda: Evaluation(blank | {"AP": next(scores), "per_class": {}}, [], [], [])
+    )
     monkeypatch.setattr(trainer, "picture_predictions", lambda evaluation: None)
     results = trainer.fit()
     log.close()

@@ -6,6 +6,7 @@ images have numbers.
 
 import math
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -17,9 +18,11 @@ from detkit.data.mixup import mixup
 from detkit.data.mosaic import Affine, compose
 from detkit.data.tiles import TiledDataset
 from detkit.data.transforms import build_transform
+from detkit.errors import UnreadableImage
 from detkit.structures import Key, Sample
 
 OFF = {"p": 0.0}  # where a configuration of one's own does not mention something
+ATTEMPTS = 8  # to draw a partner, before the image is its own
 MIN_PARTNERS = 16  # a window of the epoch's order has this many positions at least
 
 
@@ -98,9 +101,14 @@ class AugmentedDataset(Dataset):
         epoch, index, repeat, partners = Key(*key)
         pool = range(len(self)) if partners is None else partners
         rng = np.random.default_rng((self.seed, epoch, index, repeat))
-        return self.augmentation(
-            self.dataset[epoch, index], lambda: self.dataset[epoch, pool[rng.integers(len(pool))]], rng, epoch
-        )
+
+        def draw() -> Sample:
+            for _ in range(ATTEMPTS):  # a partner that cannot be read is named when its own turn comes
+                with suppress(UnreadableImage):
+                    return self.dataset[epoch, pool[rng.integers(len(pool))]]
+            return self.dataset[epoch, index]
+
+        return self.augmentation(self.dataset[epoch, index], draw, rng, epoch)
 
 
 def partner_window(partners: str, dataset: DetectionDataset | TiledDataset, batch_size: int) -> int:

@@ -17,7 +17,7 @@ import numpy as np
 
 from detkit.data.annotations import Annotations
 from detkit.errors import DetkitError
-from detkit.ops.image import shrunk_size
+from detkit.ops.image import picture_file, shrunk_size
 
 RECENT_BYTES = 128 * 2**20  # what a process remembers where there is no cache
 MARGIN = 0.8  # share of the free memory or disk that a cache may take
@@ -178,7 +178,7 @@ def _cache_file(annotations: Annotations, longest: int) -> Path:
     digest = hashlib.blake2b(f"{VERSION} {longest}".encode(), digest_size=8)
     for path, (height, width) in zip(annotations.paths, annotations.sizes, strict=True):
         try:
-            status = path.stat()
+            status = os.stat(picture_file(path))
         except OSError as error:
             raise DetkitError(f"cannot read image {path}: {error.strerror or error}") from None
         digest.update(f"{path.resolve()}\0{height} {width} {status.st_size} {status.st_mtime_ns}\n".encode())

@@ -3,15 +3,13 @@
 A key is ``(epoch, index)`` or a ``Key``: what a sample looks like depends on nothing else but the seed.
 """
 
-from pathlib import Path
-
 import numpy as np
 from torch.utils.data import Dataset
 
 from detkit.data.annotations import Annotations
 from detkit.data.cache import open_cache
-from detkit.errors import DetkitError
-from detkit.ops.image import Letterbox, read_shrunk
+from detkit.errors import UnreadableImage
+from detkit.ops.image import Letterbox, decode_shrunk, read_bytes
 from detkit.structures import Key, Origin, Sample
 
 
@@ -50,29 +48,38 @@ class DetectionDataset(Dataset):
         """Return image ``key[1]``, its pixels to be read only.
 
         Raises:
-            DetkitError: the image cannot be read, or has another size than its annotations say.
+            UnreadableImage: it cannot be read, or has another size than its annotations say.
         """
         index = key[1]
+
+        def load() -> np.ndarray:
+            return self._pixels(index, read_bytes(self.annotations.paths[index]))
+
+        return self._sample(index, load() if self.cache is None else self.cache.fetch(index, load))
+
+    def decode(self, index: int, data: np.ndarray) -> Sample:
+        """Return image ``index`` made of its bytes (K,) uint8, for who has read them already; raises the same."""
+        return self._sample(index, self._pixels(index, data))
+
+    def _sample(self, index: int, image: np.ndarray) -> Sample:
+        """Return an image with its boxes in its own pixels."""
         a = self.annotations
-        path, size = a.paths[index], (int(a.sizes[index, 0]), int(a.sizes[index, 1]))
+        size = (int(a.sizes[index, 0]), int(a.sizes[index, 1]))
         rows = a.rows(index)
         boxes, labels = a.boxes[rows].astype(np.float32), a.labels[rows].astype(np.int64)
         if self.has_crowds:
             keep = ~a.crowd[rows]
             boxes, labels = boxes[keep], labels[keep]
-        if self.cache is None:
-            image = self._decode(path, size)
-        else:
-            image = self.cache.fetch(index, lambda: self._decode(path, size))
         if image.shape[:2] != size:
             boxes *= np.float32((image.shape[1] / size[1], image.shape[0] / size[0]) * 2)
-        return Sample(image, boxes, labels, Origin(index, path, size))
+        return Sample(image, boxes, labels, Origin(index, a.paths[index], size))
 
-    def _decode(self, path: Path, size: tuple[int, int]) -> np.ndarray:
-        """Return the file's picture, whose (height, width) is ``size`` by its label."""
-        image, found = read_shrunk(path, size, self.longest or max(size))
+    def _pixels(self, index: int, data: np.ndarray) -> np.ndarray:
+        """Return the picture of a file's bytes, of a training's size."""
+        path, size = self.annotations.paths[index], tuple(self.annotations.sizes[index].tolist())
+        image, found = decode_shrunk(data, path, size, self.longest or max(size))
         if found != size:
-            raise DetkitError(
+            raise UnreadableImage(
                 f"image {path} is now {found[1]}x{found[0]} pixels; when its labels were read it was "
                 f"{size[1]}x{size[0]}, so its boxes would be misplaced"
             )

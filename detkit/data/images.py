@@ -14,7 +14,7 @@ from PIL import Image
 from rich.progress import track
 
 from detkit.errors import DetkitError
-from detkit.ops.image import IMAGE_SUFFIXES
+from detkit.ops.image import IMAGE_SUFFIXES, open_picture, tar_member
 
 MAX_PIXELS = 2**28  # of an image: beyond, it is taken for a bomb
 PARALLEL_FROM = 2000  # images: below, starting processes costs more than it saves
@@ -69,18 +69,19 @@ def walk(folder: Path) -> Iterator[os.DirEntry]:
 
 
 def probe(path: str | Path) -> tuple[int, int, int, int, int]:
-    """Read the head and the tail of an image file.
+    """Read the head and the tail of an image file, or of one within a tar file (ops/image.py).
 
     Returns:
         height and width turned upright, height and width as stored (0 where unreadable), flags.
     """
+    member = tar_member(path)
     try:
-        if not stat.S_ISREG(os.stat(path).st_mode):  # opening a pipe would wait for ever
+        if not stat.S_ISREG(os.stat(member[0] if member else path).st_mode):  # opening a pipe would wait for ever
             return 0, 0, 0, 0, UNREADABLE
     except (OSError, ValueError):
         return 0, 0, 0, 0, MISSING
     try:
-        with warnings.catch_warnings(), open(path, "rb") as file:
+        with warnings.catch_warnings(), open_picture(path) as file:
             warnings.simplefilter("ignore")  # of large images, which are looked at below
             with Image.open(file) as image:
                 return _describe(image, path)
@@ -121,14 +122,14 @@ def _describe(image: Image.Image, path: str | Path) -> tuple[int, int, int, int,
 
 
 def _png_bits(path: str | Path) -> int:
-    with open(path, "rb") as file:
+    with open_picture(path) as file:
         return (file.read(25) + bytes(25))[24]
 
 
 def _has_end(path: str | Path, kind: str) -> bool:
     """Whether a file's closing marker is there; cameras may pad a JPEG, so a missing one is looked for in all of it."""
     marker = b"IEND" if kind == "PNG" else b"\xff\xd9"
-    with open(path, "rb") as file:
+    with open_picture(path) as file:
         size = file.seek(0, os.SEEK_END)
         file.seek(max(size - 64, 0))
         if marker in file.read():
@@ -138,7 +139,7 @@ def _has_end(path: str | Path, kind: str) -> bool:
 
 def _decodes(path: str | Path) -> bool:
     try:
-        with Image.open(path) as image:
+        with open_picture(path) as file, Image.open(file) as image:
             image.load()
         return True
     except (OSError, ValueError, SyntaxError, EOFError, MemoryError, struct.error):

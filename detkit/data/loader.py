@@ -1,7 +1,7 @@
 """From a dataset to batches: order, worker processes, stacking."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import cv2
 import numpy as np
@@ -9,7 +9,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from detkit.data.sampling import draw_items, epoch_length
-from detkit.errors import DetkitError
+from detkit.errors import DetkitError, UnreadableImage
 from detkit.structures import Batch, Key, Sample
 
 
@@ -83,6 +83,7 @@ class BatchLoader:
         window: int = 0,
     ) -> None:
         self.sampler = EpochSampler(len(dataset), seed, shuffle, expected, window)
+        self.problems: list[str] = []
         self.loader = DataLoader(
             _Guarded(dataset),
             batch_size,
@@ -91,23 +92,51 @@ class BatchLoader:
             collate_fn=_collate,
             pin_memory=pin,
             persistent_workers=workers > 0,
-            worker_init_fn=_init_worker,
+            worker_init_fn=init_worker,
         )
 
     def __len__(self) -> int:
         return len(self.loader)
 
+    @property
+    def samples(self) -> int:
+        """The number of samples of an epoch."""
+        return len(self.sampler)
+
     def epoch(self, epoch: int) -> Iterator[Batch]:
-        """Yield the batches of one epoch.
+        """Yield the batches of one epoch; images that cannot be read are missing, and named in ``batch.problems``.
 
         Raises:
-            DetkitError: a sample could not be made, in whatever process that was.
+            DetkitError: a sample could not be made for another reason, in whatever process that was, or none at all.
         """
         self.sampler.epoch = epoch
-        for batch in self.loader:
-            if isinstance(batch, DetkitError):
-                raise batch
+        yield from made_batches(self.loader, self.problems)
+
+
+def made_batches(
+    results: Iterable[tuple[Batch | DetkitError | None, list[str]]], problems: list[str]
+) -> Iterator[Batch]:
+    """Yield what worker processes made, with the problems met since the batch before.
+
+    Args:
+        results: a batch, None where no sample of it could be made, or a mistake; and sentences about images left out.
+        problems: where sentences wait for the next batch.
+
+    Raises:
+        DetkitError: the mistake that came instead of a batch, or there was no batch at all.
+    """
+    empty = True
+    for batch, sentences in results:
+        problems += sentences
+        if isinstance(batch, DetkitError):
+            raise DetkitError(str(batch))  # not itself: a cycle with this frame would make the workers end late
+        if batch is not None:
+            empty = False
+            batch.problems = problems.copy()
+            problems.clear()
             yield batch
+    if empty:
+        raise DetkitError(f"no image of this epoch can be read; the first: {problems[0] if problems else 'none there'}")
 
 
 def worker_count(workers: int | str) -> int:
@@ -143,9 +172,13 @@ class _Guarded(Dataset):
             return error
 
 
-def _collate(items: list[Sample | DetkitError]) -> Batch | DetkitError:
-    return next((item for item in items if isinstance(item, DetkitError)), None) or collate(items)
+def _collate(items: list[Sample | DetkitError]) -> tuple[Batch | DetkitError | None, list[str]]:
+    problems = [str(item) for item in items if isinstance(item, UnreadableImage)]
+    fault = next((e for e in items if isinstance(e, DetkitError) and not isinstance(e, UnreadableImage)), None)
+    samples = [item for item in items if isinstance(item, Sample)]
+    return fault or (collate(samples) if samples else None), problems
 
 
-def _init_worker(_: int) -> None:
+def init_worker(_: int) -> None:
+    """Prepare a worker process."""
     cv2.setNumThreads(0)  # one process a core is enough

@@ -23,6 +23,7 @@ class Kind:
 
 
 KINDS: dict[str, Kind] = {
+    "broken_shard": Kind("tar shards that are damaged or hold less than is listed", LEFT_OUT),
     "missing_image": Kind("images that do not exist", LEFT_OUT),
     "unreadable_image": Kind("images that cannot be read", LEFT_OUT),
     "truncated_image": Kind("truncated images", LEFT_OUT),

@@ -28,11 +28,13 @@ class Evaluation:
         metrics: METRICS in 0..1 (-1 where the set has no such boxes), and ``per_class``: {name: {AP, AP50, boxes}}.
         predictions: COCO results: image_id, category_id, bbox [x, y, w, h] in pixels of the image, score.
         pictures: the first batch's origins with their boxes (N, 4), scores (N,) and labels (N,), for drawing.
+        problems: a sentence for each image that could not be read; its boxes count as missed.
     """
 
     metrics: dict[str, Any]
     predictions: list[dict[str, Any]]
     pictures: list[tuple[Origin, Tensor, Tensor, Tensor]]
+    problems: list[str]
 
 
 @torch.inference_mode()
@@ -57,7 +59,9 @@ def evaluate(
     detector.eval()
     predictions: list[dict[str, Any]] = []
     pictures: list[tuple[Origin, Tensor, Tensor, Tensor]] = []
+    problems: list[str] = []
     for k, batch in enumerate(batches):
+        problems += batch.problems
         batch = batch.to(device)
         boxes, scores = detector.decode(detector(batch.images.float() / 255))
         selected = select_boxes(boxes, scores, score=score, iou=iou, max_det=max_det)
@@ -68,7 +72,7 @@ def evaluate(
             if k == 0:
                 pictures.append((origin, *found))
         advance()
-    return Evaluation(coco_metrics(annotations, predictions), predictions, pictures)
+    return Evaluation(coco_metrics(annotations, predictions), predictions, pictures, problems)
 
 
 def coco_metrics(annotations: Annotations, predictions: list[dict[str, Any]]) -> dict[str, Any]:

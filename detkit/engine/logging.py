@@ -29,6 +29,7 @@ class RunLog:
         self.console = console
         self.history: list[dict[str, float]] = []
         self.tensorboard = SummaryWriter(run_dir)
+        self.told: set[str] = set()  # sentences of ``problems``
 
     def epoch(self, row: Mapping[str, float], losses: Collection[str], line: str) -> None:
         """Record one epoch: a row of the history, TensorBoard scalars, one line on the terminal.
@@ -47,6 +48,13 @@ class RunLog:
                 group = "loss" if name in losses else "train" if name in TRAINING else "val"
                 self.tensorboard.add_scalar(f"{group}/{name}", value, int(row["epoch"]))
         self.console.print(line)
+
+    def problems(self, sentences: Collection[str]) -> None:
+        """Say, once for each image, that it was skipped."""
+        for sentence in sentences:
+            if sentence not in self.told:
+                self.told.add(sentence)
+                self.console.print(f"skipped: {sentence}")
 
     def picture(self, name: str, image: np.ndarray, epoch: int) -> None:
         """Keep an (H, W, 3) uint8 RGB picture as ``plots/NAME.jpg`` and in TensorBoard."""

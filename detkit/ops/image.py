@@ -1,12 +1,18 @@
-"""Reading pictures and fitting them into the network's input."""
+"""Reading pictures and fitting them into the network's input.
 
+A picture's path may lead into a tar file: SHARD.tar/OFFSET+SIZE/NAME, bytes counted from the start of the shard.
+"""
+
+import io
+import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import cv2
 import numpy as np
 
-from detkit.errors import DetkitError
+from detkit.errors import UnreadableImage
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
 FILL = 114  # the gray that YOLO models see around an image
@@ -18,6 +24,51 @@ _REDUCED = {
     8: cv2.IMREAD_REDUCED_GRAYSCALE_8,
 }
 
+_IN_TAR = re.compile(r"(.+\.tar)/(\d+)\+(\d+)/[^/]+", re.DOTALL)
+
+
+def tar_member(path: str | Path) -> tuple[str, int, int] | None:
+    """Return the tar file that a path leads into, and the first byte and size of the picture there; None for a file."""
+    match = _IN_TAR.fullmatch(str(path))
+    return (match[1], int(match[2]), int(match[3])) if match else None
+
+
+def picture_file(path: str | Path) -> str:
+    """Return the file that holds a picture: itself, or the tar file that its path leads into."""
+    member = tar_member(path)
+    return str(path) if member is None else member[0]
+
+
+def open_picture(path: str | Path) -> BinaryIO:
+    """Open a picture's bytes for reading, wherever they are.
+
+    Raises:
+        OSError: the file cannot be opened.
+    """
+    member = tar_member(path)
+    if member is None:
+        return open(path, "rb")
+    shard, offset, size = member
+    with open(shard, "rb") as file:
+        file.seek(offset)
+        return io.BytesIO(file.read(size))
+
+
+def read_bytes(path: Path) -> np.ndarray:
+    """Return a picture's bytes as they are stored, (K,) uint8.
+
+    Raises:
+        UnreadableImage: the file is missing.
+    """
+    member = tar_member(path)
+    try:
+        if member is None:
+            return np.fromfile(path, np.uint8)
+        shard, offset, size = member
+        return np.fromfile(shard, np.uint8, size, offset=offset)
+    except OSError as error:
+        raise UnreadableImage(f"cannot read image {path}: {error.strerror or error}") from None
+
 
 def read_image(path: Path, reduce: int = 1) -> np.ndarray:
     """Decode a file to (H, W, 3) uint8 RGB, turned upright by its EXIF orientation.
@@ -27,12 +78,17 @@ def read_image(path: Path, reduce: int = 1) -> np.ndarray:
             of other kinds come as they are.
 
     Raises:
-        DetkitError: the file is missing or is no image that OpenCV can read.
+        UnreadableImage: the file is missing or is no image that OpenCV can read.
     """
-    try:
-        data = np.fromfile(path, np.uint8)
-    except OSError as error:
-        raise DetkitError(f"cannot read image {path}: {error.strerror or error}") from None
+    return decode_image(read_bytes(path), path, reduce)
+
+
+def decode_image(data: np.ndarray, path: Path, reduce: int = 1) -> np.ndarray:
+    """Decode the bytes (K,) uint8 of the picture at ``path``, as ``read_image`` does.
+
+    Raises:
+        UnreadableImage: they are no image that OpenCV can read.
+    """
     try:
         is_jpeg = data[:2].tobytes() == b"\xff\xd8"
         flags = cv2.IMREAD_COLOR_RGB | (_REDUCED[reduce] if is_jpeg else 0)
@@ -40,7 +96,7 @@ def read_image(path: Path, reduce: int = 1) -> np.ndarray:
     except cv2.error:  # a declared size beyond OpenCV's limit
         image = None
     if image is None:
-        raise DetkitError(
+        raise UnreadableImage(
             f"cannot read image {path}: it is empty, truncated, too large or not an image; replace or remove it"
         )
     return image
@@ -52,8 +108,12 @@ def shrunk_size(height: int, width: int, longest: int) -> tuple[int, int]:
     return (max(round(height * ratio), 1), max(round(width * ratio), 1)) if ratio < 1 else (height, width)
 
 
-def read_shrunk(path: Path, size: tuple[int, int], longest: int) -> tuple[np.ndarray, tuple[int, int]]:
-    """Decode a file as ``read_image`` does and shrink it to ``shrunk_size``, as little as possible of it at full size.
+def decode_shrunk(
+    data: np.ndarray, path: Path, size: tuple[int, int], longest: int
+) -> tuple[np.ndarray, tuple[int, int]]:
+    """Decode a picture's bytes as ``read_image`` does and shrink it to ``shrunk_size``.
+
+    A JPEG much larger than that is decoded at a half, a quarter or an eighth of its size.
 
     Args:
         size: (height, width) that the file is said to have, upright.
@@ -63,14 +123,14 @@ def read_shrunk(path: Path, size: tuple[int, int], longest: int) -> tuple[np.nda
         the picture, and the file's (height, width): ``size`` where that is right.
     """
     reduce = next(r for r in (8, 4, 2, 1) if max(size) >= r * longest or r == 1)
-    image = read_image(path, reduce)
+    image = decode_image(data, path, reduce)
     found = image.shape[:2]
     if found in (size, tuple(-(-n // reduce) for n in size)):
         if reduce > 1 and found != size:  # the last row and column may stand for less than half a pixel
             image = image[: max(round(size[0] / reduce), 1), : max(round(size[1] / reduce), 1)]
         found = size
     elif reduce > 1:  # the label lies: what size has the file?
-        image = read_image(path)
+        image = decode_image(data, path)
         found = image.shape[:2]
     height, width = shrunk_size(*found, longest)
     return (image if image.shape[:2] == (height, width) else resize(image, width, height)), found

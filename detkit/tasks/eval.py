@@ -40,6 +40,8 @@ def run(cfg: dict[str, Any]) -> dict[str, Any]:
     thresholds = {key: cfg[key] for key in ("score", "iou", "max_det")}
     with Precision.pick(cfg["amp"], device).autocast(), show_progress("evaluation", len(loader), console) as bar:
         result = evaluate(detector, loader.epoch(0), annotations, **thresholds, advance=bar.advance)
+    for sentence in result.problems:
+        console.print(f"skipped, its boxes count as missed: {sentence}")
     write_atomically(run_dir / "metrics.json", json.dumps(result.metrics, indent=2).encode())
     write_atomically(run_dir / "predictions.json", json.dumps(result.predictions).encode())
     print_metrics(result.metrics, console)

@@ -8,10 +8,11 @@ import torch
 import yaml
 
 from detkit.data.annotations import Annotations
-from detkit.data.augment import AugmentedDataset, partner_window
+from detkit.data.augment import Augmentation, AugmentedDataset, partner_window
 from detkit.data.dataset import DetectionDataset
 from detkit.data.loader import BatchLoader, worker_count
 from detkit.data.sampling import expected_draws
+from detkit.data.stream import ShardLoader
 from detkit.data.tiles import TiledDataset
 from detkit.engine.logging import RunLog
 from detkit.engine.optim import Recipe, Schedule, accumulation
@@ -48,7 +49,7 @@ def run(cfg: dict[str, Any]) -> dict[str, Any]:
     detector = build_detector(cfg, train_set.class_names).to(device)
     transfer = load_weights(detector, str(cfg["weights"])) if cfg["weights"] is not None else None
     train_loader = _train_loader(train_set, cfg, device)
-    step, recipe = _train_step(detector, cfg, precision, len(train_loader.sampler), len(train_loader))
+    step, recipe = _train_step(detector, cfg, precision, train_loader.samples, len(train_loader))
     name = model_name(cfg)
     run_dir = make_run_dir(cfg, "train", f"{name}_{cfg['data']['name']}")
     (run_dir / "config.yaml").write_text(yaml.safe_dump(cfg, sort_keys=False))
@@ -75,18 +76,24 @@ def run(cfg: dict[str, Any]) -> dict[str, Any]:
     return results
 
 
-def _train_loader(annotations: Annotations, cfg: dict[str, Any], device: torch.device) -> BatchLoader:
-    """Return the augmented set, with its tiles and the sampling that ``data`` asks for, shuffled every epoch."""
-    images = DetectionDataset(annotations, cfg["image_size"], cfg["data"].get("cache"))
-    tiles = cfg["data"].get("tiles")
+def _train_loader(annotations: Annotations, cfg: dict[str, Any], device: torch.device) -> BatchLoader | ShardLoader:
+    """Return the augmented set, with its tiles and the sampling that ``data`` asks for, shuffled every epoch.
+
+    Tar shards are read as streams, unless something is asked for that needs single images.
+    """
+    data, batch_size, epochs = cfg["data"], cfg["batch_size"], cfg["trainer"]["epochs"]
+    images = DetectionDataset(annotations, cfg["image_size"], data.get("cache"))
+    tiles = data.get("tiles")
     if tiles and tiles["size"] is not None:
         images = TiledDataset(images, **tiles)
-    expected = expected_draws(images, cfg["data"])
-    dataset = AugmentedDataset(images, cfg["image_size"], cfg["augment"], cfg["seed"], cfg["trainer"]["epochs"])
-    workers, pin = worker_count(cfg["workers"]), device.type == "cuda"
-    window = partner_window(cfg["augment"]["mosaic"]["partners"], images, cfg["batch_size"])
-    order = {"seed": cfg["seed"], "shuffle": True, "expected": expected, "window": window}
-    return BatchLoader(dataset, cfg["batch_size"], workers=workers, pin=pin, **order)
+    expected = expected_draws(images, data)
+    options = {"workers": worker_count(cfg["workers"]), "seed": cfg["seed"], "pin": device.type == "cuda"}
+    streams = expected is None and data.get("cache") is None and not isinstance(images, TiledDataset)
+    if data["name"] == "webdataset" and streams:
+        return ShardLoader(images, Augmentation(cfg["image_size"], cfg["augment"], epochs), batch_size, **options)
+    dataset = AugmentedDataset(images, cfg["image_size"], cfg["augment"], cfg["seed"], epochs)
+    window = partner_window(cfg["augment"]["mosaic"]["partners"], images, batch_size)
+    return BatchLoader(dataset, batch_size, shuffle=True, expected=expected, window=window, **options)
 
 
 def _train_step(
