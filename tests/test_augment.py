@@ -207,12 +207,12 @@ def test_an_image_of_a_window_is_decoded_once(shapes_root, monkeypatch):
     monkeypatch.setattr(
         dataset, "decode_shrunk", lambda data, path, *rest: decoded.append(path) or decode_shrunk(data, path, *rest)
     )
-    monkeypatch.setattr(cache, "RECENT_BYTES", 12 * 64 * 64 * 3)
+    monkeypatch.setattr(cache, "KEPT_BYTES", 0)
     images = DetectionDataset(read_shapes("train", root=str(shapes_root)), 64)
     window = partner_window("auto", images, 4)
+    assert [partner_window("window", images, n) for n in (4, 6, 10, 24, 61, 64, 100)] == [16, 18, 20, 24, 16, 16, 20]
     assert window == 16
     assert partner_window("set", images, 4) == 0
-    monkeypatch.setattr(images.cache, "limit", 16 * 64 * 64 * 3)
     augment = {"mosaic": {"p": 1.0, "off_epochs": 0}, "affine": {}, "transforms": {}}
     sampler = EpochSampler(16, window=window)
     view = AugmentedDataset(images, 64, augment, 0, 3)

@@ -103,15 +103,15 @@ def test_free_memory_is_what_the_machine_has():
     assert 2**20 < cache.free_memory() < 2**50
 
 
-def test_a_process_remembers_what_fits(shapes, monkeypatch):
-    monkeypatch.setattr(cache, "RECENT_BYTES", 5 * 64 * 64 * 3)
+def test_a_process_keeps_the_first_and_remembers_the_last(shapes, monkeypatch):
+    monkeypatch.setattr(cache, "KEPT_BYTES", 5 * 64 * 64 * 3)
+    monkeypatch.setattr(cache, "LAST_IMAGES", 2)
     images = DetectionDataset(shapes, 64)
     assert not images.in_memory
-    for index in (0, 1, 2, 3, 4, 0, 5, 6):
-        pixels = images[0, index].image
-        assert not pixels.flags.writeable
-        assert images.cache.bytes <= 5 * 64 * 64 * 3
-    assert list(images.cache.images) == [3, 4, 0, 5, 6]
+    for index in (0, 1, 2, 3, 4, 0, 5, 6, 5, 7):
+        assert not images[0, index].image.flags.writeable
+    assert list(images.cache.kept) == [0, 1, 2, 3, 4]
+    assert list(images.cache.last) == [6, 7]
     monkeypatch.undo()
     assert DetectionDataset(shapes, 64).in_memory
 

@@ -1,5 +1,7 @@
 """Training samples a second that one core makes: decoding, mosaic, affine, HSV and flip; beside a peer's, if asked."""
 
+import itertools
+import math
 import os
 import shutil
 import statistics
@@ -20,7 +22,7 @@ from detkit.benchmarks.common import WARMUP, tell
 from detkit.data.annotations import Annotations
 from detkit.data.augment import AugmentedDataset, partner_window
 from detkit.data.dataset import DetectionDataset
-from detkit.data.loader import BatchLoader
+from detkit.data.loader import EpochSampler
 from detkit.errors import DetkitError
 from detkit.tasks.common import read_split
 
@@ -43,24 +45,28 @@ sets = {
                       cache=cache, data={"names": names, "nc": classes, "channels": 3}, task="detect")
     for name, cache in (("uncached", False), ("cached", "ram"))
 }
+orders = {name: [] for name in sets}
 print("ready", file=answers, flush=True)
 for line in sys.stdin:
-    dataset = sets[line.strip()]
-    order = random.sample(range(len(dataset)), len(dataset))
+    dataset, order = sets[line.strip()], orders[line.strip()]
+    if len(order) < batch:
+        order += random.sample(range(len(dataset)), len(dataset))
     start = time.perf_counter()
-    for index in order:
-        dataset[index]
-    print((time.perf_counter() - start) / len(order), file=answers, flush=True)
+    for _ in range(batch):
+        dataset[order.pop(0)]
+    print((time.perf_counter() - start) / batch, file=answers, flush=True)
 """
 
 
 def run(cfg: dict[str, Any]) -> dict[str, Any]:
-    """Time passes over the shuffled training split, uncached and with data.cache=ram, in turns; print a table and JSON.
+    """Time passes over the shuffled training split, uncached and with data.cache=ram; print a table and a line of JSON.
 
-    One core makes ``image_size`` samples one by one (no batches), of the configured mosaic and affine, HSV and flip.
-    The first passes are not timed: the files are in the page cache, the images in data.cache; uncached, what is left
-    of earlier passes is what a process remembers in a training, too (data/cache.py). ``peer`` is a Python that has
-    ultralytics: its own dataset with its default augmentation makes samples of a copy of the set, in turns with ours.
+    One core makes ``image_size`` samples one by one, of the configured mosaic and affine, HSV and flip; they are not
+    stacked to batches. The variants take turns of ``batch_size`` samples, ``rounds`` passes over the set, and the
+    median counts. The first passes are not timed: the files are in the page cache, the images in data.cache; uncached,
+    a process keeps what it would keep in a training (data/cache.py), which may be all of a small set. ``peer`` is a
+    Python that has ultralytics: its own dataset with its default augmentation makes tensors of a copy of the set, in
+    turns with ours.
 
     Raises:
         DetkitError: no data set was given, or the peer does not work.
@@ -75,11 +81,12 @@ def run(cfg: dict[str, Any]) -> dict[str, Any]:
             ask = stack.enter_context(_peer(str(cfg["peer"]), annotations, cfg))
             turns |= {f"peer_{name}": lambda name=name: ask(name) for name in CACHES}
         seconds: dict[str, list[float]] = {name: [] for name in turns}
-        for k in range(WARMUP + cfg["rounds"]):
+        a_pass = math.ceil(len(annotations) / cfg["batch_size"])
+        for k in range((WARMUP + cfg["rounds"]) * a_pass):
             for name, turn in turns.items():
-                seconds[name].append(turn())
-                if k < WARMUP:
-                    seconds[name].clear()
+                value = turn()
+                if k >= WARMUP * a_pass:
+                    seconds[name].append(value)
     speed = {name: 1 / statistics.median(values) for name, values in seconds.items()}
     result = {"task": "data", "images": len(annotations), "image_size": cfg["image_size"], **speed}
     table = Table("samples", "images/s", "peer's", "ratio", header_style="bold")
@@ -108,29 +115,34 @@ def _one_core() -> Iterator[None]:
 
 
 def _turn(annotations: Annotations, cfg: dict[str, Any], cache: str | None) -> Callable[[], float]:
-    """Return a function that makes every sample of the next epoch and returns seconds a sample."""
+    """Return a function that makes the next ``batch_size`` samples and returns seconds a sample."""
     size, batch_size = cfg["image_size"], cfg["batch_size"]
     images = DetectionDataset(annotations, size, cache)
     transforms = {name: cfg["augment"]["transforms"].get(name) for name in TRANSFORMS}
     augment = {**cfg["augment"], "transforms": transforms}
     dataset = AugmentedDataset(images, size, augment, cfg["seed"], epochs=2**31)
     window = partner_window(augment["mosaic"]["partners"], images, batch_size)
-    sampler = BatchLoader(dataset, batch_size, workers=0, seed=cfg["seed"], shuffle=True, window=window).sampler
+    keys = _endless(EpochSampler(len(images), cfg["seed"], window=window))
 
     def turn() -> float:
+        chosen = list(itertools.islice(keys, batch_size))
         start = time.perf_counter()
-        for key in sampler:
+        for key in chosen:
             dataset[key]
-        seconds = (time.perf_counter() - start) / len(dataset)
-        sampler.epoch += 1
-        return seconds
+        return (time.perf_counter() - start) / batch_size
 
     return turn
 
 
+def _endless(sampler: EpochSampler) -> Iterator[tuple]:
+    """Yield the keys of one epoch after another."""
+    for sampler.epoch in itertools.count():
+        yield from sampler
+
+
 @contextmanager
 def _peer(python: str, annotations: Annotations, cfg: dict[str, Any]) -> Iterator[Callable[[str], float]]:
-    """Start the peer on a copy of the set; yield a function that lets it make one pass and returns seconds a sample."""
+    """Start the peer on a copy of the set; yield a function that lets it take a turn and returns seconds a sample."""
     with tempfile.TemporaryDirectory(prefix="detkit-peer-") as folder, (Path(folder) / "log").open("w+") as log:
         images = _write_yolo(annotations, Path(folder))
         arguments = [str(n) for n in (images, cfg["image_size"], cfg["batch_size"], len(annotations.class_names))]

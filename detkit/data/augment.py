@@ -4,7 +4,6 @@
 images have numbers.
 """
 
-import math
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import Any
@@ -23,7 +22,8 @@ from detkit.structures import Key, Sample
 
 OFF = {"p": 0.0}  # where a configuration of one's own does not mention something
 ATTEMPTS = 8  # to draw a partner, before the image is its own
-MIN_PARTNERS = 16  # a window of the epoch's order has this many positions at least
+WINDOW = 16  # positions of a window of the epoch's order at least,
+MAX_WINDOW = 32  # and at most
 
 
 class Augmentation:
@@ -114,12 +114,13 @@ class AugmentedDataset(Dataset):
 def partner_window(partners: str, dataset: DetectionDataset | TiledDataset, batch_size: int) -> int:
     """Return how many positions of an epoch's order share their partners; 0 where these come from the whole set.
 
-    Decoding four images a sample would take longer than all the rest. From a window of the order, whole batches long,
-    each image is decoded once: whoever makes those batches still remembers it.
+    Decoding four images a sample would take longer than all the rest. From a window of the order each image is
+    decoded once, as whoever makes its batch still remembers it; so it is whole batches long, or whole in a batch.
 
     Args:
         partners: ``augment.mosaic.partners``: ``set``, ``window``, or ``auto``: ``set`` where the images are in memory.
     """
     if partners == "set" or (partners == "auto" and dataset.in_memory):
         return 0
-    return batch_size * math.ceil(MIN_PARTNERS / batch_size)
+    sizes = range(WINDOW, MAX_WINDOW + 1)
+    return next((n for n in sizes if n % batch_size == 0 or batch_size % n == 0), WINDOW)

@@ -1,6 +1,6 @@
 """Decoded images kept for the next time, so that a training decodes each of them seldom or once.
 
-All three keep images of a training's size (uint8, the longer side that many pixels at most) and have one method,
+They keep images of a training's size (uint8, the longer side that many pixels at most) and have one method,
 ``fetch(index, load)``: return image ``index``, made by ``load()`` where it is not there yet.
 """
 
@@ -9,7 +9,6 @@ import mmap
 import os
 import shutil
 import tempfile
-from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,37 +18,44 @@ from detkit.data.annotations import Annotations
 from detkit.errors import DetkitError
 from detkit.ops.image import picture_file, shrunk_size
 
-RECENT_BYTES = 128 * 2**20  # what a process remembers where there is no cache
+KEPT_BYTES = 128 * 2**20  # what a process keeps where there is no cache,
+LAST_IMAGES = 32  # and how many it remembers beside them: more than a window of the order (augment.py) has
 MARGIN = 0.8  # share of the free memory or disk that a cache may take
 VERSION = 1  # of the files: how their pixels are made and laid out
 
 Load = Callable[[], np.ndarray]
 
 
-class RecentImages:
-    """The images one process used last, up to ``RECENT_BYTES``.
+class LocalImages:
+    """The images one process keeps: the first ones, up to ``KEPT_BYTES``, for good, and beside them the last few.
+
+    Every epoch has another order, in which the image used longest ago is no likelier to come late than any other: to
+    drop it, as is usual, would drop most before they are used again.
 
     Attributes:
-        holds_all: whether every image of the set fits in.
+        holds_all: whether every image of the set can be kept.
     """
 
     def __init__(self, annotations: Annotations, longest: int) -> None:
-        self.limit = RECENT_BYTES
-        self.holds_all = bool(_image_bytes(annotations, longest).sum() <= self.limit)
-        self.images: OrderedDict[int, np.ndarray] = OrderedDict()
-        self.bytes = 0
+        self.holds_all = bool(_image_bytes(annotations, longest).sum() <= KEPT_BYTES)
+        self.kept: dict[int, np.ndarray] = {}
+        self.last: dict[int, np.ndarray] = {}
+        self.bytes = 0  # of those kept
 
     def fetch(self, index: int, load: Load) -> np.ndarray:
         """Return image ``index`` (H, W, 3), read-only."""
-        if index in self.images:
-            self.images.move_to_end(index)
-            return self.images[index]
+        for images in (self.kept, self.last):
+            if index in images:
+                return images[index]
         image = load()
         image.flags.writeable = False
-        self.images[index] = image
-        self.bytes += image.nbytes
-        while self.bytes > self.limit and len(self.images) > 1:
-            self.bytes -= self.images.popitem(last=False)[1].nbytes
+        if self.bytes + image.nbytes <= KEPT_BYTES:
+            self.kept[index] = image
+            self.bytes += image.nbytes
+        else:
+            self.last[index] = image
+            if len(self.last) > LAST_IMAGES:
+                del self.last[next(iter(self.last))]  # the first that came
         return image
 
 
@@ -85,8 +91,8 @@ class SharedImages:
         return pixels
 
 
-def open_cache(kind: str | None, annotations: Annotations, longest: int) -> RecentImages | SharedImages:
-    """Return the cache that ``data.cache`` asks for: ``null`` (recent images only), ``ram`` or ``disk``.
+def open_cache(kind: str | None, annotations: Annotations, longest: int) -> LocalImages | SharedImages:
+    """Return the cache that ``data.cache`` asks for: ``null`` (each process its own few), ``ram`` or ``disk``.
 
     Args:
         longest: longer side of the images kept at most, pixels.
@@ -95,7 +101,7 @@ def open_cache(kind: str | None, annotations: Annotations, longest: int) -> Rece
         DetkitError: there is too little free memory or disk; says what it takes and what there is.
     """
     if kind is None:
-        return RecentImages(annotations, longest)
+        return LocalImages(annotations, longest)
     size = shared_bytes(annotations, longest)
     what = f"{len(annotations)} images at {longest} pixels"
     buffer = _memory(size, what) if kind == "ram" else _file(_cache_file(annotations, longest), size, what)

@@ -150,6 +150,8 @@ def _warp(
     size = output.shape[0]
     inverse = np.linalg.inv(matrix)
     frame = _hull(np.array(((0, 0, size, size),)), inverse, -inverse @ offset)[0]  # the output, seen from the image
+    visible = np.maximum(seen[0], frame[:2]), np.minimum(seen[1], frame[2:])
+    # A pixel more at the edges of the output, for the interpolation; none where the canvas ends.
     low = np.floor(np.maximum(np.maximum(seen[0], frame[:2] - 1), 0)).astype(int)
     high = np.ceil(np.minimum(np.minimum(seen[1], frame[2:] + 1), (width, height))).astype(int)
     crop = np.concatenate((low, high))
@@ -167,9 +169,9 @@ def _warp(
         flags=cv2.INTER_LINEAR,
         borderMode=cv2.BORDER_TRANSPARENT,
     )
-    inside = np.clip(sample.boxes.reshape(-1, 2, 2), *seen).reshape(-1, 4)  # cut where the canvas ends
-    share = np.prod(inside[:, 2:] - inside[:, :2], 1) / np.prod(sample.boxes[:, 2:] - sample.boxes[:, :2], 1)
-    keep = share > MIN_VISIBLE
+    inside = np.clip(sample.boxes.reshape(-1, 2, 2), *visible).reshape(-1, 4)
+    (w, h), (w_in, h_in) = ((boxes[:, 2:] - boxes[:, :2]).T for boxes in (sample.boxes, inside))
+    keep = w_in * h_in > MIN_VISIBLE * w * h
     return _hull(inside[keep], matrix, offset), sample.labels[keep], tuple(window)
 
 
