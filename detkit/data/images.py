@@ -36,6 +36,15 @@ def list_images(folder: Path) -> list[Path]:
     return sorted(found)
 
 
+def images_in(folder: Path) -> list[Path]:
+    """Return the image files in a folder, without those in the folders within, sorted; none where it cannot be listed."""
+    try:
+        names = sorted(os.listdir(folder))
+    except OSError:
+        return []
+    return [folder / name for name in names if Path(name).suffix.lower() in IMAGE_SUFFIXES and name[0] != "."]
+
+
 def walk(folder: Path) -> Iterator[os.DirEntry]:
     """Yield the files below a folder, hidden ones aside, following links but never into the same folder twice.
 

@@ -11,7 +11,7 @@ import yaml
 
 from detkit.data.annotations import Annotations
 from detkit.data.columns import Columns
-from detkit.data.images import list_images, walk
+from detkit.data.images import images_in, list_images, walk
 from detkit.data.index import cached
 from detkit.data.problems import ProblemLog
 from detkit.errors import DetkitError
@@ -75,7 +75,9 @@ def _read_labels(paths: list[Path], columns: Columns) -> Annotations:
     files = [label_file(path) for path in paths]
     for path, file in zip(paths, files, strict=True):
         _read_label_file(path, file, columns, label_of)
-    known, folders = set(files), {file.parent for file in files}
+    folders = {file.parent for file in files}
+    image_folders = {path.parent for path in paths if path.parent.is_dir()}
+    known = {*files, *(label_file(image) for folder in image_folders for image in images_in(folder))}
     for folder in sorted(folders):
         if not folder.is_dir():
             continue
