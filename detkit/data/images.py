@@ -115,9 +115,12 @@ def _describe(image: Image.Image, path: str | Path) -> tuple[int, int, int, int,
     if image.format == "PNG" and _png_bits(path) == 16:
         flags |= DEEP  # colour of 16 bits, which Pillow reads as 8
     stored = (height, width)
-    orientation = 1
-    if image.format != "PNG" or "exif" in image.info:  # else Pillow would decode all of it to look behind the pixels
-        orientation = image.getexif().get(EXIF_ORIENTATION, 1)
+    if image.format == "PNG":
+        exif, whole = _png_chunks(path)
+    else:
+        exif = image.getexif()
+        whole = image.format not in ("JPEG", "MPO") or _jpeg_ends(path)
+    orientation = exif.get(EXIF_ORIENTATION, 1)
     if orientation in range(2, 9):
         flags |= ROTATED | orientation << ORIENTATION_SHIFT
         if orientation >= 5:
@@ -125,7 +128,7 @@ def _describe(image: Image.Image, path: str | Path) -> tuple[int, int, int, int,
                 stored = (width, height)
             else:
                 height, width = width, height
-    if image.format in ("JPEG", "MPO", "PNG") and not _has_end(path, image.format):
+    if not whole:
         flags |= TRUNCATED
     return height, width, *stored, flags
 
@@ -135,13 +138,28 @@ def _png_bits(path: str | Path) -> int:
         return (file.read(25) + bytes(25))[24]
 
 
-def _has_end(path: str | Path, kind: str) -> bool:
-    """Whether a file's closing marker is there; cameras may pad a JPEG, so a missing one is looked for in all of it."""
-    marker = b"IEND" if kind == "PNG" else b"\xff\xd9"
-    with open_picture(path) as file:
+def _png_chunks(path: str | Path) -> tuple[Image.Exif, bool]:
+    """Return the EXIF data and whether the last chunk is there; Pillow would decode the picture to find out."""
+    exif = Image.Exif()
+    with open(path, "rb") as file:
+        file.seek(8)
+        while len(head := file.read(8)) == 8:
+            length, kind = struct.unpack(">I4s", head)
+            if kind == b"IEND":
+                return exif, True
+            if kind == b"eXIf":
+                exif.load(file.read(length))
+                length = 0
+            file.seek(length + 4, os.SEEK_CUR)
+    return exif, False
+
+
+def _jpeg_ends(path: str | Path) -> bool:
+    """Whether the end marker is there; cameras pad a file, so that where it is missing the picture is decoded."""
+    with open(path, "rb") as file:
         size = file.seek(0, os.SEEK_END)
         file.seek(max(size - 64, 0))
-        if marker in file.read():
+        if b"\xff\xd9" in file.read():
             return True
     return _decodes(path)
 
