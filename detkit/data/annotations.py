@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +80,22 @@ class Annotations:
     def rows(self, index: int) -> slice:
         """Return where the boxes of an image are."""
         return slice(int(self.offsets[index]), int(self.offsets[index + 1]))
+
+    def subset(self, keep: np.ndarray) -> "Annotations":
+        """Return the images where ``keep``, (N,) bool, and their boxes."""
+        counts = np.diff(self.offsets)
+        boxes = np.repeat(keep, counts)
+        return replace(
+            self,
+            paths=PathTable.of(self.paths[k] for k in np.flatnonzero(keep).tolist()),
+            image_ids=self.image_ids[keep],
+            sizes=self.sizes[keep],
+            offsets=np.concatenate(([0], counts[keep].cumsum())),
+            boxes=self.boxes[boxes],
+            labels=self.labels[boxes],
+            areas=self.areas[boxes],
+            crowd=self.crowd[boxes],
+        )
 
     def ground_truth(self) -> dict[str, list[dict[str, Any]]]:
         """Return the set as a COCO dictionary (images, annotations, categories) for the evaluation."""

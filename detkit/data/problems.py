@@ -12,6 +12,7 @@ from detkit.errors import DetkitError
 NOTE = "note"  # worth knowing; nothing is lost
 MENDED = "mended"  # used after a correction
 LEFT_OUT = "left out"  # not used
+WRONG = "wrong"  # used as it is: only check_data looks for it
 
 
 @dataclass(frozen=True)
@@ -41,12 +42,16 @@ KINDS: dict[str, Kind] = {
     "duplicate_box": Kind("boxes given twice", LEFT_OUT),
     "overhanging_box": Kind("boxes partly outside their image, clipped", MENDED),
     "beyond_one": Kind("boxes with normalised values beyond 0..1, clipped", MENDED),
+    "damaged_image": Kind("images damaged within, found by decoding them", WRONG),
+    "leaked_image": Kind("training images that are in val, too", WRONG),
     "exif_rotated": Kind("images turned upright by their EXIF orientation", NOTE),
     "gray_image": Kind("gray images", NOTE),
     "deep_image": Kind("images of more than 8 bits a channel, read as 8", NOTE),
     "cmyk_image": Kind("CMYK images, read as RGB", NOTE),
     "alpha_image": Kind("images with transparency, which is dropped", NOTE),
     "without_boxes": Kind("images without boxes, background", NOTE),
+    "unlabelled_image": Kind("image files without labels", NOTE),
+    "equal_image": Kind("images that show the same as another of their split", NOTE),
 }
 
 

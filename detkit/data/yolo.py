@@ -96,6 +96,8 @@ def _read_label_file(path: Path, file: Path, columns: Columns, label_of: Mapping
     except (OSError, UnicodeDecodeError) as error:
         columns.log.add("unreadable_labels", file, None, f"cannot be read as text ({type(error).__name__})")
         return
+    if not file.is_file():
+        columns.log.add("unlabelled_image", path, None, f"has no label file {file}")
     image = columns.add_image(path, len(columns.paths) + 1)
     for number, line in enumerate(text.splitlines(), 1):
         fields = line.split()
