@@ -54,6 +54,7 @@ RULES: dict[str, Rule] = {
     "source": PATH,
     "src": PATH,
     "dst": PATH,
+    "fix": _optional(PATH),
     "weights": _optional(PATH),
     "rect": BOOLEAN,
     "data.root": _optional(PATH),

@@ -20,6 +20,8 @@ TASKS = {
     "predict": "find objects in pictures: detkit predict ckpt=FILE source=FILE_OR_FOLDER",
     "check": "try a composition on this machine: detkit check model=yolov8n backbone=revcol_tiny",
     "summary": "shapes, parameters and GFLOPs of every module: detkit summary model=yolov8n",
+    "check_data": "report on an image set, and what is wrong with it: detkit check_data data=coco data.root=DIR",
+    "convert_data": "write a set in another format: detkit convert_data data=coco data.root=DIR format=yolo dst=DIR",
     "import_weights": "another project's checkpoint as one of detkit's: detkit import_weights src=FILE dst=FILE",
     "benchmark": "measure a training step, or a claim: detkit benchmark task=train model=yolov8n",
 }

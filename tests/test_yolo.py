@@ -130,7 +130,7 @@ def test_folders_that_link_to_themselves_are_read_once(yolo_set):
     os.symlink("loop.png", yaml.parent / "images" / "train" / "loop.png")
     annotations = read_yolo("train", yaml=str(yaml))
     assert len(annotations) == 2
-    assert dict(annotations.problems.counts) == {"missing_image": 1, "without_boxes": 1}
+    assert dict(annotations.problems.counts) == {"missing_image": 1, "without_boxes": 1, "unlabelled_image": 1}
 
 
 def test_labels_lie_in_the_folder_beside_the_last_images():

@@ -37,7 +37,7 @@ def list_images(folder: Path) -> list[Path]:
 
 
 def images_in(folder: Path) -> list[Path]:
-    """Return the image files in a folder, without those in the folders within, sorted; none where it cannot be listed."""
+    """Return the image files in a folder, without those in the folders within, sorted; none if unlistable."""
     try:
         names = sorted(os.listdir(folder))
     except OSError:

@@ -66,7 +66,13 @@ class Problem:
 
     def __str__(self) -> str:
         place = self.file if self.line is None else f"{self.file}:{self.line}"
-        return f"{place}: {self.detail}"
+        return printable(f"{place}: {self.detail}")
+
+
+def printable(text: str) -> str:
+    """Return text that any terminal and file takes: names that are no Unicode, and line breaks, as escapes."""
+    text = text.encode(errors="backslashreplace").decode()
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 class ProblemLog:

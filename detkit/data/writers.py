@@ -143,7 +143,9 @@ def write_voc(splits: Mapping[str, Annotations], folder: Path) -> Written:
     class_names = next(iter(splits.values())).class_names
     for name in class_names:
         if name != name.strip() or not name.isprintable() or not name:
-            raise DetkitError(f"Pascal VOC cannot hold the class name {name!r}: rename the class, or write coco or yolo")
+            raise DetkitError(
+                f"Pascal VOC cannot hold the class name {name!r}: rename the class, or write coco or yolo"
+            )
     for (split, annotations), names in zip(splits.items(), _file_names(splits), strict=True):
         _place_images(annotations, names, folder / "JPEGImages")
         for image, name in enumerate(names):
@@ -169,9 +171,13 @@ def _voc_xml(annotations: Annotations, image: int, name: str) -> str:
         f"  <size><width>{width}</width><height>{height}</height><depth>3</depth></size>",
     ]
     rows = annotations.rows(image)
-    for box, label, crowd in zip(annotations.boxes[rows], annotations.labels[rows], annotations.crowd[rows], strict=True):
+    for box, label, crowd in zip(
+        annotations.boxes[rows], annotations.labels[rows], annotations.crowd[rows], strict=True
+    ):
         sides = zip(("xmin", "ymin", "xmax", "ymax"), box.tolist(), strict=True)
-        numbers = "".join(f"<{side}>{v:.0f}</{side}>" if v.is_integer() else f"<{side}>{v!r}</{side}>" for side, v in sides)
+        numbers = "".join(
+            f"<{side}>{v:.0f}</{side}>" if v.is_integer() else f"<{side}>{v!r}</{side}>" for side, v in sides
+        )
         lines += [
             "  <object>",
             f"    <name>{escape(annotations.class_names[label])}</name>",

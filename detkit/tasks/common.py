@@ -1,7 +1,9 @@
 """What the tasks share: run directories and loaders."""
 
 import itertools
+import json
 import re
+import shlex
 import sys
 import time
 from collections.abc import Mapping
@@ -17,7 +19,7 @@ import detkit.data  # noqa: F401  (registers the formats)
 from detkit.data.annotations import Annotations
 from detkit.data.dataset import DetectionDataset, LetterboxDataset
 from detkit.data.loader import BatchLoader, worker_count
-from detkit.data.problems import LEFT_OUT, MENDED
+from detkit.data.problems import LEFT_OUT, MENDED, ProblemLog
 from detkit.errors import DetkitError
 from detkit.registry import DATASETS
 
@@ -81,16 +83,42 @@ def _new_folder(path: Path) -> Path:
             continue
 
 
-def read_split(data: Mapping[str, Any], split: str) -> Annotations:
+def read_split(data: Mapping[str, Any], split: str, log: ProblemLog | None = None) -> Annotations:
     """Read one split of the configured data set.
+
+    Args:
+        log: where problems go; given one, the files are read anew, and no problem is refused.
 
     Raises:
         DetkitError: it cannot be read, or has problems where ``data.strict`` is set.
     """
-    annotations = DATASETS.build({key: value for key, value in data.items() if key not in DATA_OPTIONS}, split)
+    arguments = {key: value for key, value in data.items() if key not in DATA_OPTIONS}
+    if log is not None:
+        return DATASETS.build(arguments, split, log=log)
+    annotations = DATASETS.build(arguments, split)
     if data.get("strict"):
         annotations.problems.refuse()
     return annotations
+
+
+def check_classes(train_set: Annotations, val_set: Annotations) -> None:
+    """Check that both splits define the same classes.
+
+    Raises:
+        DetkitError: they do not.
+    """
+    if train_set.class_names != val_set.class_names:
+        raise DetkitError(f"{val_set.source} has other classes than {train_set.source}: give both the same")
+
+
+def train_command(data: Mapping[str, str]) -> str:
+    """Return the command that trains on a set, from the keys of ``data`` that read it."""
+    words = [f"data={data['name']}"]
+    for key, value in data.items():
+        if key != "name":
+            quoted = value if re.fullmatch(r"[\w./-]+", value, re.ASCII) else json.dumps(value, ensure_ascii=False)
+            words.append(f"data.{key}={quoted}")
+    return f"python tools/train.py {shlex.join(words)}"
 
 
 def tell_split(split: str, annotations: Annotations, console: Console) -> None:

@@ -20,11 +20,10 @@ from detkit.engine.precision import Precision, keep_freed_memory, make_determini
 from detkit.engine.step import TrainStep
 from detkit.engine.trainer import Trainer
 from detkit.engine.transfer import load_weights
-from detkit.errors import DetkitError
 from detkit.models.detector import Detector, build_detector, build_loss
 from detkit.report.console import make_console
 from detkit.report.tables import print_metrics, print_transfer
-from detkit.tasks.common import make_run_dir, model_name, read_split, tell_split, val_loader
+from detkit.tasks.common import check_classes, make_run_dir, model_name, read_split, tell_split, val_loader
 
 
 def run(cfg: dict[str, Any]) -> dict[str, Any]:
@@ -43,8 +42,7 @@ def run(cfg: dict[str, Any]) -> dict[str, Any]:
         if cfg["data"].get(key) is not None:  # made absolute, so that a checkpoint finds it from anywhere
             cfg["data"][key] = str(Path(str(cfg["data"][key])).resolve())
     train_set, val_set = read_split(cfg["data"], "train"), read_split(cfg["data"], "val")
-    if train_set.class_names != val_set.class_names:
-        raise DetkitError(f"{val_set.source} has other classes than {train_set.source}: give both the same")
+    check_classes(train_set, val_set)
 
     detector = build_detector(cfg, train_set.class_names).to(device)
     transfer = load_weights(detector, str(cfg["weights"])) if cfg["weights"] is not None else None

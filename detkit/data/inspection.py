@@ -1,0 +1,134 @@
+"""What check_data looks for beyond what every reading finds: damage within images, equal images, unlabelled ones."""
+
+import hashlib
+import os
+import sys
+import tempfile
+from collections.abc import Mapping
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+from typing import BinaryIO
+
+import cv2
+import numpy as np
+from rich.progress import track
+
+from detkit.data.annotations import Annotations
+from detkit.data.images import images_in
+from detkit.data.problems import ProblemLog
+from detkit.errors import DetkitError
+from detkit.ops.image import read_image
+
+DAMAGE = ("premature end", "bad Huffman code", "CRC error")  # what decoders complain of while they make up the rest
+Look = tuple[bytes, str]  # the hash of an image's pixels, empty where there are none; what is wrong with it
+
+
+def inspect(splits: Mapping[str, Annotations], logs: Mapping[str, ProblemLog], workers: int) -> dict[str, np.ndarray]:
+    """Decode every image of ``train`` and ``val`` and log what that shows.
+
+    Returns:
+        (N,) bool for each split: the images to keep. Damaged ones are not, nor is a training image that is in val.
+
+    Raises:
+        DetkitError: a decoding process was killed, as it is where memory runs out.
+    """
+    looks = {split: look_at_all(annotations, workers) for split, annotations in splits.items()}
+    first: dict[str, dict[bytes, Path]] = {}
+    for split, annotations in splits.items():
+        first[split] = _log_images(annotations, looks[split], logs[split])
+    keep = {split: np.array([not damage for _, damage in looks[split]], bool) for split in splits}
+    for k, (digest, _) in enumerate(looks["train"]):
+        if digest and digest in first["val"]:
+            keep["train"][k] = False
+            words = f"shows the same as the val image {first['val'][digest]}"
+            logs["train"].add("leaked_image", splits["train"].paths[k], None, words)
+    log_unlabelled(splits, logs)
+    return keep
+
+
+def _log_images(annotations: Annotations, looks: list[Look], log: ProblemLog) -> dict[bytes, Path]:
+    """Log damaged and equal images of a split; return the first image of each hash."""
+    first: dict[bytes, Path] = {}
+    for path, (digest, damage) in zip(annotations.paths, looks, strict=True):
+        if damage:
+            log.add("damaged_image", path, None, damage)
+        if digest in first:
+            log.add("equal_image", path, None, f"shows the same as {first[digest]}")
+        elif digest:
+            first[digest] = path
+    return first
+
+
+def look_at_all(annotations: Annotations, workers: int) -> list[Look]:
+    """Decode all images by ``workers`` processes, one at least; a bar shows on a terminal.
+
+    Raises:
+        DetkitError: one of them was killed.
+    """
+    paths = [str(path) for path in annotations.paths]
+    bar = {"transient": True, "disable": not sys.stdout.isatty()}
+    try:
+        with ProcessPoolExecutor(max(workers, 1), initializer=_begin) as pool:
+            looks = pool.map(look_at, paths, chunksize=16)
+            try:
+                return list(track(looks, f"decoding {annotations.source.name}", len(paths), **bar))
+            except KeyboardInterrupt:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+    except BrokenProcessPool:
+        raise DetkitError(
+            f"a process that decodes the images of {annotations.source} was killed, for want of memory perhaps: "
+            "try workers=1"
+        ) from None
+
+
+def look_at(path: str) -> Look:
+    """Decode an image as training does; two files have the same hash where training sees the same pixels.
+
+    Decoders make up what is missing in a damaged JPEG and say so on stderr only, which ``_begin`` has led into a file.
+    """
+    try:
+        image = read_image(Path(path))
+    except (DetkitError, MemoryError, OSError) as error:
+        _complaints()
+        return b"", f"does not decode ({type(error).__name__}): it is damaged, or too large"
+    text = _complaints()
+    if any(words in text for words in DAMAGE):
+        return b"", f"is damaged: {text.splitlines()[0][:200]}"
+    digest = hashlib.blake2b(np.ascontiguousarray(image), digest_size=16, key=b"%d %d" % image.shape[:2])
+    return digest.digest(), ""
+
+
+def log_unlabelled(splits: Mapping[str, Annotations], logs: Mapping[str, ProblemLog]) -> None:
+    """Log the images that lie beside those of a split and that neither split names."""
+    known = {str(path) for annotations in splits.values() for path in annotations.paths}
+    known |= {problem.file for log in logs.values() for problem in log.problems}
+    for split, annotations in splits.items():
+        for folder in sorted({path.parent for path in annotations.paths}):
+            for path in images_in(folder):
+                if str(path) not in known:
+                    known.add(str(path))
+                    logs[split].add("unlabelled_image", path, None, "is named by no label")
+
+
+_stderr: BinaryIO | None = None  # of a process of look_at_all
+
+
+def _begin() -> None:
+    """Start a process: decoders write to a file of its own in place of the terminal."""
+    global _stderr
+    cv2.setNumThreads(1)  # one process a core is enough
+    _stderr = tempfile.TemporaryFile()  # noqa: SIM115  (open as long as the process)
+    os.dup2(_stderr.fileno(), 2)
+
+
+def _complaints() -> str:
+    """Return what was written to stderr since the last call."""
+    if _stderr is None:
+        return ""
+    _stderr.seek(0)
+    text = _stderr.read().decode(errors="replace")
+    _stderr.seek(0)
+    _stderr.truncate()
+    return text

@@ -1,0 +1,76 @@
+"""Report on an image set, and what is wrong with it."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from detkit.data.annotations import Annotations
+from detkit.data.inspection import inspect
+from detkit.data.loader import worker_count
+from detkit.data.problems import LEFT_OUT, MENDED, NOTE, WRONG, ProblemLog
+from detkit.data.writers import refuse_full, write_set
+from detkit.errors import DetkitError
+from detkit.registry import WRITERS
+from detkit.report.console import make_console
+from detkit.report.data_plots import plot_set
+from detkit.report.data_tables import print_classes, print_problems, print_splits, write_findings
+from detkit.tasks.common import check_classes, make_run_dir, read_split, train_command
+
+KEPT = 100_000  # findings of a kind that are listed; all are counted
+
+
+def run(cfg: dict[str, Any]) -> dict[str, ProblemLog]:
+    """Check what ``cfg`` (configs/check_data.yaml, resolved) names; return what was found in each split.
+
+    Prints tables and findings, writes ``findings.csv`` and ``plots/*.png``, and a cleaned copy where ``fix`` is set.
+
+    Raises:
+        DetkitError: a split cannot be read at all, or the copy cannot be written.
+        SystemExit: with status 2, where anything is wrong with the set.
+    """
+    console = make_console()
+    copy = None if cfg["fix"] is None else Path(str(cfg["fix"]))
+    if cfg["format"] is not None:
+        WRITERS.get(cfg["format"])
+    if copy is not None:
+        refuse_full(copy)
+    logs = {split: ProblemLog(KEPT) for split in ("train", "val")}
+    splits = {split: read_split(cfg["data"], split, log) for split, log in logs.items()}
+    check_classes(splits["train"], splits["val"])
+    run_dir = make_run_dir(cfg, "check_data", cfg["data"]["name"])
+    keep = inspect(splits, logs, worker_count(cfg["workers"]))
+
+    print_splits(splits, console)
+    print_classes(splits, console)
+    print_problems(logs, console)
+    write_findings(logs, run_dir / "findings.csv")
+    plot_set(splits, run_dir / "plots")
+    if copy is not None:
+        own = cfg["data"]["name"] if cfg["data"]["name"] in WRITERS.names() else "coco"
+        cleaned = {split: _without(annotations, keep[split], split) for split, annotations in splits.items()}
+        _write_copy(cleaned, cfg["format"] or own, copy, console)
+    wrong, notes = (
+        sum(sum(log.of(*outcomes).values()) for log in logs.values())
+        for outcomes in ((LEFT_OUT, MENDED, WRONG), (NOTE,))
+    )
+    console.print(f"{wrong or 'no'} errors, {notes or 'no'} notes: findings.csv and plots are in {run_dir}")
+    if wrong:
+        sys.exit(2)
+    return logs
+
+
+def _without(annotations: Annotations, keep: Any, split: str) -> Annotations:
+    if not keep.any():
+        raise DetkitError(f"nothing of {split} would be left in a cleaned copy: every image is damaged, or is in val")
+    return annotations.subset(keep)
+
+
+def _write_copy(splits: dict[str, Annotations], form: str, folder: Path, console: Console) -> None:
+    """Write what is left, and say so."""
+    written = write_set(form, splits, folder)
+    counts = " and ".join(f"{len(a)} {split} images with {len(a.labels)} boxes" for split, a in splits.items())
+    console.print(f"cleaned copy, {form}: {counts}; train on it: {train_command(written.data)}")
+    for loss in written.losses:
+        console.print(f"mind: {loss}")

@@ -1,0 +1,30 @@
+"""Write an image set in another format."""
+
+from pathlib import Path
+from typing import Any
+
+from detkit.data.writers import Written, refuse_full, write_set
+from detkit.registry import WRITERS
+from detkit.report.console import make_console
+from detkit.tasks.common import check_classes, read_split, tell_split, train_command
+
+
+def run(cfg: dict[str, Any]) -> Written:
+    """Convert what ``cfg`` (configs/convert_data.yaml, resolved) names; print how to train on the result.
+
+    Raises:
+        DetkitError: the set cannot be read, or ``dst`` cannot be written or holds something.
+    """
+    console = make_console()
+    folder = Path(str(cfg["dst"]))
+    WRITERS.get(cfg["format"])
+    refuse_full(folder)
+    splits = {split: read_split(cfg["data"], split) for split in ("train", "val")}
+    check_classes(splits["train"], splits["val"])
+    for split, annotations in splits.items():
+        tell_split(split, annotations, console)
+    written = write_set(cfg["format"], splits, folder)
+    for loss in written.losses:
+        console.print(f"mind: {loss}")
+    console.print(f"{cfg['format']} written to {folder}; train on it: {train_command(written.data)}")
+    return written
