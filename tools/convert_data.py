@@ -1,4 +1,4 @@
-"""``detkit convert_data`` in a checkout: detkit/tasks/convert_data.py does it, configs/convert_data.yaml explains it."""
+"""``detkit convert_data``: detkit/tasks/convert_data.py does it, configs/convert_data.yaml has its keys."""
 
 from detkit.cli import launch
 

@@ -61,7 +61,7 @@ def draw_box_sizes(axes: Axes, annotations: Annotations) -> None:
         axes.hist2d(w.clip(low), h.clip(low), bins=(edges, edges), norm=LogNorm(), cmap="viridis")
         for area in AREAS:
             axes.plot(edges, area / edges, "--", color="gray", linewidth=1, label=f"{area**0.5:.0f}²")
-        axes.legend(title="area")
+        axes.legend(title="area", loc="lower right")
         axes.set(xscale="log", yscale="log", xlim=(low, high), ylim=(low, high))
     axes.set(xlabel="box width, pixels", ylabel="box height, pixels")
 
