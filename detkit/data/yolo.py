@@ -73,8 +73,13 @@ def _read_labels(paths: list[Path], columns: Columns) -> Annotations:
     """Read the text file of every image, and look for text files without one."""
     log, label_of = columns.log, {category: k for k, category in enumerate(columns.category_ids)}
     files = [label_file(path) for path in paths]
+    seen: set[Path] = set()
     for path, file in zip(paths, files, strict=True):
-        _read_label_file(path, file, columns, label_of)
+        if path in seen:
+            columns.add_image(path, len(columns.paths) + 1)  # to be told of, not to be read again
+        else:
+            _read_label_file(path, file, columns, label_of)
+        seen.add(path)
     folders = {file.parent for file in files}
     image_folders = {path.parent for path in paths if path.parent.is_dir()}
     known = {*files, *(label_file(image) for folder in image_folders for image in images_in(folder))}
