@@ -88,3 +88,30 @@ def test_what_is_no_image(tmp_path):
     assert found == dict.fromkeys(("empty.jpg", "pipe.jpg", "text.jpg", "x.jpeg"), UNREADABLE) | {"loop.jpg": MISSING}
     huge = save(tmp_path / "huge.png", Image.new("1", (20000, 20000)))
     assert probe(huge)[4] == UNREADABLE
+
+
+@pytest.mark.parametrize("place", ("before", "after"))
+@pytest.mark.parametrize("whole", (True, False))
+def test_a_png_s_orientation_is_found_before_and_after_its_pixels(tmp_path, place, whole):
+    exif, file = Image.Exif(), tmp_path / "a.png"
+    exif[0x0112] = 6
+    Image.fromarray(np.zeros((20, 30, 3), np.uint8)).save(file, exif=exif)
+    data = file.read_bytes()
+    start = data.index(b"eXIf") - 4
+    end = start + 12 + int.from_bytes(data[start : start + 4])
+    if place == "after":
+        data = data[:start] + data[end:-12] + data[start:end] + data[-12:]
+    file.write_bytes(data if whole else data[:-12])
+    assert probe(file)[:2] == (30, 20)
+    assert not whole or read_image(file).shape[:2] == (30, 20)
+    assert probe(file)[4] & (ROTATED | TRUNCATED) == (ROTATED if whole else ROTATED | TRUNCATED)
+
+
+def test_a_png_s_malformed_exif_is_passed_over(tmp_path):
+    file = tmp_path / "a.png"
+    Image.fromarray(np.zeros((20, 30, 3), np.uint8)).save(file)
+    data = file.read_bytes()
+    for content in (b"", b"garbage", b"II*\0\xff\xff\xff\xff"):
+        chunk = len(content).to_bytes(4) + b"eXIf" + content + bytes(4)
+        file.write_bytes(data[:-12] + chunk + data[-12:])
+        assert probe(file) == (20, 30, 20, 30, 0)

@@ -136,3 +136,17 @@ def test_folders_that_link_to_themselves_are_read_once(yolo_set):
 def test_labels_lie_in_the_folder_beside_the_last_images():
     assert label_file(Path("/images/set/images/train/x.y.jpg")) == Path("/images/set/labels/train/x.y.txt")
     assert label_file(Path("/set/train/x.jpg")) == Path("/set/train/x.txt")
+
+
+def test_splits_that_share_a_folder_have_no_labels_without_image(tmp_path):
+    for name in "ab":
+        (tmp_path / "labels").mkdir(exist_ok=True)
+        (tmp_path / "images").mkdir(exist_ok=True)
+        Image.fromarray(np.zeros((20, 20, 3), np.uint8)).save(tmp_path / "images" / f"{name}.png")
+        (tmp_path / "labels" / f"{name}.txt").write_text("0 0.5 0.5 0.2 0.2\n")
+    (tmp_path / "labels" / "c.txt").write_text("0 0.5 0.5 0.2 0.2\n")
+    (tmp_path / "train.txt").write_text("images/a.png\n")
+    (tmp_path / "val.txt").write_text("images/b.png\n")
+    (tmp_path / "data.yaml").write_text("train: train.txt\nval: val.txt\nnames: [cat]\n")
+    (problem,) = read_yolo("train", yaml=str(tmp_path / "data.yaml")).problems.problems
+    assert (problem.kind, Path(problem.file).name) == ("labels_without_image", "c.txt")

@@ -1,5 +1,6 @@
 """Looking at image files without decoding them: size, orientation, kind, whether they are whole."""
 
+import contextlib
 import os
 import stat
 import struct
@@ -148,8 +149,9 @@ def _png_chunks(path: str | Path) -> tuple[Image.Exif, bool]:
             if kind == b"IEND":
                 return exif, True
             if kind == b"eXIf":
-                exif.load(file.read(length))
-                length = 0
+                content, length = file.read(length), 0
+                with contextlib.suppress(SyntaxError, ValueError, struct.error):  # malformed: readers pass over it
+                    exif.load(content)
             file.seek(length + 4, os.SEEK_CUR)
     return exif, False
 

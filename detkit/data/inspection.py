@@ -109,7 +109,7 @@ def log_unlabelled(splits: Mapping[str, Annotations], logs: Mapping[str, Problem
             for path in images_in(folder):
                 if str(path) not in known:
                     known.add(str(path))
-                    logs[split].add("unlabelled_image", path, None, "is named by no label")
+                    logs[split].add("unlabelled_image", path, None, "no label that can be read names it")
 
 
 _stderr: BinaryIO | None = None  # of a process of look_at_all
@@ -118,7 +118,7 @@ _stderr: BinaryIO | None = None  # of a process of look_at_all
 def _begin() -> None:
     """Start a process: decoders write to a file of its own in place of the terminal."""
     global _stderr
-    cv2.setNumThreads(1)  # one process a core is enough
+    cv2.setNumThreads(0)  # one process a core is enough; 1 would wait for threads that a fork does not inherit
     _stderr = tempfile.TemporaryFile()  # noqa: SIM115  (open as long as the process)
     os.dup2(_stderr.fileno(), 2)
 
