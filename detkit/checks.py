@@ -54,6 +54,7 @@ RULES: dict[str, Rule] = {
     "source": PATH,
     "src": PATH,
     "dst": PATH,
+    "format": ("the name of a format", lambda v: v is None or isinstance(v, str)),
     "fix": _optional(PATH),
     "weights": _optional(PATH),
     "rect": BOOLEAN,

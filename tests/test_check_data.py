@@ -240,6 +240,7 @@ def test_everything_wrong_is_found_and_a_cleaned_copy_is_clean(form, tmp_path, m
     assert all(np.asarray(Image.open(p)).std() > 1 for p in (run_dir / "plots").iterdir())
 
     key = f"data.yaml={copy / 'data.yaml'}" if form == "yolo" else f"data.root={copy}"
+    assert "mind: images turned by their EXIF orientation: 1;" in out
     assert f"cleaned copy, {form}: " in out and f"python tools/train.py data={form} {key}" in out
     status, out, _ = check_data(monkeypatch, capsys, f"data={form}", key, f"run_dir={tmp_path / 'again'}")
     assert status == 0, out
@@ -272,6 +273,7 @@ def test_a_clean_set_is_status_0(shapes_root, tmp_path, monkeypatch, capsys):
     [
         ("fix=.", ". is not an empty folder"),
         ("format=yollo", "unknown format 'yollo'"),
+        ("format=[coco]", "format=['coco'] must be the name of a format"),
         ("run_dir=.", "run_dir=. is not empty"),
         ("data.val_annotations=gone.json", "gone.json: No such file"),
         ("data.val_images=gone", "leaves no image to use"),

@@ -87,7 +87,7 @@ def test_any_format_into_any_other_keeps_images_and_boxes(sets, source, target, 
             assert [box[:2] for box in boxes] == [box[:2] for box in expected]
             numbers, wanted = (np.array([box[2:] for box in rows]).reshape(-1, 4) for rows in (boxes, expected))
             np.testing.assert_allclose(numbers, wanted, rtol=1e-9, atol=1e-7)
-    assert sum("crowds" in loss for loss in written.losses) == (
+    assert sum("crowds" in remark for remark in written.remarks) == (
         target == "yolo" and crowds is False and source != "yolo"
     )
 
@@ -109,8 +109,8 @@ def test_yolo_counts_classes_from_0_and_voc_says_that_it_loses_their_order(sets)
     assert read_voc("val", root=sets["voc"]["root"]).class_names == ("zebra crossing", "Ämpel & <Co>")
     splits = {"train": read_yolo("train", yaml=str(file))}
     splits["train"].class_names = ("zebra", "aardvark")
-    (loss,) = write_set("voc", splits, file.parent.parent / "sorted").losses
-    assert "no list of classes" in loss and "2 of 2" in loss
+    (remark,) = write_set("voc", splits, file.parent.parent / "sorted").remarks
+    assert "no list of classes" in remark and "2 of 2" in remark
 
 
 def test_file_names_are_safe_and_told_apart(sets):

@@ -24,7 +24,9 @@ DAMAGE = ("premature end", "bad Huffman code", "CRC error")  # what decoders com
 Look = tuple[bytes, str]  # the hash of an image's pixels, empty where there are none; what is wrong with it
 
 
-def inspect(splits: Mapping[str, Annotations], logs: Mapping[str, ProblemLog], workers: int) -> dict[str, np.ndarray]:
+def inspect_images(
+    splits: Mapping[str, Annotations], logs: Mapping[str, ProblemLog], workers: int
+) -> dict[str, np.ndarray]:
     """Decode every image of ``train`` and ``val`` and log what that shows.
 
     Returns:

@@ -28,7 +28,7 @@ class Written:
     """What was written: the keys of ``data`` that read it back, and what the format cannot hold, a sentence each."""
 
     data: dict[str, str]
-    losses: list[str] = field(default_factory=list)
+    remarks: list[str] = field(default_factory=list)
 
 
 def write_set(form: str, splits: Mapping[str, Annotations], folder: Path) -> Written:
@@ -43,10 +43,15 @@ def write_set(form: str, splits: Mapping[str, Annotations], folder: Path) -> Wri
     refuse_full(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        return writer(splits, folder.resolve())
+        written = writer(splits, folder.resolve())
     except OSError as error:
         reason = f"{error.filename or folder}: {error.strerror or error}"
         raise DetkitError(f"cannot write the set, {reason}; what is in {folder} is not whole, remove it") from None
+    turned = sum(annotations.problems.counts["exif_rotated"] for annotations in splits.values())
+    if turned:
+        words = "their boxes are those of the upright picture, which not every tool shows"
+        written.remarks.append(f"images turned by their EXIF orientation: {turned}; {words}")
+    return written
 
 
 def refuse_full(folder: Path) -> None:
@@ -130,11 +135,11 @@ def write_yolo(splits: Mapping[str, Annotations], folder: Path) -> Written:
     content = {"path": ".", **{split: f"images/{split}" for split in splits}, "names": names}
     file = folder / "data.yaml"
     file.write_text(yaml.safe_dump(content, sort_keys=False, allow_unicode=True), encoding="utf-8")
-    losses = _area_loss(splits)
+    remarks = _area_remark(splits)
     crowds = sum(int(annotations.crowd.sum()) for annotations in splits.values())
     if crowds:
-        losses.append(f"YOLO txt knows no crowds: {crowds} of them (COCO iscrowd, VOC difficult) are left out")
-    return Written({"name": "yolo", "yaml": str(file)}, losses)
+        remarks.append(f"YOLO txt knows no crowds: {crowds} of them (COCO iscrowd, VOC difficult) are left out")
+    return Written({"name": "yolo", "yaml": str(file)}, remarks)
 
 
 @WRITERS.register("voc")
@@ -153,14 +158,14 @@ def write_voc(splits: Mapping[str, Annotations], folder: Path) -> Written:
             file.write_text(_voc_xml(annotations, image, name), encoding="utf-8")
         file = _parent_made(folder / "ImageSets" / "Main" / f"{split}.txt")
         file.write_text("".join(f"{Path(name).stem}\n" for name in names), encoding="utf-8")
-    losses = _area_loss(splits)
+    remarks = _area_remark(splits)
     used = sorted({class_names[k] for annotations in splits.values() for k in np.unique(annotations.labels)})
     if tuple(used) != class_names:
-        losses.append(
+        remarks.append(
             f"Pascal VOC has no list of classes: readers sort the names of those with boxes, {len(used)} of "
             f"{len(class_names)} here"
         )
-    return Written({"name": "voc", "root": str(folder)}, losses)
+    return Written({"name": "voc", "root": str(folder)}, remarks)
 
 
 def _voc_xml(annotations: Annotations, image: int, name: str) -> str:
@@ -188,7 +193,7 @@ def _voc_xml(annotations: Annotations, image: int, name: str) -> str:
     return "\n".join([*lines, "</annotation>\n"])
 
 
-def _area_loss(splits: Mapping[str, Annotations]) -> list[str]:
+def _area_remark(splits: Mapping[str, Annotations]) -> list[str]:
     """Say so where the stated areas are not those of the boxes, as COCO's are of masks."""
     for annotations in splits.values():
         own = np.prod(annotations.boxes[:, 2:] - annotations.boxes[:, :2], axis=1)

@@ -7,7 +7,7 @@ from typing import Any
 from rich.console import Console
 
 from detkit.data.annotations import Annotations
-from detkit.data.inspection import inspect
+from detkit.data.inspection import inspect_images
 from detkit.data.loader import worker_count
 from detkit.data.problems import LEFT_OUT, MENDED, NOTE, WRONG, ProblemLog
 from detkit.data.writers import refuse_full, write_set
@@ -40,7 +40,7 @@ def run(cfg: dict[str, Any]) -> dict[str, ProblemLog]:
     splits = {split: read_split(cfg["data"], split, log) for split, log in logs.items()}
     check_classes(splits["train"], splits["val"])
     run_dir = make_run_dir(cfg, "check_data", cfg["data"]["name"])
-    keep = inspect(splits, logs, worker_count(cfg["workers"]))
+    keep = inspect_images(splits, logs, worker_count(cfg["workers"]))
 
     print_splits(splits, console)
     print_classes(splits, console)
@@ -72,5 +72,5 @@ def _write_copy(splits: dict[str, Annotations], form: str, folder: Path, console
     written = write_set(form, splits, folder)
     counts = " and ".join(f"{len(a)} {split} images with {len(a.labels)} boxes" for split, a in splits.items())
     console.print(f"cleaned copy, {form}: {counts}; train on it: {train_command(written.data)}")
-    for loss in written.losses:
-        console.print(f"mind: {loss}")
+    for remark in written.remarks:
+        console.print(f"mind: {remark}")

@@ -24,7 +24,7 @@ def run(cfg: dict[str, Any]) -> Written:
     for split, annotations in splits.items():
         tell_split(split, annotations, console)
     written = write_set(cfg["format"], splits, folder)
-    for loss in written.losses:
-        console.print(f"mind: {loss}")
+    for remark in written.remarks:
+        console.print(f"mind: {remark}")
     console.print(f"{cfg['format']} written to {folder}; train on it: {train_command(written.data)}")
     return written
