@@ -142,7 +142,7 @@ def _png_bits(path: str | Path) -> int:
 def _png_chunks(path: str | Path) -> tuple[Image.Exif, bool]:
     """Return the EXIF data and whether the last chunk is there; Pillow would decode the picture to find out."""
     exif = Image.Exif()
-    with open(path, "rb") as file:
+    with open_picture(path) as file:
         file.seek(8)
         while len(head := file.read(8)) == 8:
             length, kind = struct.unpack(">I4s", head)
@@ -158,7 +158,7 @@ def _png_chunks(path: str | Path) -> tuple[Image.Exif, bool]:
 
 def _jpeg_ends(path: str | Path) -> bool:
     """Whether the end marker is there; cameras pad a file, so that where it is missing the picture is decoded."""
-    with open(path, "rb") as file:
+    with open_picture(path) as file:
         size = file.seek(0, os.SEEK_END)
         file.seek(max(size - 64, 0))
         if b"\xff\xd9" in file.read():

@@ -16,8 +16,9 @@ import yaml
 from rich.progress import track
 
 from detkit.data.annotations import Annotations
+from detkit.data.webdataset import write_webdataset
 from detkit.errors import DetkitError
-from detkit.ops.image import IMAGE_SUFFIXES
+from detkit.ops.image import IMAGE_SUFFIXES, open_picture
 from detkit.registry import WRITERS
 
 MAX_STEM = 180  # bytes of a file name without its suffix: file systems take 255
@@ -193,6 +194,14 @@ def _voc_xml(annotations: Annotations, image: int, name: str) -> str:
     return "\n".join([*lines, "</annotation>\n"])
 
 
+@WRITERS.register("webdataset")
+def write_shards(splits: Mapping[str, Annotations], folder: Path) -> Written:
+    """Write tar shards and their lists (webdataset.py); nothing is lost."""
+    for split, annotations in splits.items():
+        write_webdataset(annotations, folder, split)
+    return Written({"name": "webdataset", "root": str(folder)})
+
+
 def _area_remark(splits: Mapping[str, Annotations]) -> list[str]:
     """Say so where the stated areas are not those of the boxes, as COCO's are of masks."""
     for annotations in splits.values():
@@ -232,8 +241,9 @@ def _place_images(annotations: Annotations, names: list[str], folder: Path) -> N
     for path, name in zip(annotations.paths, bar, strict=True):
         try:
             os.link(os.path.realpath(path), folder / name)
-        except OSError:
-            shutil.copyfile(path, folder / name)
+        except OSError:  # another disk, or an image in a tar file
+            with open_picture(path) as source, (folder / name).open("wb") as copy:
+                shutil.copyfileobj(source, copy)
 
 
 def _parent_made(file: Path) -> Path:
