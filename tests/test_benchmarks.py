@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from detkit.benchmarks import akconv, data, reversible
+from detkit.benchmarks.data import CACHES
 from detkit.config import compose_config, resolve
 from detkit.data.shapes import read_shapes
 from detkit.errors import DetkitError
@@ -62,7 +63,8 @@ def test_data_beside_a_peer(shapes_root, tmp_path, capsys):
     assert os.sched_getaffinity(0) == cores
     assert (result["peer_uncached"], result["peer_cached"]) == (0.25, 0.5)
     assert result["ratio_cached"] == pytest.approx(2 * result["cached"])
-    assert set(last_line("data", capsys, *overrides)) == {"task", "images", "image_size", "uncached", "cached"}
+    assert result["ratio_nothing_kept"] == pytest.approx(4 * result["nothing_kept"])
+    assert set(last_line("data", capsys, *overrides)) == {"task", "images", "image_size", *CACHES}
 
 
 @pytest.mark.parametrize(

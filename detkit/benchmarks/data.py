@@ -21,12 +21,15 @@ from rich.table import Table
 from detkit.benchmarks.common import WARMUP, tell
 from detkit.data.annotations import Annotations
 from detkit.data.augment import AugmentedDataset, partner_window
+from detkit.data.cache import KEPT_BYTES, LocalImages
 from detkit.data.dataset import DetectionDataset
 from detkit.data.loader import EpochSampler
 from detkit.errors import DetkitError
 from detkit.tasks.common import read_split
 
-CACHES = {"uncached": None, "cached": "ram"}
+# data.cache of each variant, and what a process keeps beside it; the peer, too, keeps some images where it has no cache
+CACHES = {"uncached": (None, KEPT_BYTES), "cached": ("ram", 0), "nothing_kept": (None, 0)}
+PEERS = {"uncached": "uncached", "cached": "cached", "nothing_kept": "uncached"}  # what of the peer each stands beside
 TRANSFORMS = ("hsv", "flip")  # what both sides do; a peer's other transforms need packages of their own
 # Runs in the peer's Python, told the folder of the images, the side, the images of a batch, the number of classes.
 PEER = """
@@ -59,12 +62,13 @@ for line in sys.stdin:
 
 
 def run(cfg: dict[str, Any]) -> dict[str, Any]:
-    """Time passes over the shuffled training split, uncached and with data.cache=ram; print a table and a line of JSON.
+    """Time passes over the shuffled training split with data.cache=null and ram; print a table and a line of JSON.
 
     One core makes ``image_size`` samples one by one, of the configured mosaic and affine, HSV and flip; they are not
     stacked to batches. The variants take turns of ``batch_size`` samples, ``rounds`` passes over the set, and the
-    median counts. The first passes are not timed: the files are in the page cache, the images in data.cache; uncached,
-    a process keeps what it would keep in a training (data/cache.py), which may be all of a small set. ``peer`` is a
+    median counts. The first passes are not timed: the files are in the page cache, the images in data.cache. Uncached,
+    a process keeps what it keeps in a training (data/cache.py), which may be all of a small set; with nothing kept, it
+    decodes an image for every sample, as of a set much larger than that. ``peer`` is a
     Python that has ultralytics: its own dataset with its default augmentation makes tensors of a copy of the set, in
     turns with ours.
 
@@ -76,10 +80,10 @@ def run(cfg: dict[str, Any]) -> dict[str, Any]:
     annotations = read_split(cfg["data"], "train")
     with ExitStack() as stack:
         stack.enter_context(_one_core())
-        turns = {name: _turn(annotations, cfg, cache) for name, cache in CACHES.items()}
+        turns = {name: _turn(annotations, cfg, *cache) for name, cache in CACHES.items()}
         if cfg["peer"] is not None:
             ask = stack.enter_context(_peer(str(cfg["peer"]), annotations, cfg))
-            turns |= {f"peer_{name}": lambda name=name: ask(name) for name in CACHES}
+            turns |= {f"peer_{name}": lambda name=name: ask(name) for name in set(PEERS.values())}
         seconds: dict[str, list[float]] = {name: [] for name in turns}
         a_pass = math.ceil(len(annotations) / cfg["batch_size"])
         for k in range((WARMUP + cfg["rounds"]) * a_pass):
@@ -92,9 +96,10 @@ def run(cfg: dict[str, Any]) -> dict[str, Any]:
     table = Table("samples", "images/s", "peer's", "ratio", header_style="bold")
     for name in CACHES:
         row = [name, f"{speed[name]:.1f}", "", ""]
-        if f"peer_{name}" in speed:
-            result[f"ratio_{name}"] = speed[name] / speed[f"peer_{name}"]
-            row[2:] = f"{speed[f'peer_{name}']:.1f}", f"{result[f'ratio_{name}']:.2f}"
+        peer = f"peer_{PEERS[name]}"
+        if peer in speed:
+            result[f"ratio_{name}"] = speed[name] / speed[peer]
+            row[2:] = f"{speed[peer]:.1f}", f"{result[f'ratio_{name}']:.2f}"
         table.add_row(*row)
     return tell(table, result)
 
@@ -114,10 +119,12 @@ def _one_core() -> Iterator[None]:
         torch.set_num_threads(torch_threads)
 
 
-def _turn(annotations: Annotations, cfg: dict[str, Any], cache: str | None) -> Callable[[], float]:
+def _turn(annotations: Annotations, cfg: dict[str, Any], cache: str | None, keep: int) -> Callable[[], float]:
     """Return a function that makes the next ``batch_size`` samples and returns seconds a sample."""
     size, batch_size = cfg["image_size"], cfg["batch_size"]
     images = DetectionDataset(annotations, size, cache)
+    if cache is None:
+        images.cache = LocalImages(annotations, size, keep)
     transforms = {name: cfg["augment"]["transforms"].get(name) for name in TRANSFORMS}
     augment = {**cfg["augment"], "transforms": transforms}
     dataset = AugmentedDataset(images, size, augment, cfg["seed"], epochs=2**31)

@@ -27,7 +27,7 @@ Load = Callable[[], np.ndarray]
 
 
 class LocalImages:
-    """The images one process keeps: the first ones, up to ``KEPT_BYTES``, for good, and beside them the last few.
+    """The images one process keeps: the first ones, up to ``keep`` bytes, for good, and beside them the last few.
 
     Every epoch has another order, in which the image used longest ago is no likelier to come late than any other: to
     drop it, as is usual, would drop most before they are used again.
@@ -36,8 +36,9 @@ class LocalImages:
         holds_all: whether every image of the set can be kept.
     """
 
-    def __init__(self, annotations: Annotations, longest: int) -> None:
-        self.holds_all = bool(_image_bytes(annotations, longest).sum() <= KEPT_BYTES)
+    def __init__(self, annotations: Annotations, longest: int, keep: int) -> None:
+        self.keep = keep
+        self.holds_all = bool(_image_bytes(annotations, longest).sum() <= keep)
         self.kept: dict[int, np.ndarray] = {}
         self.last: dict[int, np.ndarray] = {}
         self.bytes = 0  # of those kept
@@ -49,7 +50,7 @@ class LocalImages:
                 return images[index]
         image = load()
         image.flags.writeable = False
-        if self.bytes + image.nbytes <= KEPT_BYTES:
+        if self.bytes + image.nbytes <= self.keep:
             self.kept[index] = image
             self.bytes += image.nbytes
         else:
@@ -101,7 +102,7 @@ def open_cache(kind: str | None, annotations: Annotations, longest: int) -> Loca
         DetkitError: there is too little free memory or disk; says what it takes and what there is.
     """
     if kind is None:
-        return LocalImages(annotations, longest)
+        return LocalImages(annotations, longest, KEPT_BYTES)
     size = shared_bytes(annotations, longest)
     what = f"{len(annotations)} images at {longest} pixels"
     buffer = _memory(size, what) if kind == "ram" else _file(_cache_file(annotations, longest), size, what)

@@ -139,7 +139,7 @@ def _map(file: Path, size: int, start: int, entry: dict[str, Any]) -> np.ndarray
         raise ValueError(f"{file} is cut off")
     if begin == end:
         return np.zeros(shape, dtype)
-    return np.memmap(file, dtype, "r", start + begin, shape)
+    return np.memmap(file, dtype, "r", start + begin, shape).view(np.ndarray)  # its own indexing is slow
 
 
 def _remove_older(prefix: str, index: Path) -> None:
