@@ -40,7 +40,7 @@ class Origin:
         index: position of the image in its data set.
         path: its file.
         size: (height, width) of the image in the file.
-        scale, offset: (x, y) each, such that ``x_sample = x_file * scale + offset``; kept by letterboxing only.
+        scale, offset: (x, y) each, such that ``x_sample = x_file * scale + offset``; kept by letterboxing and by tiles.
     """
 
     index: int

@@ -4,13 +4,11 @@ import json
 import os
 import sys
 
-import numpy as np
 import pytest
 
-from detkit.benchmarks import akconv, data, reversible
+from detkit.benchmarks import akconv, reversible
 from detkit.benchmarks.data import CACHES
 from detkit.config import compose_config, resolve
-from detkit.data.shapes import read_shapes
 from detkit.errors import DetkitError
 from detkit.tasks import benchmark
 
@@ -79,15 +77,3 @@ def test_mistakes_of_the_data_benchmark(overrides, sentence, shapes_root):
     root = [f"data.root={shapes_root}", "image_size=64"] if "data=shapes" in overrides else []
     with pytest.raises(DetkitError, match=sentence):
         benchmark.run(resolve(compose_config("benchmark", [*overrides, *root])))
-
-
-def test_a_peer_s_copy_is_the_set(shapes_root, tmp_path):
-    annotations = read_shapes("train", root=str(shapes_root))
-    images = data._write_yolo(annotations, tmp_path)
-    assert len(list(images.iterdir())) == len(annotations)
-    for k in (0, 7):
-        table = np.loadtxt(tmp_path / "labels" / f"{k:07d}.txt", ndmin=2)
-        rows = slice(annotations.offsets[k], annotations.offsets[k + 1])
-        assert table[:, 0].tolist() == annotations.labels[rows].tolist()
-        corners = np.concatenate((table[:, 1:3] - table[:, 3:] / 2, table[:, 1:3] + table[:, 3:] / 2), 1) * 256
-        np.testing.assert_allclose(corners, annotations.boxes[rows], atol=1e-3)

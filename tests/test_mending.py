@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from detkit.data.images import ALPHA, CMYK, DEEP, GRAY, MISSING, ROTATED, TRUNCATED, UNREADABLE, list_images, probe
+from detkit.data.files import list_images
+from detkit.data.images import ALPHA, CMYK, DEEP, GRAY, MISSING, ROTATED, TRUNCATED, UNREADABLE, probe
 from detkit.data.mending import turn_boxes
 from detkit.ops.image import read_image
 

@@ -87,10 +87,10 @@ def test_a_wrong_file_is_named_and_the_rest_is_used(voc_set, text, kind, line):
 
 
 def test_a_listed_name_without_files(voc_set):
-    (voc_set / "ImageSets/Main/train.txt").write_text("a\na\ngone\nb c\n")
+    (voc_set / "ImageSets/Main/train.txt").write_text("a\na\ngone\nb c\n" + "n" * 300)
     (voc_set / "JPEGImages" / "b c.png").unlink()
     counts = read_voc("train", root=str(voc_set)).problems.counts
-    assert dict(counts) == {"missing_labels": 1, "missing_image": 1, "repeated_image": 1}
+    assert dict(counts) == {"missing_labels": 2, "missing_image": 1, "repeated_image": 1}
     (voc_set / "ImageSets/Main/train.txt").unlink()
     with pytest.raises(DetkitError, match=r"cannot read the list of images .*train\.txt"):
         read_voc("train", root=str(voc_set))

@@ -133,6 +133,15 @@ def test_folders_that_link_to_themselves_are_read_once(yolo_set):
     assert dict(annotations.problems.counts) == {"missing_image": 1, "without_boxes": 1, "unlabelled_image": 1}
 
 
+def test_a_listed_image_elsewhere_does_not_lead_into_other_folders(yolo_set, tmp_path, monkeypatch):
+    yaml = yolo_set("train: train.txt\nval: images/val\nnames: [cat, dog]\n")
+    (tmp_path / "train.txt").write_text(f"images/train/a.png\n/x.png\n{'y' * 300}/z.png\n")
+    monkeypatch.setattr("detkit.data.index.walk", None)  # it would go through all of the disk
+    annotations = read_yolo("train", yaml=str(yaml))
+    assert len(annotations) == 1
+    assert annotations.problems.counts["missing_image"] == 2
+
+
 def test_labels_lie_in_the_folder_beside_the_last_images():
     assert label_file(Path("/images/set/images/train/x.y.jpg")) == Path("/images/set/labels/train/x.y.txt")
     assert label_file(Path("/set/train/x.jpg")) == Path("/set/train/x.txt")

@@ -3,18 +3,16 @@
 import itertools
 import math
 import os
-import shutil
 import statistics
 import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import cv2
-import numpy as np
 import torch
 from rich.table import Table
 
@@ -24,6 +22,7 @@ from detkit.data.augment import AugmentedDataset, partner_window
 from detkit.data.cache import KEPT_BYTES, LocalImages
 from detkit.data.dataset import DetectionDataset
 from detkit.data.loader import EpochSampler
+from detkit.data.writers import write_set
 from detkit.errors import DetkitError
 from detkit.tasks.common import read_split
 
@@ -128,7 +127,7 @@ def _turn(annotations: Annotations, cfg: dict[str, Any], cache: str | None, keep
     transforms = {name: cfg["augment"]["transforms"].get(name) for name in TRANSFORMS}
     augment = {**cfg["augment"], "transforms": transforms}
     dataset = AugmentedDataset(images, size, augment, cfg["seed"], epochs=2**31)
-    window = partner_window(augment["mosaic"]["partners"], images, batch_size)
+    window = partner_window(augment["mosaic"].get("partners", "auto"), images, batch_size)
     keys = _endless(EpochSampler(len(images), cfg["seed"], window=window))
 
     def turn() -> float:
@@ -151,7 +150,8 @@ def _endless(sampler: EpochSampler) -> Iterator[tuple]:
 def _peer(python: str, annotations: Annotations, cfg: dict[str, Any]) -> Iterator[Callable[[str], float]]:
     """Start the peer on a copy of the set; yield a function that lets it take a turn and returns seconds a sample."""
     with tempfile.TemporaryDirectory(prefix="detkit-peer-") as folder, (Path(folder) / "log").open("w+") as log:
-        images = _write_yolo(annotations, Path(folder))
+        write_set("yolo", {"train": annotations}, Path(folder) / "set")
+        images = Path(folder) / "set" / "images" / "train"
         arguments = [str(n) for n in (images, cfg["image_size"], cfg["batch_size"], len(annotations.class_names))]
         quiet = {"YOLO_OFFLINE": "true", "YOLO_AUTOINSTALL": "false", "YOLO_VERBOSE": "false"}
         try:
@@ -175,7 +175,8 @@ def _peer(python: str, annotations: Annotations, cfg: dict[str, Any]) -> Iterato
             return line
 
         def ask(name: str) -> float:
-            print(name, file=process.stdin, flush=True)
+            with suppress(BrokenPipeError):  # it has ended: what it said last is the answer
+                print(name, file=process.stdin, flush=True)
             return float(answer())
 
         try:
@@ -184,23 +185,3 @@ def _peer(python: str, annotations: Annotations, cfg: dict[str, Any]) -> Iterato
         finally:
             process.kill()
             process.communicate()
-
-
-def _write_yolo(annotations: Annotations, folder: Path) -> Path:
-    """Write the set as images/ and labels/ (a text file each: class, centre and size as shares); return images/."""
-    images, labels = folder / "images", folder / "labels"
-    images.mkdir()
-    labels.mkdir()
-    for k in range(len(annotations)):
-        path, (height, width) = annotations.paths[k], annotations.sizes[k]
-        shutil.copyfile(path, images / f"{k:07d}{path.suffix}")
-        rows = slice(annotations.offsets[k], annotations.offsets[k + 1])
-        keep = ~annotations.crowd[rows]
-        boxes = annotations.boxes[rows][keep] / (width, height, width, height)
-        shares = np.concatenate(((boxes[:, :2] + boxes[:, 2:]) / 2, boxes[:, 2:] - boxes[:, :2]), 1)
-        lines = [
-            f"{label} {' '.join(f'{v:.6f}' for v in row)}"
-            for label, row in zip(annotations.labels[rows][keep], shares, strict=True)
-        ]
-        (labels / f"{k:07d}.txt").write_text("\n".join(lines))
-    return images

@@ -43,9 +43,9 @@ class PathTable(Sequence[Path]):
 
 @dataclass
 class Annotations:
-    """N images and their T boxes in flat arrays, mapped from the index file: worker processes share one copy.
+    """N images and their T boxes in flat arrays, mapped from the index file: forked worker processes share one copy.
 
-    Every image could be read when the index was built, every box lies within its image and has an area.
+    Head and end of every image were looked at when the index was built; every box lies in its image and has an area.
 
     Attributes:
         source: the file or folder they were read from, for messages.
@@ -59,6 +59,7 @@ class Annotations:
         crowd: (T,) bool, a region of many objects: never trained on, ignored when evaluating.
         class_names: C names; category_ids: the source's id of each.
         problems: what was found wrong, and mended or left out.
+        watched: whether the index would see a change of any image: False where one lies outside the set's folders.
     """
 
     source: Path
@@ -73,6 +74,7 @@ class Annotations:
     class_names: tuple[str, ...]
     category_ids: tuple[int, ...]
     problems: ProblemLog = field(default_factory=ProblemLog)
+    watched: bool = True
 
     def __len__(self) -> int:
         return len(self.paths)

@@ -16,7 +16,7 @@ import numpy as np
 
 from detkit.data.annotations import Annotations
 from detkit.errors import DetkitError
-from detkit.ops.image import picture_file, shrunk_size
+from detkit.ops.image import picture_file, shrunk_sizes
 
 KEPT_BYTES = 128 * 2**20  # what a process keeps where there is no cache,
 LAST_IMAGES = 32  # and how many it remembers beside them: more than a window of the order (augment.py) has
@@ -123,14 +123,16 @@ def free_memory() -> int:
         free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     try:
         limit, used = (Path(f"/sys/fs/cgroup/memory.{name}").read_text().strip() for name in ("max", "current"))
-        return free if limit == "max" else max(min(free, int(limit) - int(used)), 0)
-    except (OSError, ValueError):
+        stat = dict(line.split() for line in Path("/sys/fs/cgroup/memory.stat").read_text().splitlines())
+        used = int(used) - int(stat["inactive_file"])  # which the kernel gives back when asked
+        return free if limit == "max" else max(min(free, int(limit) - used), 0)
+    except (OSError, ValueError, KeyError):
         return free
 
 
 def _image_shapes(annotations: Annotations, longest: int) -> np.ndarray:
     """Return the (N, 2) heights and widths that the images have in a cache."""
-    return np.array([shrunk_size(int(h), int(w), longest) for h, w in annotations.sizes], np.int64).reshape(-1, 2)
+    return shrunk_sizes(annotations.sizes, longest)
 
 
 def _image_bytes(annotations: Annotations, longest: int) -> np.ndarray:
@@ -154,6 +156,8 @@ def _file(path: Path, size: int, what: str) -> mmap.mmap:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         if not path.exists():
+            for older in path.parent.glob(f"{path.name.partition('-')[0]}-*.u8"):  # of the set as it was before
+                older.unlink(missing_ok=True)
             free = shutil.disk_usage(path.parent).free
             if size > MARGIN * free:
                 raise DetkitError(
@@ -181,16 +185,17 @@ def _reserve(path: Path, size: int) -> None:
 
 
 def _cache_file(annotations: Annotations, longest: int) -> Path:
-    """Return the file in the user's cache folder, named by all that its pixels depend on."""
-    digest = hashlib.blake2b(f"{VERSION} {longest}".encode(), digest_size=8)
-    for path, (height, width) in zip(annotations.paths, annotations.sizes, strict=True):
+    """Return the file in the user's cache folder, named by the set and by all that its pixels depend on."""
+    of_set = hashlib.blake2b(os.fsencode(f"{annotations.source.absolute()} {longest}"), digest_size=8)
+    digest = hashlib.blake2b(b"%d " % VERSION + np.ascontiguousarray(annotations.sizes).tobytes(), digest_size=8)
+    for path in annotations.paths:
         try:
             status = os.stat(picture_file(path))
         except OSError as error:
             raise DetkitError(f"cannot read image {path}: {error.strerror or error}") from None
-        digest.update(f"{path.resolve()}\0{height} {width} {status.st_size} {status.st_mtime_ns}\n".encode())
+        digest.update(os.fsencode(path) + b"\0%d %d\n" % (status.st_size, status.st_mtime_ns))
     root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return root / "detkit" / "images" / f"{digest.hexdigest()}.u8"
+    return root / "detkit" / "images" / f"{of_set.hexdigest()}-{digest.hexdigest()}.u8"
 
 
 def _gib(size: int) -> str:

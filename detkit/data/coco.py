@@ -43,7 +43,7 @@ def read_coco(
         raise DetkitError(f"data.root={root} is not a folder")
     images, annotations = {"train": (train_images, train_annotations), "val": (val_images, val_annotations)}[split]
     file, image_dir = Path(str(root)) / str(annotations), Path(str(root)) / str(images)
-    return cached("coco", [file], [image_dir], log, lambda log: read_coco_json(file, image_dir, log))
+    return cached("coco", [file], [image_dir], [], log, lambda log: read_coco_json(file, image_dir, log))
 
 
 def read_coco_json(file: Path, image_dir: Path, log: ProblemLog | None = None) -> Annotations:
@@ -55,11 +55,9 @@ def read_coco_json(file: Path, image_dir: Path, log: ProblemLog | None = None) -
     Raises:
         DetkitError: a missing or malformed file, categories that make no sense, or no image left.
     """
-    log = ProblemLog() if log is None else log
+    reader = _Reader(file, image_dir, ProblemLog() if log is None else log)
     categories: list[Any] = []
-    images = _Images(file, image_dir, log)
-    boxes = _Boxes(file, log)
-    take = {"images": images.add, "annotations": boxes.add, "categories": lambda k, line, c: categories.append(c)}
+    take = {"images": reader.image, "annotations": reader.box, "categories": lambda k, line, c: categories.append(c)}
     missing = set(LISTS)
     for key, position, line, record in read_records(file, LISTS):
         if position < 0:
@@ -68,103 +66,79 @@ def read_coco_json(file: Path, image_dir: Path, log: ProblemLog | None = None) -
             take[key](position, line, record)
     if missing:
         raise DetkitError(f"{file} is not a COCO detection file: it has no list '{min(missing)}'")
-    category_ids, class_names = _categories(categories, file)
-    columns = Columns(file, class_names, category_ids, log)
-    columns.paths, columns.image_ids, columns.stated = images.paths, images.ids, images.stated
-    numbers = boxes.fill(columns)
-
-    def place(_: int, k: int) -> tuple[Path, int, str]:
-        return file, int(boxes.lines[k]), f"annotations[{numbers[k]}] "
-
-    return columns.finish(place)
+    annotations = reader.finish(*_categories(categories, file))
+    annotations.watched = reader.watched
+    return annotations
 
 
-class _Images:
-    """The records of 'images' that make sense."""
+class _Reader:
+    """Gathers the records that make sense; what ids they name is looked up at the end."""
 
     def __init__(self, file: Path, image_dir: Path, log: ProblemLog) -> None:
         self.file, self.image_dir, self.log = file, image_dir, log
-        self.paths: list[str] = []
-        self.ids, self.stated = array("q"), array("q")
+        self.columns = Columns(file, log)
         self.seen: set[int] = set()
+        self.watched = True
+        self.positions, self.lines = array("q"), array("q")  # of each box in 'annotations' and in the file
 
-    def add(self, position: int, line: int, record: Any) -> None:
+    def image(self, position: int, line: int, record: Any) -> None:
         """Take images[position]."""
         try:
-            image_id, name = record["id"], record["file_name"]
-            height, width = record.get("height") or 0, record.get("width") or 0
-            sensible = is_whole(image_id) and isinstance(name, str) and name and "\0" not in name
-            sensible = sensible and all(is_whole(side) and 0 <= side < 2**31 for side in (height, width))
-        except (KeyError, TypeError, AttributeError):
-            sensible = False
-        if not sensible:
+            image_id, name = _whole(record["id"]), record["file_name"]
+            stated = _whole(record.get("height") or 0), _whole(record.get("width") or 0)
+            if not (isinstance(name, str) and name and "\0" not in name and 0 <= min(stated) <= max(stated) < 2**31):
+                raise ValueError
+        except (KeyError, TypeError, ValueError, AttributeError):
             needs = "needs a whole 'id', a 'file_name', and 'height' and 'width' in whole pixels"
             words = f"images[{position}] {needs}, it is {_short(record)}"
             self.log.add("malformed_image", self.file, line, words)
-        elif image_id in self.seen:
+            return
+        if image_id in self.seen:
             self.log.add("repeated_image", self.file, line, f"images[{position}] has the id {image_id}, given before")
-        else:
-            self.seen.add(image_id)
-            self.ids.append(image_id)
-            self.stated.extend((height, width))
-            self.paths.append(str(self.image_dir / name))
+            return
+        self.seen.add(image_id)
+        self.columns.add_image(self.image_dir / name, image_id, stated)
+        if name.startswith(("/", ".")) or "/." in name:
+            self.watched = False  # it may lie outside image_dir, or hidden
 
-
-class _Boxes:
-    """The records of 'annotations' that make sense; the ids they name are looked up at the end."""
-
-    def __init__(self, file: Path, log: ProblemLog) -> None:
-        self.file, self.log = file, log
-        self.image_ids, self.category_ids = array("q"), array("q")
-        self.positions, self.lines = array("q"), array("q")
-        self.xyxy, self.area, self.crowd = array("d"), array("d"), array("b")
-
-    def add(self, position: int, line: int, record: Any) -> None:
+    def box(self, position: int, line: int, record: Any) -> None:
         """Take annotations[position]."""
         try:
-            image_id, category_id = record["image_id"], record["category_id"]
+            image_id, category_id = _whole(record["image_id"]), _whole(record["category_id"])
             x, y, w, h = _numbers(record["bbox"] if record.get("bbox") else polygon_box(record["segmentation"]))
             area, crowd = record.get("area"), record.get("iscrowd") or 0
-            area = math.nan if area is None else _numbers([area])[0]
-            sensible = is_whole(image_id) and is_whole(category_id) and crowd in (0, 1)
-            sensible = sensible and max(abs(x), abs(y), abs(w), abs(h)) < LARGEST and not math.isnan(x + y + w + h)
+            sensible = max(abs(x), abs(y), abs(w), abs(h)) < LARGEST and not math.isnan(x + y + w + h)
+            if not sensible or crowd not in (0, 1):
+                raise ValueError
         except (KeyError, TypeError, ValueError, OverflowError, AttributeError):
-            sensible = False
-        if not sensible:
             needs = "needs 'image_id', 'category_id' and 'bbox' [x, y, width, height] as numbers"
             words = f"annotations[{position}] {needs}, it is {_short(record)}"
             self.log.add("malformed_box", self.file, line, words)
             return
-        self.image_ids.append(image_id)
-        self.category_ids.append(category_id)
+        area = float(area) if type(area) in (int, float) and abs(area) < LARGEST**2 else math.nan
+        corners = (x, y, x + w, y + h)
+        self.columns.add_box(image_id, category_id, corners, len(self.lines), area=area, crowd=bool(crowd))
         self.positions.append(position)
         self.lines.append(line)
-        self.xyxy.extend((x, y, x + w, y + h))
-        self.area.append(area)
-        self.crowd.append(crowd)
 
-    def fill(self, columns: Columns) -> np.ndarray:
-        """Hand the boxes whose image and class exist to ``columns``; return the position of each in 'annotations'."""
-        image, has_image = _look_up(self.image_ids, columns.image_ids)
-        label, has_label = _look_up(self.category_ids, columns.category_ids)
+    def finish(self, category_ids: tuple[int, ...], class_names: tuple[str, ...]) -> Annotations:
+        """Return the boxes whose image and class exist."""
+        columns = self.columns
+        columns.class_names, columns.category_ids = class_names, category_ids
+        image, has_image = _look_up(columns.image_of, columns.image_ids)
+        label, has_label = _look_up(columns.label, category_ids)
+        for kind, key, ids, mask in (
+            ("labels_without_image", "image_id", columns.image_of, ~has_image),
+            ("unknown_class", "category_id", columns.label, has_image & ~has_label),
+        ):
+            words = f"has {key} {{}}, which the file does not define"
+            self.log.extend(kind, np.flatnonzero(mask), lambda k, ids=ids, words=words: self._place(k, words, ids[k]))
+        columns.choose(image, label, has_image & has_label)
+        return columns.finish(lambda _, k: self._place(k, ""))
 
-        def words(key: str, ids: array) -> Any:
-            return lambda k: (
-                self.file,
-                self.lines[k],
-                f"annotations[{self.positions[k]}] has {key} {ids[k]}, which the file does not define",
-            )
-
-        self.log.extend("labels_without_image", np.flatnonzero(~has_image), words("image_id", self.image_ids))
-        self.log.extend(
-            "unknown_class", np.flatnonzero(has_image & ~has_label), words("category_id", self.category_ids)
-        )
-        keep = has_image & has_label
-        columns.image_of, columns.label = image[keep], label[keep]
-        columns.line = np.flatnonzero(keep)
-        columns.xyxy = np.array(self.xyxy).reshape(-1, 4)[keep]
-        columns.area, columns.crowd = np.array(self.area)[keep], np.array(self.crowd)[keep]
-        return np.array(self.positions)
+    def _place(self, k: int, words: str, *values: int) -> tuple[Path, int, str]:
+        """Return file, line and words about box ``k`` of those gathered."""
+        return self.file, self.lines[k], f"annotations[{self.positions[k]}] {words.format(*values)}"
 
 
 def polygon_box(polygons: list[list[float]]) -> tuple[float, float, float, float]:
@@ -190,6 +164,15 @@ def is_whole(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63
 
 
+def _whole(value: Any) -> int:
+    """Return a whole number, which may be written as 480.0; ValueError for anything else."""
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if not is_whole(value):
+        raise ValueError(value)
+    return value
+
+
 def _categories(records: list[Any], file: Path) -> tuple[tuple[int, ...], tuple[str, ...]]:
     """Return the categories' ids, ascending, and their names."""
     for k, record in enumerate(records):
@@ -202,6 +185,11 @@ def _categories(records: list[Any], file: Path) -> tuple[tuple[int, ...], tuple[
     for what, values in (("id", ids), ("name", names)):
         if len(set(values)) < len(values):
             raise DetkitError(f"{file}: 'categories' holds the same {what} twice; give every class one of its own")
+    for name in names:
+        if not name.isprintable():
+            raise DetkitError(
+                f"{file}: 'categories' holds the name {name!r}, which cannot be printed; rename the class"
+            )
     if not ids:
         raise DetkitError(f"{file}: 'categories' is empty, so there is nothing to detect")
     return ids, names

@@ -18,17 +18,17 @@ class Columns:
 
     Args:
         source: the file or folder they come from.
-        class_names, category_ids: the classes; a box's label is a position in them.
         log: where problems go.
+        class_names, category_ids: the classes; a box's label is a position in them. They may be set later.
         normalised: boxes are in 0..1 of the upright image instead of pixels.
     """
 
     def __init__(
         self,
         source: Path,
-        class_names: Sequence[str],
-        category_ids: Sequence[int],
         log: ProblemLog,
+        class_names: Sequence[str] = (),
+        category_ids: Sequence[int] = (),
         normalised: bool = False,
     ) -> None:
         self.source = source
@@ -66,6 +66,8 @@ class Columns:
     ) -> None:
         """Append a finite box of the image at position ``image``, found in ``line`` of its label file.
 
+        A reader that meets ids before it knows what they stand for gives these, and calls ``choose``.
+
         Args:
             area: in pixels; not a number: that of the box.
             crowd: a region of many objects.
@@ -76,6 +78,13 @@ class Columns:
         self.label.append(label)
         self.line.append(line)
         self.crowd.append(crowd)
+
+    def choose(self, image_of: np.ndarray, label: np.ndarray, keep: np.ndarray) -> None:
+        """Put positions of images and classes (T,) in place of the boxes' ids; keep the boxes of ``keep`` (T,) bool."""
+        self.image_of, self.label = image_of[keep], label[keep]
+        for name, width in (("line", 1), ("xyxy", 4), ("area", 1), ("crowd", 1)):
+            column = np.asarray(getattr(self, name)).reshape(len(keep), width)
+            setattr(self, name, column[keep].reshape(-1))
 
     def finish(self, place: Callable[[int, int], tuple[object, int | None, str]]) -> Annotations:
         """Look at the image files, clip the boxes, drop what cannot be used.
@@ -90,16 +99,17 @@ class Columns:
             first = f": {self.log.problems[0]}" if self.log.problems else ""
             raise DetkitError(f"{self.source} lists no images{first}")
         probes = probe_all(self.paths)
-        image_of, lines = np.array(self.image_of, np.int64), np.array(self.line, np.int64)
-        boxes = np.array(self.xyxy, np.float64).reshape(-1, 4)
-        stated = np.array(self.stated, np.int64).reshape(-1, 2)
-        usable, boxes = judge_images(self.paths, probes, stated, image_of, boxes, self.log)
+        image_of, lines, labels, boxes, areas = map(
+            np.asarray, (self.image_of, self.line, self.label, self.xyxy, self.area)
+        )
+        boxes = boxes.reshape(-1, 4).astype(np.float64)
+        stated = np.asarray(self.stated).reshape(-1, 2)
+        usable, image_of, boxes, areas = judge_images(self.paths, probes, stated, image_of, boxes, areas, self.log)
         if not usable.any():
             raise DetkitError(
                 f"{self.source} leaves no image to use: {self.log.summary()}; the first is {self.log.problems[0]}"
             )
         sizes = probes[:, :2]
-        labels = np.array(self.label, np.int64)
         boxes, keep = judge_boxes(
             boxes,
             labels,
@@ -113,7 +123,7 @@ class Columns:
         order = np.flatnonzero(keep)
         order = order[np.argsort(image_of[order], kind="stable")]  # an image's boxes keep the order of the file
         boxes = boxes[order]
-        areas = np.array(self.area, np.float64)[order]
+        areas = areas[order]
         own = np.prod(boxes[:, 2:] - boxes[:, :2], axis=1)
         position = (np.cumsum(usable) - 1)[image_of[order]]
         offsets = np.searchsorted(position, np.arange(usable.sum() + 1)).astype(np.int64)
@@ -123,13 +133,13 @@ class Columns:
         return Annotations(
             source=self.source,
             paths=PathTable.of(names),
-            image_ids=np.array(self.image_ids, np.int64)[usable],
+            image_ids=np.asarray(self.image_ids, np.int64)[usable],
             sizes=np.ascontiguousarray(sizes[usable]),
             offsets=offsets,
             boxes=boxes,
             labels=labels[order].astype(np.int32),
             areas=np.where(np.isfinite(areas) & (areas >= 0), areas, own),
-            crowd=np.array(self.crowd, np.int8)[order].astype(bool),
+            crowd=np.asarray(self.crowd, np.int8)[order].astype(bool),
             class_names=self.class_names,
             category_ids=self.category_ids,
             problems=self.log,

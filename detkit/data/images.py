@@ -4,20 +4,17 @@ import contextlib
 import os
 import stat
 import struct
-import sys
 import warnings
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from rich.progress import track
 
-from detkit.errors import DetkitError
-from detkit.ops.image import IMAGE_SUFFIXES, open_picture, tar_member
+from detkit.data.files import cores, map_files
+from detkit.ops.image import open_picture, picture_file
 
-MAX_PIXELS = 2**28  # of an image: beyond, it is taken for a bomb
+FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "TIFF")  # that OpenCV reads as well
 PARALLEL_FROM = 2000  # images: below, starting processes costs more than it saves
 EXIF_ORIENTATION = 0x0112
 
@@ -27,73 +24,21 @@ ORIENTATION_SHIFT = 8  # above them, the EXIF orientation of an image that is tu
 UNUSABLE = MISSING | UNREADABLE | TRUNCATED
 
 
-def list_images(folder: Path) -> list[Path]:
-    """Return the image files in a folder and the folders within, sorted; each folder once, whatever links there are.
-
-    Raises:
-        DetkitError: the folder cannot be listed.
-    """
-    found = [Path(entry.path) for entry in walk(folder) if Path(entry.name).suffix.lower() in IMAGE_SUFFIXES]
-    return sorted(found)
-
-
-def images_in(folder: Path) -> list[Path]:
-    """Return the image files in a folder, without those in the folders within, sorted; none if unlistable."""
-    try:
-        names = sorted(os.listdir(folder))
-    except OSError:
-        return []
-    return [folder / name for name in names if Path(name).suffix.lower() in IMAGE_SUFFIXES and name[0] != "."]
-
-
-def walk(folder: Path) -> Iterator[os.DirEntry]:
-    """Yield the files below a folder, hidden ones aside, following links but never into the same folder twice.
-
-    Raises:
-        DetkitError: the folder itself cannot be listed; folders within that cannot are passed over.
-    """
-    seen: set[tuple[int, int]] = set()
-    waiting = [str(folder)]
-    while waiting:
-        here = waiting.pop()
-        try:
-            status = os.stat(here)
-            entries = sorted(os.scandir(here), key=lambda entry: entry.name)
-        except OSError as error:
-            if here == str(folder):
-                raise DetkitError(f"cannot list the folder {folder}: {error.strerror or error}") from None
-            continue
-        if (status.st_dev, status.st_ino) in seen:
-            continue
-        seen.add((status.st_dev, status.st_ino))
-        for entry in entries:
-            if entry.name.startswith("."):
-                continue
-            try:
-                if entry.is_dir():
-                    waiting.append(entry.path)
-                else:
-                    yield entry
-            except OSError:  # a link to itself
-                yield entry
-
-
 def probe(path: str | Path) -> tuple[int, int, int, int, int]:
     """Read the head and the tail of an image file, or of one within a tar file (ops/image.py).
 
     Returns:
         height and width turned upright, height and width as stored (0 where unreadable), flags.
     """
-    member = tar_member(path)
     try:
-        if not stat.S_ISREG(os.stat(member[0] if member else path).st_mode):  # opening a pipe would wait for ever
+        if not stat.S_ISREG(os.stat(picture_file(path)).st_mode):  # opening a pipe would wait for ever
             return 0, 0, 0, 0, UNREADABLE
     except (OSError, ValueError):
         return 0, 0, 0, 0, MISSING
     try:
         with warnings.catch_warnings(), open_picture(path) as file:
-            warnings.simplefilter("ignore")  # of large images, which are looked at below
-            with Image.open(file) as image:
+            warnings.simplefilter("ignore")  # of large images; beyond 179 million pixels Pillow refuses
+            with Image.open(file, formats=FORMATS) as image:
                 return _describe(image, path)
     except (OSError, ValueError, SyntaxError, TypeError, KeyError, IndexError, OverflowError, struct.error,
             EOFError, Image.DecompressionBombError, MemoryError, AttributeError, ZeroDivisionError):  # fmt: skip
@@ -102,12 +47,12 @@ def probe(path: str | Path) -> tuple[int, int, int, int, int]:
 
 def _describe(image: Image.Image, path: str | Path) -> tuple[int, int, int, int, int]:
     width, height = image.size
-    if width * height > MAX_PIXELS or not width * height:
-        return 0, 0, 0, 0, UNREADABLE
     mode, flags = image.mode, 0
-    if mode in ("1", "L", "LA", "La") or mode.startswith(("I", "F")):
+    if not width * height or mode in ("F", "I"):  # OpenCV does not read 32 bits a channel
+        return 0, 0, 0, 0, UNREADABLE
+    if mode in ("1", "L", "LA", "La") or mode.startswith("I"):
         flags |= GRAY
-    if mode.startswith(("I", "F")):
+    if mode.startswith("I"):
         flags |= DEEP
     if mode == "CMYK":
         flags |= CMYK
@@ -168,26 +113,22 @@ def _jpeg_ends(path: str | Path) -> bool:
 
 def _decodes(path: str | Path) -> bool:
     try:
-        with open_picture(path) as file, Image.open(file) as image:
+        with open_picture(path) as file, Image.open(file, formats=FORMATS) as image:
             image.load()
         return True
     except (OSError, ValueError, SyntaxError, EOFError, MemoryError, struct.error):
         return False
 
 
-def probe_all(paths: Sequence[str | Path]) -> np.ndarray:
-    """Probe many files, by several processes where that pays; a bar shows on a terminal.
+def probe_all(paths: Sequence[str]) -> np.ndarray:
+    """Probe many files, by several processes where that pays.
 
     Returns:
         (N, 5) int32: what ``probe`` returns, a row each.
     """
     if len(paths) < PARALLEL_FROM:
         return np.array([probe(path) for path in paths], np.int32).reshape(-1, 5)
-    with ProcessPoolExecutor(min(os.cpu_count() or 1, 16)) as pool:
-        rows = pool.map(probe, paths, chunksize=256)
-        table = np.empty((len(paths), 5), np.int32)
-        for k, row in enumerate(
-            track(rows, "looking at the images", len(paths), transient=True, disable=not sys.stdout.isatty())
-        ):
-            table[k] = row
+    table = np.empty((len(paths), 5), np.int32)
+    for k, row in enumerate(map_files(probe, paths, "looking at the images", cores())):
+        table[k] = row
     return table

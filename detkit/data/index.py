@@ -19,10 +19,10 @@ from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from detkit.data.annotations import Annotations, PathTable
-from detkit.data.images import walk
+from detkit.data.files import names_in, walk
 from detkit.data.problems import ProblemLog
 
-VERSION = 1  # of the layout, and of the judgement of images and boxes
+VERSION = 2  # of the layout, and of the judgement of images and boxes
 ARRAYS = ("image_ids", "sizes", "offsets", "boxes", "labels", "areas", "crowd")
 DTYPES = {"I64": np.int64, "I32": np.int32, "F64": np.float64, "BOOL": np.bool_, "U8": np.uint8}
 
@@ -31,6 +31,7 @@ def cached(
     kind: str,
     files: Sequence[Path],
     folders: Sequence[Path],
+    flat: Sequence[Path],
     log: ProblemLog | None,
     build: Callable[[ProblemLog], Annotations],
     **arguments: Any,
@@ -38,18 +39,21 @@ def cached(
     """Return what ``build`` makes of these files and folders, from the index where nothing has changed since.
 
     Args:
-        kind: the format; with ``files``, ``folders`` and ``arguments`` it names the set.
+        kind: the format; with the files, folders and ``arguments`` it names the set.
+        folders: watched with the folders within; ``flat``: without.
         log: where ``build`` puts problems; given one, the index is not used, as it holds no more than a few.
     """
     if log is not None:
         return build(log)
-    name = json.dumps([VERSION, kind, [str(p.absolute()) for p in (*files, *folders)], arguments], sort_keys=True)
+    name = json.dumps(
+        [VERSION, kind, [str(p.absolute()) for p in (*files, *folders, *flat)], arguments], sort_keys=True
+    )
     prefix = hashlib.blake2b(name.encode(errors="surrogateescape"), digest_size=8).hexdigest()
-    index = index_folder() / f"{prefix}-{fingerprint(files, folders)}.safetensors"
+    index = index_folder() / f"{prefix}-{fingerprint(files, folders, flat)}.safetensors"
     annotations = open_index(index)
     if annotations is None:
         annotations = build(ProblemLog())
-        if write_index(annotations, index):
+        if annotations.watched and write_index(annotations, index):
             _remove_older(prefix, index)
             annotations = open_index(index) or annotations
     return annotations
@@ -60,22 +64,26 @@ def index_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "detkit" / "index"
 
 
-def fingerprint(files: Sequence[Path], folders: Sequence[Path]) -> str:
-    """Return a hash of the names, sizes and modification times of files, and of all files below folders."""
+def fingerprint(files: Sequence[Path], folders: Sequence[Path], flat: Sequence[Path]) -> str:
+    """Return a hash of the names, sizes and modification times of files, and of all files in folders."""
     digest = hashlib.blake2b(digest_size=16)
     for file in files:
-        digest.update(_state(file, file))
+        digest.update(_state(str(file)))
     for folder in folders:
-        if folder.is_dir():
-            for entry in walk(folder):
-                digest.update(_state(entry.path, entry))
+        if os.path.isdir(folder):
+            for path in walk(folder):
+                digest.update(_state(path))
+        digest.update(b"end")
+    for folder in flat:
+        for name in names_in(folder):
+            digest.update(_state(os.path.join(folder, name)))
         digest.update(b"end")
     return digest.hexdigest()
 
 
-def _state(path: str | Path, entry: Path | os.DirEntry) -> bytes:
+def _state(path: str) -> bytes:
     try:
-        status = entry.stat()
+        status = os.stat(path)
         return os.fsencode(path) + b"\0%d %d\0" % (status.st_size, status.st_mtime_ns)
     except OSError:  # missing, or a link to itself
         return os.fsencode(path) + b"\0-\0"

@@ -2,20 +2,16 @@
 
 import hashlib
 import os
-import sys
 import tempfile
 from collections.abc import Mapping
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import BinaryIO
 
 import cv2
 import numpy as np
-from rich.progress import track
 
 from detkit.data.annotations import Annotations
-from detkit.data.images import images_in
+from detkit.data.files import images_in, map_files
 from detkit.data.problems import ProblemLog
 from detkit.errors import DetkitError
 from detkit.ops.image import read_image
@@ -69,20 +65,7 @@ def look_at_all(annotations: Annotations, workers: int) -> list[Look]:
         DetkitError: one of them was killed.
     """
     paths = [str(path) for path in annotations.paths]
-    bar = {"transient": True, "disable": not sys.stdout.isatty()}
-    try:
-        with ProcessPoolExecutor(max(workers, 1), initializer=_begin) as pool:
-            looks = pool.map(look_at, paths, chunksize=16)
-            try:
-                return list(track(looks, f"decoding {annotations.source.name}", len(paths), **bar))
-            except KeyboardInterrupt:
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
-    except BrokenProcessPool:
-        raise DetkitError(
-            f"a process that decodes the images of {annotations.source} was killed, for want of memory perhaps: "
-            "try workers=1"
-        ) from None
+    return list(map_files(look_at, paths, f"decoding {annotations.source.name}", workers, _begin))
 
 
 def look_at(path: str) -> Look:

@@ -1,6 +1,8 @@
 """Reading a large json file record by record: a COCO file of ten million boxes would not fit into memory as objects."""
 
 import json
+import os
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
@@ -24,6 +26,8 @@ def read_records(file: Path, lists: tuple[str, ...]) -> Iterator[tuple[str, int,
         DetkitError: not a file, not an object, malformed (with line and column), or one of the lists is none.
     """
     try:
+        if not stat.S_ISREG(os.stat(file).st_mode):  # a pipe would be waited for
+            raise DetkitError(f"cannot read annotations {file}: it is not a file")
         with file.open(encoding="utf-8-sig") as stream:
             yield from _Reader(stream, file).records(lists)
     except OSError as error:
@@ -53,7 +57,7 @@ class _Reader:
                 raise self.malformed("a key is expected")
             self.expect(":")
             if key not in lists:
-                self.value()
+                self.pass_over()
             elif self.next_character() != "[":
                 raise DetkitError(f"{self.file} is not a COCO detection file: '{key}' is no list (line {self.line})")
             else:
@@ -61,6 +65,14 @@ class _Reader:
                 yield from ((key, *element) for element in self.elements())
             if self.next_character() != "}":
                 self.expect(",")
+
+    def pass_over(self) -> None:
+        """Take a value that nobody asks for; a list one element at a time."""
+        if self.next_character() == "[":
+            for _ in self.elements():
+                pass
+        else:
+            self.value()
 
     def elements(self) -> Iterator[tuple[int, int, Any]]:
         self.advance(1)

@@ -1,6 +1,7 @@
 """From a dataset to batches: order, worker processes, stacking."""
 
 import os
+import sys
 from collections.abc import Iterable, Iterator
 
 import cv2
@@ -93,6 +94,7 @@ class BatchLoader:
             pin_memory=pin,
             persistent_workers=workers > 0,
             worker_init_fn=init_worker,
+            multiprocessing_context=worker_context(workers),
         )
 
     def __len__(self) -> int:
@@ -177,6 +179,11 @@ def _collate(items: list[Sample | DetkitError]) -> tuple[Batch | DetkitError | N
     fault = next((e for e in items if isinstance(e, DetkitError) and not isinstance(e, UnreadableImage)), None)
     samples = [item for item in items if isinstance(item, Sample)]
     return fault or (collate(samples) if samples else None), problems
+
+
+def worker_context(workers: int) -> str | None:
+    """Return how worker processes are started: forked on Linux, so that they share the index and the image cache."""
+    return "fork" if workers and sys.platform == "linux" else None
 
 
 def init_worker(_: int) -> None:

@@ -39,25 +39,28 @@ def judge_images(
     stated: np.ndarray,
     image_of: np.ndarray,
     boxes: np.ndarray,
+    areas: np.ndarray,
     log: ProblemLog,
-) -> tuple[np.ndarray, np.ndarray]:
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Decide which images can be used, and bring the boxes of those that are of another size than stated along.
 
     An image whose stated size is that before its EXIF turn has its boxes turned; one that keeps the stated aspect was
-    resized after labelling, and its boxes are scaled; any other cannot be trusted.
+    resized after labelling, and its boxes are scaled; any other cannot be trusted. Of a file that is listed twice the
+    first image has the boxes of both.
 
     Args:
         probes: (N, 5) int32 of ``images.probe``.
         stated: (N, 2) height and width that the labels state, 0 where they do not.
-        image_of: (T,) position of each box's image; boxes: (T, 4) xyxy.
+        image_of: (T,) position of each box's image; boxes: (T, 4) xyxy; areas: (T,) pixels.
 
     Returns:
-        (N,) bool, and the boxes in the frame of the upright image.
+        (N,) bool; and image_of, the boxes in the frame of the upright image, and their areas.
     """
     sizes, stored, flags = probes[:, :2], probes[:, 2:4], probes[:, 4]
     for bit, (kind, words) in KINDS_OF_FLAGS.items():
         log.extend(kind, np.flatnonzero(flags & bit), lambda k, words=words: (paths[k], None, words))
-    first = _first_of_each(paths)
+    first_of = _first_of_each(paths)
+    first = first_of == np.arange(len(paths))
     log.extend("repeated_image", np.flatnonzero(~first), lambda k: (paths[k], None, "listed before"))
     usable = ((flags & UNUSABLE) == 0) & first
 
@@ -77,11 +80,12 @@ def judge_images(
     if resized.any():
         factors = np.where(resized[:, None], scale[:, ::-1], 1.0)
         boxes = boxes * np.tile(factors, 2)[image_of]
+        areas = areas * factors.prod(1)[image_of]
     rows = np.flatnonzero(turned[image_of])
     if rows.size:
         images = image_of[rows]
         boxes[rows] = turn_boxes(boxes[rows], stored[images], flags[images] >> ORIENTATION_SHIFT)
-    return usable & ~contradicting, boxes
+    return usable & ~contradicting, first_of[image_of], boxes, areas
 
 
 def turn_boxes(boxes: np.ndarray, stored: np.ndarray, orientation: np.ndarray) -> np.ndarray:
@@ -123,11 +127,13 @@ def judge_boxes(
 
         log.extend(kind, np.flatnonzero(mask), describe)
 
-    limit = np.tile(sizes[:, ::-1], 2).astype(np.float64)[image_of]
+    height, width = sizes.T.astype(np.float64)[:, image_of]
     if normalised:
         beyond = ((boxes < -BEYOND) | (boxes > 1 + BEYOND)).any(1)
-        boxes = boxes * limit
-    clipped = np.clip(boxes, 0, limit)
+        boxes = boxes * np.stack((width, height, width, height), 1)
+    clipped = np.empty_like(boxes)
+    for side, limit in enumerate((width, height, width, height)):
+        np.clip(boxes[:, side], 0, limit, out=clipped[:, side])
     w, h = (boxes[:, 2:] - boxes[:, :2]).T
     visible_w, visible_h = (clipped[:, 2:] - clipped[:, :2]).T
     flat = keep & ((w <= 0) | (h <= 0))
@@ -160,10 +166,6 @@ def _repeated(boxes: np.ndarray, labels: np.ndarray, image_of: np.ndarray, keep:
 
 
 def _first_of_each(paths: Sequence[str]) -> np.ndarray:
-    """Return (N,) bool, False where a file was listed before."""
-    seen: set[str] = set()
-    first = np.ones(len(paths), bool)
-    for k, path in enumerate(paths):
-        first[k] = path not in seen
-        seen.add(path)
-    return first
+    """Return (N,) int64, where each file was listed first."""
+    seen: dict[str, int] = {}
+    return np.array([seen.setdefault(path, k) for k, path in enumerate(paths)], np.int64)

@@ -2,7 +2,8 @@
 
 An epoch puts the shards into a random order and lays their images end to end. Each rank takes an equal stretch of
 that line and each of its worker processes a stretch of whole batches, wherever shards begin and end: so every image
-comes exactly once, all ranks have the same number of batches, and there may be fewer shards than processes. Images
+comes exactly once, all ranks have the same number of batches (but for images that cannot be read, which may make one
+fewer on a rank), and there may be fewer shards than processes. Images
 are mixed by a buffer as they come; the labels are those of the index.
 """
 
@@ -20,7 +21,7 @@ from webdataset.tariterators import tar_file_iterator
 from webdataset.utils import pytorch_worker_info
 
 from detkit.data.dataset import DetectionDataset
-from detkit.data.loader import collate, init_worker, made_batches
+from detkit.data.loader import collate, init_worker, made_batches, worker_context
 from detkit.data.webdataset import TAR_ERRORS, member_name
 from detkit.errors import DetkitError, UnreadableImage
 from detkit.ops.image import tar_member
@@ -66,6 +67,7 @@ class ShardLoader:
             pin_memory=pin,
             persistent_workers=workers > 0,
             worker_init_fn=init_worker,
+            multiprocessing_context=worker_context(workers),
         )
 
     def __len__(self) -> int:

@@ -31,8 +31,9 @@ class HSV:
 
     The value is multiplied by 1 - gain .. 1 + gain. The saturation is multiplied likewise: the distance of every
     channel from the largest of the three, which stays. The hue is turned about the gray axis by up to ``hue`` of the
-    colour circle, either way. Channels are clipped to 0..255. Where nothing is clipped, saturation and value are those
-    of the way through the HSV cone, at less than half its time.
+    colour circle, either way, which for turns as small as these leaves saturation and value nearly as they are.
+    Channels are clipped to 0..255. With no turn, and where nothing is clipped, this is the way through the HSV cone, at
+    half its time.
     """
 
     def __init__(self, hue: float = 0.015, saturation: float = 0.7, value: float = 0.4) -> None:

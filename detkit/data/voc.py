@@ -1,13 +1,17 @@
 """Pascal VOC: an xml file an image, and a list of image names a split (http://host.robots.ox.ac.uk/pascal/VOC)."""
 
 import math
+import os
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from xml.parsers import expat
 
+import numpy as np
+
 from detkit.data.annotations import Annotations
 from detkit.data.columns import Columns
-from detkit.data.images import list_images
+from detkit.data.files import list_images
 from detkit.data.index import cached
 from detkit.data.problems import ProblemLog
 from detkit.errors import DetkitError
@@ -68,7 +72,9 @@ def read_voc(
         names = {name: _read_list(file) for name, file in lists.items()}
         return _read_split(names, wanted, lists[wanted], labels, folder, bool(one_based), log)
 
-    return cached("voc", list(lists.values()), [labels, folder], log, build, split=wanted, one_based=bool(one_based))
+    return cached(
+        "voc", list(lists.values()), [labels, folder], [], log, build, split=wanted, one_based=bool(one_based)
+    )
 
 
 def _read_split(
@@ -81,34 +87,40 @@ def _read_split(
     log: ProblemLog,
 ) -> Annotations:
     """Read the xml files of the wanted split, and those of the other for the names of its classes."""
-    silent = ProblemLog(limit=0)
-    parsed = {
-        split: {name: parse_xml(labels / f"{name}.xml", log if split == wanted else silent) for name in entries}
-        for split, entries in names.items()
-    }
-    objects = [obj for files in parsed.values() for xml in files.values() if xml for obj in xml[1]]
-    class_names = sorted({obj.fields["name"] for obj in objects if obj.fields.get("name")})
-    if not class_names:
-        raise DetkitError(f"{labels} holds no object with a name, so there is nothing to detect")
-    label_of = {name: k for k, name in enumerate(class_names)}
-    columns = Columns(list_file, class_names, range(1, len(class_names) + 1), log)
+    columns = Columns(list_file, log)
     files = {path.stem: path for path in reversed(list_images(folder))}
+    classes: dict[str, int] = {}  # numbered as they come
     stems: list[str] = []
-    for name in names[wanted]:
-        xml = parsed[wanted][name]
+    for name in dict.fromkeys(names[wanted]):
+        file = labels / f"{name}.xml"
+        xml = parse_xml(file, log)
         if xml is None:
             continue
-        stated, found = xml
+        stated, objects = xml
         image = columns.add_image(files.get(name, folder / f"{name}.jpg"), len(stems) + 1, stated)
         stems.append(name)
-        for obj in found:
+        for obj in objects:
             xyxy = _box(obj, one_based)
             if xyxy is None:
                 words = f"<object> needs a name and a <bndbox> of numbers, it has {str(obj.fields)[:100]}"
-                log.add("malformed_box", labels / f"{name}.xml", obj.line, words)
+                log.add("malformed_box", file, obj.line, words)
                 continue
-            difficult = obj.fields.get("difficult", "0") == "1"
-            columns.add_box(image, label_of[obj.fields["name"]], xyxy, obj.line, crowd=difficult)
+            label = classes.setdefault(obj.fields["name"], len(classes))
+            columns.add_box(image, label, xyxy, obj.line, crowd=obj.fields.get("difficult") == "1")
+    again = len(names[wanted]) - len(set(names[wanted]))
+    for name in [name for name, count in Counter(names[wanted]).items() if count > 1] if again else ():
+        log.add("repeated_image", list_file, None, f"names {name} more than once")
+    silent = ProblemLog(limit=0)
+    for name in dict.fromkeys(name for split, entries in names.items() if split != wanted for name in entries):
+        for obj in (parse_xml(labels / f"{name}.xml", silent) or (None, ()))[1]:
+            if _box(obj, one_based) is not None:
+                classes.setdefault(obj.fields["name"], len(classes))
+    if not classes:
+        raise DetkitError(f"{labels} holds no object with a name, so there is nothing to detect")
+    columns.class_names = tuple(sorted(classes))
+    columns.category_ids = tuple(range(1, len(classes) + 1))
+    rank = np.array([columns.class_names.index(name) for name in classes])
+    columns.label = rank[np.asarray(columns.label, np.int64)]
     return columns.finish(lambda image, line: (labels / f"{stems[image]}.xml", line, ""))
 
 
@@ -119,7 +131,7 @@ def parse_xml(file: Path, log: ProblemLog) -> tuple[tuple[int, int], list[VocObj
         the stated (height, width), 0 where it states none, and the objects; None where the file is missing or
         malformed, which is logged.
     """
-    if not file.is_file():
+    if not os.path.isfile(file):
         log.add("missing_labels", file, None, "does not exist, though the list of the split names it")
         return None
     reader = _XmlReader()

@@ -64,11 +64,11 @@ def read_webdataset(split: str, *, root: str | int, log: ProblemLog | None = Non
     about = _load(file)
     shards = [folder / shard["file"] for shard in about["shards"]]
     for shard in shards:
-        if not shard.is_file():
+        if not os.path.isfile(shard):
             raise DetkitError(f"{shard}, which {file} lists, does not exist: copy it there, or convert the set again")
 
     def build(log: ProblemLog) -> Annotations:
-        columns = Columns(file, about["class_names"], about["category_ids"], log)
+        columns = Columns(file, log, about["class_names"], about["category_ids"])
         for shard, entry in zip(shards, about["shards"], strict=True):
             _read_shard(shard, entry["images"], columns)
         ids = columns.image_ids
@@ -76,7 +76,7 @@ def read_webdataset(split: str, *, root: str | int, log: ProblemLog | None = Non
             columns.image_ids = array("q", range(1, len(ids) + 1))
         return columns.finish(lambda image, k: (columns.paths[image], None, f"boxes[{k}] "))
 
-    return cached("webdataset", [file, *shards], [], log, build, split=split)
+    return cached("webdataset", [file, *shards], [], [], log, build, split=split)
 
 
 def write_webdataset(annotations: Annotations, folder: Path, split: str, shard_images: int = SHARD_IMAGES) -> None:
@@ -152,7 +152,7 @@ def _load(file: Path) -> dict[str, Any]:
         raise DetkitError(f"{file} is malformed json: {error}") from None
     about = about if isinstance(about, dict) else {}
     names, shards = about.get("class_names"), about.get("shards")
-    ids = about.setdefault("category_ids", list(range(len(names or ()))))
+    ids = about.setdefault("category_ids", list(range(len(names))) if isinstance(names, list) else [])
     if not (_is_list(names, lambda v: isinstance(v, str)) and names and len(set(names)) == len(names)):
         raise DetkitError(f"{file}: 'class_names' must be a list of different names")
     if not (_is_list(ids, is_whole) and len(set(ids)) == len(names) == len(ids)):
@@ -178,7 +178,7 @@ def _read_shard(shard: Path, listed: int, columns: Columns) -> None:
     """Append the samples of one tar file, of which ``listed`` are expected."""
     found, damage, seen = 0, "", set()
     try:
-        if not shard.is_file():
+        if not os.path.isfile(shard):
             raise OSError("it is no file")
         with tarfile.open(shard, "r:") as archive:
             for _, members in itertools.groupby(_members(archive, shard.stat().st_size), lambda m: _split(m.name)[0]):

@@ -83,7 +83,7 @@ def write_coco(splits: Mapping[str, Annotations], folder: Path) -> Written:
             ):
                 stream.write(start)
                 for k, record in enumerate(records):
-                    stream.write((",\n" if k else "") + json.dumps(record, ensure_ascii=False))
+                    stream.write((",\n" if k else "") + json.dumps(record))
             stream.write("\n]}\n")
     return Written({"name": "coco", "root": str(folder)})
 

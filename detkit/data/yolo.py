@@ -3,6 +3,7 @@
 The numbers are in 0..1 of the upright image. A line of more numbers is a polygon; its box is taken.
 """
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,13 @@ import yaml
 
 from detkit.data.annotations import Annotations
 from detkit.data.columns import Columns
-from detkit.data.images import images_in, list_images, walk
+from detkit.data.files import images_in, list_images, names_in
 from detkit.data.index import cached
 from detkit.data.problems import ProblemLog
 from detkit.errors import DetkitError
 from detkit.registry import DATASETS
 
+MAX_TEXT = 2**26  # bytes of one label file
 LARGEST = 1e6  # of a normalised value: beyond, it is nonsense
 NO_LABELS = {"classes.txt", "labels.txt", "readme.txt", "notes.txt"}  # tools leave these beside the labels
 
@@ -41,18 +43,20 @@ def read_yolo(split: str, *, yaml: str | int, log: ProblemLog | None = None) -> 
     sources = _sources(content, split, file)
     folders = [source for source in sources if source.is_dir()]
     lists = [source for source in sources if not source.is_dir()]
-    listed = {parent for source in lists for parent in {path.parent for path in _read_list(source)}}
-    watched = sorted({*folders, *listed})
-    watched += [labels for labels in map(label_folder, watched) if labels not in watched]
+    listed = {os.path.dirname(path) for source in lists for path in _read_list(source)}
+    deep = list(dict.fromkeys(f for folder in folders for f in (folder, label_folder(folder))))
+    flat = sorted({f for folder in map(Path, listed) for f in (folder, label_folder(folder))})
 
     def build(log: ProblemLog) -> Annotations:
         paths = [
-            path for source in sources for path in (list_images(source) if source.is_dir() else _read_list(source))
+            path
+            for source in sources
+            for path in (list_images(source) if source.is_dir() else map(Path, _read_list(source)))
         ]
-        source = f"{file} ({split})"
-        return _read_labels(paths, Columns(Path(source), class_names, category_ids, log, normalised=True))
+        source = Path(f"{file} ({split})")
+        return _read_labels(paths, Columns(source, log, class_names, category_ids, normalised=True))
 
-    return cached("yolo", [file, *lists], watched, log, build, split=split)
+    return cached("yolo", [file, *lists], deep, flat, log, build, split=split)
 
 
 def label_folder(folder: Path) -> Path:
@@ -81,27 +85,26 @@ def _read_labels(paths: list[Path], columns: Columns) -> Annotations:
             _read_label_file(path, file, columns, label_of)
         seen.add(path)
     folders = {file.parent for file in files}
-    image_folders = {path.parent for path in paths if path.parent.is_dir()}
+    image_folders = {path.parent for path in paths}
     known = {*files, *(label_file(image) for folder in image_folders for image in images_in(folder))}
     for folder in sorted(folders):
-        if not folder.is_dir():
-            continue
-        for entry in walk(folder):
-            file = Path(entry.path)
-            if file.suffix == ".txt" and file.parent in folders and file not in known and file.name not in NO_LABELS:
-                known.add(file)
-                log.add("labels_without_image", file, None, "has no image")
+        for name in names_in(folder):
+            if name.endswith(".txt") and name[0] != "." and name not in NO_LABELS and folder / name not in known:
+                log.add("labels_without_image", folder / name, None, "has no image")
     return columns.finish(lambda image, line: (label_file(Path(columns.paths[image])), line, ""))
 
 
 def _read_label_file(path: Path, file: Path, columns: Columns, label_of: Mapping[int, int]) -> None:
     """Append an image and its boxes; an image whose labels cannot be read is left out, one without any is not."""
     try:
-        text = file.read_text(encoding="utf-8-sig") if file.is_file() else ""
+        exists = os.path.isfile(file)
+        if exists and os.path.getsize(file) > MAX_TEXT:
+            raise OSError
+        text = file.read_text(encoding="utf-8-sig") if exists else ""
     except (OSError, UnicodeDecodeError) as error:
         columns.log.add("unreadable_labels", file, None, f"cannot be read as text ({type(error).__name__})")
         return
-    if not file.is_file():
+    if not exists:
         columns.log.add("unlabelled_image", path, None, f"has no label file {file}")
     image = columns.add_image(path, len(columns.paths) + 1)
     for number, line in enumerate(text.splitlines(), 1):
@@ -172,6 +175,9 @@ def _names(content: Mapping[str, Any], file: Path) -> tuple[tuple[str, ...], tup
         raise DetkitError(f"{file}: 'names' must give every class id, 0 or more, one name")
     ids = tuple(sorted(by_id))
     result = tuple(by_id[k] for k in ids)
+    for name in result:
+        if not name.isprintable():
+            raise DetkitError(f"{file}: 'names' holds the name {name!r}, which cannot be printed; rename the class")
     if len(set(result)) < len(result):
         raise DetkitError(f"{file}: 'names' holds the same name twice; give every class one of its own")
     count = content.get("nc", len(ids))
@@ -197,21 +203,14 @@ def _sources(content: Mapping[str, Any], split: str, file: Path) -> list[Path]:
 def _resolve(base: Path, entry: str, file: Path) -> Path:
     """Return where an entry is; some tools write ``../train/images`` for what lies beside the yaml."""
     for candidate in (base / entry, file.parent / entry, file.parent / entry.removeprefix("../")):
-        if _exists(candidate):
+        if os.path.isdir(candidate) or os.path.isfile(candidate):
             return candidate
     raise DetkitError(
         f"{file}: there is no {base / entry}; correct 'path' (relative to the yaml) or the entry '{entry}'"
     )
 
 
-def _exists(path: Path) -> bool:
-    try:
-        return path.is_dir() or path.is_file()
-    except (OSError, ValueError):
-        return False
-
-
-def _read_list(file: Path) -> list[Path]:
+def _read_list(file: Path) -> list[str]:
     """Return the image paths in a text file, a line each, relative to the file's folder."""
     try:
         lines = file.read_text(encoding="utf-8-sig").splitlines()
@@ -219,4 +218,4 @@ def _read_list(file: Path) -> list[Path]:
         raise DetkitError(f"cannot read {file}: {error.strerror or error}") from None
     except UnicodeDecodeError:
         raise DetkitError(f"{file} should list image paths, but it is not UTF-8 text") from None
-    return [file.parent / line.strip() for line in lines if line.strip()]
+    return [os.path.normpath(file.parent / line.strip()) for line in lines if line.strip()]

@@ -24,7 +24,7 @@ _REDUCED = {
     8: cv2.IMREAD_REDUCED_GRAYSCALE_8,
 }
 
-_IN_TAR = re.compile(r"(.+\.tar)/(\d+)\+(\d+)/[^/]+", re.DOTALL)
+_IN_TAR = re.compile(r"(.+\.tar)/([0-9]{1,18})\+([0-9]{1,18})/[^/]+", re.DOTALL)
 
 
 def tar_member(path: str | Path) -> tuple[str, int, int] | None:
@@ -70,21 +70,21 @@ def read_bytes(path: Path) -> np.ndarray:
         raise UnreadableImage(f"cannot read image {path}: {error.strerror or error}") from None
 
 
-def read_image(path: Path, reduce: int = 1) -> np.ndarray:
+def read_image(path: Path) -> np.ndarray:
     """Decode a file to (H, W, 3) uint8 RGB, turned upright by its EXIF orientation.
-
-    Args:
-        reduce: 1, 2, 4 or 8: a JPEG is decoded at this fraction of its size, rounded up, which takes less time; files
-            of other kinds come as they are.
 
     Raises:
         UnreadableImage: the file is missing or is no image that OpenCV can read.
     """
-    return decode_image(read_bytes(path), path, reduce)
+    return decode_image(read_bytes(path), path)
 
 
 def decode_image(data: np.ndarray, path: Path, reduce: int = 1) -> np.ndarray:
     """Decode the bytes (K,) uint8 of the picture at ``path``, as ``read_image`` does.
+
+    Args:
+        reduce: 1, 2, 4 or 8: a JPEG is decoded at this fraction of its size, rounded up, which takes less time; files
+            of other kinds come as they are.
 
     Raises:
         UnreadableImage: they are no image that OpenCV can read.
@@ -102,16 +102,16 @@ def decode_image(data: np.ndarray, path: Path, reduce: int = 1) -> np.ndarray:
     return image
 
 
-def shrunk_size(height: int, width: int, longest: int) -> tuple[int, int]:
-    """Return (height, width) with the longer side brought down to ``longest``, aspect kept; smaller ones stay."""
-    ratio = longest / max(height, width)
-    return (max(round(height * ratio), 1), max(round(width * ratio), 1)) if ratio < 1 else (height, width)
+def shrunk_sizes(sizes: np.ndarray, longest: int) -> np.ndarray:
+    """Return (N, 2) heights and widths with the longer side brought down to ``longest``; smaller ones stay."""
+    ratio = np.minimum(longest / sizes.max(1, keepdims=True), 1.0)
+    return np.maximum(np.rint(sizes * ratio), 1).astype(np.int64)
 
 
 def decode_shrunk(
     data: np.ndarray, path: Path, size: tuple[int, int], longest: int
 ) -> tuple[np.ndarray, tuple[int, int]]:
-    """Decode a picture's bytes as ``read_image`` does and shrink it to ``shrunk_size``.
+    """Decode a picture's bytes as ``read_image`` does and shrink it to ``shrunk_sizes``.
 
     A JPEG much larger than that is decoded at a half, a quarter or an eighth of its size.
 
@@ -132,7 +132,7 @@ def decode_shrunk(
     elif reduce > 1:  # the label lies: what size has the file?
         image = decode_image(data, path)
         found = image.shape[:2]
-    height, width = shrunk_size(*found, longest)
+    height, width = shrunk_sizes(np.array((found,)), longest)[0].tolist()
     return (image if image.shape[:2] == (height, width) else resize(image, width, height)), found
 
 

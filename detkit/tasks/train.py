@@ -90,7 +90,7 @@ def _train_loader(annotations: Annotations, cfg: dict[str, Any], device: torch.d
     if data["name"] == "webdataset" and streams:
         return ShardLoader(images, Augmentation(cfg["image_size"], cfg["augment"], epochs), batch_size, **options)
     dataset = AugmentedDataset(images, cfg["image_size"], cfg["augment"], cfg["seed"], epochs)
-    window = partner_window(cfg["augment"]["mosaic"]["partners"], images, batch_size)
+    window = partner_window(cfg["augment"]["mosaic"].get("partners", "auto"), images, batch_size)
     return BatchLoader(dataset, batch_size, shuffle=True, expected=expected, window=window, **options)
 
 
