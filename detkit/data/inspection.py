@@ -39,8 +39,9 @@ def inspect_images(
     for k, (digest, _) in enumerate(looks["train"]):
         if digest and digest in first["val"]:
             keep["train"][k] = False
-            words = f"shows the same as the val image {first['val'][digest]}"
-            logs["train"].add("leaked_image", splits["train"].paths[k], None, words)
+            path, other = splits["train"].paths[k], first["val"][digest]
+            words = "is in val, too" if path == other else f"shows the same as the val image {other}"
+            logs["train"].add("leaked_image", path, None, words)
     log_unlabelled(splits, logs)
     return keep
 

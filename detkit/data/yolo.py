@@ -143,9 +143,9 @@ def _box(fields: list[str]) -> tuple[float, float, float, float] | None:
 
 def _load(file: Path) -> dict[str, Any]:
     """Parse the data.yaml."""
+    if not os.path.isfile(file):
+        raise DetkitError(f"data.yaml={file} is not a file")
     try:
-        if not file.is_file():
-            raise DetkitError(f"data.yaml={file} is not a file")
         content = yaml.safe_load(file.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise DetkitError(f"cannot read {file}: {error.strerror or error}") from None

@@ -55,7 +55,10 @@ def run(cfg: dict[str, Any]) -> dict[str, ProblemLog]:
         sum(sum(log.of(*outcomes).values()) for log in logs.values())
         for outcomes in ((LEFT_OUT, MENDED, WRONG), (NOTE,))
     )
-    console.print(f"{wrong or 'no'} errors, {notes or 'no'} notes: findings.csv and plots are in {run_dir}")
+    counts = ", ".join(
+        f"{count or 'no'} {word}{'' if count == 1 else 's'}" for count, word in ((wrong, "error"), (notes, "note"))
+    )
+    console.print(f"{counts}: findings.csv and plots are in {run_dir}")
     if wrong:
         sys.exit(2)
     return logs

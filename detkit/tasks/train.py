@@ -58,10 +58,15 @@ def run(cfg: dict[str, Any]) -> dict[str, Any]:
         tell_split(split, annotations, console)
     if transfer is not None:
         print_transfer(transfer, console)
+    if train_loader.samples != len(train_set):
+        console.print(f"an epoch has {train_loader.samples} samples, by data.tiles or data.sampling")
+    mosaic, epochs = cfg["augment"]["mosaic"], cfg["trainer"]["epochs"]
+    if mosaic["p"] and mosaic["off_epochs"] >= epochs:
+        off = f"augment.mosaic.off_epochs={mosaic['off_epochs']} of trainer.epochs={epochs}"
+        console.print(f"no image is mixed with others (mosaic, mixup, copy-paste): {off}")
     console.print(f"{recipe.name}, learning rate {recipe.lr:g}; writing to {run_dir}")
 
     log = RunLog(run_dir, console)
-    epochs = cfg["trainer"]["epochs"]
     trainer = Trainer(
         step, train_loader, val_loader(val_set, cfg, device), val_set, epochs=epochs, run_dir=run_dir, log=log
     )
