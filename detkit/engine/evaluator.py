@@ -131,9 +131,8 @@ def gather_rows(rows: Tensor) -> Tensor:
 def _coco_results(annotations: Annotations, rows: Tensor) -> list[dict[str, Any]]:
     xyxy = rows[:, 1:5].float()
     xywh = torch.cat((xyxy[:, :2], xyxy[:, 2:] - xyxy[:, :2]), 1)
-    columns = zip(
-        rows[:, 0].long().tolist(), rows[:, 6].long().tolist(), xywh.tolist(), rows[:, 5].tolist(), strict=True
-    )
+    indices, labels = rows[:, [0, 6]].long().T.tolist()
+    columns = zip(indices, labels, xywh.tolist(), rows[:, 5].tolist(), strict=True)
     return [
         {
             "image_id": int(annotations.image_ids[index]),

@@ -72,9 +72,8 @@ class RunLog:
 def show_progress(label: str, total: int, console: Console) -> Iterator["Bar"]:
     """Show a bar on a terminal, nothing elsewhere; yields what advances it."""
     columns = (TextColumn("{task.description}"), BarColumn(24), MofNCompleteColumn(), TextColumn("{task.fields[info]}"))
-    with Progress(
-        *columns, console=console, transient=True, disable=console.quiet or not console.is_terminal
-    ) as progress:
+    hidden = console.quiet or not console.is_terminal
+    with Progress(*columns, console=console, transient=True, disable=hidden) as progress:
         yield Bar(progress, label, total)
 
 

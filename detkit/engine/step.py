@@ -60,7 +60,7 @@ class TrainStep:
         self.pending = 0
 
     def __call__(self, batch: Batch, step: int, epoch: int) -> dict[str, Tensor]:
-        """Learn from one batch, the run's number ``step`` (from 0), on the device; return the loss terms of all ranks."""
+        """Learn from one batch, the run's number ``step`` (from 0), on the device; return all ranks' loss terms."""
         self.schedule.apply(self.optimizer, step, epoch)
         images = batch.images.float() / 255
         if self.multi_scale and len(images):

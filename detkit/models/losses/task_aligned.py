@@ -13,7 +13,7 @@ from detkit.structures import Batch, DenseOutput
 
 @LOSSES.register("task_aligned")
 class TaskAlignedLoss(nn.Module):
-    """Weighted terms ``box``, ``cls`` and ``dfl``, each normalised by the sum of target scores T (at least 1, over all ranks).
+    """Weighted terms ``box``, ``cls`` and ``dfl``, each normalised by all ranks' sum of target scores T (at least 1).
 
     ::
 
