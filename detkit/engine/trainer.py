@@ -96,7 +96,7 @@ class Trainer:
 
     def save(self, results: Mapping[str, Any], evaluation: Evaluation) -> None:
         """Write the weights and the metrics of the epoch that has ended, and its pictures if it is the best."""
-        if results["best"] is results["last"]:
+        if results.get("best") is results["last"]:
             save_checkpoint(self.step.ema.model, self.run_dir / "best.safetensors", results["best"])
             self.picture_predictions(evaluation)
         save_checkpoint(self.step.ema.model, self.run_dir / "last.safetensors", results["last"])

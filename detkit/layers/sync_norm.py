@@ -48,6 +48,7 @@ class _Normalise(torch.autograd.Function):
         # About the mean of all: a difference of squares would lose the digits of a variance small against its mean.
         var_all = sum_over_ranks((var + (mean - mean_all).square()) * values) / count
         ctx.save_for_backward(x, weight, mean_all, (var_all + eps).rsqrt(), count)
+        ctx.absent = absent
         ctx.mark_non_differentiable(mean_all, var_all, count)
         return F.batch_norm(x, mean_all, var_all, weight, bias, eps=eps), mean_all, var_all, count
 
@@ -60,7 +61,8 @@ class _Normalise(torch.autograd.Function):
         normal = (x.float() - mean) * scale
         grad_bias, grad_weight = wide.sum((0, 2, 3)), (wide * normal).sum((0, 2, 3))  # of this rank's images
         shares = (sum_over_ranks(torch.stack((grad_bias, grad_weight))) / count)[:, :, None, None]
-        grad_x = (wide - shares[0] - normal * shares[1]) * (scale * weight[:, None, None])
+        through_statistics = 0 if ctx.absent else shares[0] + normal * shares[1]
+        grad_x = (wide - through_statistics) * (scale * weight[:, None, None])
         return grad_x.to(x.dtype), grad_weight, grad_bias, None, None
 
 
