@@ -102,6 +102,8 @@ RULES: dict[str, Rule] = {
     "trainer.epochs": _whole(1),
     "trainer.clip_grad_norm": POSITIVE,
     "trainer.multi_scale": _number(0, 0.9),
+    "trainer.sync_bn": BOOLEAN,
+    "trainer.rank_timeout": POSITIVE,
     "optim.name": ("auto, sgd or adamw", lambda v: v in ("auto", "sgd", "adamw")),
     "optim.lr": _optional(POSITIVE),
     "optim.momentum": _optional(_number(0, 1)),

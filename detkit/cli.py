@@ -11,6 +11,7 @@ from omegaconf import DictConfig
 
 from detkit.checks import check_values
 from detkit.config import CONFIG_ERRORS, GROUP_ERROR, check_known, config_dir, explain, import_plugins, resolve
+from detkit.engine.distributed import first_to_say, leave, mistake_elsewhere
 from detkit.errors import DetkitError, nearest
 from detkit.report.console import make_console
 
@@ -42,9 +43,14 @@ def launch(task: str) -> None:
             run(resolved)
         except DetkitError as error:
             _exit(str(error))
+        except Exception:
+            if mistake_elsewhere():
+                sys.exit(2)
+            raise
 
     try:
         main()
+        leave()
     except CONFIG_ERRORS as error:
         _exit(explain(error, task, sys.argv[1:]))
     except ValueError as error:
@@ -70,5 +76,6 @@ def main() -> None:
 
 
 def _exit(sentence: str) -> None:
-    make_console(stderr=True).print(f"error: {sentence}")
+    if first_to_say(sentence):
+        make_console(stderr=True).print(f"error: {sentence}")
     sys.exit(2)

@@ -5,7 +5,7 @@ C classes, N boxes of one image. Boxes are xyxy in pixels of the image they belo
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -87,6 +87,12 @@ class Batch:
     origins: list[Origin] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
 
+    @classmethod
+    def empty(cls) -> "Batch":
+        """Return a batch of no images: what a rank gets where the others have some."""
+        images, boxes = torch.zeros(0, 3, 0, 0, dtype=torch.uint8), torch.zeros(0, 0, 4)
+        return cls(images, boxes, torch.zeros(0, 0, dtype=torch.int64), torch.zeros(0, 0, dtype=torch.bool))
+
     def to(self, device: torch.device) -> "Batch":
         """Return the batch with its tensors on ``device`` (without waiting, from pinned memory)."""
         return self._map(lambda tensor: tensor.to(device, non_blocking=True))
@@ -116,6 +122,10 @@ class DenseOutput:
     points: Tensor
     strides: Tensor
 
+    def of_no_image(self) -> "DenseOutput":
+        """Return what is said of the first 0 images of the batch, still a function of the weights."""
+        return replace(self, cls=self.cls[:0], reg=self.reg[:0])
+
 
 @dataclass
 class AnchorOutput(DenseOutput):
@@ -132,6 +142,10 @@ class AnchorOutput(DenseOutput):
     objectness: Tensor
     anchors: Tensor
     levels: tuple[tuple[int, int, int], ...]
+
+    def of_no_image(self) -> "AnchorOutput":
+        """Return what is said of the first 0 images of the batch, still a function of the weights."""
+        return replace(super().of_no_image(), objectness=self.objectness[:0])
 
 
 @dataclass

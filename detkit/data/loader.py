@@ -3,14 +3,17 @@
 import os
 import sys
 from collections.abc import Iterable, Iterator
+from itertools import islice
 
 import cv2
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from detkit.data.sampling import draw_items, epoch_length
 from detkit.errors import DetkitError, UnreadableImage
+from detkit.ops.ranks import rank_count
 from detkit.structures import Batch, Key, Sample
 
 
@@ -61,10 +64,36 @@ class EpochSampler(Sampler[Key]):
                 yield Key(self.epoch, items[k], repeats[k], partners)
 
 
-class BatchLoader:
-    """Iterates over a dataset in batches, by ``workers`` processes.
+class BatchSampler(Sampler[list[Key]]):
+    """Yields the keys of every batch, or this rank's share of each: together the ranks see the batches of one process.
+
+    A last, smaller batch is shared as equally as it can be; a rank without any of it gets an empty list.
 
     Args:
+        batch_size: of all ranks together.
+    """
+
+    def __init__(self, sampler: EpochSampler, batch_size: int) -> None:
+        self.sampler = sampler
+        self.batch_size = batch_size
+        self.ranks = rank_count()
+        self.rank = dist.get_rank() if self.ranks > 1 else 0
+
+    def __len__(self) -> int:
+        return -(-len(self.sampler) // self.batch_size)
+
+    def __iter__(self) -> Iterator[list[Key]]:
+        keys = iter(self.sampler)
+        while batch := [*islice(keys, self.batch_size)]:
+            first, last = (-(-len(batch) * rank // self.ranks) for rank in (self.rank, self.rank + 1))
+            yield batch[first:last]
+
+
+class BatchLoader:
+    """Iterates over a dataset in batches, or this rank's share of them, by ``workers`` processes.
+
+    Args:
+        batch_size: of all ranks together.
         workers: number of processes; 0 loads in this one.
         seed, shuffle, expected: of the order; see EpochSampler.
         pin: copy batches to page-locked memory, for a GPU.
@@ -87,8 +116,7 @@ class BatchLoader:
         self.problems: list[str] = []
         self.loader = DataLoader(
             _Guarded(dataset),
-            batch_size,
-            sampler=self.sampler,
+            batch_sampler=BatchSampler(self.sampler, batch_size),
             num_workers=workers,
             collate_fn=_collate,
             pin_memory=pin,
@@ -102,7 +130,7 @@ class BatchLoader:
 
     @property
     def samples(self) -> int:
-        """The number of samples of an epoch."""
+        """The number of samples of an epoch, over all ranks."""
         return len(self.sampler)
 
     def epoch(self, epoch: int) -> Iterator[Batch]:
@@ -120,6 +148,9 @@ def made_batches(
 ) -> Iterator[Batch]:
     """Yield what worker processes made, with the problems met since the batch before.
 
+    Where nothing was made of a batch it is left out, but of several ranks, each of which has as many batches as the
+    others, this one yields an empty batch.
+
     Args:
         results: a batch, None where no sample of it could be made, or a mistake; and sentences about images left out.
         problems: where sentences wait for the next batch.
@@ -127,13 +158,15 @@ def made_batches(
     Raises:
         DetkitError: the mistake that came instead of a batch, or there was no batch at all.
     """
-    empty = True
+    empty = rank_count() == 1  # of several ranks, one may well have no image
     for batch, sentences in results:
         problems += sentences
         if isinstance(batch, DetkitError):
             raise DetkitError(str(batch))  # not itself: a cycle with this frame would make the workers end late
+        empty = empty and batch is None
+        if batch is None and rank_count() > 1:
+            batch = Batch.empty()
         if batch is not None:
-            empty = False
             batch.problems = problems.copy()
             problems.clear()
             yield batch
@@ -142,8 +175,11 @@ def made_batches(
 
 
 def worker_count(workers: int | str) -> int:
-    """Return the number of loader processes; ``"auto"`` is one a core, 8 at most."""
-    return min(8, os.cpu_count() or 1) if workers == "auto" else int(workers)
+    """Return the number of loader processes; ``"auto"`` is one a core, 8 at most, shared by a node's ranks."""
+    if workers != "auto":
+        return int(workers)
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE") or 1)  # torchrun's
+    return min(8, max((os.cpu_count() or 1) // ranks, 1))
 
 
 def collate(samples: list[Sample]) -> Batch:

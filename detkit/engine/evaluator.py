@@ -12,12 +12,15 @@ from faster_coco_eval import COCO, COCOeval_faster
 from torch import Tensor
 
 from detkit.data.annotations import Annotations
+from detkit.engine.distributed import from_main, gather
 from detkit.models.detector import Detector, to_original
 from detkit.ops.nms import select_boxes
+from detkit.ops.ranks import rank_count
 from detkit.structures import Batch, Origin
 
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR100")
 STAT_INDEX = (0, 1, 2, 3, 4, 5, 8)  # of those, in COCO's twelve
+ROW = ("index", "x1", "y1", "x2", "y2", "score", "label")  # of one prediction, index that of its image in the set
 
 
 @dataclass
@@ -26,7 +29,8 @@ class Evaluation:
 
     Attributes:
         metrics: METRICS in 0..1 (-1 where the set has no such boxes), and ``per_class``: {name: {AP, AP50, boxes}}.
-        predictions: COCO results: image_id, category_id, bbox [x, y, w, h] in pixels of the image, score.
+        predictions: COCO results: image_id, category_id, bbox [x, y, w, h] in pixels of the image, score. Of several
+            ranks, rank 0 has all of them and of the ``problems``, the others none.
         pictures: the first batch's origins with their boxes (N, 4), scores (N,) and labels (N,), for drawing.
         problems: a sentence for each image that could not be read; its boxes count as missed.
     """
@@ -50,6 +54,8 @@ def evaluate(
 ) -> Evaluation:
     """Predict every batch in float32 and score the predictions with COCO's metrics.
 
+    Several ranks predict their shares of the batches; rank 0 scores them all, and tells the others.
+
     Args:
         batches: letterboxed images of the set, in any order and batch size.
         score, iou, max_det: of the non-maximum suppression.
@@ -57,7 +63,7 @@ def evaluate(
     """
     device = next(detector.parameters()).device
     detector.eval()
-    predictions: list[dict[str, Any]] = []
+    rows: list[Tensor] = [torch.zeros(0, len(ROW), dtype=torch.float64)]
     pictures: list[tuple[Origin, Tensor, Tensor, Tensor]] = []
     problems: list[str] = []
     for k, batch in enumerate(batches):
@@ -68,11 +74,13 @@ def evaluate(
         for origin, (xyxy, confidence, labels) in zip(batch.origins, selected, strict=True):
             xyxy = to_original(xyxy, origin.scale, origin.offset, origin.size).cpu()
             found = (xyxy, confidence.cpu(), labels.cpu())
-            predictions.extend(_coco_results(annotations, origin, *found))
+            rows.append(_rows(origin.index, *found))
             if k == 0:
                 pictures.append((origin, *found))
         advance()
-    return Evaluation(coco_metrics(annotations, predictions), predictions, pictures, problems)
+    predictions = _coco_results(annotations, gather_rows(torch.cat(rows)))
+    problems = [line for text in gather("\n".join(problems).encode()) for line in text.decode().splitlines()]
+    return Evaluation(from_main(lambda: coco_metrics(annotations, predictions)), predictions, pictures, problems)
 
 
 def coco_metrics(annotations: Annotations, predictions: list[dict[str, Any]]) -> dict[str, Any]:
@@ -105,11 +113,32 @@ def _mean(values: np.ndarray) -> float:
     return float(valid.mean()) if valid.size else -1.0
 
 
-def _coco_results(annotations: Annotations, origin: Origin, xyxy: Tensor, scores: Tensor, labels: Tensor) -> list[dict]:
-    image_id = int(annotations.image_ids[origin.index])
+def _rows(index: int, xyxy: Tensor, scores: Tensor, labels: Tensor) -> Tensor:
+    """Return an image's N predictions as (N, len(ROW)) float64, which holds all of them exactly."""
+    columns = (torch.full((len(xyxy), 1), index), xyxy, scores[:, None], labels[:, None])
+    return torch.cat([column.double() for column in columns], 1)
+
+
+def gather_rows(rows: Tensor) -> Tensor:
+    """Return the ROWs of all ranks in the order of the set's images on rank 0, no rows elsewhere; alone, ``rows``."""
+    if rank_count() == 1:
+        return rows
+    everything = [np.frombuffer(data).reshape(-1, len(ROW)) for data in gather(rows.numpy().tobytes())]
+    rows = torch.from_numpy(np.concatenate(everything or [np.zeros((0, len(ROW)))]))
+    return rows[rows[:, 0].argsort(stable=True)]
+
+
+def _coco_results(annotations: Annotations, rows: Tensor) -> list[dict[str, Any]]:
+    xyxy = rows[:, 1:5].float()
     xywh = torch.cat((xyxy[:, :2], xyxy[:, 2:] - xyxy[:, :2]), 1)
-    columns = zip(xywh.tolist(), scores.tolist(), labels.tolist(), strict=True)
+    indices, labels = rows[:, [0, 6]].long().T.tolist()
+    columns = zip(indices, labels, xywh.tolist(), rows[:, 5].tolist(), strict=True)
     return [
-        {"image_id": image_id, "category_id": annotations.category_ids[label], "bbox": box, "score": score}
-        for box, score, label in columns
+        {
+            "image_id": int(annotations.image_ids[index]),
+            "category_id": annotations.category_ids[label],
+            "bbox": box,
+            "score": score,
+        }
+        for index, label, box, score in columns
     ]

@@ -12,13 +12,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from torch.utils.tensorboard import SummaryWriter
 
 from detkit.engine.checkpoint import write_atomically
+from detkit.engine.distributed import is_main
 from detkit.report.drawing import save_picture
 
 TRAINING = ("lr", "images_per_s", "seconds")  # columns of the history that tell how it trained
 
 
 class RunLog:
-    """Writes into a run directory and to the terminal.
+    """Writes into a run directory and to the terminal; only rank 0 may give it anything to write.
 
     Attributes:
         history: the rows of ``history.csv`` so far.
@@ -28,7 +29,7 @@ class RunLog:
         self.run_dir = run_dir
         self.console = console
         self.history: list[dict[str, float]] = []
-        self.tensorboard = SummaryWriter(run_dir)
+        self.tensorboard = SummaryWriter(run_dir) if is_main() else None
         self.told: set[str] = set()  # sentences of ``problems``
 
     def epoch(self, row: Mapping[str, float], losses: Collection[str], line: str) -> None:
@@ -63,14 +64,16 @@ class RunLog:
 
     def close(self) -> None:
         """Flush TensorBoard's events."""
-        self.tensorboard.close()
+        if self.tensorboard is not None:
+            self.tensorboard.close()
 
 
 @contextmanager
 def show_progress(label: str, total: int, console: Console) -> Iterator["Bar"]:
     """Show a bar on a terminal, nothing elsewhere; yields what advances it."""
     columns = (TextColumn("{task.description}"), BarColumn(24), MofNCompleteColumn(), TextColumn("{task.fields[info]}"))
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+    hidden = console.quiet or not console.is_terminal
+    with Progress(*columns, console=console, transient=True, disable=hidden) as progress:
         yield Bar(progress, label, total)
 
 

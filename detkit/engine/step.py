@@ -3,12 +3,15 @@
 import torch
 from torch import Tensor, nn
 
+from detkit.engine.distributed import parallel
 from detkit.engine.ema import EMA
 from detkit.engine.multi_scale import draw_size, resize_batch
 from detkit.engine.optim import Recipe, Schedule
 from detkit.engine.precision import Precision
+from detkit.layers.sync_norm import average_statistics, outside_statistics
 from detkit.models.detector import Detector
-from detkit.structures import Batch
+from detkit.ops.ranks import rank_count, sum_over_ranks
+from detkit.structures import Batch, DenseOutput
 
 
 class TrainStep:
@@ -24,6 +27,7 @@ class TrainStep:
         multi_scale: train every batch at a size within this share of its own, drawn by (seed, step); 0: as it is.
 
     Attributes:
+        network: the detector; of several ranks, as one whose gradients are averaged over them.
         ema: the averaged weights.
         pending: batches whose gradients wait for the optimizer.
     """
@@ -49,26 +53,50 @@ class TrainStep:
         self.clip = clip
         self.multi_scale = multi_scale
         self.seed = seed
+        self.network = parallel(detector)  # before the average is copied: it starts from rank 0's weights
         self.optimizer = recipe.build(detector)
         self.scaler = torch.amp.GradScaler(precision.device.type, enabled=precision.dtype is torch.float16)
         self.ema = EMA(detector)
         self.pending = 0
 
     def __call__(self, batch: Batch, step: int, epoch: int) -> dict[str, Tensor]:
-        """Learn from one batch, the run's number ``step`` (from 0), on the device; return the loss terms."""
+        """Learn from one batch, the run's number ``step`` (from 0), on the device; return all ranks' loss terms."""
         self.schedule.apply(self.optimizer, step, epoch)
         images = batch.images.float() / 255
-        if self.multi_scale:
+        if self.multi_scale and len(images):
             size = draw_size(images.shape[-1], self.multi_scale, self.detector.max_stride, self.seed, step)
             images, batch = resize_batch(images, batch, size)
         with self.precision.autocast():
-            out = self.detector(images)
+            out = self.network(images) if len(images) else self.forward_without_image()
         terms = self.loss(out, batch)
-        self.scaler.scale(sum(terms.values()) * len(batch.images)).backward()
+        self.scaler.scale(sum(terms.values()) * self.weight(len(images))).backward()
+        average_statistics(self.detector)
         self.pending += 1
         if self.pending >= self.gathered(step):
             self.update()
-        return terms
+        return self.sum_terms(terms)
+
+    def forward_without_image(self) -> DenseOutput:
+        """Run the network where only other ranks have images of the batch: they wait for gradients, here zeros."""
+        side = 2 * self.detector.max_stride
+        with outside_statistics(self.detector):
+            out = self.network(torch.zeros(1, 3, side, side, device=self.precision.device))
+        return out.of_no_image()
+
+    def weight(self, images: int) -> int | Tensor:
+        """Return what the terms count for, given this rank's images of the batch: the images of all ranks.
+
+        The gradients of all ranks are averaged where they should be summed, hence their number once more.
+        """
+        if rank_count() == 1:
+            return images
+        return sum_over_ranks(torch.full((), float(images), device=self.precision.device)) * rank_count()
+
+    def sum_terms(self, terms: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return the terms of the whole batch, of which each rank has its share."""
+        if rank_count() == 1:
+            return terms
+        return dict(zip(terms, sum_over_ranks(torch.stack([*terms.values()])).unbind(), strict=True))
 
     def gathered(self, step: int) -> int:
         """Return how many batches make an optimizer step at batch ``step``: from 1 to ``accumulate`` in the warm-up."""

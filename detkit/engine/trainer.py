@@ -14,11 +14,13 @@ from detkit.data.annotations import Annotations
 from detkit.data.loader import BatchLoader
 from detkit.data.stream import ShardLoader
 from detkit.engine.checkpoint import save_checkpoint, write_atomically
+from detkit.engine.distributed import gather_lines, is_main, wait
 from detkit.engine.evaluator import METRICS, Evaluation, evaluate
 from detkit.engine.logging import RunLog, clock, show_progress
 from detkit.engine.step import TrainStep
-from detkit.errors import UnreadableImage
+from detkit.errors import DetkitError, UnreadableImage
 from detkit.ops.image import read_image
+from detkit.ops.ranks import rank_count, sum_over_ranks
 from detkit.report.drawing import draw_boxes, grid
 from detkit.report.plots import plot_history
 from detkit.structures import Batch
@@ -37,7 +39,7 @@ class TrainState:
 
 
 class Trainer:
-    """Trains a detector and keeps its best and last weights.
+    """Trains a detector and keeps its best and last weights. Of several ranks all train, and rank 0 writes.
 
     Args:
         step: learns from one batch.
@@ -81,28 +83,38 @@ class Trainer:
             if metrics["AP"] >= state.best:
                 state.best, state.best_epoch = metrics["AP"], state.epoch
                 results["best"] = results["last"]
-                save_checkpoint(self.step.ema.model, self.run_dir / "best.safetensors", results["best"])
-                self.picture_predictions(evaluation)
-            save_checkpoint(self.step.ema.model, self.run_dir / "last.safetensors", results["last"])
-            write_atomically(self.run_dir / "metrics.json", json.dumps(results, indent=2).encode())
+            if is_main():
+                self.save(results, evaluation)
             row = {"epoch": state.epoch, "lr": self.step.schedule.lr(epoch), **losses, "images_per_s": images_per_s}
             row |= {name: metrics[name] for name in METRICS}
             row["seconds"] = time.perf_counter() - start
-            self.log.epoch(row, losses, self.epoch_line(row, losses))
-            plot_history(self.log.history, losses, self.run_dir / "plots" / "history.png")
+            if is_main():
+                self.log.epoch(row, losses, self.epoch_line(row, losses))
+                plot_history(self.log.history, losses, self.run_dir / "plots" / "history.png")
+            wait()  # with patience: writing may take longer than ranks wait in a step
         return results
+
+    def save(self, results: Mapping[str, Any], evaluation: Evaluation) -> None:
+        """Write the weights and the metrics of the epoch that has ended, and its pictures if it is the best."""
+        if results.get("best") is results["last"]:
+            save_checkpoint(self.step.ema.model, self.run_dir / "best.safetensors", results["best"])
+            self.picture_predictions(evaluation)
+        save_checkpoint(self.step.ema.model, self.run_dir / "last.safetensors", results["last"])
+        write_atomically(self.run_dir / "metrics.json", json.dumps(results, indent=2).encode())
 
     def train_epoch(self, epoch: int) -> tuple[dict[str, float], float]:
         """Go through the training set once; return the mean loss terms and the images per second."""
         self.step.detector.train()
         sums: dict[str, torch.Tensor] = {}
         images = 0
+        problems: list[str] = []
         start = shown = time.perf_counter()
         total = self.epochs * len(self.train_loader)
         with show_progress(f"epoch {epoch + 1}/{self.epochs}", len(self.train_loader), self.log.console) as bar:
             for k, batch in enumerate(self.train_loader.epoch(epoch), 1):
                 self.log.problems(batch.problems)
-                if epoch == 0 and k <= PICTURED_BATCHES:
+                problems += batch.problems
+                if epoch == 0 and k <= PICTURED_BATCHES and is_main() and len(batch.images):
                     self.picture_batch(f"train_batch{k - 1}", batch)
                 terms = self.step(batch.to(self.step.precision.device), self.state.step, epoch)
                 self.state.step += 1
@@ -113,11 +125,15 @@ class Trainer:
                 now = time.perf_counter()
                 if now - shown > 1 or k == len(self.train_loader):  # reading the losses waits for the device
                     shown = now
-                    speed = images / (now - start)
-                    left = (total - self.state.step) * images / k / speed
+                    speed = images * rank_count() / (now - start)
+                    left = (total - self.state.step) * (now - start) / k
                     means = "  ".join(f"{name} {value.item() / k:.3f}" for name, value in sums.items())
                     info = f"{means}  {speed:.0f} images/s  {clock(left)} left of the run"
                 bar.advance(info)
+        images = int(sum_over_ranks(torch.tensor(images, device=self.step.precision.device)))
+        self.log.problems(gather_lines(problems))
+        if not images:
+            raise DetkitError("no image of this epoch can be read, on any rank: detkit check_data says why")
         means = {name: value.item() / k for name, value in sums.items()}
         return means, images / (time.perf_counter() - start)
 

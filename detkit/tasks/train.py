@@ -14,13 +14,16 @@ from detkit.data.loader import BatchLoader, worker_count
 from detkit.data.sampling import expected_draws
 from detkit.data.stream import ShardLoader
 from detkit.data.tiles import TiledDataset
+from detkit.engine.distributed import from_main, is_main, join, main_first, rank, share_batch
 from detkit.engine.logging import RunLog
 from detkit.engine.optim import Recipe, Schedule, accumulation
-from detkit.engine.precision import Precision, keep_freed_memory, make_deterministic, pick_device
+from detkit.engine.precision import Precision, keep_freed_memory, make_deterministic
 from detkit.engine.step import TrainStep
 from detkit.engine.trainer import Trainer
 from detkit.engine.transfer import load_weights
+from detkit.layers.sync_norm import synchronise_norms
 from detkit.models.detector import Detector, build_detector, build_loss
+from detkit.ops.ranks import rank_count
 from detkit.report.console import make_console
 from detkit.report.tables import print_metrics, print_transfer
 from detkit.tasks.common import check_classes, make_run_dir, model_name, read_split, tell_split, val_loader
@@ -32,8 +35,9 @@ def run(cfg: dict[str, Any]) -> dict[str, Any]:
     Raises:
         DetkitError: a user's mistake, found before the first step where that is possible.
     """
-    console = make_console()
-    device = pick_device(cfg["device"])
+    device = join(cfg["device"], cfg["trainer"]["rank_timeout"])
+    share_batch(cfg["batch_size"])
+    console = make_console(quiet=not is_main())
     precision = Precision.pick(cfg["amp"], device)
     make_deterministic(cfg["seed"])
     if device.type == "cpu":
@@ -41,19 +45,26 @@ def run(cfg: dict[str, Any]) -> dict[str, Any]:
     for key in ("root", "yaml"):
         if cfg["data"].get(key) is not None:  # made absolute, so that a checkpoint finds it from anywhere
             cfg["data"][key] = str(Path(str(cfg["data"][key])).resolve())
-    train_set, val_set = read_split(cfg["data"], "train"), read_split(cfg["data"], "val")
+    with main_first():  # which leaves an index, or draws the set
+        train_set, val_set = read_split(cfg["data"], "train"), read_split(cfg["data"], "val")
     check_classes(train_set, val_set)
 
     detector = build_detector(cfg, train_set.class_names).to(device)
     transfer = load_weights(detector, str(cfg["weights"])) if cfg["weights"] is not None else None
     train_loader = _train_loader(train_set, cfg, device)
+    if cfg["trainer"]["sync_bn"] and rank_count() > 1:
+        synchronise_norms(detector)
     step, recipe = _train_step(detector, cfg, precision, train_loader.samples, len(train_loader))
+    if rank():
+        torch.manual_seed(cfg["seed"] + rank())  # after the weights are drawn: what is dropped differs
     name = model_name(cfg)
-    run_dir = make_run_dir(cfg, "train", f"{name}_{cfg['data']['name']}")
-    (run_dir / "config.yaml").write_text(yaml.safe_dump(cfg, sort_keys=False))
+    run_dir = Path(from_main(lambda: str(make_run_dir(cfg, "train", f"{name}_{cfg['data']['name']}"))))
+    if is_main():
+        (run_dir / "config.yaml").write_text(yaml.safe_dump(cfg, sort_keys=False))
 
     parameters = sum(p.numel() for p in detector.parameters())
-    console.print(f"{name}: {parameters:,} parameters on {device}, {precision}")
+    ranks = f" and {rank_count() - 1} more" if rank_count() > 1 else ""
+    console.print(f"{name}: {parameters:,} parameters on {device}{ranks}, {precision}")
     for split, annotations in (("train", train_set), ("val", val_set)):
         tell_split(split, annotations, console)
     if transfer is not None:
@@ -93,7 +104,8 @@ def _train_loader(annotations: Annotations, cfg: dict[str, Any], device: torch.d
     options = {"workers": worker_count(cfg["workers"]), "seed": cfg["seed"], "pin": device.type == "cuda"}
     streams = expected is None and data.get("cache") is None and not isinstance(images, TiledDataset)
     if data["name"] == "webdataset" and streams:
-        return ShardLoader(images, Augmentation(cfg["image_size"], cfg["augment"], epochs), batch_size, **options)
+        augmentation = Augmentation(cfg["image_size"], cfg["augment"], epochs)
+        return ShardLoader(images, augmentation, share_batch(batch_size), **options)
     dataset = AugmentedDataset(images, cfg["image_size"], cfg["augment"], cfg["seed"], epochs)
     window = partner_window(cfg["augment"]["mosaic"].get("partners", "auto"), images, batch_size)
     return BatchLoader(dataset, batch_size, shuffle=True, expected=expected, window=window, **options)

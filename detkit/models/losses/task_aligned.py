@@ -6,13 +6,14 @@ from torch import Tensor, nn
 
 from detkit.models.losses.assigner import assign_task_aligned
 from detkit.ops.boxes import boxes_to_distances, ciou, distances_to_boxes, expected_distances
+from detkit.ops.ranks import sum_over_ranks
 from detkit.registry import LOSSES
 from detkit.structures import Batch, DenseOutput
 
 
 @LOSSES.register("task_aligned")
 class TaskAlignedLoss(nn.Module):
-    """Weighted terms ``box``, ``cls`` and ``dfl``, each normalised by the sum of target scores T (at least 1).
+    """Weighted terms ``box``, ``cls`` and ``dfl``, each normalised by all ranks' sum of target scores T (at least 1).
 
     ::
 
@@ -42,7 +43,7 @@ class TaskAlignedLoss(nn.Module):
     @torch.autocast("cpu", enabled=False)
     @torch.autocast("cuda", enabled=False)
     def forward(self, out: DenseOutput, batch: Batch) -> dict[str, Tensor]:
-        """Return the weighted terms; their sum is the loss of the batch's mean image (not times the batch)."""
+        """Return the weighted terms; their sum, over the ranks too, is the loss of the batch's mean image."""
         cls, reg = out.cls.float(), out.reg.float()
         bins = torch.arange(reg.shape[-1] // 4, device=reg.device, dtype=torch.float32)
         boxes_ba4 = distances_to_boxes(expected_distances(reg, bins), out.points)  # in strides
@@ -55,7 +56,7 @@ class TaskAlignedLoss(nn.Module):
             batch.valid_bm,
             **self.assigner,
         )
-        total = targets.scores_bac.sum().clamp(min=1)
+        total = sum_over_ranks(targets.scores_bac.sum()).clamp(min=1)
         terms = {"cls": F.binary_cross_entropy_with_logits(cls, targets.scores_bac, reduction="sum") / total}
         if batch.boxes_bm4.shape[1]:
             index = targets.box_index_ba[..., None].expand(-1, -1, 4)

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from detkit.ops.anchors import anchor_boxes
 from detkit.ops.boxes import ciou
+from detkit.ops.ranks import sum_over_ranks
 from detkit.registry import LOSSES
 from detkit.structures import AnchorOutput, Batch
 
@@ -33,7 +34,8 @@ class Matches:
 
 @LOSSES.register("yolov5")
 class YOLOv5Loss(nn.Module):
-    """Weighted terms ``box``, ``obj`` and ``cls``, each the mean over a level's matches (``obj``: over its anchors).
+    """Weighted terms ``box``, ``obj`` and ``cls``, each the mean over a level's matches (``obj``: over its anchors)
+    of all ranks.
 
     ::
 
@@ -56,7 +58,7 @@ class YOLOv5Loss(nn.Module):
     @torch.autocast("cpu", enabled=False)
     @torch.autocast("cuda", enabled=False)
     def forward(self, out: AnchorOutput, batch: Batch) -> dict[str, Tensor]:
-        """Return the weighted terms; their sum is the loss of the batch's mean image (not times the batch)."""
+        """Return the weighted terms; their sum, over the ranks too, is the loss of the batch's mean image."""
         boxes_ba4 = anchor_boxes(out.reg.float(), out.points, out.strides, out.anchors)
         sizes = [h * w * anchors for h, w, anchors in out.levels]
         columns = [x.split(sizes, 1) for x in (boxes_ba4, out.cls.float(), out.objectness.float())]
@@ -114,7 +116,8 @@ def _level_terms(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the unweighted terms box, obj and cls of one level, whose n anchors gave (B, n, ...)."""
     weight_bk = matches.valid_bk.float()
-    count = weight_bk.sum().clamp(min=1)
+    counts = torch.stack((weight_bk.sum(), weight_bk.new_full((), objectness.numel())))
+    count, anchors = sum_over_ranks(counts).clamp(min=1).unbind()
     index = matches.index_bk[..., None]
     found_bk4 = boxes.gather(1, index.expand(-1, -1, 4))
     # A pair that does not count gets its own box as target: a finite term that weighs nothing.
@@ -129,5 +132,5 @@ def _level_terms(
     # An anchor that answers for several boxes is as much an object as it fits the best of them.
     target = torch.zeros_like(objectness)
     target = target.scatter_reduce(1, matches.index_bk, overlap_bk.detach().clamp(min=0) * weight_bk, "amax")
-    obj = F.binary_cross_entropy_with_logits(objectness, target)
+    obj = F.binary_cross_entropy_with_logits(objectness, target, reduction="sum") / anchors
     return box, obj, (classes * weight_bk).sum() / count

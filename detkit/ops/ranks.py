@@ -1,0 +1,21 @@
+"""Sums over the ranks of a training: the processes that torchrun or SLURM started. One process alone sums nothing."""
+
+import torch.distributed as dist
+from torch import Tensor
+
+
+def rank_count() -> int:
+    """Return the number of processes that train together, 1 outside a process group."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def sum_over_ranks(x: Tensor) -> Tensor:
+    """Return the sum of all ranks' ``x``, of one shape, without a gradient; alone, ``x`` itself.
+
+    Every rank must call it, and in the same order as the others.
+    """
+    if rank_count() == 1:
+        return x
+    total = x.detach().clone()
+    dist.all_reduce(total)
+    return total
