@@ -14,7 +14,13 @@ from torch.utils.tensorboard import SummaryWriter
 from detkit.engine.checkpoint import write_atomically
 from detkit.report.drawing import save_picture
 
-TRAINING = ("lr", "images_per_s", "seconds")  # columns of the history that tell how it trained
+TRAINING = (
+    "lr",
+    "images_per_s",
+    "seconds",
+    "skipped_steps",
+    "overflow_steps",
+)  # columns of the history that tell how it trained
 
 
 class RunLog:

@@ -4,8 +4,9 @@ import torch
 from torch import Tensor, nn
 
 from detkit.engine.ema import EMA
+from detkit.engine.health import Health, Statistics
 from detkit.engine.multi_scale import draw_size, resize_batch
-from detkit.engine.optim import Recipe, Schedule
+from detkit.engine.optim import Recipe, Schedule, step_if
 from detkit.engine.precision import Precision
 from detkit.models.detector import Detector
 from detkit.structures import Batch
@@ -13,6 +14,9 @@ from detkit.structures import Batch
 
 class TrainStep:
     """Forward, loss, backward; and, where enough batches are gathered, clip, step, average.
+
+    A loss or gradient that is not finite leaves weights, optimizer, average and batch norms as they are: the optimizer
+    step that it is gathered for is skipped. All of that is decided on the device, and nothing waits for it.
 
     Args:
         detector: the model, on its device.
@@ -25,6 +29,8 @@ class TrainStep:
 
     Attributes:
         ema: the averaged weights.
+        health: counts what was not finite.
+        grad_norm: () norm of the latest gradient before it was clipped; of the sum over the images of a step.
         pending: batches whose gradients wait for the optimizer.
     """
 
@@ -52,23 +58,37 @@ class TrainStep:
         self.optimizer = recipe.build(detector)
         self.scaler = torch.amp.GradScaler(precision.device.type, enabled=precision.dtype is torch.float16)
         self.ema = EMA(detector)
+        self.health = Health(precision.device, remember=accumulate)
+        self.statistics = Statistics(detector)
+        self.grad_norm = torch.zeros((), device=precision.device)
         self.pending = 0
 
     def __call__(self, batch: Batch, step: int, epoch: int) -> dict[str, Tensor]:
-        """Learn from one batch, the run's number ``step`` (from 0), on the device; return the loss terms."""
+        """Learn from one batch, the run's number ``step`` (from 0), on the device.
+
+        Returns:
+            the loss terms, detached; all 0 where the loss is not finite.
+        """
         self.schedule.apply(self.optimizer, step, epoch)
         images = batch.images.float() / 255
         if self.multi_scale:
             size = draw_size(images.shape[-1], self.multi_scale, self.detector.max_stride, self.seed, step)
             images, batch = resize_batch(images, batch, size)
+        statistics = self.statistics.copy()
         with self.precision.autocast():
             out = self.detector(images)
         terms = self.loss(out, batch)
-        self.scaler.scale(sum(terms.values()) * len(batch.images)).backward()
+        loss = sum(terms.values())
+        finite = loss.detach().isfinite()
+        self.health.add_loss(finite, batch)
+        # A loss that is not finite must not pass for one by a finite gradient, on this process or on another.
+        loss = loss * torch.where(finite, float(len(batch.images)), torch.nan)
+        self.scaler.scale(loss).backward()
+        self.statistics.keep_finite(statistics, finite)
         self.pending += 1
         if self.pending >= self.gathered(step):
             self.update()
-        return terms
+        return {name: torch.where(finite, term.detach(), 0.0) for name, term in terms.items()}
 
     def gathered(self, step: int) -> int:
         """Return how many batches make an optimizer step at batch ``step``: from 1 to ``accumulate`` in the warm-up."""
@@ -76,11 +96,13 @@ class TrainStep:
         return max(round(1 + (self.accumulate - 1) * warm), 1)
 
     def update(self) -> None:
-        """Clip the gathered gradients, step the optimizer, move the average along."""
+        """Clip the gathered gradients, step the optimizer, move the average along: the last two if all is finite."""
         self.scaler.unscale_(self.optimizer)
-        nn.utils.clip_grad_norm_(self.detector.parameters(), self.clip)
-        self.scaler.step(self.optimizer)
+        self.grad_norm = nn.utils.clip_grad_norm_(self.detector.parameters(), self.clip)
+        finite = self.grad_norm.isfinite()
+        self.health.add_step(finite, self.scaler.scale(torch.ones_like(self.grad_norm)))
+        step_if(finite, self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad()
-        self.ema.update(self.detector)
+        self.ema.update(self.detector, finite)
         self.pending = 0

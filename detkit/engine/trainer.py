@@ -15,9 +15,11 @@ from detkit.data.loader import BatchLoader
 from detkit.data.stream import ShardLoader
 from detkit.engine.checkpoint import save_checkpoint, write_atomically
 from detkit.engine.evaluator import METRICS, Evaluation, evaluate
+from detkit.engine.health import Counts
 from detkit.engine.logging import RunLog, clock, show_progress
+from detkit.engine.parts import train_mode
 from detkit.engine.step import TrainStep
-from detkit.errors import UnreadableImage
+from detkit.errors import DetkitError, UnreadableImage
 from detkit.ops.image import read_image
 from detkit.report.drawing import draw_boxes, grid
 from detkit.report.plots import plot_history
@@ -43,6 +45,8 @@ class Trainer:
         step: learns from one batch.
         train_loader, val_loader: batches; ``annotations`` are the validation set's.
         epochs: of the run.
+        max_bad_steps: stop after this many optimizer steps in a row that were skipped.
+        patience: stop after this many epochs without a better AP; None: never.
         run_dir: an existing folder for everything that is written.
         log: where numbers and pictures go.
     """
@@ -57,6 +61,8 @@ class Trainer:
         epochs: int,
         run_dir: Path,
         log: RunLog,
+        max_bad_steps: int = 10,
+        patience: int | None = None,
     ) -> None:
         self.step = step
         self.train_loader = train_loader
@@ -65,6 +71,8 @@ class Trainer:
         self.epochs = epochs
         self.run_dir = run_dir
         self.log = log
+        self.max_bad_steps = max_bad_steps
+        self.patience = patience
         self.state = TrainState()
 
     def fit(self) -> dict[str, Any]:
@@ -86,15 +94,24 @@ class Trainer:
             save_checkpoint(self.step.ema.model, self.run_dir / "last.safetensors", results["last"])
             write_atomically(self.run_dir / "metrics.json", json.dumps(results, indent=2).encode())
             row = {"epoch": state.epoch, "lr": self.step.schedule.lr(epoch), **losses, "images_per_s": images_per_s}
-            row |= {name: metrics[name] for name in METRICS}
+            row |= self.skipped() | {name: metrics[name] for name in METRICS}
             row["seconds"] = time.perf_counter() - start
             self.log.epoch(row, losses, self.epoch_line(row, losses))
             plot_history(self.log.history, losses, self.run_dir / "plots" / "history.png")
+            if self.patience is not None and state.epoch - state.best_epoch >= self.patience:
+                best = f"no AP has been better than epoch {state.best_epoch}'s"
+                self.log.console.print(f"stopped early: {best} for {self.patience} epochs (trainer.patience)")
+                break
         return results
 
     def train_epoch(self, epoch: int) -> tuple[dict[str, float], float]:
-        """Go through the training set once; return the mean loss terms and the images per second."""
-        self.step.detector.train()
+        """Go through the training set once; return the mean loss terms and the images per second.
+
+        Raises:
+            DetkitError: ``max_bad_steps`` in a row had a loss or gradient that was not finite.
+        """
+        train_mode(self.step.detector)
+        self.step.health.start_epoch()
         sums: dict[str, torch.Tensor] = {}
         images = 0
         start = shown = time.perf_counter()
@@ -107,19 +124,44 @@ class Trainer:
                 terms = self.step(batch.to(self.step.precision.device), self.state.step, epoch)
                 self.state.step += 1
                 for name, term in terms.items():
-                    sums[name] = sums.get(name, 0) + term.detach()
+                    sums[name] = sums.get(name, 0) + term
                 images += len(batch.images)
                 info = None
                 now = time.perf_counter()
                 if now - shown > 1 or k == len(self.train_loader):  # reading the losses waits for the device
                     shown = now
+                    counts = self.step.health.read()
+                    if counts.in_a_row >= self.max_bad_steps:
+                        self.give_up(counts)
+                    learnt = max(k - counts.bad_losses, 1)
                     speed = images / (now - start)
                     left = (total - self.state.step) * images / k / speed
-                    means = "  ".join(f"{name} {value.item() / k:.3f}" for name, value in sums.items())
+                    means = "  ".join(f"{name} {value.item() / learnt:.3f}" for name, value in sums.items())
                     info = f"{means}  {speed:.0f} images/s  {clock(left)} left of the run"
                 bar.advance(info)
-        means = {name: value.item() / k for name, value in sums.items()}
+        means = {name: value.item() / learnt for name, value in sums.items()}
         return means, images / (time.perf_counter() - start)
+
+    def skipped(self) -> dict[str, int]:
+        """Return the epoch's columns on optimizer steps that were left out."""
+        counts = self.step.health.read()
+        return {"skipped_steps": counts.skipped_steps, "overflow_steps": counts.overflow_steps}
+
+    def give_up(self, counts: Counts) -> None:
+        """Save the run, whose weights are those from before the steps that were skipped, and end it.
+
+        Raises:
+            DetkitError: always; names the images of a batch whose loss was not finite.
+        """
+        path = self.run_dir / "last.safetensors"
+        save_checkpoint(self.step.ema.model, path, {"epoch": self.state.epoch})
+        files = [str(file) for file in self.step.health.suspects()]
+        more = f" and {len(files) - 4} more" if len(files) > 4 else ""
+        raise DetkitError(
+            f"the loss or its gradient was not finite in {counts.in_a_row} steps in a row, last for the images "
+            f"{', '.join(files[:4])}{more}: look at these, or try a lower optim.lr or amp=off; the weights from before "
+            f"are in {path}"
+        )
 
     def validate(self) -> Evaluation:
         """Evaluate the averaged weights on the validation set, in float32."""
@@ -132,9 +174,10 @@ class Trainer:
         """Return what the terminal says of an epoch; a star marks the best so far."""
         terms = "  ".join(f"{name} {value:.3f}" for name, value in losses.items())
         star = " *" if self.state.best_epoch == row["epoch"] else ""
+        skipped = f"  {row['skipped_steps']} steps skipped" if row["skipped_steps"] else ""
         return (
             f"epoch {row['epoch']:>{len(str(self.epochs))}}/{self.epochs}  {terms}  AP {row['AP']:.4f}  "
-            f"AP50 {row['AP50']:.4f}  {row['images_per_s']:.0f} images/s  {clock(row['seconds'])}{star}"
+            f"AP50 {row['AP50']:.4f}  {row['images_per_s']:.0f} images/s  {clock(row['seconds'])}{skipped}{star}"
         )
 
     def picture_batch(self, name: str, batch: Batch) -> None:

@@ -15,11 +15,14 @@ from detkit.data.sampling import expected_draws
 from detkit.data.stream import ShardLoader
 from detkit.data.tiles import TiledDataset
 from detkit.engine.logging import RunLog
-from detkit.engine.optim import Recipe, Schedule, accumulation
+from detkit.engine.memory import choose_batch_size, explain_out_of_memory, trial
+from detkit.engine.optim import Recipe, Schedule, accumulation, describe_factors
+from detkit.engine.parts import freeze
 from detkit.engine.precision import Precision, keep_freed_memory, make_deterministic, pick_device
 from detkit.engine.step import TrainStep
 from detkit.engine.trainer import Trainer
 from detkit.engine.transfer import load_weights
+from detkit.errors import DetkitError
 from detkit.models.detector import Detector, build_detector, build_loss
 from detkit.report.console import make_console
 from detkit.report.tables import print_metrics, print_transfer
@@ -46,6 +49,11 @@ def run(cfg: dict[str, Any]) -> dict[str, Any]:
 
     detector = build_detector(cfg, train_set.class_names).to(device)
     transfer = load_weights(detector, str(cfg["weights"])) if cfg["weights"] is not None else None
+    frozen = freeze(detector, cfg["trainer"]["freeze"])
+    attempt = trial(detector, build_loss(cfg, detector.head), precision, _largest_image(detector, cfg))
+    if cfg["batch_size"] == "auto":
+        cfg["batch_size"] = choose_batch_size(attempt, device)
+        console.print(f"batch_size=auto: {cfg['batch_size']} images")
     train_loader = _train_loader(train_set, cfg, device)
     step, recipe = _train_step(detector, cfg, precision, train_loader.samples, len(train_loader))
     name = model_name(cfg)
@@ -58,20 +66,37 @@ def run(cfg: dict[str, Any]) -> dict[str, Any]:
         tell_split(split, annotations, console)
     if transfer is not None:
         print_transfer(transfer, console)
+    if frozen:
+        console.print(f"frozen: {frozen:,} parameters, of {', '.join(cfg['trainer']['freeze'])}")
+    if recipe.lr_factors or recipe.layer_decay is not None:
+        console.print(f"parameters that learn: {describe_factors(step.optimizer)}")
     console.print(f"{recipe.name}, learning rate {recipe.lr:g}; writing to {run_dir}")
 
     log = RunLog(run_dir, console)
-    epochs = cfg["trainer"]["epochs"]
+    options = {key: cfg["trainer"][key] for key in ("epochs", "max_bad_steps", "patience")}
     trainer = Trainer(
-        step, train_loader, val_loader(val_set, cfg, device), val_set, epochs=epochs, run_dir=run_dir, log=log
+        step, train_loader, val_loader(val_set, cfg, device), val_set, run_dir=run_dir, log=log, **options
     )
-    results = trainer.fit()
-    log.close()
+    try:
+        results = trainer.fit()
+    except torch.OutOfMemoryError:
+        results = None  # the error holds the tensors of its frames: they go when this block has ended
+    finally:
+        log.close()
+    if results is None:
+        step.optimizer.zero_grad()
+        raise DetkitError(explain_out_of_memory(attempt, cfg["batch_size"], device))
     best = results["best"]
     print_metrics(best, console)
     console.print(f"best epoch {best['epoch']}: AP {best['AP']:.4f}, AP50 {best['AP50']:.4f}")
     console.print(f"weights, metrics and pictures: {run_dir}")
     return results
+
+
+def _largest_image(detector: Detector, cfg: dict[str, Any]) -> int:
+    """Return the largest side, in pixels, at which a batch is trained."""
+    stride = detector.max_stride
+    return max(int(cfg["image_size"] * (1 + cfg["trainer"]["multi_scale"]) / stride), 1) * stride
 
 
 def _train_loader(annotations: Annotations, cfg: dict[str, Any], device: torch.device) -> BatchLoader | ShardLoader:
