@@ -1,7 +1,6 @@
 """The batch that fits into a GPU's memory."""
 
 import copy
-import gc
 from collections.abc import Callable
 
 import torch
@@ -31,7 +30,6 @@ def largest_batch(attempt: Callable[[int], object]) -> int:
             full = True  # the error holds the tensors of its frames: they go when this block has ended
         else:
             full = False
-        gc.collect()
         torch.cuda.empty_cache()  # does nothing without CUDA
         if full:
             break
@@ -66,14 +64,10 @@ def choose_batch_size(attempt: Callable[[int], object], device: torch.device) ->
         DetkitError: the device has no memory of its own, or too little for one image.
     """
     if device.type != "cuda":
-        raise DetkitError(
-            f"batch_size=auto fits a GPU's memory, and the device is {device}: give it a number, such as 16"
-        )
+        raise DetkitError(f"batch_size=auto fits a GPU's memory, the device is {device}: give it a number, such as 16")
     size = largest_batch(attempt)
     if not size:
-        raise DetkitError(
-            f"not even one image fits into the memory of {device}: lower image_size, or take a smaller model"
-        )
+        raise DetkitError(f"not one image fits into the memory of {device}: lower image_size, or take a smaller model")
     return size
 
 

@@ -15,8 +15,9 @@ from detkit.structures import Batch
 class TrainStep:
     """Forward, loss, backward; and, where enough batches are gathered, clip, step, average.
 
-    A loss or gradient that is not finite leaves weights, optimizer, average and batch norms as they are: the optimizer
-    step that it is gathered for is skipped. All of that is decided on the device, and nothing waits for it.
+    A loss or gradient that is not finite leaves weights, optimizer and average as they are: the optimizer step that it
+    is gathered for is skipped. A batch whose loss is not finite leaves the batch norms' statistics, too. All of that is
+    decided on the device, and nothing waits for it.
 
     Args:
         detector: the model, on its device.

@@ -15,7 +15,6 @@ from detkit.data.loader import BatchLoader
 from detkit.data.stream import ShardLoader
 from detkit.engine.checkpoint import save_checkpoint, write_atomically
 from detkit.engine.evaluator import METRICS, Evaluation, evaluate
-from detkit.engine.health import Counts
 from detkit.engine.logging import RunLog, clock, show_progress
 from detkit.engine.parts import train_mode
 from detkit.engine.step import TrainStep
@@ -130,30 +129,26 @@ class Trainer:
                 now = time.perf_counter()
                 if now - shown > 1 or k == len(self.train_loader):  # reading the losses waits for the device
                     shown = now
-                    counts = self.step.health.read()
-                    if counts.in_a_row >= self.max_bad_steps:
-                        self.give_up(counts)
-                    learnt = max(k - counts.bad_losses, 1)
+                    learnt = self.learnt(k)
                     speed = images / (now - start)
                     left = (total - self.state.step) * images / k / speed
                     means = "  ".join(f"{name} {value.item() / learnt:.3f}" for name, value in sums.items())
                     info = f"{means}  {speed:.0f} images/s  {clock(left)} left of the run"
                 bar.advance(info)
+        learnt = self.learnt(k)
         means = {name: value.item() / learnt for name, value in sums.items()}
         return means, images / (time.perf_counter() - start)
 
-    def skipped(self) -> dict[str, int]:
-        """Return the epoch's columns on optimizer steps that were left out."""
-        counts = self.step.health.read()
-        return {"skipped_steps": counts.skipped_steps, "overflow_steps": counts.overflow_steps}
-
-    def give_up(self, counts: Counts) -> None:
-        """Save the run, whose weights are those from before the steps that were skipped, and end it.
+    def learnt(self, batches: int) -> int:
+        """Return of how many of an epoch's first ``batches`` the loss was finite, 1 at least.
 
         Raises:
-            DetkitError: always; names the images of a batch whose loss was not finite.
+            DetkitError: ``max_bad_steps`` in a row were not; names the images of one, and where the weights are.
         """
-        path = self.run_dir / "last.safetensors"
+        counts = self.step.health.read()
+        if counts.in_a_row < self.max_bad_steps:
+            return max(batches - counts.bad_losses, 1)
+        path = self.run_dir / "last.safetensors"  # the weights are those from before the steps that were skipped
         save_checkpoint(self.step.ema.model, path, {"epoch": self.state.epoch})
         files = [str(file) for file in self.step.health.suspects()]
         more = f" and {len(files) - 4} more" if len(files) > 4 else ""
@@ -162,6 +157,11 @@ class Trainer:
             f"{', '.join(files[:4])}{more}: look at these, or try a lower optim.lr or amp=off; the weights from before "
             f"are in {path}"
         )
+
+    def skipped(self) -> dict[str, int]:
+        """Return the epoch's columns on optimizer steps that were left out."""
+        counts = self.step.health.read()
+        return {"skipped_steps": counts.skipped_steps, "overflow_steps": counts.overflow_steps}
 
     def validate(self) -> Evaluation:
         """Evaluate the averaged weights on the validation set, in float32."""
