@@ -196,9 +196,9 @@ def test_muon_moves_kernels_alike_in_every_direction():
     layer = nn.Linear(24, 16)
     optimizer = Recipe("muon", 0.01, 0.95, 0.0, 0.0).build(layer)
     before = layer.weight.detach().clone()
-    (layer(torch.randn(64, 24)) * torch.linspace(1, 30, 16)).square().sum().backward()
+    (layer(torch.randn(64, 24)) * torch.linspace(1, 10, 16)).square().sum().backward()
     optimizer.step()
     step = layer.weight.detach() - before
     values = torch.linalg.svdvals(step)
-    assert values.max() < 2 * values.min()  # of the gradient: a thousand times
+    assert values.max() < 2 * values.min()  # of the gradient: a hundred times
     assert 0.5 < step.square().mean().sqrt() / (0.2 * 0.01) < 1.5

@@ -27,6 +27,7 @@ from detkit.models.losses.task_aligned import TaskAlignedLoss
 from detkit.models.losses.yolov5 import YOLOv5Loss
 from detkit.report.console import make_console
 from detkit.structures import Batch, DenseOutput, Origin
+from detkit.tasks import train
 
 CPU = torch.device("cpu")
 
@@ -154,6 +155,35 @@ def test_a_bad_batch_costs_the_step_it_was_gathered_for():
     assert step.health.read() == Counts(1, 1, 0, 0)
     assert not torch.equal(everything(step)["model/head.weight"], start["model/head.weight"])
     assert {p.name for p in step.health.suspects()} == {f"image3_{k}.png" for k in range(4)}  # no bad one remembered
+
+
+def test_two_gathered_batches_equal_one_twice_as_large():
+    """For a loss that is a mean over images (a detection loss is normalised by its batch's targets instead)."""
+    small, large = toy_step("adamw", accumulate=2), toy_step("adamw")
+    for step in (small, large):
+        step.detector.eval()  # a batch norm in train mode knows how large its batch is
+    for k in range(0, 6, 2):
+        parts = [toy_batch(k), toy_batch(k + 1)]
+        tensors = zip(*((b.images, b.boxes_bm4, b.labels_bm, b.valid_bm) for b in parts), strict=True)
+        large(Batch(*map(torch.cat, tensors)), k, 0)
+        for part in parts:
+            small(part, k, 0)
+    found, expected = everything(small), everything(large)
+    for key in expected:
+        torch.testing.assert_close(found[key], expected[key], atol=1e-6, rtol=1e-4)
+
+
+def test_a_scale_that_is_too_large_falls_until_steps_are_made():
+    step, plain = toy_step(), toy_step()
+    step.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127)
+    steps = 0
+    while step.health.read().overflow_steps == steps:
+        step(toy_batch(0), 0, 0)
+        steps += 1
+    assert 1 < steps < 20
+    assert step.health.read() == Counts(0, 0, steps - 1, 0)
+    plain(toy_batch(0), 0, 0)
+    torch.testing.assert_close(step.detector.head.weight, plain.detector.head.weight)
 
 
 @pytest.mark.parametrize(
@@ -305,14 +335,25 @@ def test_the_largest_batch_is_found_by_doubling(capacity, expected):
 
     assert largest_batch(attempt) == expected
     assert tried == [2**k for k in range(len(tried))]
+    assert max(tried) <= 1024
     cuda = torch.device("cuda", 0)
     if expected:
         assert choose_batch_size(attempt, cuda) == expected
-        assert f"batch_size={min(expected, 50)} would fit" in explain_out_of_memory(attempt, 100, cuda)
+        assert f"batch_size={min(expected, 32)} would fit" in explain_out_of_memory(attempt, 100, cuda)
     else:
         with pytest.raises(DetkitError, match="not one image fits"):
             choose_batch_size(attempt, cuda)
         assert "lower image_size" in explain_out_of_memory(attempt, 100, cuda)
+
+
+def test_running_out_of_memory_is_one_sentence(train_overrides, tmp_path, monkeypatch):
+    def fit(self: Trainer) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(Trainer, "fit", fit)
+    overrides = [*train_overrides, f"run_dir={tmp_path / 'run'}", "batch_size=3"]
+    with pytest.raises(DetkitError, match="batch_size=3 is too much for the memory of cpu: batch_size=1 would fit"):
+        train.run(resolve(compose_config("train", overrides)))
 
 
 def test_other_faults_of_a_trial_are_not_taken_for_memory():

@@ -16,14 +16,14 @@ BOXES = 100  # of an image in a trial: a crowded mosaic
 COPIES = 3  # of the weights, beside the model and its gradient: the average and two of the optimizer
 
 
-def largest_batch(attempt: Callable[[int], object]) -> int:
-    """Return the largest batch of 1, 2, 4, ... 1024 images for which ``attempt`` does not run out of GPU memory.
+def largest_batch(attempt: Callable[[int], object], most: int = LARGEST) -> int:
+    """Return the largest batch of 1, 2, 4, ... ``most`` images for which ``attempt`` does not run out of GPU memory.
 
     Returns:
         0 where one image is too much.
     """
     fits, size = 0, 1
-    while size <= LARGEST:
+    while size <= most:
         try:
             attempt(size)
         except torch.OutOfMemoryError:
@@ -73,6 +73,6 @@ def choose_batch_size(attempt: Callable[[int], object], device: torch.device) ->
 
 def explain_out_of_memory(attempt: Callable[[int], object], batch_size: int, device: torch.device) -> str:
     """Return the sentence for a training that ran out of memory, with a batch that would fit."""
-    size = min(largest_batch(attempt), max(batch_size // 2, 1))
-    advice = f"batch_size={size} would fit" if 0 < size < batch_size else "lower image_size, or take a smaller model"
+    size = largest_batch(attempt, most=batch_size // 2)
+    advice = f"batch_size={size} would fit" if size else "lower image_size, or take a smaller model"
     return f"batch_size={batch_size} is too much for the memory of {device}: {advice}"
