@@ -78,7 +78,7 @@ RULES: dict[str, Rule] = {
     "data.cache": ("null, ram or disk", lambda v: v in (None, "ram", "disk")),
     "split": ("train or val", lambda v: v in ("train", "val")),
     "image_size": _optional(("a multiple of 32 pixels, 64 or more", lambda v: is_whole(v, 64) and v % 32 == 0)),
-    "batch_size": _whole(1),
+    "batch_size": ("a whole number, 1 or more, or in training auto", lambda v: v == "auto" or is_whole(v, 1)),
     "score": _number(0, 1),
     "iou": _number(0, 1),
     "max_det": _whole(1),
@@ -104,17 +104,31 @@ RULES: dict[str, Rule] = {
     "trainer.multi_scale": _number(0, 0.9),
     "trainer.sync_bn": BOOLEAN,
     "trainer.rank_timeout": POSITIVE,
-    "optim.name": ("auto, sgd or adamw", lambda v: v in ("auto", "sgd", "adamw")),
+    "trainer.freeze": (
+        "a list of parts, such as [backbone.stem]",
+        lambda v: isinstance(v, list) and all(isinstance(n, str) for n in v),
+    ),
+    "trainer.max_bad_steps": _whole(1),
+    "trainer.patience": _optional(_whole(1)),
+    "optim.name": ("auto, sgd, adamw or muon", lambda v: v in ("auto", "sgd", "adamw", "muon")),
     "optim.lr": _optional(POSITIVE),
     "optim.momentum": _optional(_number(0, 1)),
     "optim.nominal_batch": _whole(1),
     "optim.weight_decay": _number(0),
-    "optim.shape": ("linear or cosine", lambda v: v in ("linear", "cosine")),
+    "optim.shape": (
+        "linear, cosine, constant or one_cycle",
+        lambda v: v in ("linear", "cosine", "constant", "one_cycle"),
+    ),
     "optim.final": _number(0, 1),
     "optim.warmup_epochs": _number(0),
     "optim.warmup_min_batches": _whole(0),
     "optim.warmup_momentum": _number(0, 1),
     "optim.warmup_bias_lr": _optional(_number(0)),
+    "optim.lr_factors": (
+        "null, or a mapping of parts to numbers above 0, such as {backbone: 0.1}",
+        lambda v: v is None or (isinstance(v, dict) and all(is_number(x, 0) and x > 0 for x in v.values())),
+    ),
+    "optim.layer_decay": _optional(FRACTION),
     "augment.mosaic.p": _number(0, 1),
     "augment.mosaic.off_epochs": _whole(0),
     "augment.mosaic.partners": ("auto, set or window", lambda v: v in ("auto", "set", "window")),
@@ -145,6 +159,8 @@ def check_values(cfg: Mapping[str, Any]) -> None:
             raise DetkitError(f"{group}={cfg[group]} must be one of the options of configs/{group}")
     if "ckpt" not in cfg and cfg.get("image_size", 0) is None:  # a checkpoint knows its own
         raise DetkitError("image_size is not set: add image_size=640")
+    if cfg.get("batch_size") == "auto" and "trainer" not in cfg:
+        raise DetkitError("batch_size=auto is for training: give it a number")
     for key, (words, allowed) in RULES.items():
         node: Any = cfg
         for part in key.split("."):

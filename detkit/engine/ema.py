@@ -4,7 +4,7 @@ import copy
 import math
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 class EMA:
@@ -14,7 +14,7 @@ class EMA:
 
     Attributes:
         model: the average, in eval mode.
-        updates: how often it was updated.
+        updates: how often ``update`` was called.
     """
 
     def __init__(self, model: nn.Module, decay: float = 0.9999, ramp: float = 2000) -> None:
@@ -24,8 +24,12 @@ class EMA:
         self.updates = 0
 
     @torch.no_grad()
-    def update(self, model: nn.Module) -> None:
-        """Move the average towards ``model``."""
+    def update(self, model: nn.Module, share: float | Tensor = 1.0) -> None:
+        """Move the average towards ``model``, whose numbers are finite.
+
+        Args:
+            share: of the way that the decay leaves to go; 0, or a tensor () of it, keeps the average as it is.
+        """
         self.updates += 1
         decay = self.decay * (1 - math.exp(-self.updates / self.ramp))
         average, current = [], []
@@ -35,4 +39,6 @@ class EMA:
                 current.append(theirs.detach())
             else:
                 mine.copy_(theirs)  # counters of batch norms
-        torch._foreach_lerp_(average, current, 1 - decay)
+        way = torch._foreach_sub(current, average)
+        torch._foreach_mul_(way, (1 - decay) * share)
+        torch._foreach_add_(average, way)

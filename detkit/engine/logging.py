@@ -15,7 +15,13 @@ from detkit.engine.checkpoint import write_atomically
 from detkit.engine.distributed import is_main
 from detkit.report.drawing import save_picture
 
-TRAINING = ("lr", "images_per_s", "seconds")  # columns of the history that tell how it trained
+TRAINING = (
+    "lr",
+    "images_per_s",
+    "seconds",
+    "skipped_steps",
+    "overflow_steps",
+)  # columns of the history that tell how it trained
 
 
 class RunLog:

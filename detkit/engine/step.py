@@ -5,8 +5,9 @@ from torch import Tensor, nn
 
 from detkit.engine.distributed import parallel
 from detkit.engine.ema import EMA
+from detkit.engine.health import Health, Statistics
 from detkit.engine.multi_scale import draw_size, resize_batch
-from detkit.engine.optim import Recipe, Schedule
+from detkit.engine.optim import Recipe, Schedule, step_if
 from detkit.engine.precision import Precision
 from detkit.layers.sync_norm import average_statistics, outside_statistics
 from detkit.models.detector import Detector
@@ -16,6 +17,10 @@ from detkit.structures import Batch, DenseOutput
 
 class TrainStep:
     """Forward, loss, backward; and, where enough batches are gathered, clip, step, average.
+
+    A loss or gradient that is not finite leaves weights, optimizer and average as they are: the optimizer step that it
+    is gathered for is skipped. A batch whose loss is not finite leaves the batch norms' statistics, too. All of that is
+    decided on the device, and nothing waits for it.
 
     Args:
         detector: the model, on its device.
@@ -29,6 +34,8 @@ class TrainStep:
     Attributes:
         network: the detector; of several ranks, as one whose gradients are averaged over them.
         ema: the averaged weights.
+        health: counts what was not finite.
+        grad_norm: () norm of the latest gradient before it was clipped; of the sum over the images of a step.
         pending: batches whose gradients wait for the optimizer.
     """
 
@@ -57,24 +64,38 @@ class TrainStep:
         self.optimizer = recipe.build(detector)
         self.scaler = torch.amp.GradScaler(precision.device.type, enabled=precision.dtype is torch.float16)
         self.ema = EMA(detector)
+        self.health = Health(precision.device, remember=accumulate)
+        self.statistics = Statistics(detector)
+        self.grad_norm = torch.zeros((), device=precision.device)
         self.pending = 0
 
     def __call__(self, batch: Batch, step: int, epoch: int) -> dict[str, Tensor]:
-        """Learn from one batch, the run's number ``step`` (from 0), on the device; return all ranks' loss terms."""
+        """Learn from one batch, the run's number ``step`` (from 0), on the device.
+
+        Returns:
+            the loss terms of all ranks, detached; all 0 where their sum is not finite.
+        """
         self.schedule.apply(self.optimizer, step, epoch)
         images = batch.images.float() / 255
         if self.multi_scale and len(images):
             size = draw_size(images.shape[-1], self.multi_scale, self.detector.max_stride, self.seed, step)
             images, batch = resize_batch(images, batch, size)
+        statistics = self.statistics.copy()
         with self.precision.autocast():
             out = self.network(images) if len(images) else self.forward_without_image()
         terms = self.loss(out, batch)
-        self.scaler.scale(sum(terms.values()) * self.weight(len(images))).backward()
+        loss = sum(terms.values())
+        finite = sum_over_ranks(loss.detach().clone()).isfinite()
+        self.health.add_loss(finite, batch)
+        # A loss that is not finite must not pass for one by a finite gradient, on this process or on another.
+        loss = loss * torch.where(finite, self.weight(len(images)), torch.nan)
+        self.scaler.scale(loss).backward()
         average_statistics(self.detector)
+        self.statistics.keep_finite(statistics, finite)
         self.pending += 1
         if self.pending >= self.gathered(step):
             self.update()
-        return self.sum_terms(terms)
+        return {name: torch.where(finite, term, 0.0) for name, term in self.sum_terms(terms).items()}
 
     def forward_without_image(self) -> DenseOutput:
         """Run the network where only other ranks have images of the batch: they wait for gradients, here zeros."""
@@ -83,20 +104,17 @@ class TrainStep:
             out = self.network(torch.zeros(1, 3, side, side, device=self.precision.device))
         return out.of_no_image()
 
-    def weight(self, images: int) -> int | Tensor:
-        """Return what the terms count for, given this rank's images of the batch: the images of all ranks.
+    def weight(self, images: int) -> Tensor:
+        """Return () what the terms count for, given this rank's images of the batch: the images of all ranks.
 
         The gradients of all ranks are averaged where they should be summed, hence their number once more.
         """
-        if rank_count() == 1:
-            return images
         return sum_over_ranks(torch.full((), float(images), device=self.precision.device)) * rank_count()
 
     def sum_terms(self, terms: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Return the terms of the whole batch, of which each rank has its share."""
-        if rank_count() == 1:
-            return terms
-        return dict(zip(terms, sum_over_ranks(torch.stack([*terms.values()])).unbind(), strict=True))
+        """Return the terms of the whole batch, of which each rank has its share, detached."""
+        summed = sum_over_ranks(torch.stack([term.detach() for term in terms.values()]))
+        return dict(zip(terms, summed.unbind(), strict=True))
 
     def gathered(self, step: int) -> int:
         """Return how many batches make an optimizer step at batch ``step``: from 1 to ``accumulate`` in the warm-up."""
@@ -104,11 +122,13 @@ class TrainStep:
         return max(round(1 + (self.accumulate - 1) * warm), 1)
 
     def update(self) -> None:
-        """Clip the gathered gradients, step the optimizer, move the average along."""
+        """Clip the gathered gradients, step the optimizer, move the average along: the last two if all is finite."""
         self.scaler.unscale_(self.optimizer)
-        nn.utils.clip_grad_norm_(self.detector.parameters(), self.clip)
-        self.scaler.step(self.optimizer)
+        self.grad_norm = nn.utils.clip_grad_norm_(self.detector.parameters(), self.clip)
+        finite = self.grad_norm.isfinite()
+        self.health.add_step(finite, self.scaler.scale(torch.ones_like(self.grad_norm)))
+        step_if(finite, self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad()
-        self.ema.update(self.detector)
+        self.ema.update(self.detector, finite)
         self.pending = 0

@@ -16,11 +16,14 @@ from detkit.data.stream import ShardLoader
 from detkit.data.tiles import TiledDataset
 from detkit.engine.distributed import from_main, is_main, join, main_first, rank, share_batch
 from detkit.engine.logging import RunLog
-from detkit.engine.optim import Recipe, Schedule, accumulation
+from detkit.engine.memory import choose_batch_size, explain_out_of_memory, trial
+from detkit.engine.optim import Recipe, Schedule, accumulation, describe_factors
+from detkit.engine.parts import freeze
 from detkit.engine.precision import Precision, keep_freed_memory, make_deterministic
 from detkit.engine.step import TrainStep
 from detkit.engine.trainer import Trainer
 from detkit.engine.transfer import load_weights
+from detkit.errors import DetkitError
 from detkit.layers.sync_norm import synchronise_norms
 from detkit.models.detector import Detector, build_detector, build_loss
 from detkit.ops.ranks import rank_count
@@ -36,7 +39,8 @@ def run(cfg: dict[str, Any]) -> dict[str, Any]:
         DetkitError: a user's mistake, found before the first step where that is possible.
     """
     device = join(cfg["device"], cfg["trainer"]["rank_timeout"])
-    share_batch(cfg["batch_size"])
+    if cfg["batch_size"] != "auto":
+        share_batch(cfg["batch_size"])
     console = make_console(quiet=not is_main())
     precision = Precision.pick(cfg["amp"], device)
     make_deterministic(cfg["seed"])
@@ -51,6 +55,11 @@ def run(cfg: dict[str, Any]) -> dict[str, Any]:
 
     detector = build_detector(cfg, train_set.class_names).to(device)
     transfer = load_weights(detector, str(cfg["weights"])) if cfg["weights"] is not None else None
+    frozen = freeze(detector, cfg["trainer"]["freeze"])
+    attempt = trial(detector, build_loss(cfg, detector.head), precision, _largest_image(detector, cfg))
+    if cfg["batch_size"] == "auto":
+        cfg["batch_size"] = from_main(lambda: choose_batch_size(attempt, device)) * rank_count()
+        console.print(f"batch_size=auto: {cfg['batch_size']} images")
     train_loader = _train_loader(train_set, cfg, device)
     if cfg["trainer"]["sync_bn"] and rank_count() > 1:
         synchronise_norms(detector)
@@ -75,19 +84,37 @@ def run(cfg: dict[str, Any]) -> dict[str, Any]:
     if mosaic["p"] and mosaic["off_epochs"] >= epochs:
         off = f"augment.mosaic.off_epochs={mosaic['off_epochs']} of trainer.epochs={epochs}"
         console.print(f"no image is mixed with others (mosaic, mixup, copy-paste): {off}")
+    if frozen:
+        console.print(f"frozen: {frozen:,} parameters, of {', '.join(cfg['trainer']['freeze'])}")
+    if recipe.lr_factors or recipe.layer_decay is not None:
+        console.print(f"parameters that learn: {describe_factors(step.optimizer)}")
     console.print(f"{recipe.name}, learning rate {recipe.lr:g}; writing to {run_dir}")
 
     log = RunLog(run_dir, console)
+    options = {key: cfg["trainer"][key] for key in ("epochs", "max_bad_steps", "patience")}
     trainer = Trainer(
-        step, train_loader, val_loader(val_set, cfg, device), val_set, epochs=epochs, run_dir=run_dir, log=log
+        step, train_loader, val_loader(val_set, cfg, device), val_set, run_dir=run_dir, log=log, **options
     )
-    results = trainer.fit()
-    log.close()
+    try:
+        results = trainer.fit()
+    except torch.OutOfMemoryError:
+        results = None  # the error holds the tensors of its frames: they go when this block has ended
+    finally:
+        log.close()
+    if results is None:
+        step.optimizer.zero_grad()
+        raise DetkitError(explain_out_of_memory(attempt, cfg["batch_size"], device))
     best = results["best"]
     print_metrics(best, console)
     console.print(f"best epoch {best['epoch']}: AP {best['AP']:.4f}, AP50 {best['AP50']:.4f}")
     console.print(f"weights, metrics and pictures: {run_dir}")
     return results
+
+
+def _largest_image(detector: Detector, cfg: dict[str, Any]) -> int:
+    """Return the largest side, in pixels, at which a batch is trained."""
+    stride = detector.max_stride
+    return max(int(cfg["image_size"] * (1 + cfg["trainer"]["multi_scale"]) / stride), 1) * stride
 
 
 def _train_loader(annotations: Annotations, cfg: dict[str, Any], device: torch.device) -> BatchLoader | ShardLoader:
