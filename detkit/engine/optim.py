@@ -103,7 +103,7 @@ class Recipe:
     def build(self, model: nn.Module) -> torch.optim.Optimizer:
         """Return the optimizer over the model's parameter groups, with fused kernels where it has them.
 
-        Muon (timm's) orthogonalises the momentum of kernels and matrices, and is AdamW for all else; its steps are
+        Muon (timm's) orthogonalises the momentum of kernels and matrices, and is NAdamW for all else; its steps are
         scaled to be about as long as AdamW's (arXiv 2502.16982), so that the same learning rates suit both.
         """
         factors = learning_rate_factors(model, self.lr_factors, self.layer_decay)
