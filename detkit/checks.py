@@ -57,6 +57,7 @@ RULES: dict[str, Rule] = {
     "format": ("the name of a format", lambda v: v is None or isinstance(v, str)),
     "fix": _optional(PATH),
     "weights": _optional(PATH),
+    "resume": _optional(PATH),
     "rect": BOOLEAN,
     "data.root": _optional(PATH),
     "data.sampling": (
@@ -102,6 +103,8 @@ RULES: dict[str, Rule] = {
     "trainer.epochs": _whole(1),
     "trainer.clip_grad_norm": POSITIVE,
     "trainer.multi_scale": _number(0, 0.9),
+    "trainer.save_every": _optional(_whole(1)),
+    "trainer.keep_last": _whole(1),
     "optim.name": ("auto, sgd or adamw", lambda v: v in ("auto", "sgd", "adamw")),
     "optim.lr": _optional(POSITIVE),
     "optim.momentum": _optional(_number(0, 1)),

@@ -1,12 +1,14 @@
 """From a dataset to batches: order, worker processes, stacking."""
 
 import os
+import signal
 from collections.abc import Iterable, Iterator
+from itertools import islice
 
 import cv2
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler
 
 from detkit.data.sampling import draw_items, epoch_length
 from detkit.errors import DetkitError, UnreadableImage
@@ -60,6 +62,15 @@ class EpochSampler(Sampler[Key]):
                 yield Key(self.epoch, items[k], repeats[k], partners)
 
 
+class SkippingBatchSampler(BatchSampler):
+    """Yields lists of keys, without the first ``skip`` of an epoch: set ``skip`` before each pass."""
+
+    skip = 0
+
+    def __iter__(self) -> Iterator[list[Key]]:
+        return islice(super().__iter__(), self.skip, None)
+
+
 class BatchLoader:
     """Iterates over a dataset in batches, by ``workers`` processes.
 
@@ -83,16 +94,17 @@ class BatchLoader:
         window: int = 0,
     ) -> None:
         self.sampler = EpochSampler(len(dataset), seed, shuffle, expected, window)
+        self.batches = SkippingBatchSampler(self.sampler, batch_size, drop_last=False)
         self.problems: list[str] = []
         self.loader = DataLoader(
             _Guarded(dataset),
-            batch_size,
-            sampler=self.sampler,
+            batch_sampler=self.batches,
             num_workers=workers,
             collate_fn=_collate,
             pin_memory=pin,
             persistent_workers=workers > 0,
             worker_init_fn=init_worker,
+            generator=torch.Generator(),  # its own: the model's draws do not depend on the number of workers
         )
 
     def __len__(self) -> int:
@@ -103,35 +115,40 @@ class BatchLoader:
         """The number of samples of an epoch."""
         return len(self.sampler)
 
-    def epoch(self, epoch: int) -> Iterator[Batch]:
+    def epoch(self, epoch: int, skip: int = 0) -> Iterator[Batch]:
         """Yield the batches of one epoch; images that cannot be read are missing, and named in ``batch.problems``.
+
+        Args:
+            skip: leave out the batches up to the one of this ``position``: they were had before.
 
         Raises:
             DetkitError: a sample could not be made for another reason, in whatever process that was, or none at all.
         """
-        self.sampler.epoch = epoch
-        yield from made_batches(self.loader, self.problems)
+        self.sampler.epoch, self.batches.skip = epoch, skip
+        yield from made_batches(self.loader, self.problems, skip)
 
 
 def made_batches(
-    results: Iterable[tuple[Batch | DetkitError | None, list[str]]], problems: list[str]
+    results: Iterable[tuple[Batch | DetkitError | None, list[str]]], problems: list[str], skip: int
 ) -> Iterator[Batch]:
     """Yield what worker processes made, with the problems met since the batch before.
 
     Args:
         results: a batch, None where no sample of it could be made, or a mistake; and sentences about images left out.
         problems: where sentences wait for the next batch.
+        skip: position in the epoch before the first of ``results``.
 
     Raises:
         DetkitError: the mistake that came instead of a batch, or there was no batch at all.
     """
-    empty = True
-    for batch, sentences in results:
+    empty = skip == 0
+    for position, (batch, sentences) in enumerate(results, 1 + skip):
         problems += sentences
         if isinstance(batch, DetkitError):
             raise DetkitError(str(batch))  # not itself: a cycle with this frame would make the workers end late
         if batch is not None:
             empty = False
+            batch.position = position
             batch.problems = problems.copy()
             problems.clear()
             yield batch
@@ -182,3 +199,6 @@ def _collate(items: list[Sample | DetkitError]) -> tuple[Batch | DetkitError | N
 def init_worker(_: int) -> None:
     """Prepare a worker process."""
     cv2.setNumThreads(0)  # one process a core is enough
+    for name in ("SIGTERM", "SIGUSR1", "SIGINT"):  # sent to all processes of a job: the main one decides when to end
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)

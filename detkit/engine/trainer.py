@@ -4,11 +4,8 @@ import json
 import time
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from detkit.data.annotations import Annotations
 from detkit.data.loader import BatchLoader
@@ -16,6 +13,8 @@ from detkit.data.stream import ShardLoader
 from detkit.engine.checkpoint import save_checkpoint, write_atomically
 from detkit.engine.evaluator import METRICS, Evaluation, evaluate
 from detkit.engine.logging import RunLog, clock, show_progress
+from detkit.engine.signals import StopRequest
+from detkit.engine.state import STATE, EpochState, TrainState, capture, write_state
 from detkit.engine.step import TrainStep
 from detkit.errors import UnreadableImage
 from detkit.ops.image import read_image
@@ -26,18 +25,8 @@ from detkit.structures import Batch
 PICTURED_BATCHES = 3  # of the first epoch
 
 
-@dataclass
-class TrainState:
-    """Where a run stands; ``epoch`` and ``step`` count what is done, in epochs and batches."""
-
-    epoch: int = 0
-    step: int = 0
-    best: float = -1.0
-    best_epoch: int = 0
-
-
 class Trainer:
-    """Trains a detector and keeps its best and last weights.
+    """Trains a detector and keeps its best and last weights, and where it stands.
 
     Args:
         step: learns from one batch.
@@ -45,6 +34,9 @@ class Trainer:
         epochs: of the run.
         run_dir: an existing folder for everything that is written.
         log: where numbers and pictures go.
+        state: where the run stands.
+        save_every: batches after which the state is saved within an epoch; None: at the end of each only.
+        keep_last: how many saved states there are to be.
     """
 
     def __init__(
@@ -57,6 +49,9 @@ class Trainer:
         epochs: int,
         run_dir: Path,
         log: RunLog,
+        state: TrainState,
+        save_every: int | None = None,
+        keep_last: int = 1,
     ) -> None:
         self.step = step
         self.train_loader = train_loader
@@ -65,68 +60,106 @@ class Trainer:
         self.epochs = epochs
         self.run_dir = run_dir
         self.log = log
-        self.state = TrainState()
+        self.state = state
+        self.save_every = save_every
+        self.keep_last = keep_last
+        self.stop = StopRequest()
 
     def fit(self) -> dict[str, Any]:
-        """Train all epochs; return the best and the last epoch's metrics, as in ``metrics.json``."""
+        """Train the epochs that are left; return the best and the last one's metrics, as in ``metrics.json``.
+
+        Raises:
+            SystemExit: a signal asked for the end; the state is saved.
+        """
+        with self.stop.watch():
+            for epoch in range(self.state.epoch, self.epochs):
+                self.fit_epoch(epoch)
+                self.save()
+                self.stop.obey()
+        return self.state.results
+
+    def fit_epoch(self, epoch: int) -> None:
+        """Train for the rest of an epoch, evaluate, and record both."""
         state = self.state
-        results: dict[str, Any] = {}
-        for epoch in range(state.epoch, self.epochs):
-            start = time.perf_counter()
-            losses, images_per_s = self.train_epoch(epoch)
-            evaluation = self.validate()
-            metrics = evaluation.metrics
-            state.epoch = epoch + 1
-            results["last"] = {"epoch": state.epoch, **metrics}
-            if metrics["AP"] >= state.best:
-                state.best, state.best_epoch = metrics["AP"], state.epoch
-                results["best"] = results["last"]
-                save_checkpoint(self.step.ema.model, self.run_dir / "best.safetensors", results["best"])
-                self.picture_predictions(evaluation)
-            save_checkpoint(self.step.ema.model, self.run_dir / "last.safetensors", results["last"])
-            write_atomically(self.run_dir / "metrics.json", json.dumps(results, indent=2).encode())
-            row = {"epoch": state.epoch, "lr": self.step.schedule.lr(epoch), **losses, "images_per_s": images_per_s}
-            row |= {name: metrics[name] for name in METRICS}
-            row["seconds"] = time.perf_counter() - start
-            self.log.epoch(row, losses, self.epoch_line(row, losses))
-            plot_history(self.log.history, losses, self.run_dir / "plots" / "history.png")
-        return results
+        start = time.perf_counter() - state.current.seconds
+        losses, images_per_s = self.train_epoch(epoch)
+        evaluation = self.validate()
+        metrics = evaluation.metrics
+        state.epoch, state.current = epoch + 1, EpochState()
+        last = state.results["last"] = {"epoch": state.epoch, **metrics}
+        if metrics["AP"] >= state.best:
+            state.best, state.best_epoch = metrics["AP"], state.epoch
+            state.results["best"] = last
+            save_checkpoint(self.step.ema.model, self.run_dir / "best.safetensors", last)
+            self.picture_predictions(evaluation)
+        save_checkpoint(self.step.ema.model, self.run_dir / "last.safetensors", last)
+        write_atomically(self.run_dir / "metrics.json", json.dumps(state.results, indent=2).encode())
+        row = {"epoch": state.epoch, "lr": self.step.schedule.lr(epoch), **losses, "images_per_s": images_per_s}
+        row |= {name: metrics[name] for name in METRICS}
+        row["seconds"] = time.perf_counter() - start
+        state.history.append(row)
+        self.log.epoch(state.history, losses, self.epoch_line(row, losses))
+        plot_history(state.history, losses, self.run_dir / "plots" / "history.png")
 
     def train_epoch(self, epoch: int) -> tuple[dict[str, float], float]:
-        """Go through the training set once; return the mean loss terms and the images per second."""
+        """Go through the rest of the training set; return the epoch's mean loss terms and images per second."""
         self.step.detector.train()
-        sums: dict[str, torch.Tensor] = {}
-        images = 0
-        start = shown = time.perf_counter()
-        total = self.epochs * len(self.train_loader)
-        with show_progress(f"epoch {epoch + 1}/{self.epochs}", len(self.train_loader), self.log.console) as bar:
-            for k, batch in enumerate(self.train_loader.epoch(epoch), 1):
+        state, current, batches = self.state, self.state.current, len(self.train_loader)
+        shown = time.perf_counter()
+        start = shown - current.seconds
+        label = f"epoch {epoch + 1}/{self.epochs}"
+        with show_progress(label, batches, self.log.console, current.position) as bar:
+            for batch in self.train_loader.epoch(epoch, skip=current.position):
                 self.log.problems(batch.problems)
-                if epoch == 0 and k <= PICTURED_BATCHES:
-                    self.picture_batch(f"train_batch{k - 1}", batch)
-                terms = self.step(batch.to(self.step.precision.device), self.state.step, epoch)
-                self.state.step += 1
-                for name, term in terms.items():
-                    sums[name] = sums.get(name, 0) + term.detach()
-                images += len(batch.images)
-                info = None
+                if epoch == 0 and current.batches < PICTURED_BATCHES:
+                    self.picture_batch(f"train_batch{current.batches}", batch)
+                terms = self.step(batch.to(self.step.precision.device), state.step, epoch)
+                state.step += 1
                 now = time.perf_counter()
-                if now - shown > 1 or k == len(self.train_loader):  # reading the losses waits for the device
+                current.add(batch, terms, now - start)
+                info = None
+                if now - shown > 1 or current.position == batches:  # reading the losses waits for the device
                     shown = now
-                    speed = images / (now - start)
-                    left = (total - self.state.step) * images / k / speed
-                    means = "  ".join(f"{name} {value.item() / k:.3f}" for name, value in sums.items())
-                    info = f"{means}  {speed:.0f} images/s  {clock(left)} left of the run"
+                    left = (self.epochs - epoch) * batches - current.position
+                    info = self.progress_line(left)
                 bar.advance(info)
-        means = {name: value.item() / k for name, value in sums.items()}
-        return means, images / (time.perf_counter() - start)
+                if self.save_every and state.step % self.save_every == 0 and current.position < batches:
+                    self.save()
+                self.obey()
+        return current.means(), current.images / current.seconds
 
     def validate(self) -> Evaluation:
         """Evaluate the averaged weights on the validation set, in float32."""
         with show_progress("validation", len(self.val_loader), self.log.console) as bar:
-            result = evaluate(self.step.ema.model, self.val_loader.epoch(0), self.annotations, advance=bar.advance)
+
+            def advance() -> None:
+                bar.advance()
+                self.obey()
+
+            result = evaluate(self.step.ema.model, self.val_loader.epoch(0), self.annotations, advance=advance)
         self.log.problems(result.problems)
         return result
+
+    def save(self) -> None:
+        """Write ``state.pt``; where that fails, say so: the one before is as it was, and the training goes on."""
+        try:
+            write_state(self.run_dir, capture(self.step, self.state, len(self.train_loader)), self.keep_last)
+        except OSError as error:
+            self.log.console.print(f"{self.run_dir / STATE} cannot be saved ({error.strerror}): the one before is kept")
+
+    def obey(self) -> None:
+        """Between two batches: save and end the process, if a signal has asked for that."""
+        if self.stop.signum is not None:
+            self.save()
+            self.stop.obey()
+
+    def progress_line(self, left: int) -> str:
+        """Return what stands beside the bar, with ``left`` batches of the run to come."""
+        current = self.state.current
+        means = "  ".join(f"{name} {mean:.3f}" for name, mean in current.means().items())
+        speed = current.images / current.seconds
+        seconds = left * current.seconds / current.batches
+        return f"{means}  {speed:.0f} images/s  {clock(seconds)} left of the run"
 
     def epoch_line(self, row: Mapping[str, float], losses: Mapping[str, float]) -> str:
         """Return what the terminal says of an epoch; a star marks the best so far."""

@@ -1,11 +1,13 @@
 """Train a detector."""
 
+import errno
 import math
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
+from rich.console import Console
 
 from detkit.data.annotations import Annotations
 from detkit.data.augment import Augmentation, AugmentedDataset, partner_window
@@ -14,43 +16,58 @@ from detkit.data.loader import BatchLoader, worker_count
 from detkit.data.sampling import expected_draws
 from detkit.data.stream import ShardLoader
 from detkit.data.tiles import TiledDataset
+from detkit.engine.checkpoint import without_pretrained, write_atomically
 from detkit.engine.logging import RunLog
 from detkit.engine.optim import Recipe, Schedule, accumulation
 from detkit.engine.precision import Precision, keep_freed_memory, make_deterministic, pick_device
+from detkit.engine.state import TrainState, restore
 from detkit.engine.step import TrainStep
 from detkit.engine.trainer import Trainer
 from detkit.engine.transfer import load_weights
+from detkit.errors import DetkitError
 from detkit.models.detector import Detector, build_detector, build_loss
 from detkit.report.console import make_console
 from detkit.report.tables import print_metrics, print_transfer
 from detkit.tasks.common import check_classes, make_run_dir, model_name, read_split, tell_split, val_loader
+from detkit.tasks.resume import resumed_run
 
 
 def run(cfg: dict[str, Any]) -> dict[str, Any]:
     """Train what ``cfg`` (configs/train.yaml, resolved) describes; return the best and the last metrics.
 
     Raises:
-        DetkitError: a user's mistake, found before the first step where that is possible.
+        DetkitError: a user's mistake, found before the first step where that is possible; or the disk is full.
+        SystemExit: a signal asked for the end; the state is saved.
     """
     console = make_console()
+    run_dir, saved = None, None
+    if cfg["resume"] is not None:
+        run_dir, cfg, saved = resumed_run(cfg, console.print)
     device = pick_device(cfg["device"])
     precision = Precision.pick(cfg["amp"], device)
     make_deterministic(cfg["seed"])
     if device.type == "cpu":
         keep_freed_memory()
+    cfg["workers"] = worker_count(cfg["workers"])
     for key in ("root", "yaml"):
         if cfg["data"].get(key) is not None:  # made absolute, so that a checkpoint finds it from anywhere
             cfg["data"][key] = str(Path(str(cfg["data"][key])).resolve())
     train_set, val_set = read_split(cfg["data"], "train"), read_split(cfg["data"], "val")
     check_classes(train_set, val_set)
 
-    detector = build_detector(cfg, train_set.class_names).to(device)
-    transfer = load_weights(detector, str(cfg["weights"])) if cfg["weights"] is not None else None
+    detector = build_detector(without_pretrained(cfg) if saved else cfg, train_set.class_names).to(device)
+    detector.cfg = cfg
+    transfer = load_weights(detector, str(cfg["weights"])) if cfg["weights"] is not None and not saved else None
     train_loader = _train_loader(train_set, cfg, device)
-    step, recipe = _train_step(detector, cfg, precision, train_loader.samples, len(train_loader))
+    recipe = Recipe(**saved["recipe"]) if saved else _recipe(detector, cfg, train_loader.samples)
+    step = _train_step(detector, cfg, precision, recipe, len(train_loader))
+    state = restore(saved, step, len(train_loader)) if saved else TrainState()
+    if state.current.position and isinstance(train_loader, ShardLoader) and saved["cfg"]["workers"] != cfg["workers"]:
+        workers = saved["cfg"]["workers"]  # they share the shards among them
+        raise DetkitError(f"workers={cfg['workers']}: within an epoch of tar shards, go on with workers={workers}")
     name = model_name(cfg)
-    run_dir = make_run_dir(cfg, "train", f"{name}_{cfg['data']['name']}")
-    (run_dir / "config.yaml").write_text(yaml.safe_dump(cfg, sort_keys=False))
+    run_dir = run_dir or make_run_dir(cfg, "train", f"{name}_{cfg['data']['name']}")
+    write_atomically(run_dir / "config.yaml", yaml.safe_dump(cfg, sort_keys=False).encode())
 
     parameters = sum(p.numel() for p in detector.parameters())
     console.print(f"{name}: {parameters:,} parameters on {device}, {precision}")
@@ -59,18 +76,40 @@ def run(cfg: dict[str, Any]) -> dict[str, Any]:
     if transfer is not None:
         print_transfer(transfer, console)
     console.print(f"{recipe.name}, learning rate {recipe.lr:g}; writing to {run_dir}")
-
-    log = RunLog(run_dir, console)
-    epochs = cfg["trainer"]["epochs"]
-    trainer = Trainer(
-        step, train_loader, val_loader(val_set, cfg, device), val_set, epochs=epochs, run_dir=run_dir, log=log
-    )
-    results = trainer.fit()
-    log.close()
+    if saved:
+        where = f"epoch {state.epoch + 1}, batch {state.current.position}" if state.current.position else "its end"
+        console.print(f"{state.epoch} of {cfg['trainer']['epochs']} epochs are done; going on after {where}")
+    results = _fit(step, train_loader, val_loader(val_set, cfg, device), val_set, cfg, run_dir, state, console)
     best = results["best"]
     print_metrics(best, console)
     console.print(f"best epoch {best['epoch']}: AP {best['AP']:.4f}, AP50 {best['AP50']:.4f}")
     console.print(f"weights, metrics and pictures: {run_dir}")
+    return results
+
+
+def _fit(
+    step: TrainStep,
+    train_loader: BatchLoader | ShardLoader,
+    val_loader: BatchLoader,
+    val_set: Annotations,
+    cfg: dict[str, Any],
+    run_dir: Path,
+    state: TrainState,
+    console: Console,
+) -> dict[str, Any]:
+    """Train from ``state`` on, and close the log whatever comes."""
+    options = {key: cfg["trainer"][key] for key in ("epochs", "save_every", "keep_last")}
+    log = RunLog(run_dir, console, epochs=state.epoch)
+    trainer = Trainer(step, train_loader, val_loader, val_set, run_dir=run_dir, log=log, state=state, **options)
+    try:
+        results = trainer.fit()
+        log.close()
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise DetkitError(
+            f"{run_dir}: {error.strerror}; make room there, then resume={run_dir} goes on from what is saved"
+        ) from None
     return results
 
 
@@ -94,26 +133,28 @@ def _train_loader(annotations: Annotations, cfg: dict[str, Any], device: torch.d
     return BatchLoader(dataset, batch_size, shuffle=True, expected=expected, window=window, **options)
 
 
-def _train_step(
-    detector: Detector, cfg: dict[str, Any], precision: Precision, images: int, batches: int
-) -> tuple[TrainStep, Recipe]:
-    """Work the recipe out for a run over ``images`` in ``batches`` an epoch, as often as they are seen."""
-    optim, trainer, batch_size = cfg["optim"], cfg["trainer"], cfg["batch_size"]
-    epochs = trainer["epochs"]
-    total_steps = math.ceil(images / max(batch_size, optim["nominal_batch"])) * epochs
+def _recipe(detector: Detector, cfg: dict[str, Any], images: int) -> Recipe:
+    """Work the recipe out for a run over ``images`` an epoch."""
+    optim, batch_size = cfg["optim"], cfg["batch_size"]
+    total_steps = math.ceil(images / max(batch_size, optim["nominal_batch"])) * cfg["trainer"]["epochs"]
     num_classes = len(detector.class_names)
-    recipe = Recipe.pick(optim, batch_size=batch_size, total_steps=total_steps, num_classes=num_classes)
-    schedule = Schedule.pick(recipe, optim, epochs=epochs, batches=batches)
-    loss = build_loss(cfg, detector.head)
-    step = TrainStep(
+    return Recipe.pick(optim, batch_size=batch_size, total_steps=total_steps, num_classes=num_classes)
+
+
+def _train_step(
+    detector: Detector, cfg: dict[str, Any], precision: Precision, recipe: Recipe, batches: int
+) -> TrainStep:
+    """Return the step of a run of ``batches`` an epoch."""
+    optim, trainer = cfg["optim"], cfg["trainer"]
+    schedule = Schedule.pick(recipe, optim, epochs=trainer["epochs"], batches=batches)
+    return TrainStep(
         detector,
-        loss,
+        build_loss(cfg, detector.head),
         recipe,
         schedule,
         precision,
-        accumulate=accumulation(batch_size, optim["nominal_batch"]),
+        accumulate=accumulation(cfg["batch_size"], optim["nominal_batch"]),
         clip=trainer["clip_grad_norm"],
         multi_scale=trainer["multi_scale"],
         seed=cfg["seed"],
     )
-    return step, recipe
