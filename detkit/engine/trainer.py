@@ -145,7 +145,9 @@ class Trainer:
         try:
             write_state(self.run_dir, capture(self.step, self.state, len(self.train_loader)), self.keep_last)
         except OSError as error:
-            self.log.console.print(f"{self.run_dir / STATE} cannot be saved ({error.strerror}): the one before is kept")
+            self.log.console.print(
+                f"{self.run_dir / STATE} cannot be saved ({error.strerror}): what was saved before is kept"
+            )
 
     def obey(self) -> None:
         """Between two batches: save and end the process, if a signal has asked for that."""

@@ -6,9 +6,10 @@ from typing import Any
 
 import yaml
 from hydra.core.hydra_config import HydraConfig
+from rich.console import Console
 
 from detkit.checks import check_values
-from detkit.engine.state import read_state
+from detkit.engine.state import TrainState, read_state
 from detkit.errors import DetkitError
 
 CHANGEABLE = ("trainer.epochs", "trainer.save_every", "trainer.keep_last", "device", "workers", "data.root")
@@ -73,6 +74,15 @@ def resumed_config(run_dir: Path, cfg: Mapping[str, Any], saved: Mapping[str, An
             if key not in FREE and now.get(key, _ABSENT) != then.get(key, _ABSENT):
                 raise DetkitError(f"{path} was changed: {key} was {then.get(key)} when the state was saved")
     return own
+
+
+def tell_progress(state: TrainState, epochs: int, console: Console) -> None:
+    """Print where a resumed run of ``epochs`` goes on."""
+    if state.epoch >= epochs:
+        console.print(f"all {state.epoch} epochs are done: a larger trainer.epochs would go on")
+    else:
+        within = f" and {state.current.position} batches of the next" if state.current.position else ""
+        console.print(f"going on after {state.epoch} of {epochs} epochs{within}")
 
 
 def typed_keys() -> list[str]:

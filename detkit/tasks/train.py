@@ -29,7 +29,7 @@ from detkit.models.detector import Detector, build_detector, build_loss
 from detkit.report.console import make_console
 from detkit.report.tables import print_metrics, print_transfer
 from detkit.tasks.common import check_classes, make_run_dir, model_name, read_split, tell_split, val_loader
-from detkit.tasks.resume import resumed_run
+from detkit.tasks.resume import resumed_run, tell_progress
 
 
 def run(cfg: dict[str, Any]) -> dict[str, Any]:
@@ -67,7 +67,6 @@ def run(cfg: dict[str, Any]) -> dict[str, Any]:
         raise DetkitError(f"workers={cfg['workers']}: within an epoch of tar shards, go on with workers={workers}")
     name = model_name(cfg)
     run_dir = run_dir or make_run_dir(cfg, "train", f"{name}_{cfg['data']['name']}")
-    write_atomically(run_dir / "config.yaml", yaml.safe_dump(cfg, sort_keys=False).encode())
 
     parameters = sum(p.numel() for p in detector.parameters())
     console.print(f"{name}: {parameters:,} parameters on {device}, {precision}")
@@ -77,8 +76,7 @@ def run(cfg: dict[str, Any]) -> dict[str, Any]:
         print_transfer(transfer, console)
     console.print(f"{recipe.name}, learning rate {recipe.lr:g}; writing to {run_dir}")
     if saved:
-        where = f"epoch {state.epoch + 1}, batch {state.current.position}" if state.current.position else "its end"
-        console.print(f"{state.epoch} of {cfg['trainer']['epochs']} epochs are done; going on after {where}")
+        tell_progress(state, cfg["trainer"]["epochs"], console)
     results = _fit(step, train_loader, val_loader(val_set, cfg, device), val_set, cfg, run_dir, state, console)
     best = results["best"]
     print_metrics(best, console)
@@ -97,11 +95,16 @@ def _fit(
     state: TrainState,
     console: Console,
 ) -> dict[str, Any]:
-    """Train from ``state`` on, and close the log whatever comes."""
+    """Train from ``state`` on.
+
+    Raises:
+        DetkitError: the disk is full.
+    """
     options = {key: cfg["trainer"][key] for key in ("epochs", "save_every", "keep_last")}
-    log = RunLog(run_dir, console, epochs=state.epoch)
-    trainer = Trainer(step, train_loader, val_loader, val_set, run_dir=run_dir, log=log, state=state, **options)
     try:
+        write_atomically(run_dir / "config.yaml", yaml.safe_dump(cfg, sort_keys=False).encode())
+        log = RunLog(run_dir, console, epochs=state.epoch)
+        trainer = Trainer(step, train_loader, val_loader, val_set, run_dir=run_dir, log=log, state=state, **options)
         results = trainer.fit()
         log.close()
     except OSError as error:
