@@ -27,7 +27,7 @@ class RunLog:
     def __init__(self, run_dir: Path, console: Console, epochs: int = 0) -> None:
         self.run_dir = run_dir
         self.console = console
-        self.tensorboard = SummaryWriter(run_dir, purge_step=epochs + 1 if epochs else None)
+        self.tensorboard = SummaryWriter(run_dir, purge_step=epochs + 1)
         self.told: set[str] = set()  # sentences of ``problems``
 
     def epoch(self, history: Sequence[Mapping[str, float]], losses: Collection[str], line: str) -> None:
