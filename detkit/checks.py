@@ -57,6 +57,7 @@ RULES: dict[str, Rule] = {
     "format": ("the name of a format", lambda v: v is None or isinstance(v, str)),
     "fix": _optional(PATH),
     "weights": _optional(PATH),
+    "resume": _optional(PATH),
     "rect": BOOLEAN,
     "data.root": _optional(PATH),
     "data.sampling": (
@@ -111,6 +112,8 @@ RULES: dict[str, Rule] = {
     "trainer.max_bad_steps": _whole(1),
     "trainer.patience": _optional(_whole(1)),
     "optim.name": ("auto, sgd, adamw or muon", lambda v: v in ("auto", "sgd", "adamw", "muon")),
+    "trainer.save_every": _optional(_whole(1)),
+    "trainer.keep_last": _whole(1),
     "optim.lr": _optional(POSITIVE),
     "optim.momentum": _optional(_number(0, 1)),
     "optim.nominal_batch": _whole(1),

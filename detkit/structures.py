@@ -78,6 +78,7 @@ class Batch:
         valid_bm: (B, M) bool, False where padded.
         origins: where each image comes from.
         problems: a sentence for each image that was left out on the way here.
+        position: of the batch in its epoch, from 1; 0: it is of none.
     """
 
     images: Tensor
@@ -86,6 +87,7 @@ class Batch:
     valid_bm: Tensor
     origins: list[Origin] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
+    position: int = 0
 
     @classmethod
     def empty(cls) -> "Batch":
@@ -103,7 +105,7 @@ class Batch:
 
     def _map(self, move: Callable[[Tensor], Tensor]) -> "Batch":
         tensors = map(move, (self.images, self.boxes_bm4, self.labels_bm, self.valid_bm))
-        return Batch(*tensors, origins=self.origins, problems=self.problems)
+        return Batch(*tensors, self.origins, self.problems, self.position)
 
 
 @dataclass

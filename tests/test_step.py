@@ -1,5 +1,6 @@
 """Steps that must not be made, parts that must not learn, and what fits into memory."""
 
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from detkit.engine.memory import choose_batch_size, explain_out_of_memory, large
 from detkit.engine.optim import Recipe, Schedule
 from detkit.engine.parts import freeze, train_mode
 from detkit.engine.precision import Precision
+from detkit.engine.state import TrainState
 from detkit.engine.step import TrainStep
 from detkit.engine.trainer import Trainer
 from detkit.errors import DetkitError
@@ -216,21 +218,25 @@ def test_overflows_do_not_end_what_comes_in_a_row():
 class Batches(list):
     """A loader of the same batches every epoch."""
 
-    def epoch(self, epoch: int) -> "Batches":
-        return self
+    def epoch(self, epoch: int, skip: int = 0) -> Iterator[Batch]:
+        for position, batch in enumerate(self, 1):
+            batch.position = position
+            yield batch
 
 
 def test_too_many_in_a_row_end_the_run_by_a_sentence(tmp_path, monkeypatch):
     step = toy_step()
     batches = Batches([toy_batch(0), *(toy_batch(k, torch.inf) for k in (1, 2, 3))])
     log = RunLog(tmp_path, make_console())
-    trainer = Trainer(step, batches, [], None, epochs=1, run_dir=tmp_path, log=log, max_bad_steps=3)
+    trainer = Trainer(step, batches, [], None, epochs=1, run_dir=tmp_path, log=log, state=TrainState(), max_bad_steps=3)
     monkeypatch.setattr(trainer, "picture_batch", lambda name, batch: None)
+    monkeypatch.setattr(trainer, "save", lambda: None)  # of what is no detector
     with pytest.raises(DetkitError, match=r"not finite in 3 steps in a row.*image3_0\.png, .*last\.safetensors"):
         trainer.train_epoch(0)
     assert (tmp_path / "last.safetensors").is_file()
     trainer.max_bad_steps = 4
     step.health = Health(CPU, remember=1)
+    trainer.state = TrainState()
     losses, _ = trainer.train_epoch(0)
     log.close()
     assert losses["square"] > 0  # the mean over the one batch that was finite
@@ -240,7 +246,9 @@ def test_too_many_in_a_row_end_the_run_by_a_sentence(tmp_path, monkeypatch):
 def test_patience_counts_epochs_without_a_better_ap(tmp_path, monkeypatch):
     scores = iter((0.1, 0.3, 0.2, 0.3, 0.2, 0.1, 0.9))
     log = RunLog(tmp_path, make_console())
-    trainer = Trainer(toy_step(), [], [], None, epochs=7, run_dir=tmp_path, log=log, patience=2)
+    options = {"run_dir": tmp_path, "log": log, "state": TrainState()}
+    trainer = Trainer(toy_step(), [], [], None, epochs=7, patience=2, **options)
+    monkeypatch.setattr(trainer, "save", lambda: None)
     monkeypatch.setattr(trainer, "train_epoch", lambda epoch: ({"box": 1.0}, 1.0))
     blank = dict.fromkeys(METRICS, 0.0)
     evaluation = lambda: Evaluation(blank | {"AP": next(scores), "per_class": {}}, [], [], [])  # noqa: E731

@@ -21,6 +21,7 @@ from detkit.engine.logging import RunLog
 from detkit.engine.measure import random_batch
 from detkit.engine.optim import Recipe, Schedule
 from detkit.engine.precision import Precision
+from detkit.engine.state import TrainState
 from detkit.engine.step import TrainStep
 from detkit.engine.trainer import Trainer
 from detkit.models.losses.task_aligned import TaskAlignedLoss
@@ -162,7 +163,7 @@ def test_best_is_the_latest_of_the_best(tmp_path, monkeypatch, make_step):
     """Three epochs of AP -1 (a set without boxes), then 0.2, 0.1: best is the fourth, last the fifth."""
     scores = iter((-1.0, -1.0, -1.0, 0.2, 0.1))
     log = RunLog(tmp_path, make_console())
-    trainer = Trainer(make_step(1), [], [], None, epochs=5, run_dir=tmp_path, log=log)
+    trainer = Trainer(make_step(1), [], [], None, epochs=5, run_dir=tmp_path, log=log, state=TrainState())
     monkeypatch.setattr(trainer, "train_epoch", lambda epoch: ({"box": 1.0}, 1.0))
     blank = dict.fromkeys(METRICS, 0.0)
     monkeypatch.setattr(

@@ -1,6 +1,7 @@
 """From a dataset to batches: order, worker processes, stacking."""
 
 import os
+import signal
 import sys
 from collections.abc import Iterable, Iterator
 from itertools import islice
@@ -71,9 +72,13 @@ class BatchSampler(Sampler[list[Key]]):
 
     Args:
         batch_size: of all ranks together.
+
+    Attributes:
+        skip: batches at the start of an epoch that are left out; set it before each pass.
     """
 
     def __init__(self, sampler: EpochSampler, batch_size: int) -> None:
+        self.skip = 0
         self.sampler = sampler
         self.batch_size = batch_size
         self.ranks = rank_count()
@@ -83,7 +88,7 @@ class BatchSampler(Sampler[list[Key]]):
         return -(-len(self.sampler) // self.batch_size)
 
     def __iter__(self) -> Iterator[list[Key]]:
-        keys = iter(self.sampler)
+        keys = islice(self.sampler, self.skip * self.batch_size, None)
         while batch := [*islice(keys, self.batch_size)]:
             first, last = (-(-len(batch) * rank // self.ranks) for rank in (self.rank, self.rank + 1))
             yield batch[first:last]
@@ -113,15 +118,17 @@ class BatchLoader:
         window: int = 0,
     ) -> None:
         self.sampler = EpochSampler(len(dataset), seed, shuffle, expected, window)
+        self.batches = BatchSampler(self.sampler, batch_size)
         self.problems: list[str] = []
         self.loader = DataLoader(
             _Guarded(dataset),
-            batch_sampler=BatchSampler(self.sampler, batch_size),
+            batch_sampler=self.batches,
             num_workers=workers,
             collate_fn=_collate,
             pin_memory=pin,
             persistent_workers=workers > 0,
             worker_init_fn=init_worker,
+            generator=torch.Generator(),  # its own: the model's draws do not depend on the number of workers
             multiprocessing_context=worker_context(workers),
         )
 
@@ -133,18 +140,21 @@ class BatchLoader:
         """The number of samples of an epoch, over all ranks."""
         return len(self.sampler)
 
-    def epoch(self, epoch: int) -> Iterator[Batch]:
+    def epoch(self, epoch: int, skip: int = 0) -> Iterator[Batch]:
         """Yield the batches of one epoch; images that cannot be read are missing, and named in ``batch.problems``.
+
+        Args:
+            skip: leave out the batches up to the one of this ``position``: they were had before.
 
         Raises:
             DetkitError: a sample could not be made for another reason, in whatever process that was, or none at all.
         """
-        self.sampler.epoch = epoch
-        yield from made_batches(self.loader, self.problems)
+        self.sampler.epoch, self.batches.skip = epoch, skip
+        yield from made_batches(self.loader, self.problems, skip)
 
 
 def made_batches(
-    results: Iterable[tuple[Batch | DetkitError | None, list[str]]], problems: list[str]
+    results: Iterable[tuple[Batch | DetkitError | None, list[str]]], problems: list[str], skip: int
 ) -> Iterator[Batch]:
     """Yield what worker processes made, with the problems met since the batch before.
 
@@ -154,12 +164,13 @@ def made_batches(
     Args:
         results: a batch, None where no sample of it could be made, or a mistake; and sentences about images left out.
         problems: where sentences wait for the next batch.
+        skip: position in the epoch before the first of ``results``.
 
     Raises:
         DetkitError: the mistake that came instead of a batch, or there was no batch at all.
     """
-    empty = rank_count() == 1  # of several ranks, one may well have no image
-    for batch, sentences in results:
+    empty = rank_count() == 1 and skip == 0  # of several ranks, one may well have no image
+    for position, (batch, sentences) in enumerate(results, 1 + skip):
         problems += sentences
         if isinstance(batch, DetkitError):
             raise DetkitError(str(batch))  # not itself: a cycle with this frame would make the workers end late
@@ -167,6 +178,7 @@ def made_batches(
         if batch is None and rank_count() > 1:
             batch = Batch.empty()
         if batch is not None:
+            batch.position = position
             batch.problems = problems.copy()
             problems.clear()
             yield batch
@@ -225,3 +237,6 @@ def worker_context(workers: int) -> str | None:
 def init_worker(_: int) -> None:
     """Prepare a worker process."""
     cv2.setNumThreads(0)  # one process a core is enough
+    for name in ("SIGTERM", "SIGUSR1", "SIGINT"):  # sent to all processes of a job: the main one decides when to end
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)

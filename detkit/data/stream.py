@@ -67,6 +67,7 @@ class ShardLoader:
             pin_memory=pin,
             persistent_workers=workers > 0,
             worker_init_fn=init_worker,
+            generator=torch.Generator(),  # see BatchLoader
             multiprocessing_context=worker_context(workers),
         )
 
@@ -78,21 +79,26 @@ class ShardLoader:
         """The number of samples of an epoch, over all ranks."""
         return len(self.stream.dataset)
 
-    def epoch(self, epoch: int) -> Iterator[Batch]:
+    def epoch(self, epoch: int, skip: int = 0) -> Iterator[Batch]:
         """Yield the batches of one epoch; images that cannot be read are missing, and named in ``batch.problems``.
+
+        Args:
+            skip: leave out as many batches, which were had before by as many workers; their images are read and
+                decoded again, as what comes after is mixed with them.
 
         Raises:
             DetkitError: a sample could not be made, in whatever process that was, or no image can be read.
         """
-        self.stream.epoch.fill_(epoch)
-        yield from made_batches(self.loader, self.problems)
+        self.stream.place.copy_(torch.tensor([epoch, skip]))
+        yield from made_batches(islice(self.loader, skip, None), self.problems, skip)
 
 
 class ShardStream(IterableDataset):
     """Yields one worker's ``(batch, problems)`` of an epoch; the batch is a DetkitError where one could not be made.
 
     Attributes:
-        epoch: () int64 in shared memory: worker processes that outlive an epoch see it change.
+        place: (2,) int64, the epoch and the batches to leave out of it, in shared memory: worker processes that outlive
+            an epoch see it change.
         cuts: (K + 1,) where the rank's stretch of images is cut into batches.
     """
 
@@ -101,7 +107,7 @@ class ShardStream(IterableDataset):
     ) -> None:
         self.dataset, self.augment = dataset, augment
         self.seed = seed
-        self.epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+        self.place = torch.zeros(2, dtype=torch.int64).share_memory_()
         count = len(dataset)
         self.begin = count * rank // ranks
         self.cuts = cut_batches(count * (rank + 1) // ranks - self.begin, -(-count // ranks), batch_size)
@@ -113,15 +119,20 @@ class ShardStream(IterableDataset):
 
     def __iter__(self) -> Iterator[tuple[Batch | DetkitError | None, list[str]]]:
         worker, workers = (info.id, info.num_workers) if (info := get_worker_info()) else (0, 1)
-        epoch = int(self.epoch)
+        epoch, skip = self.place.tolist()
         batches = len(self.cuts) - 1
-        cuts = self.cuts[batches * worker // workers : batches * (worker + 1) // workers + 1]
+        bounds = [batches * k // workers for k in range(workers + 1)]
+        cuts = self.cuts[bounds[worker] : bounds[worker + 1] + 1]
+        turns = sorted((turn, k) for k in range(workers) for turn in range(bounds[k + 1] - bounds[k]))
+        skip = [k for _, k in turns[:skip]].count(worker)  # of this worker's: they take turns
         problems: list[str] = []
         rng = np.random.default_rng((self.seed, epoch, self.begin + int(cuts[0])))
         files = self._files(epoch, self.begin + int(cuts[0]), self.begin + int(cuts[-1]), problems)
         pipeline = DataPipeline(lambda: files, shuffle(self.buffer, seed=int(rng.integers(2**32))))
-        samples = self._augmented(self._decoded(pipeline, problems), epoch, rng)
-        for size in np.diff(cuts):
+        samples = self._augmented(self._decoded(pipeline, problems), epoch, rng, int(cuts[skip] - cuts[0]))
+        for _ in range(skip):
+            yield None, []
+        for size in np.diff(cuts[skip:]):
             try:
                 batch = [*islice(samples, int(size))]
                 yield collate(batch) if batch else None, problems.copy()
@@ -169,15 +180,18 @@ class ShardStream(IterableDataset):
             except UnreadableImage as error:
                 problems.append(str(error))
 
-    def _augmented(self, samples: Iterator[Sample], epoch: int, rng: np.random.Generator) -> Iterator[Sample]:
-        """Yield training samples; partners are drawn from those that came shortly before.
+    def _augmented(
+        self, samples: Iterator[Sample], epoch: int, rng: np.random.Generator, skip: int
+    ) -> Iterator[Sample]:
+        """Yield training samples after the first ``skip``; partners are drawn from those that came shortly before.
 
         An image's own randomness depends on (seed, epoch, number) alone, its partners on the process that met them.
         """
         pool = [*islice(samples, PARTNERS)]
-        for sample in chain(tuple(pool), samples):
-            own = np.random.default_rng((self.seed, epoch, sample.origin.index))
-            yield self.augment(sample, lambda own=own: pool[own.integers(len(pool))], own, epoch)
+        for k, sample in enumerate(chain(tuple(pool), samples)):
+            if k >= skip:
+                own = np.random.default_rng((self.seed, epoch, sample.origin.index))
+                yield self.augment(sample, lambda own=own: pool[own.integers(len(pool))], own, epoch)
             pool[rng.integers(len(pool))] = sample
 
 

@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -85,6 +86,9 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     for key, kind in (("cfg", dict), ("class_names", list), ("metrics", dict)):
         if not isinstance(header.get(key), kind):
             raise DetkitError(f"{path} is damaged: its header has no '{key}'")
+    for key in ("backbone", "neck", "head"):
+        if not isinstance(header["cfg"].get(key), dict):
+            raise DetkitError(f"{path} is damaged: the config in its header has no '{key}'")
     return Checkpoint(weights, header["cfg"], tuple(header["class_names"]), header["metrics"], header.get("part"))
 
 
@@ -99,32 +103,58 @@ def build_from_checkpoint(path: str | Path) -> Detector:
         raise DetkitError(
             f"{path} holds a {checkpoint.part} only, not a detector: start a training from it with weights={path}"
         )
-    cfg = dict(checkpoint.cfg)
-    if cfg["backbone"].get("pretrained"):
-        cfg["backbone"] = {**cfg["backbone"], "pretrained": False}  # the weights are here
     try:
-        detector = build_detector(cfg, checkpoint.class_names)
+        detector = build_detector(without_pretrained(checkpoint.cfg), checkpoint.class_names)
     except DetkitError as error:
         plugins = checkpoint.cfg.get("plugins")  # never imported on a file's word
         hint = f"; it was trained with plugins={plugins}: import these first, or pass the same" if plugins else ""
         raise DetkitError(f"{path}: {error}{hint}") from None
-    own, theirs = detector.state_dict(), checkpoint.weights
-    odd = [name for name in own if name not in theirs or theirs[name].shape != own[name].shape]
-    odd += [name for name in theirs if name not in own]
+    odd = misfits(detector.state_dict(), checkpoint.weights)
     if odd:
-        more = f" and {len(odd) - 1} more" if len(odd) > 1 else ""
-        raise DetkitError(
-            f"{path} does not fit the model in its header: '{odd[0]}'{more} missing, unknown or of another shape"
-        )
-    detector.load_state_dict(theirs)
+        raise DetkitError(f"{path} does not fit the model in its header: {odd}")
+    detector.load_state_dict(checkpoint.weights)
     return detector.eval()
 
 
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write a file under a temporary name, then rename it: a reader sees the old one or the new one, whole."""
+def without_pretrained(cfg: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a config whose backbone is built without looking for published weights, as others are at hand."""
+    pretrained = cfg["backbone"].get("pretrained")
+    return {**cfg, "backbone": {**cfg["backbone"], "pretrained": False}} if pretrained else dict(cfg)
+
+
+def misfits(own: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> str:
+    """Say which tensors are missing, unknown or of another shape than one's own; an empty string if none is."""
+    odd = [name for name in own if name not in theirs or theirs[name].shape != own[name].shape]
+    odd += [name for name in theirs if name not in own]
+    more = f" and {len(odd) - 1} more" if len(odd) > 1 else ""
+    return f"'{odd[0]}'{more} missing, unknown or of another shape" if odd else ""
+
+
+def write_atomically(path: Path, data: bytes | memoryview, keep: int = 1) -> None:
+    """Write a file under a temporary name, then rename it: a reader sees the old one or the new one, whole.
+
+    Args:
+        keep: how many there are to be: ``path`` itself and those that it was before, see ``earlier``.
+
+    Raises:
+        OSError: it cannot be written; what was there is as it was.
+    """
     temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)  # a full disk needs the room
+        raise
+    for age in range(keep - 1, 0, -1):
+        with suppress(FileNotFoundError):
+            os.replace(earlier(path, age - 1), earlier(path, age))
     os.replace(temporary, path)
+
+
+def earlier(path: Path, age: int) -> Path:
+    """Return where ``write_atomically`` keeps what ``path`` was ``age`` writes ago: ``state-1.pt`` for ``state.pt``."""
+    return path.with_name(f"{path.stem}-{age}{path.suffix}") if age else path

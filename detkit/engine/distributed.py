@@ -137,6 +137,15 @@ def wait() -> None:
         dist.barrier(_patient)
 
 
+def largest_of_ranks(number: int) -> int:
+    """Return the largest ``number`` of any rank, without asking the device."""
+    if rank_count() == 1:
+        return number
+    largest = torch.tensor(number)
+    dist.all_reduce(largest, dist.ReduceOp.MAX, group=_patient)
+    return int(largest)
+
+
 @contextmanager
 def main_first() -> Iterator[None]:
     """Run a block on rank 0, then on the others: these find what it leaves on the disk."""

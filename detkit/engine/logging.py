@@ -2,7 +2,7 @@
 
 import csv
 import io
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -27,33 +27,33 @@ TRAINING = (
 class RunLog:
     """Writes into a run directory and to the terminal; only rank 0 may give it anything to write.
 
-    Attributes:
-        history: the rows of ``history.csv`` so far.
+    Args:
+        epochs: of the run that are in ``run_dir``; what TensorBoard has of later ones does not count any more.
     """
 
-    def __init__(self, run_dir: Path, console: Console) -> None:
+    def __init__(self, run_dir: Path, console: Console, epochs: int = 0) -> None:
         self.run_dir = run_dir
         self.console = console
-        self.history: list[dict[str, float]] = []
-        self.tensorboard = SummaryWriter(run_dir) if is_main() else None
+        self.tensorboard = SummaryWriter(run_dir, purge_step=epochs + 1) if is_main() else None
         self.told: set[str] = set()  # sentences of ``problems``
 
-    def epoch(self, row: Mapping[str, float], losses: Collection[str], line: str) -> None:
-        """Record one epoch: a row of the history, TensorBoard scalars, one line on the terminal.
+    def epoch(self, history: Sequence[Mapping[str, float]], losses: Collection[str], line: str) -> None:
+        """Record the last epoch of a history: ``history.csv``, TensorBoard scalars, one line on the terminal.
 
         Args:
-            row: ``epoch`` and what was measured; ``losses`` are those of its keys that are loss terms.
+            history: rows of ``epoch`` and what was measured; ``losses`` are those of the keys that are loss terms.
         """
-        self.history.append(dict(row))
+        row = history[-1]
         text = io.StringIO()
-        writer = csv.DictWriter(text, self.history[0].keys())
+        writer = csv.DictWriter(text, history[0].keys())
         writer.writeheader()
-        writer.writerows(self.history)
+        writer.writerows(history)
         write_atomically(self.run_dir / "history.csv", text.getvalue().encode())
         for name, value in row.items():
             if name != "epoch":
                 group = "loss" if name in losses else "train" if name in TRAINING else "val"
                 self.tensorboard.add_scalar(f"{group}/{name}", value, int(row["epoch"]))
+        self.tensorboard.flush()  # before the state is saved that counts this epoch as done
         self.console.print(line)
 
     def problems(self, sentences: Collection[str]) -> None:
@@ -75,20 +75,20 @@ class RunLog:
 
 
 @contextmanager
-def show_progress(label: str, total: int, console: Console) -> Iterator["Bar"]:
-    """Show a bar on a terminal, nothing elsewhere; yields what advances it."""
+def show_progress(label: str, total: int, console: Console, done: int = 0) -> Iterator["Bar"]:
+    """Show a bar on a terminal, nothing elsewhere, of which ``done`` is done; yields what advances it."""
     columns = (TextColumn("{task.description}"), BarColumn(24), MofNCompleteColumn(), TextColumn("{task.fields[info]}"))
     hidden = console.quiet or not console.is_terminal
     with Progress(*columns, console=console, transient=True, disable=hidden) as progress:
-        yield Bar(progress, label, total)
+        yield Bar(progress, label, total, done)
 
 
 class Bar:
     """One bar of a Progress."""
 
-    def __init__(self, progress: Progress, label: str, total: int) -> None:
+    def __init__(self, progress: Progress, label: str, total: int, done: int) -> None:
         self.progress = progress
-        self.task = progress.add_task(label, total=total, info="")
+        self.task = progress.add_task(label, total=total, completed=done, info="")
 
     def advance(self, info: str | None = None) -> None:
         """Move by one, and say ``info`` beside the bar."""

@@ -4,7 +4,6 @@ import json
 import time
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +13,12 @@ from detkit.data.annotations import Annotations
 from detkit.data.loader import BatchLoader
 from detkit.data.stream import ShardLoader
 from detkit.engine.checkpoint import save_checkpoint, write_atomically
-from detkit.engine.distributed import gather_lines, is_main, wait
+from detkit.engine.distributed import gather_lines, is_main, largest_of_ranks, wait
 from detkit.engine.evaluator import METRICS, Evaluation, evaluate
 from detkit.engine.logging import RunLog, clock, show_progress
 from detkit.engine.parts import train_mode
+from detkit.engine.signals import StopRequest
+from detkit.engine.state import STATE, EpochState, TrainState, capture, write_state
 from detkit.engine.step import TrainStep
 from detkit.errors import DetkitError, UnreadableImage
 from detkit.ops.image import read_image
@@ -29,18 +30,9 @@ from detkit.structures import Batch
 PICTURED_BATCHES = 3  # of the first epoch
 
 
-@dataclass
-class TrainState:
-    """Where a run stands; ``epoch`` and ``step`` count what is done, in epochs and batches."""
-
-    epoch: int = 0
-    step: int = 0
-    best: float = -1.0
-    best_epoch: int = 0
-
-
 class Trainer:
-    """Trains a detector and keeps its best and last weights. Of several ranks all train, and rank 0 writes.
+    """Trains a detector and keeps its best and last weights, and where it stands. Of several ranks all train, and rank
+    0 writes.
 
     Args:
         step: learns from one batch.
@@ -50,6 +42,9 @@ class Trainer:
         patience: stop after this many epochs without a better AP; None: never.
         run_dir: an existing folder for everything that is written.
         log: where numbers and pictures go.
+        state: where the run stands.
+        save_every: batches after which the state is saved within an epoch; None: at the end of each only.
+        keep_last: how many saved states there are to be.
     """
 
     def __init__(
@@ -62,8 +57,11 @@ class Trainer:
         epochs: int,
         run_dir: Path,
         log: RunLog,
+        state: TrainState,
         max_bad_steps: int = 10,
         patience: int | None = None,
+        save_every: int | None = None,
+        keep_last: int = 1,
     ) -> None:
         self.step = step
         self.train_loader = train_loader
@@ -74,105 +72,125 @@ class Trainer:
         self.log = log
         self.max_bad_steps = max_bad_steps
         self.patience = patience
-        self.state = TrainState()
+        self.state = state
+        self.save_every = save_every
+        self.keep_last = keep_last
+        self.stop = StopRequest()
 
     def fit(self) -> dict[str, Any]:
-        """Train all epochs; return the best and the last epoch's metrics, as in ``metrics.json``."""
-        state = self.state
-        results: dict[str, Any] = {}
-        for epoch in range(state.epoch, self.epochs):
-            start = time.perf_counter()
-            losses, images_per_s = self.train_epoch(epoch)
-            evaluation = self.validate()
-            metrics = evaluation.metrics
-            state.epoch = epoch + 1
-            results["last"] = {"epoch": state.epoch, **metrics}
-            if metrics["AP"] >= state.best:
-                state.best, state.best_epoch = metrics["AP"], state.epoch
-                results["best"] = results["last"]
-            if is_main():
-                self.save(results, evaluation)
-            row = {"epoch": state.epoch, "lr": self.step.schedule.lr(epoch), **losses, "images_per_s": images_per_s}
-            row |= self.skipped() | {name: metrics[name] for name in METRICS}
-            row["seconds"] = time.perf_counter() - start
-            if is_main():
-                self.log.epoch(row, losses, self.epoch_line(row, losses))
-                plot_history(self.log.history, losses, self.run_dir / "plots" / "history.png")
-            wait()  # with patience: writing may take longer than ranks wait in a step
-            if self.patience is not None and state.epoch - state.best_epoch >= self.patience:
-                best = f"no AP has been better than epoch {state.best_epoch}'s"
-                self.log.console.print(f"stopped early: {best} for {self.patience} epochs (trainer.patience)")
-                break
-        return results
+        """Train the epochs that are left; return the best and the last one's metrics, as in ``metrics.json``.
 
-    def save(self, results: Mapping[str, Any], evaluation: Evaluation) -> None:
-        """Write the weights and the metrics of the epoch that has ended, and its pictures if it is the best."""
-        if results.get("best") is results["last"]:
-            save_checkpoint(self.step.ema.model, self.run_dir / "best.safetensors", results["best"])
+        Raises:
+            SystemExit: a signal asked for the end; the state is saved.
+        """
+        with self.stop.watch():
+            for epoch in range(self.state.epoch, self.epochs):
+                if self.has_waited():
+                    break
+                self.fit_epoch(epoch)
+                self.save()
+                self.obey()
+        return self.state.results
+
+    def fit_epoch(self, epoch: int) -> None:
+        """Train for the rest of an epoch, evaluate, and record both."""
+        state = self.state
+        start = time.perf_counter() - state.current.seconds
+        losses, images_per_s = self.train_epoch(epoch)
+        evaluation = self.validate()
+        metrics = evaluation.metrics
+        state.epoch, state.current = epoch + 1, EpochState()
+        last = state.results["last"] = {"epoch": state.epoch, **metrics}
+        if metrics["AP"] >= state.best:
+            state.best, state.best_epoch = metrics["AP"], state.epoch
+            state.results["best"] = last
+        row = {"epoch": state.epoch, "lr": self.step.schedule.lr(epoch), **losses, "images_per_s": images_per_s}
+        row |= self.skipped() | {name: metrics[name] for name in METRICS}
+        row["seconds"] = time.perf_counter() - start
+        state.history.append(row)
+        if is_main():
+            self.record(losses, evaluation)
+        wait()  # with patience: writing may take longer than ranks wait in a step
+
+    def record(self, losses: Mapping[str, float], evaluation: Evaluation) -> None:
+        """Write the weights, metrics and history of the epoch that has ended, and its pictures if it is the best."""
+        state, last = self.state, self.state.results["last"]
+        if state.results.get("best") is last:
+            save_checkpoint(self.step.ema.model, self.run_dir / "best.safetensors", last)
             self.picture_predictions(evaluation)
-        save_checkpoint(self.step.ema.model, self.run_dir / "last.safetensors", results["last"])
-        write_atomically(self.run_dir / "metrics.json", json.dumps(results, indent=2).encode())
+        save_checkpoint(self.step.ema.model, self.run_dir / "last.safetensors", last)
+        write_atomically(self.run_dir / "metrics.json", json.dumps(state.results, indent=2).encode())
+        self.log.epoch(state.history, losses, self.epoch_line(state.history[-1], losses))
+        plot_history(state.history, losses, self.run_dir / "plots" / "history.png")
+
+    def has_waited(self) -> bool:
+        """Whether no AP has been better for ``patience`` epochs; says so."""
+        best, waited = self.state.best_epoch, self.state.epoch - self.state.best_epoch
+        if self.patience is None or waited < self.patience:
+            return False
+        words = f"no AP has been better than epoch {best}'s for {waited} epochs (trainer.patience)"
+        self.log.console.print(f"stopped early: {words}")
+        return True
 
     def train_epoch(self, epoch: int) -> tuple[dict[str, float], float]:
-        """Go through the training set once; return the mean loss terms and the images per second.
+        """Go through the rest of the training set; return the epoch's mean loss terms and images per second.
 
         Raises:
             DetkitError: ``max_bad_steps`` in a row had a loss or gradient that was not finite.
+            SystemExit: a signal asked for the end; the state is saved.
         """
         train_mode(self.step.detector)
-        self.step.health.start_epoch()
-        sums: dict[str, torch.Tensor] = {}
-        images = 0
+        state, current, batches = self.state, self.state.current, len(self.train_loader)
+        if not current.position:
+            self.step.health.start_epoch()
         problems: list[str] = []
-        start = shown = time.perf_counter()
-        total = self.epochs * len(self.train_loader)
-        with show_progress(f"epoch {epoch + 1}/{self.epochs}", len(self.train_loader), self.log.console) as bar:
-            for k, batch in enumerate(self.train_loader.epoch(epoch), 1):
+        shown = time.perf_counter()
+        start = shown - current.seconds
+        label = f"epoch {epoch + 1}/{self.epochs}"
+        with show_progress(label, batches, self.log.console, current.position) as bar:
+            for batch in self.train_loader.epoch(epoch, skip=current.position):
                 self.log.problems(batch.problems)
                 problems += batch.problems
-                if epoch == 0 and k <= PICTURED_BATCHES and is_main() and len(batch.images):
-                    self.picture_batch(f"train_batch{k - 1}", batch)
-                terms = self.step(batch.to(self.step.precision.device), self.state.step, epoch)
-                self.state.step += 1
-                for name, term in terms.items():
-                    sums[name] = sums.get(name, 0) + term
-                images += len(batch.images)
-                info = None
+                if epoch == 0 and current.batches < PICTURED_BATCHES and is_main() and len(batch.images):
+                    self.picture_batch(f"train_batch{current.batches}", batch)
+                terms = self.step(batch.to(self.step.precision.device), state.step, epoch)
+                state.step += 1
                 now = time.perf_counter()
-                if now - shown > 1 or k == len(self.train_loader):  # reading the losses waits for the device
+                current.add(batch, terms, now - start)
+                info = None
+                if now - shown > 1 or current.position == batches:  # reading the losses waits for the device
                     shown = now
-                    learnt = self.learnt(k)
-                    speed = images * rank_count() / (now - start)
-                    left = (total - self.state.step) * (now - start) / k
-                    means = "  ".join(f"{name} {value.item() / learnt:.3f}" for name, value in sums.items())
-                    info = f"{means}  {speed:.0f} images/s  {clock(left)} left of the run"
+                    left = (self.epochs - epoch) * batches - current.position
+                    info = self.progress_line(left)
                 bar.advance(info)
-        images = int(sum_over_ranks(torch.tensor(images, device=self.step.precision.device)))
+                if self.save_every and state.step % self.save_every == 0 and current.position < batches:
+                    self.save()
+                self.obey()
         self.log.problems(gather_lines(problems))
+        images = int(sum_over_ranks(torch.tensor(current.images, device=self.step.precision.device)))
         if not images:
             raise DetkitError("no image of this epoch can be read, on any rank: detkit check_data says why")
-        learnt = self.learnt(k)
-        means = {name: value.item() / learnt for name, value in sums.items()}
-        return means, images / (time.perf_counter() - start)
+        return current.means(self.learnt()), images / current.seconds
 
-    def learnt(self, batches: int) -> int:
-        """Return of how many of an epoch's first ``batches`` the loss was finite, 1 at least.
+    def learnt(self) -> int:
+        """Return of how many of the epoch's batches so far the loss was finite, 1 at least.
 
         Raises:
             DetkitError: ``max_bad_steps`` in a row were not; names the images of one, and where the weights are.
         """
         counts = self.step.health.read()
         if counts.in_a_row < self.max_bad_steps:
-            return max(batches - counts.bad_losses, 1)
+            return max(self.state.current.batches - counts.bad_losses, 1)
         path = self.run_dir / "last.safetensors"  # the weights are those from before the steps that were skipped
         if is_main():
             save_checkpoint(self.step.ema.model, path, {"epoch": self.state.epoch})
+            self.save()
         files = [str(file) for file in self.step.health.suspects()]
         more = f" and {len(files) - 4} more" if len(files) > 4 else ""
         raise DetkitError(
             f"the loss or its gradient was not finite in {counts.in_a_row} steps in a row, last for the images "
             f"{', '.join(files[:4])}{more}: look at these, or try a lower optim.lr or amp=off; the weights from before "
-            f"are in {path}"
+            f"are in {path}, and resume={self.run_dir} goes on from them"
         )
 
     def skipped(self) -> dict[str, int]:
@@ -183,9 +201,41 @@ class Trainer:
     def validate(self) -> Evaluation:
         """Evaluate the averaged weights on the validation set, in float32."""
         with show_progress("validation", len(self.val_loader), self.log.console) as bar:
-            result = evaluate(self.step.ema.model, self.val_loader.epoch(0), self.annotations, advance=bar.advance)
+
+            def advance() -> None:
+                bar.advance()
+                self.obey()
+
+            result = evaluate(self.step.ema.model, self.val_loader.epoch(0), self.annotations, advance=advance)
         self.log.problems(result.problems)
         return result
+
+    def save(self) -> None:
+        """Write ``state.pt``; where that fails, say so: the one before is as it was, and the training goes on."""
+        if not is_main():
+            return
+        try:
+            write_state(self.run_dir, capture(self.step, self.state, len(self.train_loader)), self.keep_last)
+        except OSError as error:
+            self.log.console.print(
+                f"{self.run_dir / STATE} cannot be saved ({error.strerror}): what was saved before is kept"
+            )
+
+    def obey(self) -> None:
+        """Between two batches: save and end the process, if a signal has asked for that, on whatever rank."""
+        self.stop.signum = largest_of_ranks(self.stop.signum or 0) or None
+        if self.stop.signum is not None:
+            self.save()
+            wait()
+            self.stop.obey()
+
+    def progress_line(self, left: int) -> str:
+        """Return what stands beside the bar, with ``left`` batches of the run to come."""
+        current = self.state.current
+        means = "  ".join(f"{name} {mean:.3f}" for name, mean in current.means(self.learnt()).items())
+        speed = current.images * rank_count() / current.seconds
+        seconds = left * current.seconds / current.batches
+        return f"{means}  {speed:.0f} images/s  {clock(seconds)} left of the run"
 
     def epoch_line(self, row: Mapping[str, float], losses: Mapping[str, float]) -> str:
         """Return what the terminal says of an epoch; a star marks the best so far."""

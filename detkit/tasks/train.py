@@ -1,11 +1,13 @@
 """Train a detector."""
 
+import errno
 import math
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
+from rich.console import Console
 
 from detkit.data.annotations import Annotations
 from detkit.data.augment import Augmentation, AugmentedDataset, partner_window
@@ -14,12 +16,14 @@ from detkit.data.loader import BatchLoader, worker_count
 from detkit.data.sampling import expected_draws
 from detkit.data.stream import ShardLoader
 from detkit.data.tiles import TiledDataset
+from detkit.engine.checkpoint import without_pretrained, write_atomically
 from detkit.engine.distributed import from_main, is_main, join, main_first, rank, share_batch
 from detkit.engine.logging import RunLog
 from detkit.engine.memory import choose_batch_size, explain_out_of_memory, trial
 from detkit.engine.optim import Recipe, Schedule, accumulation, describe_factors
 from detkit.engine.parts import freeze
 from detkit.engine.precision import Precision, keep_freed_memory, make_deterministic
+from detkit.engine.state import TrainState, restore
 from detkit.engine.step import TrainStep
 from detkit.engine.trainer import Trainer
 from detkit.engine.transfer import load_weights
@@ -30,22 +34,31 @@ from detkit.ops.ranks import rank_count
 from detkit.report.console import make_console
 from detkit.report.tables import print_metrics, print_transfer
 from detkit.tasks.common import check_classes, make_run_dir, model_name, read_split, tell_split, val_loader
+from detkit.tasks.resume import resumed_run, tell_progress
 
 
 def run(cfg: dict[str, Any]) -> dict[str, Any]:
     """Train what ``cfg`` (configs/train.yaml, resolved) describes; return the best and the last metrics.
 
     Raises:
-        DetkitError: a user's mistake, found before the first step where that is possible.
+        DetkitError: a user's mistake, found before the first step where that is possible; or the disk is full.
+        SystemExit: a signal asked for the end; the state is saved.
     """
+    said: list[str] = []
+    run_dir, saved = None, None
+    if cfg["resume"] is not None:
+        run_dir, cfg, saved = resumed_run(cfg, said.append)
     device = join(cfg["device"], cfg["trainer"]["rank_timeout"])
     if cfg["batch_size"] != "auto":
         share_batch(cfg["batch_size"])
     console = make_console(quiet=not is_main())
+    for sentence in said:
+        console.print(sentence)
     precision = Precision.pick(cfg["amp"], device)
     make_deterministic(cfg["seed"])
     if device.type == "cpu":
         keep_freed_memory()
+    cfg["workers"] = worker_count(cfg["workers"])
     for key in ("root", "yaml"):
         if cfg["data"].get(key) is not None:  # made absolute, so that a checkpoint finds it from anywhere
             cfg["data"][key] = str(Path(str(cfg["data"][key])).resolve())
@@ -53,8 +66,9 @@ def run(cfg: dict[str, Any]) -> dict[str, Any]:
         train_set, val_set = read_split(cfg["data"], "train"), read_split(cfg["data"], "val")
     check_classes(train_set, val_set)
 
-    detector = build_detector(cfg, train_set.class_names).to(device)
-    transfer = load_weights(detector, str(cfg["weights"])) if cfg["weights"] is not None else None
+    detector = build_detector(without_pretrained(cfg) if saved else cfg, train_set.class_names).to(device)
+    detector.cfg = cfg
+    transfer = load_weights(detector, str(cfg["weights"])) if cfg["weights"] is not None and not saved else None
     frozen = freeze(detector, cfg["trainer"]["freeze"])
     attempt = trial(detector, build_loss(cfg, detector.head), precision, _largest_image(detector, cfg))
     if cfg["batch_size"] == "auto":
@@ -63,13 +77,16 @@ def run(cfg: dict[str, Any]) -> dict[str, Any]:
     train_loader = _train_loader(train_set, cfg, device)
     if cfg["trainer"]["sync_bn"] and rank_count() > 1:
         synchronise_norms(detector)
-    step, recipe = _train_step(detector, cfg, precision, train_loader.samples, len(train_loader))
+    recipe = Recipe(**saved["recipe"]) if saved else _recipe(detector, cfg, train_loader.samples)
+    step = _train_step(detector, cfg, precision, recipe, len(train_loader))
+    state = restore(saved, step, len(train_loader)) if saved else TrainState()
+    if state.current.position and isinstance(train_loader, ShardLoader) and saved["cfg"]["workers"] != cfg["workers"]:
+        workers = saved["cfg"]["workers"]  # they share the shards among them
+        raise DetkitError(f"workers={cfg['workers']}: within an epoch of tar shards, go on with workers={workers}")
     if rank():
-        torch.manual_seed(cfg["seed"] + rank())  # after the weights are drawn: what is dropped differs
+        torch.manual_seed(cfg["seed"] + rank() + state.step)  # after the weights are drawn: what is dropped differs
     name = model_name(cfg)
-    run_dir = Path(from_main(lambda: str(make_run_dir(cfg, "train", f"{name}_{cfg['data']['name']}"))))
-    if is_main():
-        (run_dir / "config.yaml").write_text(yaml.safe_dump(cfg, sort_keys=False))
+    run_dir = run_dir or Path(from_main(lambda: str(make_run_dir(cfg, "train", f"{name}_{cfg['data']['name']}"))))
 
     parameters = sum(p.numel() for p in detector.parameters())
     ranks = f" and {rank_count() - 1} more" if rank_count() > 1 else ""
@@ -89,18 +106,9 @@ def run(cfg: dict[str, Any]) -> dict[str, Any]:
     if recipe.lr_factors or recipe.layer_decay is not None:
         console.print(f"parameters that learn: {describe_factors(step.optimizer)}")
     console.print(f"{recipe.name}, learning rate {recipe.lr:g}; writing to {run_dir}")
-
-    log = RunLog(run_dir, console)
-    options = {key: cfg["trainer"][key] for key in ("epochs", "max_bad_steps", "patience")}
-    trainer = Trainer(
-        step, train_loader, val_loader(val_set, cfg, device), val_set, run_dir=run_dir, log=log, **options
-    )
-    try:
-        results = trainer.fit()
-    except torch.OutOfMemoryError:
-        results = None  # the error holds the tensors of its frames: they go when this block has ended
-    finally:
-        log.close()
+    if saved:
+        tell_progress(state, cfg["trainer"]["epochs"], console)
+    results = _fit(step, train_loader, val_loader(val_set, cfg, device), val_set, cfg, run_dir, state, console)
     if results is None:
         step.optimizer.zero_grad()
         raise DetkitError(explain_out_of_memory(attempt, cfg["batch_size"], device))
@@ -115,6 +123,42 @@ def _largest_image(detector: Detector, cfg: dict[str, Any]) -> int:
     """Return the largest side, in pixels, at which a batch is trained."""
     stride = detector.max_stride
     return max(int(cfg["image_size"] * (1 + cfg["trainer"]["multi_scale"]) / stride), 1) * stride
+
+
+def _fit(
+    step: TrainStep,
+    train_loader: BatchLoader | ShardLoader,
+    val_loader: BatchLoader,
+    val_set: Annotations,
+    cfg: dict[str, Any],
+    run_dir: Path,
+    state: TrainState,
+    console: Console,
+) -> dict[str, Any] | None:
+    """Train from ``state`` on; None where the device has too little memory.
+
+    Raises:
+        DetkitError: the disk is full.
+    """
+    options = ("epochs", "max_bad_steps", "patience", "save_every", "keep_last")
+    try:
+        if is_main():
+            write_atomically(run_dir / "config.yaml", yaml.safe_dump(cfg, sort_keys=False).encode())
+        log = RunLog(run_dir, console, epochs=state.epoch)
+        chosen = {key: cfg["trainer"][key] for key in options}
+        trainer = Trainer(step, train_loader, val_loader, val_set, run_dir=run_dir, log=log, state=state, **chosen)
+        try:
+            return trainer.fit()
+        finally:
+            log.close()
+    except torch.OutOfMemoryError:
+        return None  # and not the error: it holds the tensors of its frames
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise DetkitError(
+            f"{run_dir}: {error.strerror}; make room there, then resume={run_dir} goes on from what is saved"
+        ) from None
 
 
 def _train_loader(annotations: Annotations, cfg: dict[str, Any], device: torch.device) -> BatchLoader | ShardLoader:
@@ -138,26 +182,28 @@ def _train_loader(annotations: Annotations, cfg: dict[str, Any], device: torch.d
     return BatchLoader(dataset, batch_size, shuffle=True, expected=expected, window=window, **options)
 
 
-def _train_step(
-    detector: Detector, cfg: dict[str, Any], precision: Precision, images: int, batches: int
-) -> tuple[TrainStep, Recipe]:
-    """Work the recipe out for a run over ``images`` in ``batches`` an epoch, as often as they are seen."""
-    optim, trainer, batch_size = cfg["optim"], cfg["trainer"], cfg["batch_size"]
-    epochs = trainer["epochs"]
-    total_steps = math.ceil(images / max(batch_size, optim["nominal_batch"])) * epochs
+def _recipe(detector: Detector, cfg: dict[str, Any], images: int) -> Recipe:
+    """Work the recipe out for a run over ``images`` an epoch."""
+    optim, batch_size = cfg["optim"], cfg["batch_size"]
+    total_steps = math.ceil(images / max(batch_size, optim["nominal_batch"])) * cfg["trainer"]["epochs"]
     num_classes = len(detector.class_names)
-    recipe = Recipe.pick(optim, batch_size=batch_size, total_steps=total_steps, num_classes=num_classes)
-    schedule = Schedule.pick(recipe, optim, epochs=epochs, batches=batches)
-    loss = build_loss(cfg, detector.head)
-    step = TrainStep(
+    return Recipe.pick(optim, batch_size=batch_size, total_steps=total_steps, num_classes=num_classes)
+
+
+def _train_step(
+    detector: Detector, cfg: dict[str, Any], precision: Precision, recipe: Recipe, batches: int
+) -> TrainStep:
+    """Return the step of a run of ``batches`` an epoch."""
+    optim, trainer = cfg["optim"], cfg["trainer"]
+    schedule = Schedule.pick(recipe, optim, epochs=trainer["epochs"], batches=batches)
+    return TrainStep(
         detector,
-        loss,
+        build_loss(cfg, detector.head),
         recipe,
         schedule,
         precision,
-        accumulate=accumulation(batch_size, optim["nominal_batch"]),
+        accumulate=accumulation(cfg["batch_size"], optim["nominal_batch"]),
         clip=trainer["clip_grad_norm"],
         multi_scale=trainer["multi_scale"],
         seed=cfg["seed"],
     )
-    return step, recipe

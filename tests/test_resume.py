@@ -1,0 +1,385 @@
+"""Resume: a run that was cut off anywhere ends as if it had not been."""
+
+import csv
+import errno
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import nn
+
+import detkit
+from detkit.config import compose_config, resolve
+from detkit.data.augment import Augmentation, AugmentedDataset
+from detkit.data.dataset import DetectionDataset
+from detkit.data.loader import BatchLoader
+from detkit.data.shapes import read_shapes
+from detkit.data.stream import ShardLoader
+from detkit.data.webdataset import read_webdataset, write_webdataset
+from detkit.engine import checkpoint, state, trainer
+from detkit.engine.measure import random_batch
+from detkit.engine.optim import Recipe, Schedule
+from detkit.engine.precision import Precision
+from detkit.engine.state import TrainState, capture, read_state, restore, write_state
+from detkit.engine.step import TrainStep
+from detkit.errors import DetkitError
+from detkit.models.losses.task_aligned import TaskAlignedLoss
+from detkit.tasks import resume, train
+
+TOOL = Path(__file__).parents[1] / "tools" / "train.py"
+AUGMENT = {
+    "mosaic": {"p": 0.5, "off_epochs": 0},
+    "affine": {"scale": [0.5, 1.5], "translate": 0.1},
+    "transforms": {},
+}
+
+
+@pytest.fixture(scope="module")
+def overrides(shapes_root: Path) -> list[str]:
+    """A run of 2 epochs of 6 batches, saved after each; two batches make a step, each of a size of its own."""
+    sizes = ["image_size=64", "batch_size=4", "optim.nominal_batch=8", "optim.warmup_min_batches=2"]
+    trainer = ["trainer.epochs=2", "trainer.save_every=1", "trainer.multi_scale=0.5"]
+    return [f"data.root={shapes_root}", "workers=0", "device=cpu", "model.width=0.0625", *sizes, *trainer]
+
+
+@pytest.fixture(scope="module")
+def whole_run(overrides: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Such a run, uninterrupted."""
+    run_dir = tmp_path_factory.mktemp("whole") / "run"
+    train.run(resolve(compose_config("train", [*overrides, f"run_dir={run_dir}"])))
+    return run_dir
+
+
+def go_on(run_dir: Path, *more: str) -> dict:
+    """Resume in this process, as ``train resume=RUN_DIR MORE`` does."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(resume, "typed_keys", lambda: [key.partition("=")[0] for key in more])
+        return train.run(resolve(compose_config("train", [f"resume={run_dir}", *more])))
+
+
+def history(run_dir: Path) -> list[dict[str, str]]:
+    """The rows of ``history.csv`` without what a clock tells."""
+    with open(run_dir / "history.csv") as file:
+        return [{k: v for k, v in row.items() if k not in ("images_per_s", "seconds")} for row in csv.DictReader(file)]
+
+
+def assert_same_run(run_dir: Path, whole: Path) -> None:
+    """Weights bit for bit, EMA and live, the optimizer's memory, and the history; TensorBoard has every epoch once."""
+    for name in ("best", "last"):
+        mine, theirs = (load_file(path / f"{name}.safetensors") for path in (run_dir, whole))
+        assert all(torch.equal(mine[key], theirs[key]) for key in theirs)
+    mine, theirs = (torch.load(path / "state.pt", weights_only=True) for path in (run_dir, whole))
+    assert all(torch.equal(mine["model"][key], theirs["model"][key]) for key in theirs["model"])
+    for index, memory in theirs["optimizer"]["state"].items():
+        assert all(torch.equal(mine["optimizer"]["state"][index][key], value) for key, value in memory.items())
+    assert history(run_dir) == history(whole)
+    events = EventAccumulator(str(run_dir)).Reload()
+    assert [event.step for event in events.Scalars("val/AP")] == [1, 2]
+
+
+def test_killed_at_random_moments(whole_run, overrides, tmp_path):
+    """SIGKILL, with 0 or 2 loader processes by turns."""
+    run_dir, rng = tmp_path / "run", random.Random(time.time_ns())
+    arguments = [*overrides, f"run_dir={run_dir}"]
+    for turn in range(3):
+        process = subprocess.Popen([sys.executable, TOOL, *arguments, f"workers={2 * (turn % 2)}"])
+        if turn < 2:
+            saved = (run_dir / "state.pt").stat().st_mtime_ns if turn else 0
+            while not (run_dir / "state.pt").exists() or (run_dir / "state.pt").stat().st_mtime_ns == saved:
+                time.sleep(0.01)
+                assert process.poll() is None
+            time.sleep(rng.uniform(0, 0.5))
+            process.kill()
+        assert process.wait(60) in (0, -signal.SIGKILL)
+        arguments = [f"resume={run_dir}"]
+    assert_same_run(run_dir, whole_run)
+
+
+def test_every_saved_state_leads_to_the_same_end(whole_run, overrides, tmp_path, monkeypatch):
+    """The state of a batch, and that of the end of an epoch."""
+    run_dir, write = tmp_path / "run", trainer.write_state
+    saves = []
+
+    def keep(folder: Path, content: dict, keep: int) -> None:
+        write(folder, content, keep)
+        saves.append(tmp_path / f"save{len(saves)}")
+        shutil.copytree(folder, saves[-1])
+
+    monkeypatch.setattr(trainer, "write_state", keep)
+    train.run(resolve(compose_config("train", [*overrides, f"run_dir={run_dir}"])))
+    monkeypatch.undo()
+    assert len(saves) == 12  # 5 batches and the end, twice
+    for save in (saves[2], saves[5]):
+        go_on(save)
+        assert_same_run(save, whole_run)
+
+
+@pytest.mark.parametrize(("name", "status", "at"), [("SIGTERM", 143, 3), ("SIGUSR1", 138, 12), ("SIGINT", 130, 1)])
+def test_a_signal_saves_and_ends(whole_run, overrides, tmp_path, monkeypatch, name, status, at):
+    """After batch ``at`` of the run, or in the validation that follows it."""
+    step = TrainStep.__call__
+
+    def signalled(self: TrainStep, batch: object, number: int, epoch: int) -> dict:
+        if number + 1 == at:
+            os.kill(os.getpid(), getattr(signal, name))
+        return step(self, batch, number, epoch)
+
+    monkeypatch.setattr(TrainStep, "__call__", signalled)
+    handler = signal.getsignal(getattr(signal, name))
+    with pytest.raises(SystemExit) as end:
+        arguments = [*overrides, "trainer.save_every=null", f"run_dir={tmp_path / 'run'}"]
+        train.run(resolve(compose_config("train", arguments)))
+    assert end.value.code == status
+    assert signal.getsignal(getattr(signal, name)) is handler
+    monkeypatch.undo()
+    saved = read_state(tmp_path / "run", print)["state"]
+    assert (saved["step"], saved["epoch"], saved["current"]["position"]) == (at, (at - 1) // 6, (at - 1) % 6 + 1)
+    go_on(tmp_path / "run", "workers=2" if at == 3 else "workers=0")
+    assert_same_run(tmp_path / "run", whole_run)
+
+
+def test_a_finished_run_is_extended(whole_run, tmp_path, capsys):
+    run_dir = tmp_path / "run"
+    shutil.copytree(whole_run, run_dir)
+    assert go_on(run_dir)["last"]["epoch"] == 2
+    assert "all 2 epochs are done" in capsys.readouterr().out
+    assert go_on(run_dir, "trainer.epochs=3")["last"]["epoch"] == 3
+    assert history(run_dir)[:2] == history(whole_run)
+    assert yaml.safe_load((run_dir / "config.yaml").read_text())["trainer"]["epochs"] == 3
+    assert read_state(run_dir, print)["state"]["step"] == 18
+
+
+def test_a_run_that_saved_nothing_begins_anew(whole_run, tmp_path, capsys):
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    shutil.copy(whole_run / "config.yaml", run_dir)
+    go_on(run_dir)
+    assert "begins anew" in capsys.readouterr().out
+    assert_same_run(run_dir, whole_run)
+
+
+def test_a_full_disk_keeps_what_was_saved(whole_run, tmp_path, monkeypatch, capsys, overrides):
+    """From the third save on there is no room: the training goes on, and resuming leads to the same end."""
+    write, saves = state.write_atomically, []
+
+    def full(fd: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def save(path: Path, data: bytes, keep: int) -> None:
+        saves.append(path)
+        with pytest.MonkeyPatch.context() as patch:
+            if len(saves) > 2:
+                patch.setattr(checkpoint.os, "fsync", full)
+            write(path, data, keep)
+
+    monkeypatch.setattr(state, "write_atomically", save)
+    train.run(resolve(compose_config("train", [*overrides, f"run_dir={tmp_path / 'run'}"])))
+    assert capsys.readouterr().out.count("cannot be saved (No space left on device): what was saved before") == 10
+    monkeypatch.undo()
+    assert not list((tmp_path / "run").glob(".*"))
+    assert read_state(tmp_path / "run", print)["state"]["step"] == 2
+    monkeypatch.setattr(checkpoint.os, "fsync", full)  # now for every file
+    with pytest.raises(DetkitError, match="No space left on device; make room there, then resume="):
+        go_on(tmp_path / "run")
+    monkeypatch.undo()
+    go_on(tmp_path / "run")
+    assert_same_run(tmp_path / "run", whole_run)
+
+
+@pytest.mark.parametrize(
+    ("edit", "arguments", "sentence"),
+    [
+        ({}, ["batch_size=8"], "batch_size cannot change when a run is resumed: only trainer.epochs"),
+        ({}, ["model=yolov8s"], "model cannot change"),
+        ({"seed": 1}, [], "config.yaml was changed: seed was 0"),
+        ({"seed": -1}, [], "seed=-1 must be a whole number"),
+        ({"plugins": ["os"]}, [], r"was trained with plugins=\['os'\]: pass the same"),
+        (None, [], "config.yaml is not the configuration of a run"),
+    ],
+)
+def test_what_cannot_change_is_refused(whole_run, tmp_path, edit, arguments, sentence):
+    shutil.copy(whole_run / "state.pt", tmp_path)
+    content = edit if edit is None else yaml.safe_load((whole_run / "config.yaml").read_text()) | edit
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(content))
+    with pytest.raises(DetkitError, match=sentence):
+        go_on(tmp_path, *arguments)
+
+
+def test_a_folder_without_a_run_is_refused(tmp_path):
+    with pytest.raises(DetkitError, match=r"is not a run's folder: config.yaml: No such file"):
+        go_on(tmp_path)
+
+
+CONTENT = {"schema_version": 1} | {key: kind() for key, kind in state.CONTENT.items()}
+
+
+def contents(number: int) -> dict:
+    return CONTENT | {"pending": number, "model": {"w": torch.arange(999.0)}}
+
+
+@pytest.mark.parametrize("at", ["fsync", "replace1", "replace2", "replace3"])
+def test_a_save_cut_off_anywhere_leaves_a_whole_state(tmp_path, monkeypatch, at):
+    for number in (1, 2):
+        write_state(tmp_path, contents(number), keep=3)
+    calls = []
+
+    def cut_off(*arguments: object) -> None:
+        calls.append(arguments)
+        if at in ("fsync", f"replace{len(calls)}"):
+            raise SystemExit
+        shutil.move(*arguments)
+
+    monkeypatch.setattr(checkpoint.os, at.rstrip("123"), cut_off)
+    with pytest.raises(SystemExit):
+        write_state(tmp_path, contents(3), keep=3)
+    monkeypatch.undo()
+    assert read_state(tmp_path, print)["pending"] == 2
+    write_state(tmp_path, contents(4), keep=3)
+    assert read_state(tmp_path, print)["pending"] == 4
+
+
+def test_the_last_few_are_kept_and_a_damaged_one_is_passed_over(tmp_path):
+    for number in range(5):
+        write_state(tmp_path, contents(number), keep=3)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["state-1.pt", "state-2.pt", "state.pt"]
+    data = bytearray((tmp_path / "state.pt").read_bytes())
+    rng = np.random.default_rng(0)
+    damaged = 0
+    for trial in range(200):
+        bad = data.copy()
+        bad[rng.integers(len(bad))] ^= 1 << rng.integers(8)
+        (tmp_path / "state.pt").write_bytes(bad[: rng.integers(len(bad))] if trial % 4 == 0 else bad)
+        told = []
+        content = read_state(tmp_path, told.append)
+        assert content["pending"] == (3 if told else 4)  # a bit of no meaning may change, such as one of the padding
+        assert torch.equal(content["model"]["w"], torch.arange(999.0))
+        damaged += len(told)
+    assert damaged > 150
+    for path in tmp_path.iterdir():
+        path.write_bytes(data[:100])
+    with pytest.raises(DetkitError, match=r"nothing saved in .* is whole"):
+        read_state(tmp_path, print)
+
+
+class Harmful:
+    """Unpickled, it would make a folder."""
+
+    def __reduce__(self) -> tuple:
+        return os.mkdir, ("harm",)
+
+
+def test_nothing_is_unpickled_freely(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save(CONTENT | {"cfg": Harmful()}, "state.pt")
+    told = []
+    with pytest.raises(DetkitError, match="nothing saved"):
+        read_state(tmp_path, told.append)
+    assert "truncated or damaged" in told[0]
+    assert "\n" not in told[0]
+    assert not Path("harm").exists()
+    with zipfile.ZipFile("state.pt", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("archive/data.pkl", bytes(10**6))
+    with pytest.raises(DetkitError, match="nothing saved"):
+        read_state(tmp_path, told.append)
+    assert "compressed" in told[1]
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (lambda c: c.update(schema_version=2), "state.pt has schema version 2, this detkit reads 1"),
+        (lambda c: c.pop("rng"), "it has no 'rng'"),
+        (lambda c: c.update(ema=[]), "it has no 'ema'"),
+        (lambda c: c["model"].update({"backbone.stem.conv.weight": torch.zeros(2)}), "of its 'model', 'backbone.stem"),
+        (lambda c: c["ema"].popitem(), "of its 'ema', 'head"),
+        (lambda c: c["optimizer"]["state"][0].update(momentum_buffer=torch.zeros(2)), "is of shape [2]"),
+        (lambda c: c["optimizer"]["param_groups"].pop(), "does not fit the run"),
+        (lambda c: c["state"].update(epok=1), "does not fit the run"),
+        (lambda c: c["rng"].update(torch=3), "does not fit the run"),
+        (lambda c: c.update(batches=7), "the training set now makes 5"),
+    ],
+)
+def test_a_state_that_does_not_fit_is_named(trained, tmp_path, change, sentence):
+    step, content = trained
+    write_state(tmp_path, content, 1)
+    content = torch.load(tmp_path / "state.pt", weights_only=True)
+    change(content)
+    write_state(tmp_path, content, 1)
+    with pytest.raises(DetkitError) as error:
+        restore(read_state(tmp_path, print), step, 5)
+    assert sentence in str(error.value)
+    assert len(str(error.value)) < 300
+
+
+def make_step() -> TrainStep:
+    """A step of two batches, of a model that draws random numbers."""
+    detector = detkit.create_model("yolov8n", num_classes=3, overrides=["model.width=0.0625"])
+    detector.backbone.stem = nn.Sequential(detector.backbone.stem, nn.Dropout(0.3))
+    detector.train()
+    recipe = Recipe("sgd", 0.01, 0.9, 0.0, 0.1)
+    schedule = Schedule(recipe, epochs=10, final=0.01, shape="linear", warmup=0, warmup_momentum=0.8)
+    precision = Precision.pick("off", torch.device("cpu"))
+    return TrainStep(detector, TaskAlignedLoss(), recipe, schedule, precision, accumulate=2, clip=10.0)
+
+
+@pytest.fixture(scope="module")
+def trained() -> tuple[TrainStep, dict]:
+    """A step that has learned, and its state."""
+    step = make_step()
+    detector = detkit.create_model("yolov8n", num_classes=3, overrides=["model.width=0.0625"])
+    step = TrainStep(detector, step.loss, step.schedule.recipe, step.schedule, step.precision, accumulate=1, clip=1.0)
+    step(random_batch(2, (64, 64), 3, 3), 0, 0)
+    return step, capture(step, TrainState(), 5)
+
+
+def test_waiting_gradients_and_random_numbers_come_back(tmp_path):
+    """Five batches, two of which make a step: cut after the third, a gradient waits; dropout goes on as it would."""
+    batches = [random_batch(4, (64, 64), 3, 3) for _ in range(5)]
+    whole = make_step()
+    for k, batch in enumerate(batches):
+        whole(batch, k, 0)
+        if k == 2:
+            write_state(tmp_path, capture(whole, TrainState(step=3), 5), 1)
+    torch.manual_seed(99)
+    random.seed(99)
+    resumed = make_step()
+    position = restore(read_state(tmp_path, print), resumed, 5)
+    assert (position.step, resumed.pending) == (3, 1)
+    for k, batch in enumerate(batches[3:], 3):
+        resumed(batch, k, 0)
+    for mine, theirs in ((resumed.detector, whole.detector), (resumed.ema.model, whole.ema.model)):
+        assert all(torch.equal(tensor, theirs.state_dict()[name]) for name, tensor in mine.state_dict().items())
+    assert resumed.ema.updates == whole.ema.updates == 2
+    parameters = zip(resumed.detector.parameters(), whole.detector.parameters(), strict=True)
+    assert all(torch.equal(a.grad, b.grad) for a, b in parameters if b.requires_grad)
+
+
+@pytest.mark.parametrize(("kind", "workers"), [("files", 0), ("files", 2), ("shards", 0), ("shards", 2)])
+def test_a_loader_goes_on_within_an_epoch(shapes_root, tmp_path, kind, workers):
+    """What comes after ``skip`` batches is what comes without; and the next epoch is whole."""
+    annotations = read_shapes("train", root=str(shapes_root))
+    if kind == "files":
+        dataset = AugmentedDataset(DetectionDataset(annotations), 64, AUGMENT, 0, 2)
+        loader = BatchLoader(dataset, 5, workers=workers, shuffle=True)
+    else:
+        write_webdataset(annotations, tmp_path, "train", shard_images=7)
+        dataset = DetectionDataset(read_webdataset("train", root=str(tmp_path)), 64)
+        loader = ShardLoader(dataset, Augmentation(64, AUGMENT, 2), 5, workers=workers)
+    batches = {skip: list(loader.epoch(1, skip)) for skip in (0, 2, 3, 5)}
+    assert [batch.position for batch in batches[0]] == [1, 2, 3, 4, 5]
+    for skip, rest in batches.items():
+        assert [batch.position for batch in rest] == [*range(skip + 1, 6)]
+        assert all(torch.equal(a.images, b.images) for a, b in zip(rest, batches[0][skip:], strict=True))
+    assert len(list(loader.epoch(0))) == 5
