@@ -49,7 +49,7 @@ class Composition:
         """Return the boxes and scores of two images, the same at every call, by this detector or another, evaluated."""
         detector = detector or self.detector.eval()
         images = torch.rand(2, 3, *self.size, generator=torch.Generator().manual_seed(0))
-        return detector.decode(detector(images.to(self.device)))
+        return detector.decode(detector(images.to(next(detector.parameters()))))
 
     def backward(self, batch: Batch, precision: Precision | None = None) -> float:
         """Train mode, forward (under autocast where a precision is given), loss, backward; return the loss.
