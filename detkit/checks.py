@@ -162,7 +162,7 @@ def check_values(cfg: Mapping[str, Any]) -> None:
             raise DetkitError(f"{group}={cfg[group]} must be one of the options of configs/{group}")
     if "ckpt" not in cfg and cfg.get("image_size", 0) is None:  # a checkpoint knows its own
         raise DetkitError("image_size is not set: add image_size=640")
-    if cfg.get("batch_size") == "auto" and "trainer" not in cfg:
+    if cfg.get("batch_size") == "auto" and "resume" not in cfg:
         raise DetkitError("batch_size=auto is for training: give it a number")
     for key, (words, allowed) in RULES.items():
         node: Any = cfg

@@ -2,8 +2,7 @@
 
 An epoch puts the shards into a random order and lays their images end to end. Each rank takes an equal stretch of
 that line and each of its worker processes a stretch of whole batches, wherever shards begin and end: so every image
-comes exactly once, all ranks have the same number of batches (but for images that cannot be read, which may make one
-fewer on a rank), and there may be fewer shards than processes. Images
+comes exactly once, all ranks have the same number of batches, and there may be fewer shards than processes. Images
 are mixed by a buffer as they come; the labels are those of the index.
 """
 

@@ -86,9 +86,6 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     for key, kind in (("cfg", dict), ("class_names", list), ("metrics", dict)):
         if not isinstance(header.get(key), kind):
             raise DetkitError(f"{path} is damaged: its header has no '{key}'")
-    for key in ("backbone", "neck", "head"):
-        if not isinstance(header["cfg"].get(key), dict):
-            raise DetkitError(f"{path} is damaged: the config in its header has no '{key}'")
     return Checkpoint(weights, header["cfg"], tuple(header["class_names"]), header["metrics"], header.get("part"))
 
 
@@ -103,6 +100,9 @@ def build_from_checkpoint(path: str | Path) -> Detector:
         raise DetkitError(
             f"{path} holds a {checkpoint.part} only, not a detector: start a training from it with weights={path}"
         )
+    for key in ("backbone", "neck", "head"):
+        if not isinstance(checkpoint.cfg.get(key), dict):
+            raise DetkitError(f"{path} is damaged: the config in its header has no '{key}'")
     try:
         detector = build_detector(without_pretrained(checkpoint.cfg), checkpoint.class_names)
     except DetkitError as error:

@@ -211,7 +211,7 @@ def gather_lines(lines: Sequence[str]) -> list[str]:
 def first_to_say(sentence: str) -> bool:
     """Whether no other rank has said ``sentence`` before this run ended by it; before they met, one a node does."""
     if _store is None:
-        return int(os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or 0) == 0
+        return (os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or "0") == "0"
     with suppress(dist.DistError, RuntimeError):
         _store.set("mistake", "")
         return _store.add(f"said {sentence}", 1) == 1
@@ -220,9 +220,10 @@ def first_to_say(sentence: str) -> bool:
 
 def mistake_elsewhere() -> bool:
     """Whether another rank has ended by a user's mistake, and said so: losing it is not a fault of this one."""
-    with suppress(dist.DistError, RuntimeError):
+    try:
         return _store is not None and _store.check(["mistake"])
-    return False
+    except (dist.DistError, RuntimeError):  # the store went with rank 0, which has said why
+        return True
 
 
 def _variable(name: str) -> int:

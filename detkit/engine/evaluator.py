@@ -68,9 +68,11 @@ def evaluate(
     problems: list[str] = []
     for k, batch in enumerate(batches):
         problems += batch.problems
-        batch = batch.to(device)
-        boxes, scores = detector.decode(detector(batch.images.float() / 255))
-        selected = select_boxes(boxes, scores, score=score, iou=iou, max_det=max_det)
+        selected: list[tuple[Tensor, Tensor, Tensor]] = []
+        if len(batch.images):  # else only other ranks have images of it
+            batch = batch.to(device)
+            boxes, scores = detector.decode(detector(batch.images.float() / 255))
+            selected = select_boxes(boxes, scores, score=score, iou=iou, max_det=max_det)
         for origin, (xyxy, confidence, labels) in zip(batch.origins, selected, strict=True):
             xyxy = to_original(xyxy, origin.scale, origin.offset, origin.size).cpu()
             found = (xyxy, confidence.cpu(), labels.cpu())

@@ -10,6 +10,7 @@ from detkit.engine.measure import random_batch
 from detkit.engine.precision import Precision
 from detkit.errors import DetkitError
 from detkit.models.detector import Detector
+from detkit.ops.ranks import alone
 
 LARGEST = 1024  # images of a batch that are ever tried
 BOXES = 100  # of an image in a trial: a crowded mosaic
@@ -50,9 +51,10 @@ def trial(detector: Detector, loss: nn.Module, precision: Precision, image_size:
         model = copies[0].train()
         classes = len(detector.class_names)
         batch = random_batch(images, (image_size, image_size), BOXES, classes).to(precision.device)
-        with precision.autocast():
-            out = model(batch.images.contiguous(memory_format=torch.channels_last).float() / 255)
-        sum(loss(out, batch).values()).backward()
+        with alone():  # the other ranks do not take part
+            with precision.autocast():
+                out = model(batch.images.contiguous(memory_format=torch.channels_last).float() / 255)
+            sum(loss(out, batch).values()).backward()
 
     return attempt
 

@@ -17,8 +17,10 @@ import torch
 from torch import Tensor
 
 from detkit.engine.checkpoint import earlier, misfits, write_atomically
+from detkit.engine.optim import Recipe
 from detkit.engine.step import TrainStep
 from detkit.errors import DetkitError
+from detkit.ops.ranks import rank_count
 from detkit.structures import Batch
 
 SCHEMA_VERSION = 1
@@ -28,6 +30,7 @@ CONTENT = {
     "cfg": dict,
     "recipe": dict,
     "batches": int,  # of an epoch
+    "ranks": int,  # that trained together
     "state": dict,
     "model": dict,
     "ema": dict,
@@ -103,6 +106,7 @@ def capture(step: TrainStep, state: TrainState, batches: int) -> dict[str, Any]:
         "cfg": step.detector.cfg,
         "recipe": asdict(step.schedule.recipe),
         "batches": batches,
+        "ranks": rank_count(),
         "state": asdict(state),
         "model": step.detector.state_dict(),
         "ema": step.ema.model.state_dict(),
@@ -114,6 +118,18 @@ def capture(step: TrainStep, state: TrainState, batches: int) -> dict[str, Any]:
         "health": [*step.health.counts.tolist(), bool(step.health.fine)],
         "rng": rng_state(step.precision.device),
     }
+
+
+def saved_recipe(content: Mapping[str, Any]) -> Recipe:
+    """Return the recipe that a run began with.
+
+    Raises:
+        DetkitError: it has other fields than this version's.
+    """
+    try:
+        return Recipe(**content["recipe"])
+    except TypeError as error:
+        raise DetkitError(f"{STATE} does not fit this version of detkit: {error}") from None
 
 
 def restore(content: Mapping[str, Any], step: TrainStep, batches: int) -> TrainState:
@@ -151,6 +167,7 @@ def restore(content: Mapping[str, Any], step: TrainStep, batches: int) -> TrainS
         set_rng_state(content["rng"], device)
         state = TrainState(**content["state"])
         state.current = EpochState(**content["state"]["current"])
+        state.current.images = state.current.images * content["ranks"] // rank_count()  # each counts its own
         state.current.losses = {name: total.to(device) for name, total in state.current.losses.items()}
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise DetkitError(f"{STATE} does not fit the run: {str(error).splitlines()[0]}") from None

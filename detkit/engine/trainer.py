@@ -124,11 +124,11 @@ class Trainer:
         plot_history(state.history, losses, self.run_dir / "plots" / "history.png")
 
     def has_waited(self) -> bool:
-        """Whether no AP has been better for ``patience`` epochs; says so."""
+        """Whether no AP has been as good as the best for ``patience`` epochs; says so."""
         best, waited = self.state.best_epoch, self.state.epoch - self.state.best_epoch
         if self.patience is None or waited < self.patience:
             return False
-        words = f"no AP has been better than epoch {best}'s for {waited} epochs (trainer.patience)"
+        words = f"no AP has been as good as epoch {best}'s for {waited} epochs (trainer.patience)"
         self.log.console.print(f"stopped early: {words}")
         return True
 
@@ -179,18 +179,18 @@ class Trainer:
             DetkitError: ``max_bad_steps`` in a row were not; names the images of one, and where the weights are.
         """
         counts = self.step.health.read()
-        if counts.in_a_row < self.max_bad_steps:
+        if counts.in_a_row < self.max_bad_steps or not is_main():  # rank 0 ends the run for all
             return max(self.state.current.batches - counts.bad_losses, 1)
-        path = self.run_dir / "last.safetensors"  # the weights are those from before the steps that were skipped
-        if is_main():
-            save_checkpoint(self.step.ema.model, path, {"epoch": self.state.epoch})
-            self.save()
         files = [str(file) for file in self.step.health.suspects()]
+        path = self.run_dir / "last.safetensors"  # the weights are those from before the steps that were skipped
+        save_checkpoint(self.step.ema.model, path, {"epoch": self.state.epoch})
+        self.step.health.counts[3] = 0  # a run that is resumed has as many again
+        self.save()
         more = f" and {len(files) - 4} more" if len(files) > 4 else ""
         raise DetkitError(
             f"the loss or its gradient was not finite in {counts.in_a_row} steps in a row, last for the images "
-            f"{', '.join(files[:4])}{more}: look at these, or try a lower optim.lr or amp=off; the weights from before "
-            f"are in {path}, and resume={self.run_dir} goes on from them"
+            f"{', '.join(files[:4])}{more}: look at these and go on with resume={self.run_dir}, or start again with "
+            f"weights={path}, which are those from before, and a lower optim.lr or amp=off"
         )
 
     def skipped(self) -> dict[str, int]:

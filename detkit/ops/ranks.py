@@ -1,11 +1,29 @@
 """Sums over the ranks of a training: the processes that torchrun or SLURM started. One process alone sums nothing."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch.distributed as dist
 from torch import Tensor
 
+_alone = False
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Compute something on this rank only, without the others: sums are its own."""
+    global _alone
+    before, _alone = _alone, True
+    try:
+        yield
+    finally:
+        _alone = before
+
 
 def rank_count() -> int:
-    """Return the number of processes that train together, 1 outside a process group."""
+    """Return the number of processes that train together, 1 outside a process group and within ``alone``."""
+    if _alone:
+        return 1
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 

@@ -12,7 +12,10 @@ from detkit.checks import check_values
 from detkit.engine.state import TrainState, read_state
 from detkit.errors import DetkitError
 
-CHANGEABLE = ("trainer.epochs", "trainer.save_every", "trainer.keep_last", "device", "workers", "data.root")
+CHANGEABLE = (
+    *(f"trainer.{name}" for name in ("epochs", "patience", "max_bad_steps", "save_every", "keep_last")),
+    *("device", "workers", "data.root"),
+)
 # Of these the file may differ from what was saved, but the command line sets them for other reasons.
 FREE = (*CHANGEABLE, "data.yaml", "run_dir", "resume", "plugins")
 

@@ -23,7 +23,7 @@ from detkit.engine.memory import choose_batch_size, explain_out_of_memory, trial
 from detkit.engine.optim import Recipe, Schedule, accumulation, describe_factors
 from detkit.engine.parts import freeze
 from detkit.engine.precision import Precision, keep_freed_memory, make_deterministic
-from detkit.engine.state import TrainState, restore
+from detkit.engine.state import TrainState, restore, saved_recipe
 from detkit.engine.step import TrainStep
 from detkit.engine.trainer import Trainer
 from detkit.engine.transfer import load_weights
@@ -77,12 +77,14 @@ def run(cfg: dict[str, Any]) -> dict[str, Any]:
     train_loader = _train_loader(train_set, cfg, device)
     if cfg["trainer"]["sync_bn"] and rank_count() > 1:
         synchronise_norms(detector)
-    recipe = Recipe(**saved["recipe"]) if saved else _recipe(detector, cfg, train_loader.samples)
+    recipe = saved_recipe(saved) if saved else _recipe(detector, cfg, train_loader.samples)
     step = _train_step(detector, cfg, precision, recipe, len(train_loader))
     state = restore(saved, step, len(train_loader)) if saved else TrainState()
-    if state.current.position and isinstance(train_loader, ShardLoader) and saved["cfg"]["workers"] != cfg["workers"]:
-        workers = saved["cfg"]["workers"]  # they share the shards among them
-        raise DetkitError(f"workers={cfg['workers']}: within an epoch of tar shards, go on with workers={workers}")
+    if state.current.position and isinstance(train_loader, ShardLoader):  # they share the shards among them
+        now, then = (cfg["workers"], rank_count()), (saved["cfg"].get("workers"), saved["ranks"])
+        if now != then:
+            words = f"of {now[1]} ranks: within an epoch of tar shards, go on with workers={then[0]} of {then[1]} ranks"
+            raise DetkitError(f"workers={now[0]} {words}")
     if rank():
         torch.manual_seed(cfg["seed"] + rank() + state.step)  # after the weights are drawn: what is dropped differs
     name = model_name(cfg)
@@ -111,7 +113,7 @@ def run(cfg: dict[str, Any]) -> dict[str, Any]:
     results = _fit(step, train_loader, val_loader(val_set, cfg, device), val_set, cfg, run_dir, state, console)
     if results is None:
         step.optimizer.zero_grad()
-        raise DetkitError(explain_out_of_memory(attempt, cfg["batch_size"], device))
+        raise DetkitError(explain_out_of_memory(attempt, cfg["batch_size"] // rank_count(), device))
     best = results["best"]
     print_metrics(best, console)
     console.print(f"best epoch {best['epoch']}: AP {best['AP']:.4f}, AP50 {best['AP50']:.4f}")
