@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
+from detkit import cli
 from detkit.config import compose_config, resolve
 from detkit.data import shapes
 
@@ -83,3 +85,16 @@ def coco_set(tmp_path: Path) -> Iterator[Callable[..., Path]]:
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
+
+
+def run_command(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, *arguments: str
+) -> tuple[int, str, str]:
+    """Run ``detkit ARGUMENTS`` in this process; return exit status, stdout and stderr."""
+    monkeypatch.setattr(sys, "argv", ["detkit", *arguments])
+    try:
+        cli.main()
+        status = 0
+    except SystemExit as stop:
+        status = stop.code
+    return status, *capsys.readouterr()

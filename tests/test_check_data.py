@@ -4,7 +4,6 @@ import csv
 import io
 import json
 import os
-import sys
 from pathlib import Path
 
 import cv2
@@ -12,12 +11,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from detkit import cli
 from detkit.data.annotations import PathTable
 from detkit.data.coco import read_coco
 from detkit.data.inspection import look_at_all
 from detkit.errors import DetkitError
 from detkit.report.data_tables import class_counts
+from tests.conftest import run_command
 
 W, H = 100, 80
 BOXES = {  # of boxes.png: kind of finding -> xyxy
@@ -193,13 +192,7 @@ BREAK = {"coco": break_coco, "yolo": break_yolo, "voc": break_voc}
 
 def check_data(monkeypatch, capsys, *arguments: str) -> tuple[int, str, str]:
     """Run the command in this process; return exit status, stdout and stderr."""
-    monkeypatch.setattr(sys, "argv", ["detkit", "check_data", "workers=1", *arguments])
-    try:
-        cli.main()
-        status = 0
-    except SystemExit as stop:
-        status = stop.code
-    return status, *capsys.readouterr()
+    return run_command(monkeypatch, capsys, "check_data", "workers=1", *arguments)
 
 
 def findings(run_dir: Path) -> list[tuple]:

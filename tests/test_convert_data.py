@@ -2,7 +2,6 @@
 
 import json
 import os
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +9,6 @@ import pytest
 import yaml
 from PIL import Image
 
-from detkit import cli
 from detkit.data.coco import read_coco
 from detkit.data.voc import read_voc
 from detkit.data.writers import write_set
@@ -19,6 +17,7 @@ from detkit.errors import DetkitError
 from detkit.ops.image import read_bytes
 from detkit.registry import DATASETS, WRITERS
 from detkit.tasks.common import train_command
+from tests.conftest import run_command
 
 FORMATS = ("coco", "voc", "webdataset", "yolo")
 CLASSES = [{"id": 7, "name": "zebra crossing"}, {"id": 90, "name": "Ämpel & <Co>"}]  # order and gaps of their own
@@ -142,20 +141,9 @@ def test_a_class_name_that_voc_cannot_hold_is_refused(sets, tmp_path):
         write_set("voc", splits, tmp_path / "out")
 
 
-def detkit(monkeypatch, capsys, *arguments: str) -> tuple[int, str, str]:
-    """Run a command in this process; return exit status, stdout and stderr."""
-    monkeypatch.setattr(sys, "argv", ["detkit", *arguments])
-    try:
-        cli.main()
-        status = 0
-    except SystemExit as stop:
-        status = stop.code
-    return status, *capsys.readouterr()
-
-
 def test_the_command_prints_how_to_train(sets, tmp_path, monkeypatch, capsys):
     arguments = ["data=coco", f"data.root={sets['drawn']['root']}", "format=yolo", f"dst={tmp_path / 'my set'}"]
-    status, out, _ = detkit(monkeypatch, capsys, "convert_data", *arguments)
+    status, out, _ = run_command(monkeypatch, capsys, "convert_data", *arguments)
     assert status == 0
     yaml_file = tmp_path / "my set" / "data.yaml"
     assert "mind: YOLO txt knows no crowds: 2 of them" in out
@@ -180,7 +168,7 @@ def test_mistakes_are_one_sentence(sets, tmp_path, monkeypatch, capsys, change, 
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").write_text("mine")
     arguments = ["data=coco", f"data.root={sets['drawn']['root']}", "format=coco", "dst=new", change]
-    status, _, error = detkit(monkeypatch, capsys, "convert_data", *arguments)
+    status, _, error = run_command(monkeypatch, capsys, "convert_data", *arguments)
     assert status == 2
     assert sentence in error and len(error.strip().splitlines()) == 1
     assert (tmp_path / "full" / "file").read_text() == "mine"

@@ -1,3 +1,5 @@
+import os
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -92,5 +94,12 @@ def test_a_listed_name_without_files(voc_set):
     counts = read_voc("train", root=str(voc_set)).problems.counts
     assert dict(counts) == {"missing_labels": 2, "missing_image": 1, "repeated_image": 1}
     (voc_set / "ImageSets/Main/train.txt").unlink()
-    with pytest.raises(DetkitError, match=r"cannot read the list of images .*train\.txt"):
+    with pytest.raises(DetkitError, match=r"cannot read the list .*train\.txt"):
+        read_voc("train", root=str(voc_set))
+
+
+def test_a_pipe_in_place_of_a_list_is_not_waited_for(voc_set):
+    (voc_set / "ImageSets/Main/train.txt").unlink()
+    os.mkfifo(voc_set / "ImageSets/Main/train.txt")
+    with pytest.raises(DetkitError, match=r"cannot read the list .*train\.txt: it is not a file"):
         read_voc("train", root=str(voc_set))

@@ -41,6 +41,23 @@ def names_in(folder: str | Path) -> list[str]:
         return []
 
 
+def read_lines(file: Path) -> list[str]:
+    """Return the lines of a text file that say something, without the space around them.
+
+    Raises:
+        DetkitError: it is missing, no file (a pipe would be waited for), or not UTF-8 text.
+    """
+    try:
+        if os.path.exists(file) and not os.path.isfile(file):
+            raise DetkitError(f"cannot read the list {file}: it is not a file")
+        lines = file.read_text(encoding="utf-8-sig").splitlines()
+    except OSError as error:
+        raise DetkitError(f"cannot read the list {file}: {error.strerror or error}") from None
+    except UnicodeDecodeError:
+        raise DetkitError(f"{file} should list images, a line each, but it is not UTF-8 text") from None
+    return [line.strip() for line in lines if line.strip()]
+
+
 def walk(folder: Path) -> Iterator[str]:
     """Yield the files below a folder, following links but never into the same folder twice, nor into hidden ones.
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from detkit.data.annotations import Annotations
 from detkit.data.columns import Columns
-from detkit.data.files import list_images
+from detkit.data.files import list_images, read_lines
 from detkit.data.index import cached
 from detkit.data.problems import ProblemLog
 from detkit.errors import DetkitError
@@ -212,13 +212,7 @@ def _image_folder(base: Path, images: str | None) -> Path:
 
 def _read_list(file: Path) -> list[str]:
     """Return the image names of a split; a second column, as in the lists of a class, is passed over."""
-    try:
-        lines = file.read_text(encoding="utf-8-sig").splitlines()
-    except OSError as error:
-        raise DetkitError(f"cannot read the list of images {file}: {error.strerror or error}") from None
-    except UnicodeDecodeError:
-        raise DetkitError(f"{file} should list image names, but it is not UTF-8 text") from None
-    names = [line.strip() for line in lines if line.strip()]
+    names = read_lines(file)
     columns = [name.rsplit(None, 1) for name in names]
     if all(len(column) == 2 and column[1] in ("1", "-1", "0") for column in columns):
         return [column[0] for column in columns]

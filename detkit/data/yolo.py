@@ -12,7 +12,7 @@ import yaml
 
 from detkit.data.annotations import Annotations
 from detkit.data.columns import Columns
-from detkit.data.files import images_in, list_images, names_in
+from detkit.data.files import images_in, list_images, names_in, read_lines
 from detkit.data.index import cached
 from detkit.data.problems import ProblemLog
 from detkit.errors import DetkitError
@@ -212,10 +212,4 @@ def _resolve(base: Path, entry: str, file: Path) -> Path:
 
 def _read_list(file: Path) -> list[str]:
     """Return the image paths in a text file, a line each, relative to the file's folder."""
-    try:
-        lines = file.read_text(encoding="utf-8-sig").splitlines()
-    except OSError as error:
-        raise DetkitError(f"cannot read {file}: {error.strerror or error}") from None
-    except UnicodeDecodeError:
-        raise DetkitError(f"{file} should list image paths, but it is not UTF-8 text") from None
-    return [os.path.normpath(file.parent / line.strip()) for line in lines if line.strip()]
+    return [os.path.normpath(file.parent / line) for line in read_lines(file)]

@@ -80,33 +80,18 @@ def run(cfg: dict[str, Any]) -> dict[str, Any]:
     recipe = saved_recipe(saved) if saved else _recipe(detector, cfg, train_loader.samples)
     step = _train_step(detector, cfg, precision, recipe, len(train_loader))
     state = restore(saved, step, len(train_loader)) if saved else TrainState()
-    if state.current.position and isinstance(train_loader, ShardLoader):  # they share the shards among them
-        now, then = (cfg["workers"], rank_count()), (saved["cfg"].get("workers"), saved["ranks"])
-        if now != then:
-            words = f"of {now[1]} ranks: within an epoch of tar shards, go on with workers={then[0]} of {then[1]} ranks"
-            raise DetkitError(f"workers={now[0]} {words}")
+    if state.current.position and isinstance(train_loader, ShardLoader):
+        _check_shares(cfg, saved)
     if rank():
         torch.manual_seed(cfg["seed"] + rank() + state.step)  # after the weights are drawn: what is dropped differs
     name = model_name(cfg)
     run_dir = run_dir or Path(from_main(lambda: str(make_run_dir(cfg, "train", f"{name}_{cfg['data']['name']}"))))
 
-    parameters = sum(p.numel() for p in detector.parameters())
-    ranks = f" and {rank_count() - 1} more" if rank_count() > 1 else ""
-    console.print(f"{name}: {parameters:,} parameters on {device}{ranks}, {precision}")
+    _announce(cfg, name, step, recipe, len(train_set), train_loader.samples, frozen, console)
     for split, annotations in (("train", train_set), ("val", val_set)):
         tell_split(split, annotations, console)
     if transfer is not None:
         print_transfer(transfer, console)
-    if train_loader.samples != len(train_set):
-        console.print(f"an epoch has {train_loader.samples} samples, by data.tiles or data.sampling")
-    mosaic, epochs = cfg["augment"]["mosaic"], cfg["trainer"]["epochs"]
-    if mosaic["p"] and mosaic["off_epochs"] >= epochs:
-        off = f"augment.mosaic.off_epochs={mosaic['off_epochs']} of trainer.epochs={epochs}"
-        console.print(f"no image is mixed with others (mosaic, mixup, copy-paste): {off}")
-    if frozen:
-        console.print(f"frozen: {frozen:,} parameters, of {', '.join(cfg['trainer']['freeze'])}")
-    if recipe.lr_factors or recipe.layer_decay is not None:
-        console.print(f"parameters that learn: {describe_factors(step.optimizer)}")
     console.print(f"{recipe.name}, learning rate {recipe.lr:g}; writing to {run_dir}")
     if saved:
         tell_progress(state, cfg["trainer"]["epochs"], console)
@@ -119,6 +104,45 @@ def run(cfg: dict[str, Any]) -> dict[str, Any]:
     console.print(f"best epoch {best['epoch']}: AP {best['AP']:.4f}, AP50 {best['AP50']:.4f}")
     console.print(f"weights, metrics and pictures: {run_dir}")
     return results
+
+
+def _announce(
+    cfg: dict[str, Any],
+    name: str,
+    step: TrainStep,
+    recipe: Recipe,
+    images: int,
+    samples: int,
+    frozen: int,
+    console: Console,
+) -> None:
+    """Print what is trained, and how it differs from what one may expect."""
+    detector = step.detector
+    parameters = sum(p.numel() for p in detector.parameters())
+    ranks = f" and {rank_count() - 1} more" if rank_count() > 1 else ""
+    console.print(f"{name}: {parameters:,} parameters on {step.precision.device}{ranks}, {step.precision}")
+    if samples != images:
+        console.print(f"an epoch has {samples} samples, by data.tiles or data.sampling")
+    mosaic, epochs = cfg["augment"]["mosaic"], cfg["trainer"]["epochs"]
+    if mosaic["p"] and mosaic["off_epochs"] >= epochs:
+        off = f"augment.mosaic.off_epochs={mosaic['off_epochs']} of trainer.epochs={epochs}"
+        console.print(f"no image is mixed with others (mosaic, mixup, copy-paste): {off}")
+    if frozen:
+        console.print(f"frozen: {frozen:,} parameters, of {', '.join(cfg['trainer']['freeze'])}")
+    if recipe.lr_factors or recipe.layer_decay is not None:
+        console.print(f"parameters that learn: {describe_factors(step.optimizer)}")
+
+
+def _check_shares(cfg: dict[str, Any], saved: dict[str, Any]) -> None:
+    """Check that tar shards are shared among as many processes as when the epoch under way began.
+
+    Raises:
+        DetkitError: they are not, so images would come twice, or never.
+    """
+    now, then = (cfg["workers"], rank_count()), (saved["cfg"].get("workers"), saved["ranks"])
+    if now != then:
+        words = f"of {now[1]} ranks: within an epoch of tar shards, go on with workers={then[0]} of {then[1]} ranks"
+        raise DetkitError(f"workers={now[0]} {words}")
 
 
 def _largest_image(detector: Detector, cfg: dict[str, Any]) -> int:
