@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from detkit.benchmarks import akconv, reversible
+from detkit.benchmarks import akconv, reversible, train_step
 from detkit.benchmarks.data import CACHES
 from detkit.config import compose_config, resolve
 from detkit.errors import DetkitError
@@ -43,19 +43,39 @@ def test_akconv_computes_what_gathering_does(monkeypatch, capsys):
 STAND_IN = """#!{python}
 import sys
 print("chatter", file=sys.stderr)
-assert sys.argv[1] == "-c" and len(sys.argv) == 7
+assert sys.argv[1] == "-c" and len(sys.argv) in (7, 8)
 compile(sys.argv[2], "peer", "exec")
-print("ready", flush=True)
+print(0, flush=True)
+answers = {{"uncached": "4.0", "cached": "2.0", "go": '{{"seconds": 0.5, "memory": 1048576}}'}}
 for line in sys.stdin:
-    print({{"uncached": 4.0, "cached": 2.0}}[line.strip()], flush=True)
+    print(answers[line.strip()], flush=True)
 """
 
 
-def test_data_beside_a_peer(shapes_root, tmp_path, capsys):
-    """The peer is a stand-in with the same manners: it says when it is ready and how many seconds a sample took."""
-    peer = tmp_path / "peer"
-    peer.write_text(STAND_IN.format(python=sys.executable))
-    peer.chmod(0o755)
+@pytest.fixture
+def peer(tmp_path):
+    """A stand-in with the same manners: it says when it is ready, and answers every line."""
+    path = tmp_path / "peer"
+    path.write_text(STAND_IN.format(python=sys.executable))
+    path.chmod(0o755)
+    return path
+
+
+def test_a_training_step_beside_a_peer(monkeypatch, peer, capsys):
+    monkeypatch.setattr(train_step, "VARIANTS", train_step.VARIANTS[:2])
+    sizes = ("image_size=64", "batch_size=2", "num_classes=3", "boxes=2")
+    result = last_line("train", capsys, *sizes, f"peer={peer}")
+    plain, layout = (variant.name for variant in train_step.VARIANTS)
+    assert set(result["images_per_s"]) == {plain, layout, "peer"}
+    assert result["images_per_s"]["peer"] == 4  # 2 images in half a second
+    assert result["ratio_to_peer"][plain] == pytest.approx(result["images_per_s"][plain] / 4)
+    assert result["memory_mib"]["peer"] == 1
+    # a step is about three forward passes of 8.1 GFLOPs at 640 pixels
+    assert result["gflops_a_step"] == pytest.approx(3 * 8.1 * 2 / 100, rel=0.1)
+    assert all(0 < share < 1.5 for share in result["share_of_limit"].values())
+
+
+def test_data_beside_a_peer(shapes_root, peer, capsys):
     cores, overrides = os.sched_getaffinity(0), ("data=shapes", f"data.root={shapes_root}", "image_size=64")
     result = last_line("data", capsys, *overrides, f"peer={peer}")
     assert os.sched_getaffinity(0) == cores

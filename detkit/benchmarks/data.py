@@ -4,11 +4,10 @@ import itertools
 import math
 import os
 import statistics
-import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ import torch
 from rich.table import Table
 
 from detkit.benchmarks.common import WARMUP, tell
+from detkit.benchmarks.peer import start_peer
 from detkit.data.annotations import Annotations
 from detkit.data.augment import AugmentedDataset, partner_window
 from detkit.data.cache import KEPT_BYTES, LocalImages
@@ -48,7 +48,7 @@ sets = {
     for name, cache in (("uncached", False), ("cached", "ram"))
 }
 orders = {name: [] for name in sets}
-print("ready", file=answers, flush=True)
+print("0", file=answers, flush=True)
 for line in sys.stdin:
     dataset, order = sets[line.strip()], orders[line.strip()]
     if len(order) < batch:
@@ -149,39 +149,9 @@ def _endless(sampler: EpochSampler) -> Iterator[tuple]:
 @contextmanager
 def _peer(python: str, annotations: Annotations, cfg: dict[str, Any]) -> Iterator[Callable[[str], float]]:
     """Start the peer on a copy of the set; yield a function that lets it take a turn and returns seconds a sample."""
-    with tempfile.TemporaryDirectory(prefix="detkit-peer-") as folder, (Path(folder) / "log").open("w+") as log:
+    with tempfile.TemporaryDirectory(prefix="detkit-peer-") as folder:
         write_set("yolo", {"train": annotations}, Path(folder) / "set")
         images = Path(folder) / "set" / "images" / "train"
-        arguments = [str(n) for n in (images, cfg["image_size"], cfg["batch_size"], len(annotations.class_names))]
-        quiet = {"YOLO_OFFLINE": "true", "YOLO_AUTOINSTALL": "false", "YOLO_VERBOSE": "false"}
-        try:
-            process = subprocess.Popen(
-                [python, "-c", PEER, *arguments],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=log,
-                text=True,
-                env={**os.environ, **quiet, "YOLO_CONFIG_DIR": folder},
-            )
-        except OSError as error:
-            raise DetkitError(f"peer={python} cannot be run: {error.strerror}") from None
-
-        def answer() -> str:
-            line = process.stdout.readline()
-            if not line:
-                log.seek(0)
-                last = (log.read().strip().splitlines() or ["it ended"])[-1]
-                raise DetkitError(f"peer={python} must be a Python with ultralytics installed: {last}")
-            return line
-
-        def ask(name: str) -> float:
-            with suppress(BrokenPipeError):  # it has ended: what it said last is the answer
-                print(name, file=process.stdin, flush=True)
-            return float(answer())
-
-        try:
-            answer()
+        arguments = (images, cfg["image_size"], cfg["batch_size"], len(annotations.class_names))
+        with start_peer(python, PEER, arguments) as ask:
             yield ask
-        finally:
-            process.kill()
-            process.communicate()

@@ -1,32 +1,96 @@
-"""Time a training step the way detkit runs it, beside the plain way, in one run."""
+"""Time a training step the way detkit runs it, beside the plain way and a peer's, in one run."""
 
 import multiprocessing
+import resource
 import statistics
-from collections.abc import Callable
-from dataclasses import dataclass
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
+from PIL import Image
 from rich.table import Table
+from torch.utils.flop_counter import FlopCounterMode
 
 from detkit.benchmarks.common import WARMUP, tell, time_once
+from detkit.benchmarks.peer import start_peer
 from detkit.config import import_plugins
+from detkit.engine.compile import compile_network
 from detkit.engine.measure import random_batch
 from detkit.engine.optim import Recipe, Schedule
 from detkit.engine.precision import Precision, keep_freed_memory, make_deterministic, pick_device
 from detkit.engine.step import TrainStep
+from detkit.errors import DetkitError
 from detkit.models.detector import build_detector, build_loss
+from detkit.structures import Batch
+
+MATRIX = {"cpu": 2048, "cuda": 8192}  # side of the matrices whose product measures what the device can do
+PEER_BATCHES = 4  # of the set that a peer goes through again and again
+# Runs in the peer's Python, told the data.yaml, the model, the side, the images of a batch and the device. It trains as
+# its users would, by its public callbacks, with one optimizer step a batch of images that are not augmented.
+PEER = """
+import json, os, resource, sys, time
+answers = os.fdopen(os.dup(1), "w")
+os.dup2(2, 1)  # whatever it prints is not an answer
+import torch
+from ultralytics import YOLO
+data, name, side, batch, device = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4]), sys.argv[5]
+gpu = device != "cpu"
+started = [False]
+def begin(trainer):
+    if not started[0]:
+        started[0] = True
+        print(0, file=answers, flush=True)
+    if not sys.stdin.readline():
+        os._exit(0)
+    if gpu:
+        torch.cuda.synchronize()
+    begin.time = time.perf_counter()
+def end(trainer):
+    if gpu:
+        torch.cuda.synchronize()
+    seconds = time.perf_counter() - begin.time
+    memory = torch.cuda.max_memory_allocated() if gpu else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    print(json.dumps({"seconds": seconds, "memory": memory}), file=answers, flush=True)
+model = YOLO(name + ".yaml")
+model.add_callback("on_train_batch_start", begin)
+model.add_callback("on_train_batch_end", end)
+model.train(data=data, imgsz=side, batch=batch, nbs=batch, epochs=100000, optimizer="AdamW", device=device, workers=0,
+            cache="ram", val=False, plots=False, save=False, pretrained=False, mosaic=0.0, mixup=0.0, erasing=0.0,
+            hsv_h=0.0, hsv_s=0.0, hsv_v=0.0, fliplr=0.0, translate=0.0, scale=0.0, warmup_epochs=0, close_mosaic=0)
+"""
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One way to run a step; ``keep_memory`` is detkit's setting of the C library's allocator on a CPU."""
+    """One way to run a step.
+
+    Attributes:
+        keep_memory: detkit's setting of the C library's allocator on a CPU.
+        compiled: by torch.compile.
+    """
 
     name: str
     channels_last: bool
     amp: str
     keep_memory: bool
+    compiled: bool = False
+
+
+@dataclass
+class Timing:
+    """What was measured of a variant: seconds of each step, operations a second of a matrix product beside each, and
+    the most bytes of memory (of the device; on a CPU, of the process, Python and torch included)."""
+
+    seconds: list[float] = field(default_factory=list)
+    limit: list[float] = field(default_factory=list)
+    memory: int = 0
 
 
 PLAIN = Variant("float32, contiguous", False, "off", False)
@@ -42,62 +106,122 @@ def run(cfg: dict[str, Any]) -> dict[str, Any]:
     """Time the training step of the configured model in every variant; print a table and one line of JSON.
 
     Each variant lives in a process of its own, as the allocator's settings cannot be taken back; they take turns, so
-    that a busy machine slows all of them alike. bf16 runs only where ``amp=auto`` would choose it.
+    that a busy machine slows all of them alike. bf16 runs only where ``amp=auto`` would choose it. ``compile=true``
+    adds the last variant compiled. ``peer`` is a Python that has ultralytics, which trains its model of the same name
+    in turns with ours, as its defaults are.
+
+    The share of the arithmetic limit is the operations of a step, forward and backward, counted by operator, over
+    those of products of large matrices in the variant's precision in the same time, measured between the steps.
+
+    Raises:
+        DetkitError: the peer does not work, or the network cannot be compiled.
     """
     device = pick_device(cfg["device"])
     variants = [v for v in VARIANTS if v.amp != "bf16" or Precision.pick("auto", device).dtype is torch.bfloat16]
-    times = _in_turns(cfg, variants)
-    seconds = {v.name: statistics.median(times[v.name]) for v in variants}
-    table = Table("training step", "ms", "images/s", "times as fast as plain", header_style="bold")
+    if cfg["compile"]:
+        last = variants[-1]
+        variants.append(Variant(f"{last.name}, compiled", last.channels_last, last.amp, last.keep_memory, True))
+    flops, timings = _in_turns(cfg, device, variants)
+    seconds = {name: statistics.median(timing.seconds) for name, timing in timings.items()}
+    speed = {name: cfg["batch_size"] / value for name, value in seconds.items()}
+    ratio = {name: seconds[PLAIN.name] / value for name, value in seconds.items()}
+    limit = {name: statistics.median(timing.limit) for name, timing in timings.items() if timing.limit}
+    share = {name: flops / seconds[name] / value for name, value in limit.items()}
+    table = Table("training step", "ms", "images/s", "times as fast as plain", "of the limit", "MiB at most")
     for name, value in seconds.items():
-        row = (1000 * value, cfg["batch_size"] / value, seconds[PLAIN.name] / value)
-        table.add_row(name, f"{row[0]:.0f}", f"{row[1]:.1f}", f"{row[2]:.2f}")
+        part = f"{share[name]:.0%}" if name in share else ""
+        row = (f"{1000 * value:.0f}", f"{speed[name]:.1f}", f"{ratio[name]:.2f}", part)
+        table.add_row(name, *row, f"{timings[name].memory / 2**20:.0f}")
     result = {
         "task": "train",
         "model": cfg["model"]["name"],
         "device": str(device),
         "image_size": cfg["image_size"],
         "batch_size": cfg["batch_size"],
-        "images_per_s": {name: cfg["batch_size"] / value for name, value in seconds.items()},
-        "ratio": {name: seconds[PLAIN.name] / value for name, value in seconds.items()},
+        "images_per_s": speed,
+        "ratio": ratio,
+        "gflops_a_step": flops / 1e9,
+        "limit_gflops_per_s": {name: value / 1e9 for name, value in limit.items()},
+        "share_of_limit": share,
+        "memory_mib": {name: timing.memory / 2**20 for name, timing in timings.items()},
     }
+    if "peer" in seconds:
+        result["ratio_to_peer"] = {name: seconds["peer"] / value for name, value in seconds.items()}
     return tell(table, result)
 
 
-def _in_turns(cfg: dict[str, Any], variants: list[Variant]) -> dict[str, list[float]]:
-    """Let a process for each variant run one step after another in turns; return the seconds of each step."""
+def _in_turns(cfg: dict[str, Any], device: torch.device, variants: list[Variant]) -> tuple[int, dict[str, Timing]]:
+    """Let a process for each variant, and the peer, run one step after another in turns.
+
+    Returns:
+        the operations of a step, and what was measured.
+    """
+    timings = {name: Timing() for name in [v.name for v in variants] + ["peer"] * (cfg["peer"] is not None)}
+    with ExitStack() as stack:
+        asks, counts = {}, []
+        for variant in variants:
+            ask, flops = stack.enter_context(_own_process(cfg, variant))
+            asks[variant.name] = ask
+            counts.append(flops)
+        if cfg["peer"] is not None:
+            asks["peer"] = stack.enter_context(_peer(cfg, device))
+        for k in range(WARMUP + cfg["rounds"]):
+            for name, ask in asks.items():
+                answer = ask("go")
+                timings[name].memory = answer["memory"]
+                if k >= WARMUP:
+                    timings[name].seconds.append(answer["seconds"])
+                    timings[name].limit += [answer["limit"]] if "limit" in answer else []
+    return counts[0], timings
+
+
+@contextmanager
+def _own_process(cfg: dict[str, Any], variant: Variant) -> Iterator[tuple[Callable[[str], Any], int]]:
+    """Start a process for a variant; yield a function that lets it run a step, and the operations of one."""
     context = multiprocessing.get_context("spawn")
-    workers: dict[str, Connection] = {}
-    processes = []
-    for variant in variants:
-        workers[variant.name], theirs = context.Pipe()
-        processes.append(context.Process(target=_serve, args=(theirs, cfg, variant), daemon=True))
-        processes[-1].start()
-        theirs.close()
-        workers[variant.name].recv()  # ready: only now the next one starts
-    times: dict[str, list[float]] = {name: [] for name in workers}
-    for k in range(WARMUP + cfg["rounds"]):
-        for name, worker in workers.items():
-            worker.send("go")
-            seconds = worker.recv()
-            if k >= WARMUP:
-                times[name].append(seconds)
-    for process in processes:
+    ours, theirs = context.Pipe()
+    process = context.Process(target=_serve, args=(theirs, cfg, variant), daemon=True)
+    process.start()
+    theirs.close()
+
+    def ask(line: str) -> Any:
+        ours.send(line)
+        return ours.recv()
+
+    try:
+        flops = ours.recv()  # ready: only now the next one starts
+        if isinstance(flops, str):
+            raise DetkitError(flops)
+        yield ask, flops
+    finally:
         process.terminate()
         process.join()
-    return times
 
 
 def _serve(pipe: Connection, cfg: dict[str, Any], variant: Variant) -> None:
     """In a process of its own: run one step for every message."""
-    step = _make_step(cfg, variant)
     device = pick_device(cfg["device"])
-    pipe.send("ready")
+    said: list[str] = []
+    step = _make_step(cfg, variant, said.append)
+    with FlopCounterMode(display=False) as counter:
+        step()
+    pipe.send(said[0] if said else counter.get_total_flops())
+    side, dtype = MATRIX[device.type], Precision.pick(variant.amp, device).dtype
+    matrix = torch.rand(side, side, dtype=dtype, device=device)
     while pipe.recv():
-        pipe.send(time_once(step, device))
+        seconds, product = time_once(step, device), time_once(lambda: matrix @ matrix, device)
+        pipe.send({"seconds": seconds, "limit": 2 * side**3 / product, "memory": _peak_memory(device)})
 
 
-def _make_step(cfg: dict[str, Any], variant: Variant) -> Callable[[], object]:
+def _peak_memory(device: torch.device) -> int:
+    """Return the most bytes that were in use at a time: of the device, or of this process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak
+
+
+def _make_step(cfg: dict[str, Any], variant: Variant, tell: Callable[[str], None]) -> Callable[[], object]:
     """Build the training step and one batch; return the function that trains on it once."""
     import_plugins(cfg["plugins"])
     make_deterministic(cfg["seed"])
@@ -110,7 +234,39 @@ def _make_step(cfg: dict[str, Any], variant: Variant) -> Callable[[], object]:
     images = cfg["batch_size"]
     recipe = Recipe.pick(cfg["optim"], batch_size=images, total_steps=1, num_classes=cfg["num_classes"])
     schedule = Schedule.pick(recipe, cfg["optim"], epochs=1, batches=1)
-    step = TrainStep(detector, build_loss(cfg, detector.head), recipe, schedule, precision, accumulate=1, clip=10.0)
-    batch = random_batch(images, (cfg["image_size"],) * 2, cfg["boxes"], cfg["num_classes"]).to(device)
+    network = detector
+    if variant.compiled:
+        network = compile_network(detector, precision, cfg["image_size"], images, tell)
+    loss, options = build_loss(cfg, detector.head), {"accumulate": 1, "clip": 10.0, "network": network}
+    step = TrainStep(detector, loss, recipe, schedule, precision, **options)
+    batch = _noise(cfg, images).to(device)
     batch.images = batch.images.to(memory_format=layout)
     return lambda: step(batch, 0, 0)
+
+
+def _noise(cfg: dict[str, Any], images: int) -> Batch:
+    """Return a batch of noise."""
+    return random_batch(images, (cfg["image_size"],) * 2, cfg["boxes"], cfg["num_classes"])
+
+
+@contextmanager
+def _peer(cfg: dict[str, Any], device: torch.device) -> Iterator[Callable[[str], Any]]:
+    """Start the peer's training on files of noise; yield a function that lets it run a step."""
+    with tempfile.TemporaryDirectory(prefix="detkit-noise-") as folder:
+        root, side = Path(folder), cfg["image_size"]
+        for name in ("images", "labels"):
+            (root / name).mkdir()
+        batch = _noise(cfg, PEER_BATCHES * cfg["batch_size"])
+        for k, (image, boxes, labels) in enumerate(zip(batch.images, batch.boxes_bm4, batch.labels_bm, strict=True)):
+            Image.fromarray(image.permute(1, 2, 0).numpy()).save(root / "images" / f"{k}.png")
+            corner, extent = boxes[:, :2] / side, (boxes[:, 2:] - boxes[:, :2]) / side
+            rows = torch.cat((labels[:, None], corner + extent / 2, extent), 1).tolist()
+            lines = [f"{int(label)} {' '.join(map(str, box))}" for label, *box in rows]
+            (root / "labels" / f"{k}.txt").write_text("\n".join(lines))
+        names = [str(k) for k in range(cfg["num_classes"])]
+        description = {"path": folder, "train": "images", "val": "images", "names": names}
+        (root / "data.yaml").write_text(yaml.safe_dump(description))
+        place = "cpu" if device.type == "cpu" else str(device.index or 0)
+        arguments = (root / "data.yaml", cfg["model"]["name"], side, cfg["batch_size"], place)
+        with start_peer(str(cfg["peer"]), PEER, arguments) as ask:
+            yield ask

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from detkit.data.annotations import Annotations
 from detkit.engine.distributed import from_main, gather
+from detkit.engine.precision import Precision
 from detkit.models.detector import Detector, to_original
 from detkit.ops.nms import select_boxes
 from detkit.ops.ranks import rank_count
@@ -46,22 +47,25 @@ def evaluate(
     detector: Detector,
     batches: Iterable[Batch],
     annotations: Annotations,
+    precision: Precision | None = None,
     *,
     score: float = 0.001,
     iou: float = 0.7,
     max_det: int = 300,
     advance: Callable[[], None] = lambda: None,
 ) -> Evaluation:
-    """Predict every batch in float32 and score the predictions with COCO's metrics.
+    """Predict every batch and score the predictions with COCO's metrics.
 
     Several ranks predict their shares of the batches; rank 0 scores them all, and tells the others.
 
     Args:
         batches: letterboxed images of the set, in any order and batch size.
+        precision: of the network; boxes and scores are decoded in float32. None: float32 throughout.
         score, iou, max_det: of the non-maximum suppression.
         advance: called after every batch, for a progress bar.
     """
     device = next(detector.parameters()).device
+    precision = precision or Precision(device, None)
     detector.eval()
     rows: list[Tensor] = [torch.zeros(0, len(ROW), dtype=torch.float64)]
     pictures: list[tuple[Origin, Tensor, Tensor, Tensor]] = []
@@ -71,7 +75,9 @@ def evaluate(
         selected: list[tuple[Tensor, Tensor, Tensor]] = []
         if len(batch.images):  # else only other ranks have images of it
             batch = batch.to(device)
-            boxes, scores = detector.decode(detector(batch.images.float() / 255))
+            with precision.autocast():
+                out = detector(batch.images.float() / 255)
+            boxes, scores = detector.decode(out)
             selected = select_boxes(boxes, scores, score=score, iou=iou, max_det=max_det)
         for origin, (xyxy, confidence, labels) in zip(batch.origins, selected, strict=True):
             xyxy = to_original(xyxy, origin.scale, origin.offset, origin.size).cpu()

@@ -83,6 +83,7 @@ def make_deterministic(seed: int) -> None:
     torch.backends.cudnn.benchmark = False
     torch.backends.cudnn.allow_tf32 = False  # amp is the way to be faster than float32
     torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # else every torch.empty is
 
 
 def keep_freed_memory() -> None:

@@ -30,9 +30,10 @@ class TrainStep:
         accumulate: batches that make one optimizer step, fewer during the warm-up; their gradients are summed.
         clip: largest norm of the gradient.
         multi_scale: train every batch at a size within this share of its own, drawn by (seed, step); 0: as it is.
+        network: what runs in the detector's place, such as itself compiled.
 
     Attributes:
-        network: the detector; of several ranks, as one whose gradients are averaged over them.
+        network: the detector, or what runs in its place; of several ranks, as one whose gradients are averaged.
         ema: the averaged weights.
         health: counts what was not finite.
         grad_norm: () norm of the latest gradient before it was clipped; of the sum over the images of a step.
@@ -51,6 +52,7 @@ class TrainStep:
         clip: float,
         multi_scale: float = 0.0,
         seed: int = 0,
+        network: nn.Module | None = None,
     ) -> None:
         self.detector = detector
         self.loss = loss
@@ -60,7 +62,7 @@ class TrainStep:
         self.clip = clip
         self.multi_scale = multi_scale
         self.seed = seed
-        self.network = parallel(detector)  # before the average is copied: it starts from rank 0's weights
+        self.network = parallel(network or detector)  # before the average is copied: it starts from rank 0's weights
         self.optimizer = recipe.build(detector)
         self.scaler = torch.amp.GradScaler(precision.device.type, enabled=precision.dtype is torch.float16)
         self.ema = EMA(detector)

@@ -199,14 +199,15 @@ class Trainer:
         return {"skipped_steps": counts.skipped_steps, "overflow_steps": counts.overflow_steps}
 
     def validate(self) -> Evaluation:
-        """Evaluate the averaged weights on the validation set, in float32."""
+        """Evaluate the averaged weights on the validation set, in the precision of the training."""
         with show_progress("validation", len(self.val_loader), self.log.console) as bar:
 
             def advance() -> None:
                 bar.advance()
                 self.obey()
 
-            result = evaluate(self.step.ema.model, self.val_loader.epoch(0), self.annotations, advance=advance)
+            batches, precision = self.val_loader.epoch(0), self.step.precision
+            result = evaluate(self.step.ema.model, batches, self.annotations, precision, advance=advance)
         self.log.problems(result.problems)
         return result
 

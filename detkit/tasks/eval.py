@@ -1,7 +1,10 @@
 """Evaluate a checkpoint."""
 
 import json
+from collections.abc import Mapping
 from typing import Any
+
+import torch
 
 from detkit.engine.checkpoint import build_from_checkpoint, write_atomically
 from detkit.engine.evaluator import evaluate
@@ -38,8 +41,9 @@ def run(cfg: dict[str, Any]) -> dict[str, Any]:
 
     loader = val_loader(annotations, cfg, device)
     thresholds = {key: cfg[key] for key in ("score", "iou", "max_det")}
-    with Precision.pick(cfg["amp"], device).autocast(), show_progress("evaluation", len(loader), console) as bar:
-        result = evaluate(detector, loader.epoch(0), annotations, **thresholds, advance=bar.advance)
+    precision = Precision.pick(cfg["amp"] or _amp_of_training(detector.cfg, device), device)
+    with show_progress("evaluation", len(loader), console) as bar:
+        result = evaluate(detector, loader.epoch(0), annotations, precision, **thresholds, advance=bar.advance)
     for sentence in result.problems:
         console.print(f"skipped, its boxes count as missed: {sentence}")
     write_atomically(run_dir / "metrics.json", json.dumps(result.metrics, indent=2).encode())
@@ -47,3 +51,9 @@ def run(cfg: dict[str, Any]) -> dict[str, Any]:
     print_metrics(result.metrics, console)
     console.print(f"AP {result.metrics['AP']:.6f} on {len(annotations)} images; written to {run_dir}")
     return result.metrics
+
+
+def _amp_of_training(cfg: Mapping[str, Any], device: torch.device) -> str:
+    """Return the ``amp`` that a checkpoint was trained and validated with; of other projects' checkpoints float32."""
+    amp = str(cfg.get("amp", "off"))
+    return "auto" if amp == "fp16" and device.type == "cpu" else amp

@@ -2,6 +2,7 @@
 
 import errno
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from detkit.data.sampling import expected_draws
 from detkit.data.stream import ShardLoader
 from detkit.data.tiles import TiledDataset
 from detkit.engine.checkpoint import without_pretrained, write_atomically
+from detkit.engine.compile import compile_network
 from detkit.engine.distributed import from_main, is_main, join, main_first, rank, share_batch
 from detkit.engine.logging import RunLog
 from detkit.engine.memory import choose_batch_size, explain_out_of_memory, trial
@@ -78,7 +80,7 @@ def run(cfg: dict[str, Any]) -> dict[str, Any]:
     if cfg["trainer"]["sync_bn"] and rank_count() > 1:
         synchronise_norms(detector)
     recipe = saved_recipe(saved) if saved else _recipe(detector, cfg, train_loader.samples)
-    step = _train_step(detector, cfg, precision, recipe, len(train_loader))
+    step = _train_step(detector, cfg, precision, recipe, len(train_loader), console.print)
     state = restore(saved, step, len(train_loader)) if saved else TrainState()
     if state.current.position and isinstance(train_loader, ShardLoader):
         _check_shares(cfg, saved)
@@ -217,11 +219,20 @@ def _recipe(detector: Detector, cfg: dict[str, Any], images: int) -> Recipe:
 
 
 def _train_step(
-    detector: Detector, cfg: dict[str, Any], precision: Precision, recipe: Recipe, batches: int
+    detector: Detector,
+    cfg: dict[str, Any],
+    precision: Precision,
+    recipe: Recipe,
+    batches: int,
+    tell: Callable[[str], None],
 ) -> TrainStep:
     """Return the step of a run of ``batches`` an epoch."""
     optim, trainer = cfg["optim"], cfg["trainer"]
     schedule = Schedule.pick(recipe, optim, epochs=trainer["epochs"], batches=batches)
+    network = detector
+    if trainer["compile"]:
+        size, share = cfg["image_size"], share_batch(cfg["batch_size"])
+        network = compile_network(detector, precision, size, share, tell, dynamic=trainer["multi_scale"] > 0)
     return TrainStep(
         detector,
         build_loss(cfg, detector.head),
@@ -232,4 +243,5 @@ def _train_step(
         clip=trainer["clip_grad_norm"],
         multi_scale=trainer["multi_scale"],
         seed=cfg["seed"],
+        network=network,
     )

@@ -1,0 +1,66 @@
+"""Another project's code that runs beside ours, in the Python that it is installed in."""
+
+import json
+import os
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from detkit.errors import DetkitError
+
+Ask = Callable[[str], Any]
+QUIET = {"YOLO_OFFLINE": "true", "YOLO_AUTOINSTALL": "false", "YOLO_VERBOSE": "false"}
+
+
+@contextmanager
+def start_peer(
+    python: str, script: str, arguments: Sequence[object], extra: Mapping[str, str] | None = None
+) -> Iterator[Ask]:
+    """Start a script in a peer's Python; yield a function that sends it a line and returns its answer.
+
+    The script answers each line of its standard input with a line of JSON on its standard output, after a first one
+    that says it is ready. It starts in a folder of its own, which goes with it.
+
+    Args:
+        python: of an environment with ultralytics.
+        extra: environment variables beside ours.
+
+    Raises:
+        DetkitError: it cannot be run, or ends; the sentence has the last it said.
+    """
+    with tempfile.TemporaryDirectory(prefix="detkit-peer-") as folder, (Path(folder) / "log").open("w+") as log:
+        try:
+            process = subprocess.Popen(
+                [python, "-c", script, *map(str, arguments)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+                cwd=folder,
+                env={**os.environ, **QUIET, "YOLO_CONFIG_DIR": folder, **(extra or {})},
+            )
+        except OSError as error:
+            raise DetkitError(f"peer={python} cannot be run: {error.strerror}") from None
+
+        def answer() -> Any:
+            line = process.stdout.readline()
+            if not line:
+                log.seek(0)
+                last = (log.read().strip().splitlines() or ["it ended"])[-1]
+                raise DetkitError(f"peer={python} must be a Python with ultralytics installed: {last}")
+            return json.loads(line)
+
+        def ask(line: str) -> Any:
+            with suppress(BrokenPipeError):  # it has ended: what it said last is the answer
+                print(line, file=process.stdin, flush=True)
+            return answer()
+
+        try:
+            answer()
+            yield ask
+        finally:
+            process.kill()
+            process.communicate()

@@ -1,0 +1,66 @@
+"""torch.compile for the network, and the way back where it fails."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from detkit.engine.distributed import largest_of_ranks
+from detkit.engine.health import Statistics
+from detkit.engine.measure import random_batch
+from detkit.engine.parts import train_mode
+from detkit.engine.precision import Precision
+from detkit.layers.sync_norm import SyncBatchNorm
+from detkit.models.detector import Detector
+
+
+def compile_network(
+    detector: Detector,
+    precision: Precision,
+    image_size: int,
+    batch_size: int,
+    tell: Callable[[str], None],
+    *,
+    dynamic: bool = False,
+) -> nn.Module:
+    """Return the detector as a module whose forward and backward pass are compiled, with the same parameters.
+
+    It is tried on a batch of noise, which takes a minute or more. Where that fails, for whatever reason, the detector
+    itself is returned, on every rank. Batches of another shape, such as an epoch's last, run uncompiled.
+
+    Args:
+        image_size, batch_size: of this rank's batches, the size in pixels.
+        tell: is given one line where it fails.
+        dynamic: compile for images of any size.
+    """
+    reason = ""
+    if any(isinstance(module, SyncBatchNorm) for module in detector.modules()):
+        reason = "trainer.sync_bn=true waits for other ranks within the network"
+    network = torch.compile(detector, dynamic=dynamic or None)
+    torch.compiler.set_stance("default")
+    try:
+        if not reason:
+            _try(network, detector, precision, image_size, batch_size)
+    except Exception as error:  # of any kind: Dynamo's, Inductor's, a C++ compiler's that is not there
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    if largest_of_ranks(int(bool(reason))):
+        tell(f"trainer.compile: the network runs uncompiled ({reason or 'compiling failed on another rank'})")
+        return detector
+    torch.compiler.set_stance("eager_on_recompile")
+    return network
+
+
+def _try(network: nn.Module, detector: Detector, precision: Precision, image_size: int, batch_size: int) -> None:
+    """Run one forward and backward pass of noise as a training does; of it the compiled code alone remains."""
+    train_mode(detector)
+    statistics = Statistics(detector)
+    before = statistics.copy()
+    with torch.random.fork_rng([precision.device] if precision.device.type == "cuda" else []):
+        images = random_batch(batch_size, (image_size, image_size), 1, 1).to(precision.device).images
+        images = images.contiguous(memory_format=torch.channels_last).float() / 255
+        with precision.autocast():
+            out = network(images)
+        outputs = [value for value in vars(out).values() if isinstance(value, Tensor) and value.requires_grad]
+        sum(value.float().mean() for value in outputs).backward()
+    detector.zero_grad()
+    statistics.keep_finite(before, torch.zeros((), dtype=torch.bool, device=precision.device))

@@ -1,0 +1,106 @@
+"""trainer.compile: the same numbers, no trace of the trial, and a way back. (Dynamo traces; Inductor takes minutes.)"""
+
+import copy
+from functools import partial
+
+import pytest
+import torch
+
+from detkit.api import create_model
+from detkit.engine.compile import compile_network
+from detkit.engine.parts import train_mode
+from detkit.engine.precision import Precision
+from detkit.layers.sync_norm import synchronise_norms
+
+CPU = torch.device("cpu")
+SMALL = ("backbone.columns=2", "backbone.layers=[1,1,1,1]", "backbone.channels=[16,32,48,64]")
+compile_for_real = torch.compile
+
+
+@pytest.fixture(autouse=True)
+def traced(monkeypatch):
+    """Compile by tracing alone, and leave torch as it was."""
+    monkeypatch.setattr(torch, "compile", partial(compile_for_real, backend="eager"))
+    yield
+    torch.compiler.set_stance("default")
+    torch._dynamo.reset()
+
+
+def make(amp: str = "off", **parts):
+    detector = create_model(num_classes=3, **parts)
+    said: list[str] = []
+    network = compile_network(detector, Precision.pick(amp, CPU), 64, 2, said.append)
+    return detector, network, said
+
+
+def gradients(network, detector, images, amp):
+    detector.zero_grad()
+    torch.manual_seed(1)  # for what is dropped
+    with Precision.pick(amp, CPU).autocast():
+        out = network(images)
+    (out.cls.float().square().mean() + out.reg.float().square().mean()).backward()
+    return {name: p.grad for name, p in detector.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize(
+    ("parts", "amp"),
+    [
+        ({"model": "yolov8n"}, "bf16"),
+        ({"model": "yolov8n", "backbone": "revcol_tiny", "overrides": SMALL}, "off"),
+        ({"model": "yolov8n", "backbone": "mobilenetv2", "neck": "repgd_n"}, "off"),
+        ({"model": "yolov8n_dynamicconv"}, "off"),
+        ({"model": "yolov5n_akconv"}, "off"),
+    ],
+    ids=lambda value: value.get("backbone", value["model"]) if isinstance(value, dict) else value,
+)
+def test_every_architecture_computes_the_same(parts, amp):
+    detector, network, said = make(amp, **parts)
+    assert said == []
+    assert network is not detector
+    plain = copy.deepcopy(detector)
+    images = torch.rand(2, 3, 64, 64).contiguous(memory_format=torch.channels_last)
+    train_mode(plain)
+    train_mode(detector)
+    with torch.compiler.set_stance("fail_on_recompile"):  # what was tried is what a training runs
+        found = gradients(network, detector, images, amp)
+    for name, expected in gradients(plain, plain, images, amp).items():
+        torch.testing.assert_close(found[name], expected, msg=name)
+
+
+def test_the_trial_leaves_no_trace():
+    detector = create_model("yolov8n", num_classes=3)
+    before, rng = copy.deepcopy(detector.state_dict()), torch.get_rng_state()
+    compile_network(detector, Precision.pick("off", CPU), 64, 2, print)
+    assert all(torch.equal(value, before[name]) for name, value in detector.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), rng)
+    assert all(p.grad is None for p in detector.parameters())
+
+
+def test_another_shape_runs_uncompiled():
+    detector, network, _ = make(model="yolov8n")
+    detector.eval()
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    images = torch.rand(1, 3, 96, 64)
+    torch.testing.assert_close(network(images).cls, detector(images).cls)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs
+
+
+def test_what_cannot_be_compiled_runs_as_it_is(monkeypatch):
+    def broken(graph, example_inputs):
+        raise RuntimeError("no compiler here\nand a long story")
+
+    monkeypatch.setattr(torch, "compile", partial(compile_for_real, backend=broken))
+    detector, network, said = make(model="yolov8n")
+    assert network is detector
+    assert len(said) == 1
+    assert "trainer.compile: the network runs uncompiled" in said[0]
+    assert "no compiler here" in said[0]
+    assert "\n" not in said[0]
+
+
+def test_synchronised_norms_are_not_compiled():
+    detector = create_model("yolov8n", num_classes=3)
+    synchronise_norms(detector)
+    said: list[str] = []
+    assert compile_network(detector, Precision.pick("off", CPU), 64, 2, said.append) is detector
+    assert "sync_bn" in said[0]
