@@ -217,6 +217,56 @@ def test_what_cannot_change_is_refused(whole_run, tmp_path, edit, arguments, sen
         go_on(tmp_path, *arguments)
 
 
+def test_auto_goes_on_or_begins(whole_run, overrides, tmp_path, monkeypatch, capsys):
+    """The same command three times: killed before anything is written, killed in the first epoch, finished."""
+    run_dir = tmp_path / "run"
+    command = [*overrides, f"run_dir={run_dir}", "resume=auto"]
+    monkeypatch.setattr(resume, "typed_keys", lambda: [key.partition("=")[0] for key in command])
+    run_dir.mkdir()
+    (run_dir / ".config.yaml.tmp").touch()
+    step = TrainStep.__call__
+    with monkeypatch.context() as patch, pytest.raises(KeyError):
+        patch.setattr(TrainStep, "__call__", lambda *a: step(*a) if a[2] < 4 else {}["killed"])
+        train.run(resolve(compose_config("train", command)))
+    train.run(resolve(compose_config("train", command)))
+    assert "going on after 0 of 2 epochs and 4 batches of the next" in capsys.readouterr().out
+    assert_same_run(run_dir, whole_run)
+    results = train.run(resolve(compose_config("train", command)))
+    assert results["last"]["epoch"] == 2
+    assert "all 2 epochs are done" in capsys.readouterr().out
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+@pytest.mark.parametrize(
+    ("command", "sentence"),
+    [
+        (["batch_size=8"], "holds another run: batch_size is 4 there, not 8 .*resume=auto is for the same command"),
+        (["model=yolov8s", "model.width=0.0625"], "holds another run: model.name is yolov8n there, not yolov8s"),
+        (["run_dir=null"], "resume=auto needs run_dir=DIR"),
+    ],
+)
+def test_auto_refuses_another_run(whole_run, overrides, command, sentence):
+    with pytest.raises(DetkitError, match=sentence):
+        train.run(resolve(compose_config("train", [*overrides, f"run_dir={whole_run}", "resume=auto", *command])))
+
+
+def test_auto_does_not_write_into_a_folder_of_something_else(overrides, tmp_path):
+    (tmp_path / "thesis.tex").touch()
+    with pytest.raises(DetkitError, match="is not empty"):
+        train.run(resolve(compose_config("train", [*overrides, f"run_dir={tmp_path}", "resume=auto"])))
+
+
+def test_auto_in_a_sweep(overrides, tmp_path):
+    """Each job has a folder of its own, found again by the same command."""
+    command = [sys.executable, TOOL, "-m", *overrides, "seed=0,1", "resume=auto", f"hydra.sweep.dir={tmp_path}/sweep"]
+    command += ["trainer.epochs=1", "amp=off"]
+    for _ in range(2):
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr
+        assert {path.name for path in (tmp_path / "sweep").iterdir() if path.is_dir()} == {"0_seed-0", "1_seed-1"}
+    assert done.stdout.count("all 1 epochs are done") == 2
+
+
 def test_a_folder_without_a_run_is_refused(tmp_path):
     with pytest.raises(DetkitError, match=r"is not a run's folder: config.yaml: No such file"):
         go_on(tmp_path)

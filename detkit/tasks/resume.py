@@ -11,6 +11,7 @@ from rich.console import Console
 from detkit.checks import check_values
 from detkit.engine.state import TrainState, read_state
 from detkit.errors import DetkitError
+from detkit.tasks.common import AUTO, named_folder
 
 CHANGEABLE = (
     *(f"trainer.{name}" for name in ("epochs", "patience", "max_bad_steps", "save_every", "keep_last")),
@@ -22,10 +23,11 @@ FREE = (*CHANGEABLE, "data.yaml", "run_dir", "resume", "plugins")
 
 def resumed_run(
     cfg: Mapping[str, Any], tell: Callable[[str], None]
-) -> tuple[Path, dict[str, Any], dict[str, Any] | None]:
+) -> tuple[Path | None, dict[str, Any], dict[str, Any] | None]:
     """Return what ``resume=RUN_DIR`` goes on with: the folder, the configuration, and the content of ``state.pt``.
 
-    The content is None where the run ended before anything was saved: then it begins anew.
+    The content is None where the run ended before anything was saved: then it begins anew. ``resume=auto`` is the same
+    command once more: without a run in its folder there is none to go on with, and the folder is None as well.
 
     Args:
         cfg: as the command line composed it.
@@ -34,20 +36,28 @@ def resumed_run(
     Raises:
         DetkitError: it cannot be resumed, or what was changed may not be.
     """
-    run_dir = Path(str(cfg["resume"]))
+    same_command = cfg["resume"] == AUTO
+    run_dir = named_folder(cfg) if same_command else Path(str(cfg["resume"]))
+    if run_dir is None:
+        raise DetkitError("resume=auto needs run_dir=DIR, a folder that every start of the run names")
+    if same_command and not (run_dir / "config.yaml").exists():
+        return None, dict(cfg), None
     saved = read_state(run_dir, tell)
-    own = resumed_config(run_dir, cfg, saved and saved["cfg"])
+    own = resumed_config(run_dir, cfg, saved and saved["cfg"], same_command)
     if saved is None:
         tell(f"nothing is saved in {run_dir} yet: the run begins anew")
     return run_dir, own, saved
 
 
-def resumed_config(run_dir: Path, cfg: Mapping[str, Any], saved: Mapping[str, Any] | None) -> dict[str, Any]:
+def resumed_config(
+    run_dir: Path, cfg: Mapping[str, Any], saved: Mapping[str, Any] | None, same_command: bool = False
+) -> dict[str, Any]:
     """Return the configuration of ``RUN_DIR/config.yaml``, with what the command line changes.
 
     Args:
         cfg: as the command line composed it; what it does not name does not count.
         saved: the configuration in ``state.pt``; None where nothing is saved yet.
+        same_command: ``cfg`` is all of the run's own, and may differ no more than the command line may change.
 
     Raises:
         DetkitError: there is no such file, or something else was changed, on the command line or in the file.
@@ -57,10 +67,12 @@ def resumed_config(run_dir: Path, cfg: Mapping[str, Any], saved: Mapping[str, An
     for key in cfg:
         if key not in own:
             raise DetkitError(f"{path} has no '{key}': it was written by another version of detkit")
+    if same_command:
+        _check_same_command(cfg, own, path)
     for key in typed_keys():
-        if key in ("resume", "plugins"):
-            continue
         if key not in CHANGEABLE:
+            if same_command or key in ("resume", "plugins"):
+                continue
             known = ", ".join(CHANGEABLE)
             raise DetkitError(f"{key} cannot change when a run is resumed: only {known} can, the rest is in {path}")
         *groups, name = key.split(".")
@@ -71,12 +83,34 @@ def resumed_config(run_dir: Path, cfg: Mapping[str, Any], saved: Mapping[str, An
     if own["plugins"] != cfg["plugins"]:  # never imported on a file's word
         raise DetkitError(f"{run_dir} was trained with plugins={own['plugins']}: pass the same")
     check_values(own)
-    if saved is not None:
-        now, then = dict(_flat(own)), dict(_flat(saved))
-        for key in [*then, *now]:
-            if key not in FREE and now.get(key, _ABSENT) != then.get(key, _ABSENT):
-                raise DetkitError(f"{path} was changed: {key} was {then.get(key)} when the state was saved")
+    if saved is not None and (difference := _difference(own, saved)):
+        key, _, then = difference
+        raise DetkitError(f"{path} was changed: {key} was {then} when the state was saved")
     return own
+
+
+def _check_same_command(cfg: Mapping[str, Any], own: Mapping[str, Any], path: Path) -> None:
+    """Check that a command means the run of ``config.yaml``, whose ``batch_size=auto`` is a number by now.
+
+    Raises:
+        DetkitError: names a key in which they differ.
+    """
+    mine = {**cfg, "batch_size": own["batch_size"]} if cfg["batch_size"] == "auto" else cfg
+    if difference := _difference(mine, own):
+        key, now, then = difference
+        raise DetkitError(
+            f"{path.parent} holds another run: {key} is {then} there, not {now} (resume=auto is for the same command "
+            f"once more): name another run_dir, or go on by resume={path.parent}, which takes all from its config.yaml"
+        )
+
+
+def _difference(now: Mapping[str, Any], then: Mapping[str, Any]) -> tuple[str, Any, Any] | None:
+    """Return the first key that differs, and may not, with both values."""
+    new, old = dict(_flat(now)), dict(_flat(then))
+    for key in [*old, *new]:
+        if key not in FREE and new.get(key, _ABSENT) != old.get(key, _ABSENT):
+            return key, new.get(key), old.get(key)
+    return None
 
 
 def tell_progress(state: TrainState, epochs: int, console: Console) -> None:
