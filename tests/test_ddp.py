@@ -1,5 +1,6 @@
 """Two processes against one: the same gradients, weights and metrics; and how a run of several ends."""
 
+import copy
 import csv
 import os
 import subprocess
@@ -10,7 +11,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
+from timm.layers import BatchNormAct2d
 from torch import nn
 
 import detkit
@@ -112,6 +115,9 @@ def be_a_rank(rank: int, folder: Path, root: Path) -> None:
     torch.distributed.init_process_group("gloo", f"file://{folder}/meet", world_size=2, rank=rank, timeout=limit)
     found = {case: train(*arguments) for case, arguments in CASES.items()}
     found["norm"] = normalise(SyncBatchNorm(3), slice(0, 2) if rank == 0 else slice(2, 5))
+    model = nn.Sequential(BatchNormAct2d(3))
+    synchronise_norms(model)
+    found["norm_act"] = normalise(model[0], slice(0, 2) if rank == 0 else slice(2, 5))
     found["predictions"] = predict(root)
     found["told"] = distributed.from_main(lambda: {"rank": distributed.rank()})
     found["lines"] = distributed.gather_lines([f"of {rank}"] * rank)
@@ -160,15 +166,32 @@ def test_two_ranks_train_as_one(ranks, case):
         assert difference(ranks[0][case][name], ranks[1][case][name]) == 0
 
 
-def test_statistics_are_those_of_all_ranks(ranks):
-    alone = normalise(nn.BatchNorm2d(3), slice(None))
-    found = [rank["norm"] for rank in ranks]
+@pytest.mark.parametrize(("case", "norm"), [("norm", nn.BatchNorm2d(3)), ("norm_act", BatchNormAct2d(3))])
+def test_statistics_are_those_of_all_ranks(ranks, case, norm):
+    alone = normalise(norm, slice(None))
+    found = [rank[case] for rank in ranks]
     torch.testing.assert_close(torch.cat([f["x"] for f in found]), alone["x"], atol=1e-5, rtol=1e-4)
     for name in ("grad_weight", "grad_bias"):
         torch.testing.assert_close(sum(f[name] for f in found), alone[name], atol=1e-4, rtol=1e-4)
     for name in ("running_mean", "running_var", "num_batches_tracked"):
         for f in found:
             torch.testing.assert_close(f[name], alone[name])
+
+
+@pytest.mark.parametrize("name", ["resnet18", "mobilenetv3_small_050"])
+def test_timm_s_norms_are_synchronised(name):
+    """All of them, names and output stay; one of a kind that cannot be is named."""
+    torch.manual_seed(0)
+    model = timm.create_model(name)
+    before, keys = copy.deepcopy(model).train(), list(model.state_dict())
+    synchronise_norms(model.train())
+    assert all(isinstance(m, SyncBatchNorm) for m in model.modules() if isinstance(m, nn.BatchNorm2d))
+    assert list(model.state_dict()) == keys
+    x = torch.randn(2, 3, 64, 64)
+    assert torch.equal(model.forward_features(x), before.forward_features(x))
+    model.global_pool = nn.BatchNorm1d(3)
+    with pytest.raises(DetkitError, match="cannot synchronise global_pool, a BatchNorm1d"):
+        synchronise_norms(model)
 
 
 def test_two_ranks_evaluate_as_one(ranks, shapes_root):
