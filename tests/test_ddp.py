@@ -2,6 +2,7 @@
 
 import copy
 import csv
+import json
 import os
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from timm.layers import BatchNormAct2d
 from torch import nn
 
 import detkit
+from detkit.config import compose_config, resolve
 from detkit.data.dataset import DetectionDataset, LetterboxDataset
 from detkit.data.loader import BatchLoader
 from detkit.data.shapes import read_shapes
@@ -30,6 +32,7 @@ from detkit.layers.sync_norm import SyncBatchNorm, synchronise_norms
 from detkit.models.detector import build_loss
 from detkit.ops.ranks import rank_count
 from detkit.structures import Origin, Sample
+from detkit.tasks import eval as eval_task
 
 ROOT = Path(__file__).parents[1]
 CASES = {  # model, batch norms, images of a batch
@@ -208,13 +211,13 @@ def test_rank_0_speaks_for_all(ranks):
     assert [rank["first"] for rank in ranks] == [False, True]
 
 
-def torchrun(folder: Path, *arguments: str, plugin: str = "") -> subprocess.CompletedProcess:
-    """Train by two ranks in ``folder``."""
+def torchrun(folder: Path, *arguments: str, plugin: str = "", tool: str = "train.py") -> subprocess.CompletedProcess:
+    """Run a tool by two ranks in ``folder``."""
     (folder / "my_plugin.py").write_text(plugin)
     path = os.pathsep.join((str(ROOT), str(folder)))
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path, "MASTER_ADDR": "localhost"}
     start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command = [*start, str(ROOT / "tools" / "train.py"), "plugins=[my_plugin]", "amp=off", *arguments]
+    command = [*start, str(ROOT / "tools" / tool), "plugins=[my_plugin]", "amp=off", *arguments]
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120)
 
 
@@ -230,6 +233,18 @@ def test_a_run_of_two_ranks_leaves_one_directory(tmp_path, train_overrides):
         assert [row["epoch"] for row in csv.DictReader(file)] == ["1", "2"]
     assert done.stdout.count("epoch 1/2") == done.stdout.count("writing to") == 1
     assert detkit.load(run_dir / "best.safetensors").class_names
+
+
+def test_eval_by_two_ranks_is_that_of_one(tmp_path, finished_run):
+    arguments = [f"ckpt={finished_run / 'last.safetensors'}", "device=cpu", "workers=0", "batch_size=3"]
+    done = torchrun(tmp_path, *arguments, "run_dir=two", tool="eval.py")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("written to") == 1
+    eval_task.run(resolve(compose_config("eval", [*arguments, f"run_dir={tmp_path / 'one'}"])))
+    for name in ("metrics.json", "predictions.json"):
+        one, two = (json.loads((tmp_path / folder / name).read_text()) for folder in ("one", "two"))
+        assert one == two
+    assert one
 
 
 FAULT = """
