@@ -21,6 +21,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import nn
 
 import detkit
+from detkit import cli
 from detkit.config import compose_config, resolve
 from detkit.data.augment import Augmentation, AugmentedDataset
 from detkit.data.dataset import DetectionDataset
@@ -188,7 +189,7 @@ def test_a_full_disk_keeps_what_was_saved(whole_run, tmp_path, monkeypatch, caps
     train.run(resolve(compose_config("train", [*overrides, f"run_dir={tmp_path / 'run'}"])))
     assert capsys.readouterr().out.count("cannot be saved (No space left on device): what was saved before") == 10
     monkeypatch.undo()
-    assert not list((tmp_path / "run").glob(".*"))
+    assert not list((tmp_path / "run").glob(".*.tmp"))
     assert read_state(tmp_path / "run", print)["state"]["step"] == 2
     monkeypatch.setattr(checkpoint.os, "fsync", full)  # now for every file
     with pytest.raises(DetkitError, match="No space left on device; make room there, then resume="):
@@ -215,6 +216,141 @@ def test_what_cannot_change_is_refused(whole_run, tmp_path, edit, arguments, sen
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(content))
     with pytest.raises(DetkitError, match=sentence):
         go_on(tmp_path, *arguments)
+
+
+def test_auto_goes_on_or_begins(whole_run, overrides, tmp_path, monkeypatch, capsys):
+    """The same command three times: killed before anything is written, killed in the first epoch, finished."""
+    run_dir = tmp_path / "run"
+    command = [*overrides, f"run_dir={run_dir}", "resume=auto"]
+    monkeypatch.setattr(resume, "typed_keys", lambda: [key.partition("=")[0] for key in command])
+    run_dir.mkdir()
+    (run_dir / ".config.yaml.tmp").touch()
+    step = TrainStep.__call__
+    with monkeypatch.context() as patch, pytest.raises(KeyError):
+        patch.setattr(TrainStep, "__call__", lambda *a: step(*a) if a[2] < 4 else {}["killed"])
+        train.run(resolve(compose_config("train", command)))
+    train.run(resolve(compose_config("train", command)))
+    assert "going on after 0 of 2 epochs and 4 batches of the next" in capsys.readouterr().out
+    assert_same_run(run_dir, whole_run)
+    results = train.run(resolve(compose_config("train", command)))
+    assert results["last"]["epoch"] == 2
+    assert "all 2 epochs are done" in capsys.readouterr().out
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+@pytest.mark.parametrize(
+    ("command", "sentence"),
+    [
+        (["batch_size=8"], "holds another run: batch_size is 4 there, not 8 .*resume=auto is for the same command"),
+        (["model=yolov8s", "model.width=0.0625"], "holds another run: model.name is yolov8n there, not yolov8s"),
+        (["run_dir=null"], "resume=auto needs run_dir=DIR"),
+    ],
+)
+def test_auto_refuses_another_run(whole_run, overrides, command, sentence):
+    with pytest.raises(DetkitError, match=sentence):
+        train.run(resolve(compose_config("train", [*overrides, f"run_dir={whole_run}", "resume=auto", *command])))
+
+
+def test_auto_does_not_write_into_a_folder_of_something_else(overrides, tmp_path):
+    (tmp_path / "thesis.tex").touch()
+    with pytest.raises(DetkitError, match="is not empty"):
+        train.run(resolve(compose_config("train", [*overrides, f"run_dir={tmp_path}", "resume=auto"])))
+
+
+def test_auto_in_a_sweep(overrides, tmp_path, monkeypatch, capsys):
+    """Each job has a folder of its own, found again by the same command."""
+    command = ["train", "-m", *overrides, "seed=0,1", "resume=auto", "hydra.sweep.dir=sweep", "trainer.epochs=1"]
+    monkeypatch.setattr(sys, "argv", command)
+    monkeypatch.chdir(tmp_path)
+    for _ in range(2):
+        cli.launch("train")
+        assert {path.name for path in (tmp_path / "sweep").iterdir() if path.is_dir()} == {"0_seed-0", "1_seed-1"}
+    assert capsys.readouterr().out.count("all 1 epochs are done") == 2
+
+
+def test_a_requeued_slurm_job_goes_on(whole_run, overrides, tmp_path, monkeypatch):
+    """Nobody names a folder; another run of the same job, and the same run in another job, are not mistaken for it."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    step = TrainStep.__call__
+
+    def start(job: str, name: str, fails: bool = False) -> None:
+        with monkeypatch.context() as patch:
+            patch.setenv("SLURM_JOB_ID", job)
+            patch.setattr(resume, "_overrides", lambda: [name])
+            patch.setattr(TrainStep, "__call__", lambda *a: step(*a) if not fails or a[2] < 4 else {}["killed"])
+            train.run(resolve(compose_config("train", overrides)))
+
+    for job, name in (("7", "mine"), ("7", "other"), ("8", "mine")):
+        with pytest.raises(KeyError):
+            start(job, name, fails=True)
+    folders = sorted((tmp_path / "runs" / "train").iterdir())
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    start("7", "mine")
+    assert sorted((tmp_path / "runs" / "train").iterdir()) == folders
+    assert_same_run(folders[0], whole_run)
+    assert all(not (folder / "history.csv").exists() for folder in folders[1:])
+
+
+HOLDER = """
+import fcntl, sys, time
+file = open(sys.argv[1], "a+")
+fcntl.lockf(file, fcntl.LOCK_EX)
+print("host7 1234", file=file, flush=True)
+print("held", flush=True)
+time.sleep(60)
+"""
+
+
+def test_two_processes_do_not_share_a_run_directory(whole_run, tmp_path, monkeypatch):
+    """A lock ends with its process; where the disk knows none, the run goes on."""
+    shutil.copytree(whole_run, tmp_path / "run", ignore=shutil.ignore_patterns(".lock"))
+    lock = tmp_path / "run" / ".lock"
+    with subprocess.Popen([sys.executable, "-c", HOLDER, lock], stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout.readline() == "held\n"
+        with pytest.raises(DetkitError, match=r"run is in use by process 1234 on host7: wait until that ends"):
+            go_on(tmp_path / "run")
+        holder.kill()
+    assert go_on(tmp_path / "run")["last"]["epoch"] == 2
+    assert lock.read_text().split()[1] == str(os.getpid())
+
+    def unknown(*_: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr("fcntl.lockf", unknown)
+    assert go_on(tmp_path / "run")["last"]["epoch"] == 2
+
+
+def test_a_signal_is_handed_over_to_somebody_s_handler(whole_run, overrides, tmp_path, monkeypatch):
+    """As submitit's are: SIGTERM is nothing to it, on SIGUSR2 it queues the job again and exits; both after a save."""
+    step, told = TrainStep.__call__, []
+
+    def requeue(signum: int, frame: object) -> None:
+        told.append((signum, read_state(tmp_path / "run", print)["state"]["step"]))
+        if signum == signal.SIGUSR2:
+            sys.exit(77)
+
+    def signalled(self: TrainStep, batch: object, number: int, epoch: int) -> dict:
+        for name in {2: ["SIGTERM"], 4: ["SIGUSR2", "SIGTERM"]}.get(number + 1, []):
+            os.kill(os.getpid(), getattr(signal, name))
+        return step(self, batch, number, epoch)
+
+    before = {signum: signal.signal(signum, requeue) for signum in (signal.SIGTERM, signal.SIGUSR2)}
+    try:
+        monkeypatch.setattr(TrainStep, "__call__", signalled)
+        with pytest.raises(SystemExit) as end:
+            arguments = [*overrides, "trainer.save_every=null", f"run_dir={tmp_path / 'run'}"]
+            train.run(resolve(compose_config("train", arguments)))
+        assert all(signal.getsignal(signum) is requeue for signum in before)
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+    assert end.value.code == 77
+    assert [at for signum, at in told if signum == signal.SIGTERM] == [2, 4]
+    assert told[-1][0] == signal.SIGUSR2
+    monkeypatch.undo()
+    go_on(tmp_path / "run", "trainer.save_every=1")
+    assert_same_run(tmp_path / "run", whole_run)
 
 
 def test_a_folder_without_a_run_is_refused(tmp_path):

@@ -224,11 +224,11 @@ class Trainer:
 
     def obey(self) -> None:
         """Between two batches: save and end the process, if a signal has asked for that, on whatever rank."""
-        self.stop.signum = largest_of_ranks(self.stop.signum or 0) or None
-        if self.stop.signum is not None:
+        signum = largest_of_ranks(self.stop.signum or 0)
+        if signum:
             self.save()
             wait()
-            self.stop.obey()
+            self.stop.obey(signum)
 
     def progress_line(self, left: int) -> str:
         """Return what stands beside the bar, with ``left`` batches of the run to come."""

@@ -23,26 +23,33 @@ from detkit.data.problems import LEFT_OUT, MENDED, ProblemLog
 from detkit.errors import DetkitError
 from detkit.registry import DATASETS
 
+AUTO = "auto"  # resume=auto: go on with the run in the named folder, if there is one
 # Keys of data that are no arguments of its reader.
 DATA_OPTIONS = ("preset", "strict", "cache", "sampling", "repeat_threshold", "tiles")
 
 
 def make_run_dir(cfg: Mapping[str, Any], task: str, name: str) -> Path:
-    """Create and return the run directory: ``run_dir``, or a new one under ``runs/TASK`` named after the run.
+    """Create and return the run directory: ``named_folder``, or a new one under ``runs/TASK`` named after the run.
 
     Raises:
-        DetkitError: ``run_dir`` holds files already; nothing is overwritten.
+        DetkitError: ``run_dir`` holds files already; nothing is overwritten. Hidden files do not count: a run that was
+            killed at its very start leaves them.
     """
+    path = named_folder(cfg)
     try:
-        if cfg["run_dir"] is None:
-            return _new_folder(_sweep_folder() or Path("runs") / task / f"{name}_{time.strftime('%Y%m%d-%H%M%S')}")
-        path = Path(str(cfg["run_dir"]))
-        if path.is_dir() and any(path.iterdir()):
+        if path is None or (cfg["run_dir"] is None and cfg.get("resume") != AUTO):
+            return _new_folder(path or Path("runs") / task / f"{name}_{time.strftime('%Y%m%d-%H%M%S')}")
+        if path.is_dir() and any(not file.name.startswith(".") for file in path.iterdir()):
             raise DetkitError(f"run_dir={path} is not empty: name another folder, or remove it")
         path.mkdir(parents=True, exist_ok=True)
         return path
     except OSError as error:
         raise DetkitError(f"cannot create the run directory {error.filename}: {error.strerror}") from None
+
+
+def named_folder(cfg: Mapping[str, Any]) -> Path | None:
+    """Return the run directory that the command names: ``run_dir``, or in a sweep the job's; None if it names none."""
+    return _sweep_folder() if cfg["run_dir"] is None else Path(str(cfg["run_dir"]))
 
 
 def checkpoint_name(ckpt: object) -> str:

@@ -1,5 +1,6 @@
 """Going on with a run: its own configuration, and what the command line may change in it."""
 
+import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -9,8 +10,11 @@ from hydra.core.hydra_config import HydraConfig
 from rich.console import Console
 
 from detkit.checks import check_values
+from detkit.engine.lock import find_job
+from detkit.engine.meeting import recall
 from detkit.engine.state import TrainState, read_state
 from detkit.errors import DetkitError
+from detkit.tasks.common import AUTO, named_folder
 
 CHANGEABLE = (
     *(f"trainer.{name}" for name in ("epochs", "patience", "max_bad_steps", "save_every", "keep_last")),
@@ -20,34 +24,66 @@ CHANGEABLE = (
 FREE = (*CHANGEABLE, "data.yaml", "run_dir", "resume", "plugins")
 
 
+def job_name() -> str:
+    """Return the same line at every start of a run by one job of SLURM's or torchrun's: what the command chose."""
+    return " ".join([os.environ.get("SLURM_JOB_ID", ""), *_overrides()]).strip()
+
+
+def restarted_run(cfg: Mapping[str, Any]) -> Path | None:
+    """Return the folder of the run that this job was in when torchrun restarted its processes, or SLURM requeued it.
+
+    None: this is the first start, or the one before had no folder yet.
+
+    Raises:
+        DetkitError: torchrun's other processes do not come.
+    """
+    told = recall(job_name(), cfg["trainer"]["rank_timeout"])
+    if told is not None:
+        return Path(told)
+    if os.environ.get("SLURM_RESTART_COUNT", "0") == "0":
+        return None
+    return named_folder(cfg) or find_job(Path("runs") / "train", job_name())
+
+
 def resumed_run(
-    cfg: Mapping[str, Any], tell: Callable[[str], None]
-) -> tuple[Path, dict[str, Any], dict[str, Any] | None]:
+    cfg: Mapping[str, Any], restarted: Path | None, tell: Callable[[str], None]
+) -> tuple[Path | None, dict[str, Any], dict[str, Any] | None]:
     """Return what ``resume=RUN_DIR`` goes on with: the folder, the configuration, and the content of ``state.pt``.
 
-    The content is None where the run ended before anything was saved: then it begins anew.
+    The content is None where the run ended before anything was saved: then it begins anew. ``resume=auto`` is the same
+    command once more: the folder is the one it names, and None where that holds no run yet.
 
     Args:
         cfg: as the command line composed it.
+        restarted: the folder of this job's earlier start, if there was one; that implies ``resume=auto``.
         tell: is given sentences about damaged files.
 
     Raises:
         DetkitError: it cannot be resumed, or what was changed may not be.
     """
-    run_dir = Path(str(cfg["resume"]))
+    same_command = cfg["resume"] in (None, AUTO)
+    run_dir = (restarted or named_folder(cfg)) if same_command else Path(str(cfg["resume"]))
+    if run_dir is None and not {"TORCHELASTIC_RUN_ID", "SLURM_JOB_ID"} & os.environ.keys():
+        raise DetkitError("resume=auto needs run_dir=DIR, a folder that every start of the run names")
+    if same_command and (run_dir is None or not (run_dir / "config.yaml").exists()):
+        own_folder = restarted if restarted is not None and restarted.is_dir() else None
+        return own_folder, {**cfg, "resume": AUTO}, None
     saved = read_state(run_dir, tell)
-    own = resumed_config(run_dir, cfg, saved and saved["cfg"])
+    own = resumed_config(run_dir, cfg, saved and saved["cfg"], same_command)
     if saved is None:
         tell(f"nothing is saved in {run_dir} yet: the run begins anew")
     return run_dir, own, saved
 
 
-def resumed_config(run_dir: Path, cfg: Mapping[str, Any], saved: Mapping[str, Any] | None) -> dict[str, Any]:
+def resumed_config(
+    run_dir: Path, cfg: Mapping[str, Any], saved: Mapping[str, Any] | None, same_command: bool = False
+) -> dict[str, Any]:
     """Return the configuration of ``RUN_DIR/config.yaml``, with what the command line changes.
 
     Args:
         cfg: as the command line composed it; what it does not name does not count.
         saved: the configuration in ``state.pt``; None where nothing is saved yet.
+        same_command: ``cfg`` is all of the run's own, and may differ no more than the command line may change.
 
     Raises:
         DetkitError: there is no such file, or something else was changed, on the command line or in the file.
@@ -57,10 +93,12 @@ def resumed_config(run_dir: Path, cfg: Mapping[str, Any], saved: Mapping[str, An
     for key in cfg:
         if key not in own:
             raise DetkitError(f"{path} has no '{key}': it was written by another version of detkit")
+    if same_command:
+        _check_same_command(cfg, own, path)
     for key in typed_keys():
-        if key in ("resume", "plugins"):
-            continue
         if key not in CHANGEABLE:
+            if same_command or key in ("resume", "plugins"):
+                continue
             known = ", ".join(CHANGEABLE)
             raise DetkitError(f"{key} cannot change when a run is resumed: only {known} can, the rest is in {path}")
         *groups, name = key.split(".")
@@ -71,12 +109,34 @@ def resumed_config(run_dir: Path, cfg: Mapping[str, Any], saved: Mapping[str, An
     if own["plugins"] != cfg["plugins"]:  # never imported on a file's word
         raise DetkitError(f"{run_dir} was trained with plugins={own['plugins']}: pass the same")
     check_values(own)
-    if saved is not None:
-        now, then = dict(_flat(own)), dict(_flat(saved))
-        for key in [*then, *now]:
-            if key not in FREE and now.get(key, _ABSENT) != then.get(key, _ABSENT):
-                raise DetkitError(f"{path} was changed: {key} was {then.get(key)} when the state was saved")
+    if saved is not None and (difference := _difference(own, saved)):
+        key, _, then = difference
+        raise DetkitError(f"{path} was changed: {key} was {then} when the state was saved")
     return own
+
+
+def _check_same_command(cfg: Mapping[str, Any], own: Mapping[str, Any], path: Path) -> None:
+    """Check that a command means the run of ``config.yaml``, whose ``batch_size=auto`` is a number by now.
+
+    Raises:
+        DetkitError: names a key in which they differ.
+    """
+    mine = {**cfg, "batch_size": own["batch_size"]} if cfg["batch_size"] == "auto" else cfg
+    if difference := _difference(mine, own):
+        key, now, then = difference
+        raise DetkitError(
+            f"{path.parent} holds another run: {key} is {then} there, not {now} (resume=auto is for the same command "
+            f"once more): name another run_dir, or go on by resume={path.parent}, which takes all from its config.yaml"
+        )
+
+
+def _difference(now: Mapping[str, Any], then: Mapping[str, Any]) -> tuple[str, Any, Any] | None:
+    """Return the first key that differs, and may not, with both values."""
+    new, old = dict(_flat(now)), dict(_flat(then))
+    for key in [*old, *new]:
+        if key not in FREE and new.get(key, _ABSENT) != old.get(key, _ABSENT):
+            return key, new.get(key), old.get(key)
+    return None
 
 
 def tell_progress(state: TrainState, epochs: int, console: Console) -> None:
@@ -90,9 +150,11 @@ def tell_progress(state: TrainState, epochs: int, console: Console) -> None:
 
 def typed_keys() -> list[str]:
     """Return the keys and groups that the command line names."""
-    if not HydraConfig.initialized():
-        return []
-    return [override.lstrip("+~").partition("=")[0] for override in HydraConfig.get().overrides.task]
+    return [override.lstrip("+~").partition("=")[0] for override in _overrides()]
+
+
+def _overrides() -> list[str]:
+    return list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else []
 
 
 def _read_config(path: Path) -> dict[str, Any]:
