@@ -10,10 +10,19 @@ import hydra
 from omegaconf import DictConfig
 
 from detkit.checks import check_values
-from detkit.config import CONFIG_ERRORS, GROUP_ERROR, check_known, config_dir, explain, import_plugins, resolve
+from detkit.config import (
+    CONFIG_ERRORS,
+    GROUP_ERROR,
+    check_known,
+    config_dir,
+    explain,
+    import_plugins,
+    resolve,
+)
 from detkit.engine.distributed import first_to_say, leave, mistake_elsewhere
 from detkit.errors import DetkitError, nearest
 from detkit.report.console import make_console
+from detkit.tasks.sweep import finish_sweep, in_sweep, prepare_job, run_job
 
 TASKS = {
     "train": "train a detector: detkit train model=yolov8n data=coco data.root=DIR",
@@ -35,12 +44,10 @@ def launch(task: str) -> None:
 
     @hydra.main(version_base="1.3", config_path=str(config_dir()), config_name=task)
     def main(cfg: DictConfig) -> None:
+        if in_sweep():
+            return run_job(lambda: _perform(task, run, cfg))
         try:
-            resolved = resolve(cfg)
-            check_known(resolved, task)
-            check_values(resolved)
-            import_plugins(resolved["plugins"])
-            run(resolved)
+            _perform(task, run, cfg)
         except DetkitError as error:
             _exit(str(error))
         except Exception:
@@ -49,8 +56,13 @@ def launch(task: str) -> None:
             raise
 
     try:
-        main()
-        leave()
+        try:
+            main()
+            leave()
+        finally:
+            status = finish_sweep()
+        if status:
+            sys.exit(status)
     except CONFIG_ERRORS as error:
         _exit(explain(error, task, sys.argv[1:]))
     except ValueError as error:
@@ -73,6 +85,17 @@ def main() -> None:
         _exit(f"there is no task '{task}': known are {', '.join(TASKS)}{nearest(task, TASKS)}")
     sys.argv[0:2] = [f"{Path(sys.argv[0]).name} {task}"]
     launch(task)
+
+
+def _perform(task: str, run: Callable[[dict], object], cfg: DictConfig) -> object:
+    """Check a composed configuration and run the task with it; return what it returns."""
+    resolved = resolve(cfg)
+    check_known(resolved, task)
+    check_values(resolved)
+    import_plugins(resolved["plugins"])
+    if in_sweep():
+        prepare_job(resolved)
+    return run(resolved)
 
 
 def _exit(sentence: str) -> None:

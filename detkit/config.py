@@ -86,6 +86,9 @@ def explain(error: Exception, name: str, overrides: Sequence[str] = ()) -> str:
     text = str(error)
     if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options:
         group, _, option = str(error.missing_cfg_file).rpartition("/")
+        if group == "hydra/launcher" and option in ("joblib", "submitit_slurm", "submitit_local"):
+            plugin = f"hydra-{option.partition('_')[0]}-launcher"
+            return f"{group} needs {plugin}, which is not installed: pip install 'detkit[sweeps]'"
         if group == "loss" and not any(override.startswith("loss=") for override in overrides):
             known = ", ".join(error.options)
             return f"head={option} brings no loss of its own (loss/{option}.yaml): add loss=NAME, known are {known}"

@@ -263,7 +263,7 @@ def test_auto_in_a_sweep(overrides, tmp_path):
     for _ in range(2):
         done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
         assert done.returncode == 0, done.stderr
-        assert {path.name for path in (tmp_path / "sweep").iterdir() if path.is_dir()} == {"0_seed-0", "1_seed-1"}
+        assert {path.name for path in (tmp_path / "sweep").glob("[0-9]*")} == {"0_seed-0", "1_seed-1"}
     assert done.stdout.count("all 1 epochs are done") == 2
 
 
