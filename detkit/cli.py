@@ -26,6 +26,7 @@ from detkit.tasks.sweep import finish_sweep, in_sweep, prepare_job, run_job
 
 TASKS = {
     "train": "train a detector: detkit train model=yolov8n data=coco data.root=DIR",
+    "tune": "search for the best settings with Optuna: detkit tune 'search={optim.lr: {low: 1e-4, high: 1e-2}}'",
     "eval": "COCO metrics of a checkpoint: detkit eval ckpt=FILE",
     "predict": "find objects in pictures: detkit predict ckpt=FILE source=FILE_OR_FOLDER",
     "check": "try a composition on this machine: detkit check model=yolov8n backbone=revcol_tiny",

@@ -5,9 +5,9 @@ import json
 import re
 import shlex
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from hydra.core.hydra_config import HydraConfig
@@ -76,8 +76,13 @@ def sweep_folder() -> Path | None:
     # The folder Hydra made at the start; hydra.sweep.dir would tell the time anew for every job.
     sweep = Path(hydra.runtime.output_dir)
     chosen = [override for override in hydra.overrides.task if override.partition("=")[0] in _swept_keys(sweep)]
-    choices = re.sub(r"[^\w.+-]+", "-", "_".join(chosen)).strip("-")[:100]
-    return sweep / f"{hydra.job.num}_{choices}"
+    return sweep / numbered_name(hydra.job.num, chosen)
+
+
+def numbered_name(number: int, choices: Sequence[str]) -> str:
+    """Return a folder's name of a number and what was chosen, such as ``3_seed-1_backbone-revcol_tiny``."""
+    words = re.sub(r"[^\w.+-]+", "-", "_".join(choices)).strip("-")[:100]
+    return f"{number}_{words}"
 
 
 def _swept_keys(sweep: Path) -> set[str]:
@@ -86,6 +91,24 @@ def _swept_keys(sweep: Path) -> set[str]:
     arguments = [*hydra.overrides.task, *(f"{key}={values}" for key, values in (hydra.sweeper.params or {}).items())]
     parsed = OverridesParser.create().parse_overrides(arguments)
     return {override.get_key_element() for override in parsed if override.is_sweep_override()}
+
+
+def lock_file(path: Path, wait: bool = False) -> IO[str] | None:
+    """Return a file that is locked until it is closed, or this process ends; loader processes do not inherit that.
+
+    None: another process has it (with ``wait`` that is waited for), or this disk or system knows no locks.
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return None
+    file = open(path, "a")  # noqa: SIM115  (whoever called closes it)
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        file.close()
+        return None
+    return file
 
 
 def _new_folder(path: Path) -> Path:

@@ -13,7 +13,7 @@ import platform
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from hydra.core.hydra_config import HydraConfig
@@ -26,7 +26,7 @@ from detkit.engine.checkpoint import write_atomically
 from detkit.errors import DetkitError
 from detkit.report.console import make_console
 from detkit.report.tables import print_rows
-from detkit.tasks.common import AUTO, sweep_folder
+from detkit.tasks.common import AUTO, lock_file, sweep_folder
 
 RECORDS = ".jobs"
 COLUMNS = ("job", "AP", "AP50", "best_epoch", "epochs", "status", "error", "folder")
@@ -175,18 +175,11 @@ def _parallel_jobs() -> int:
 @functools.cache
 def _own_slot(slots: int) -> int:
     """Return a number below ``slots`` that no other process of the sweep has until this one ends."""
-    import fcntl  # not on Windows
-
     for slot in range(slots):
-        file = open(sweep_folder().parent / RECORDS / f"slot{slot}", "w")  # noqa: SIM115
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            file.close()
-        else:
+        if file := lock_file(sweep_folder().parent / RECORDS / f"slot{slot}"):
             _kept.append(file)
             return slot
     return 0
 
 
-_kept: list[io.TextIOBase] = []  # open, and so locked, as long as the process lives
+_kept: list[IO[str]] = []  # open, and so locked, as long as the process lives
