@@ -123,12 +123,12 @@ def check_known(cfg: Mapping[str, Any], name: str) -> None:
 
 def _known_keys(name: str, overrides: Sequence[str]) -> list[str]:
     """Every dotted key of a configuration with the groups that ``overrides`` choose, and the groups themselves."""
-    text = (config_dir() / f"{name}.yaml").read_text()
-    groups = [path.name for path in config_dir().iterdir() if path.is_dir() and f"- {path.name}:" in text]
-    choices = [
-        o for o in overrides for g, _, option in [o.partition("=")] if g in groups and option in group_options(g)
-    ]
     with _hydra():
+        chosen = compose(name, return_hydra_config=True).hydra.runtime.choices
+        groups = [group for group in chosen if "/" not in group]
+        choices = [
+            o for o in overrides for g, _, option in [o.partition("=")] if g in groups and option in group_options(g)
+        ]
         cfg = compose(name, choices)
     keys: list[str] = []
 

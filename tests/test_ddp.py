@@ -17,7 +17,7 @@ import detkit
 from detkit.data.dataset import DetectionDataset, LetterboxDataset
 from detkit.data.loader import BatchLoader
 from detkit.data.shapes import read_shapes
-from detkit.engine import distributed
+from detkit.engine import distributed, meeting
 from detkit.engine.evaluator import evaluate
 from detkit.engine.optim import Recipe, Schedule
 from detkit.engine.precision import Precision
@@ -234,18 +234,32 @@ def test_a_rank_that_fails_ends_the_run(tmp_path, train_overrides, raised):
 
 
 def test_slurm_s_variables_are_understood():
-    given = {"SLURM_PROCID": "5", "SLURM_LOCALID": "1", "SLURM_NTASKS": "8", "SLURM_JOB_ID": "123"}
-    environment = given | {"SLURM_NODELIST": "gpu[003-007,9],login1"}
-    distributed.take_slurm_variables(environment)
+    given = {"SLURM_PROCID": "5", "SLURM_LOCALID": "1", "SLURM_STEP_NUM_TASKS": "8", "SLURM_JOB_ID": "123"}
+    environment = given | {"SLURM_NODELIST": "gpu[003-007,9],login1", "SLURM_NTASKS": "16"}
+    meeting.take_slurm_variables(environment)
     found = {name: environment[name] for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")}
     expected = {"RANK": "5", "LOCAL_RANK": "1", "WORLD_SIZE": "8", "MASTER_ADDR": "gpu003", "MASTER_PORT": "20123"}
     assert found == expected
-    for single in (given | {"SLURM_NTASKS": "1"}, given | {"RANK": "0"}, {}):
-        before = dict(single)
-        distributed.take_slurm_variables(single)
-        assert single == before
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {},
+        {"SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_STEP_NUM_TASKS": "1"},  # srun --ntasks=1
+        {"SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_STEP_NUM_TASKS": "2", "RANK": "0"},  # srun torchrun
+        {"SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NTASKS": "8"},  # sbatch --ntasks=8, and no srun
+        {"SLURM_NTASKS": "8", "SLURM_JOB_ID": "1"},  # salloc
+        # the interactive step of salloc
+        {"SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NTASKS": "8", "SLURM_STEP_NUM_TASKS": "1"},
+    ],
+)
+def test_slurm_starts_one_process(environment):
+    before = dict(environment)
+    meeting.take_slurm_variables(environment)
+    assert environment == before
 
 
 @pytest.mark.parametrize(("nodes", "first"), [("a", "a"), ("b1,b2", "b1"), ("r[2-3]n[01,04],x", "r2n01")])
 def test_the_first_host_of_a_list(nodes, first):
-    assert distributed.first_host(nodes) == first
+    assert meeting.first_host(nodes) == first

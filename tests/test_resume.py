@@ -188,7 +188,7 @@ def test_a_full_disk_keeps_what_was_saved(whole_run, tmp_path, monkeypatch, caps
     train.run(resolve(compose_config("train", [*overrides, f"run_dir={tmp_path / 'run'}"])))
     assert capsys.readouterr().out.count("cannot be saved (No space left on device): what was saved before") == 10
     monkeypatch.undo()
-    assert not list((tmp_path / "run").glob(".*"))
+    assert not list((tmp_path / "run").glob(".*.tmp"))
     assert read_state(tmp_path / "run", print)["state"]["step"] == 2
     monkeypatch.setattr(checkpoint.os, "fsync", full)  # now for every file
     with pytest.raises(DetkitError, match="No space left on device; make room there, then resume="):

@@ -1,7 +1,6 @@
-"""Several processes that train as one: who they are, and how they talk outside of the gradients.
+"""Several processes that train as one, and how they talk outside of the gradients; meeting.py says who they are.
 
-torchrun says by RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT who a process is; SLURM's srun by variables
-of its own. Without them there is one process, no group, and every function here does nothing.
+With one process there is no group, and every function here does nothing.
 
 Sums of tensors go through the default group, whose ranks may wait for one another for ``trainer.rank_timeout`` seconds.
 What rank 0 does for all (a directory's name, COCO's metrics) goes through a second one, on the CPU, with more patience.
@@ -9,8 +8,6 @@ A process that dies closes its connections, which the others see at once in both
 """
 
 import json
-import os
-import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -21,6 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from detkit.engine.meeting import Place, current_store, first_of_node, meet, part
 from detkit.engine.precision import pick_device
 from detkit.errors import DetkitError
 from detkit.ops.ranks import rank_count
@@ -28,7 +26,6 @@ from detkit.ops.ranks import rank_count
 PATIENCE = timedelta(hours=2)  # for rank 0: it may read a large set for the first time
 
 _patient: dist.ProcessGroup | None = None  # None: the default group
-_store: dist.Store | None = None
 
 
 def rank() -> int:
@@ -51,57 +48,33 @@ def join(device: str, timeout: float) -> torch.device:
     Raises:
         DetkitError: variables are missing or malformed, there is no GPU left for this rank, or the others do not come.
     """
-    global _patient, _store
-    take_slurm_variables(os.environ)
-    ranks, own, local = (_variable(name) for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK"))
-    if ranks == 1:
+    global _patient
+    place = Place.find()
+    if place.ranks == 1:
         return pick_device(device)
-    picked = _device_of_rank(device, local)
+    picked = _device_of_rank(device, place.local)
     if dist.is_initialized():  # an earlier job of a sweep
         return picked
     wait = timedelta(seconds=timeout)
+    store = meet(timeout)
     try:
-        _store, _, _ = next(dist.rendezvous("env://", timeout=wait))
         backend = "nccl" if picked.type == "cuda" else "gloo"
-        dist.init_process_group(backend, store=_store, rank=own, world_size=ranks, timeout=wait)
+        dist.init_process_group(backend, store=store, rank=place.rank, world_size=place.ranks, timeout=wait)
         _patient = dist.new_group(backend="gloo", timeout=PATIENCE)
     except (dist.DistError, RuntimeError, ValueError) as error:
-        reason = str(error).partition("\n")[0]
-        raise DetkitError(
-            f"rank {own} of {ranks} does not reach the others: start all of them, by torchrun or srun ({reason})"
-        ) from None
-    if own:
+        raise place.unreachable(error) from None
+    if place.rank:
         warnings.filterwarnings("ignore")  # rank 0 says the same
     return picked
 
 
 def leave() -> None:
     """Leave the process group, if there is one."""
-    global _patient, _store
+    global _patient
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
-    _patient = _store = None
-
-
-def take_slurm_variables(environment: dict[str, str]) -> None:
-    """Where srun started several tasks and no torchrun did, set torchrun's variables from SLURM's, in place.
-
-    MASTER_ADDR is the first host of the job, MASTER_PORT follows from its number, so that two jobs differ.
-    """
-    needed = ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NTASKS")
-    if "RANK" in environment or any(name not in environment for name in needed) or environment["SLURM_NTASKS"] == "1":
-        return
-    for name, theirs in zip(("RANK", "LOCAL_RANK", "WORLD_SIZE"), needed, strict=True):
-        environment[name] = environment[theirs]
-    nodes = environment.get("SLURM_STEP_NODELIST") or environment.get("SLURM_NODELIST")
-    nodes = nodes or environment.get("SLURM_JOB_NODELIST", "localhost")
-    environment.setdefault("MASTER_ADDR", first_host(nodes))
-    environment.setdefault("MASTER_PORT", str(20_000 + int(environment.get("SLURM_JOB_ID", 0)) % 20_000))
-
-
-def first_host(nodes: str) -> str:
-    """Return the first host of a SLURM list such as ``gpu[003-007,9],login1``: ``gpu003``."""
-    return re.sub(r"\[(\w+)[^\]]*\]", r"\1", nodes).partition(",")[0]
+    _patient = None
+    part()
 
 
 def share_batch(batch_size: int) -> int:
@@ -210,30 +183,22 @@ def gather_lines(lines: Sequence[str]) -> list[str]:
 
 def first_to_say(sentence: str) -> bool:
     """Whether no other rank has said ``sentence`` before this run ended by it; before they met, one a node does."""
-    if _store is None:
-        return (os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or "0") == "0"
+    store = current_store()
+    if store is None:
+        return first_of_node()
     with suppress(dist.DistError, RuntimeError):
-        _store.set("mistake", "")
-        return _store.add(f"said {sentence}", 1) == 1
+        store.set("mistake", "")
+        return store.add(f"said {sentence}", 1) == 1
     return is_main()  # the store went with rank 0's process, or another's agent
 
 
 def mistake_elsewhere() -> bool:
     """Whether another rank has ended by a user's mistake, and said so: losing it is not a fault of this one."""
+    store = current_store()
     try:
-        return _store is not None and _store.check(["mistake"])
+        return store is not None and store.check(["mistake"])
     except (dist.DistError, RuntimeError):  # the store went with rank 0, which has said why
         return True
-
-
-def _variable(name: str) -> int:
-    """Return one of torchrun's variables; without WORLD_SIZE there is one process, without LOCAL_RANK one a node."""
-    if "WORLD_SIZE" not in os.environ:
-        return int(name == "WORLD_SIZE")
-    text = os.environ.get(name, "0" if name == "LOCAL_RANK" else "")
-    if not text.isdecimal() or text == "0" == os.environ["WORLD_SIZE"]:
-        raise DetkitError(f"WORLD_SIZE={os.environ['WORLD_SIZE']}, but {name}={text}: start the ranks by torchrun")
-    return int(text)
 
 
 def _device_of_rank(device: str, local: int) -> torch.device:

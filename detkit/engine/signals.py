@@ -5,44 +5,59 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import Any
 
 SIGNALS = ("SIGTERM", "SIGUSR1", "SIGINT")
+FOREIGN = "SIGUSR2"  # noted only where somebody's handler waits for it: submitit's requeues the job and exits
 
 
 class StopRequest:
-    """Whether a signal has asked for the end.
-
-    Attributes:
-        signum: the first signal's number; None: there was none.
-    """
+    """Whether signals have asked for the end."""
 
     def __init__(self) -> None:
-        self.signum: int | None = None
+        self.asked: set[int] = set()
+        self.before: dict[int, Any] = {}  # handlers that were there
+
+    @property
+    def signum(self) -> int | None:
+        """The largest number of a signal that has asked; None: none has."""
+        return max(self.asked, default=None)
 
     @contextmanager
     def watch(self) -> Iterator[None]:
-        """Note the first of SIGTERM, SIGUSR1 and SIGINT; the same signal again has its usual effect.
+        """Note SIGTERM, SIGUSR1 and SIGINT, and SIGUSR2 where there is a handler for it; the same signal again has its
+        usual effect.
 
         Only the main thread can; in another one nothing is noted.
         """
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        before = {signum: signal.getsignal(signum) for name in SIGNALS if (signum := getattr(signal, name, None))}
-
-        def note(signum: int, frame: FrameType | None) -> None:
-            self.signum = self.signum or signum
-            signal.signal(signum, before[signum])
-
-        for signum in before:
-            signal.signal(signum, note)
+        known = [signum for name in (*SIGNALS, FOREIGN) if (signum := getattr(signal, name, None))]
+        handlers = {signum: signal.getsignal(signum) for signum in known}
+        self.before = {k: h for k, h in handlers.items() if signal.Signals(k).name in SIGNALS or callable(h)}
+        for signum in self.before:
+            signal.signal(signum, self._note)
         try:
             yield
         finally:
-            for signum, handler in before.items():
+            for signum, handler in self.before.items():
                 signal.signal(signum, handler)
 
-    def obey(self) -> None:
-        """End the process, if that was asked for, with the status that schedulers know: 128 and the signal's number."""
-        if self.signum is not None:
-            raise SystemExit(128 + self.signum)
+    def obey(self, signum: int) -> None:
+        """End the process with the status that schedulers know: 128 and the signal's number.
+
+        Where somebody had installed a handler for the signal before, it is handed over to that instead; should the
+        handler return, so does this, and the signal may come again.
+        """
+        self.asked.discard(signum)
+        handler = self.before.get(signum)
+        if not callable(handler) or handler is signal.default_int_handler:
+            raise SystemExit(128 + signum)
+        signal.signal(signum, handler)
+        handler(signum, None)
+        signal.signal(signum, self._note)
+
+    def _note(self, signum: int, frame: FrameType | None) -> None:
+        self.asked.add(signum)
+        signal.signal(signum, self.before[signum])

@@ -39,7 +39,7 @@ class Trainer:
         train_loader, val_loader: batches; ``annotations`` are the validation set's.
         epochs: of the run.
         max_bad_steps: stop after this many optimizer steps in a row that were skipped.
-        stop_early: gives a reason to train no more, or None, as ``no_better`` does; asked before each epoch and at the end.
+        stop_early: gives a reason to train no more, or None, as ``no_better`` does; asked between epochs and at the end.
         run_dir: an existing folder for everything that is written.
         log: where numbers and pictures go.
         state: where the run stands.
@@ -219,11 +219,11 @@ class Trainer:
 
     def obey(self) -> None:
         """Between two batches: save and end the process, if a signal has asked for that, on whatever rank."""
-        self.stop.signum = largest_of_ranks(self.stop.signum or 0) or None
-        if self.stop.signum is not None:
+        signum = largest_of_ranks(self.stop.signum or 0)
+        if signum:
             self.save()
             wait()
-            self.stop.obey()
+            self.stop.obey(signum)
 
     def progress_line(self, left: int) -> str:
         """Return what stands beside the bar, with ``left`` batches of the run to come."""

@@ -1,5 +1,6 @@
 """Going on with a run: its own configuration, and what the command line may change in it."""
 
+import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,8 @@ from hydra.core.hydra_config import HydraConfig
 from rich.console import Console
 
 from detkit.checks import check_values
+from detkit.engine.lock import find_job
+from detkit.engine.meeting import recall
 from detkit.engine.state import TrainState, read_state
 from detkit.errors import DetkitError
 from detkit.tasks.common import AUTO, named_folder
@@ -21,27 +24,50 @@ CHANGEABLE = (
 FREE = (*CHANGEABLE, "data.yaml", "run_dir", "resume", "plugins")
 
 
+def job_name() -> str:
+    """Return the same line at every start of a run by one job of SLURM's or torchrun's: what the command chose."""
+    return " ".join([os.environ.get("SLURM_JOB_ID", ""), *_overrides()]).strip()
+
+
+def restarted_run(cfg: Mapping[str, Any]) -> Path | None:
+    """Return the folder of the run that this job was in when torchrun restarted its processes, or SLURM requeued it.
+
+    None: this is the first start, or the one before had no folder yet.
+
+    Raises:
+        DetkitError: torchrun's other processes do not come.
+    """
+    told = recall(job_name(), cfg["trainer"]["rank_timeout"])
+    if told is not None:
+        return Path(told)
+    if os.environ.get("SLURM_RESTART_COUNT", "0") == "0":
+        return None
+    return named_folder(cfg) or find_job(Path("runs") / "train", job_name())
+
+
 def resumed_run(
-    cfg: Mapping[str, Any], tell: Callable[[str], None]
+    cfg: Mapping[str, Any], restarted: Path | None, tell: Callable[[str], None]
 ) -> tuple[Path | None, dict[str, Any], dict[str, Any] | None]:
     """Return what ``resume=RUN_DIR`` goes on with: the folder, the configuration, and the content of ``state.pt``.
 
     The content is None where the run ended before anything was saved: then it begins anew. ``resume=auto`` is the same
-    command once more: without a run in its folder there is none to go on with, and the folder is None as well.
+    command once more: the folder is the one it names, and None where that holds no run yet.
 
     Args:
         cfg: as the command line composed it.
+        restarted: the folder of this job's earlier start, if there was one; that implies ``resume=auto``.
         tell: is given sentences about damaged files.
 
     Raises:
         DetkitError: it cannot be resumed, or what was changed may not be.
     """
-    same_command = cfg["resume"] == AUTO
-    run_dir = named_folder(cfg) if same_command else Path(str(cfg["resume"]))
-    if run_dir is None:
+    same_command = cfg["resume"] in (None, AUTO)
+    run_dir = (restarted or named_folder(cfg)) if same_command else Path(str(cfg["resume"]))
+    if run_dir is None and not {"TORCHELASTIC_RUN_ID", "SLURM_JOB_ID"} & os.environ.keys():
         raise DetkitError("resume=auto needs run_dir=DIR, a folder that every start of the run names")
-    if same_command and not (run_dir / "config.yaml").exists():
-        return None, dict(cfg), None
+    if same_command and (run_dir is None or not (run_dir / "config.yaml").exists()):
+        own_folder = restarted if restarted is not None and restarted.is_dir() else None
+        return own_folder, {**cfg, "resume": AUTO}, None
     saved = read_state(run_dir, tell)
     own = resumed_config(run_dir, cfg, saved and saved["cfg"], same_command)
     if saved is None:
@@ -124,9 +150,11 @@ def tell_progress(state: TrainState, epochs: int, console: Console) -> None:
 
 def typed_keys() -> list[str]:
     """Return the keys and groups that the command line names."""
-    if not HydraConfig.initialized():
-        return []
-    return [override.lstrip("+~").partition("=")[0] for override in HydraConfig.get().overrides.task]
+    return [override.lstrip("+~").partition("=")[0] for override in _overrides()]
+
+
+def _overrides() -> list[str]:
+    return list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else []
 
 
 def _read_config(path: Path) -> dict[str, Any]:

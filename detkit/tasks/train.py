@@ -19,7 +19,9 @@ from detkit.data.stream import ShardLoader
 from detkit.data.tiles import TiledDataset
 from detkit.engine.checkpoint import without_pretrained, write_atomically
 from detkit.engine.distributed import from_main, is_main, join, main_first, rank, share_batch
+from detkit.engine.lock import hold
 from detkit.engine.logging import RunLog
+from detkit.engine.meeting import remember
 from detkit.engine.memory import choose_batch_size, explain_out_of_memory, trial
 from detkit.engine.optim import Recipe, Schedule, accumulation, describe_factors
 from detkit.engine.parts import freeze
@@ -35,7 +37,7 @@ from detkit.ops.ranks import rank_count
 from detkit.report.console import make_console
 from detkit.report.tables import print_metrics, print_transfer
 from detkit.tasks.common import check_classes, make_run_dir, model_name, read_split, tell_split, val_loader
-from detkit.tasks.resume import resumed_run, tell_progress
+from detkit.tasks.resume import job_name, restarted_run, resumed_run, tell_progress
 
 
 def run(cfg: dict[str, Any], stop_early: Callable[[TrainState], str | None] = lambda state: None) -> dict[str, Any]:
@@ -50,8 +52,9 @@ def run(cfg: dict[str, Any], stop_early: Callable[[TrainState], str | None] = la
     """
     said: list[str] = []
     run_dir, saved = None, None
-    if cfg["resume"] is not None:
-        run_dir, cfg, saved = resumed_run(cfg, said.append)
+    restarted = restarted_run(cfg)
+    if cfg["resume"] is not None or restarted is not None:
+        run_dir, cfg, saved = resumed_run(cfg, restarted, said.append)
     device = join(cfg["device"], cfg["trainer"]["rank_timeout"])
     if cfg["batch_size"] != "auto":
         share_batch(cfg["batch_size"])
@@ -99,9 +102,11 @@ def run(cfg: dict[str, Any], stop_early: Callable[[TrainState], str | None] = la
     console.print(f"{recipe.name}, learning rate {recipe.lr:g}; writing to {run_dir}")
     if saved:
         tell_progress(state, cfg["trainer"]["epochs"], console)
-    results = _fit(
-        step, train_loader, val_loader(val_set, cfg, device), val_set, cfg, run_dir, state, console, stop_early
-    )
+    with hold(run_dir, job_name()):
+        remember(job_name(), str(run_dir.resolve()))
+        _check_same_place(run_dir, state)
+        loaders = (train_loader, val_loader(val_set, cfg, device))
+        results = _fit(step, *loaders, val_set, cfg, run_dir, state, console, stop_early)
     if results is None:
         step.optimizer.zero_grad()
         raise DetkitError(explain_out_of_memory(attempt, cfg["batch_size"] // rank_count(), device))
@@ -137,6 +142,18 @@ def _announce(
         console.print(f"frozen: {frozen:,} parameters, of {', '.join(cfg['trainer']['freeze'])}")
     if recipe.lr_factors or recipe.layer_decay is not None:
         console.print(f"parameters that learn: {describe_factors(step.optimizer)}")
+
+
+def _check_same_place(run_dir: Path, state: TrainState) -> None:
+    """Check that all ranks go on from where rank 0 does.
+
+    Raises:
+        DetkitError: they do not.
+    """
+    theirs = from_main(lambda: state.step)
+    if theirs != state.step:
+        words = f"rank {rank()} goes on after {state.step} batches, rank 0 after {theirs}"
+        raise DetkitError(f"{run_dir} looks different from different nodes ({words}): start again when they agree")
 
 
 def _check_shares(cfg: dict[str, Any], saved: dict[str, Any]) -> None:

@@ -222,10 +222,8 @@ def _row(trial: "FrozenTrial") -> dict[str, Any]:
 
 def _tell_result(study: "Study", rows: list[dict[str, Any]], typed: list[str], folder: Path, console: Console) -> None:
     """Print the table, what failed, the best trial and how to train it again; end with status 1 where there is none."""
-    hidden = ("error", "folder")
-    print_rows(
-        rows, [name for name in dict.fromkeys(key for row in rows for key in row) if name not in hidden], console
-    )
+    chosen = {t.number: {"chosen": " ".join(as_overrides(t.params))} for t in study.get_trials(deepcopy=False)}
+    print_rows([row | chosen[row["trial"]] for row in rows], ("trial", "state", *MEASURED, "chosen"), console)
     for row in rows:
         if row["error"]:
             console.print(f"trial {row['trial']} failed: {row['error']}")

@@ -1,0 +1,81 @@
+"""One process at a time writes into a run directory."""
+
+import errno
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import IO
+
+from detkit.engine.distributed import from_main
+from detkit.errors import DetkitError
+
+LOCK = ".lock"  # of two lines: the host and number of the process, and the job that it belongs to
+
+
+@contextmanager
+def hold(run_dir: Path, job: str) -> Iterator[None]:
+    """Keep others out of a run directory; of several ranks, rank 0 does it for all.
+
+    The operating system forgets a process' lock with the process, however that ends. A disk that knows no locks keeps
+    nobody out.
+
+    Args:
+        job: a line for ``find_job``.
+
+    Raises:
+        DetkitError: another process has it.
+    """
+    file: IO[str] | None = None
+
+    def take() -> None:
+        nonlocal file
+        file = _lock(run_dir, job)
+
+    from_main(take)
+    try:
+        yield
+    finally:
+        if file is not None:
+            file.close()
+
+
+def find_job(folder: Path, job: str) -> Path | None:
+    """Return the run directory under ``folder`` that a process of ``job`` was the last to hold; None if none is."""
+    found = []
+    for path in folder.glob(f"*/{LOCK}"):
+        with suppress(OSError, UnicodeDecodeError):
+            if path.read_text().splitlines()[1:] == [job]:
+                found.append((path.stat().st_mtime, path.parent))
+    return max(found)[1] if found else None
+
+
+def _lock(run_dir: Path, job: str) -> IO[str] | None:
+    """Return the locked file; closing it lets go. None: this disk, or this system, knows no locks."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return None
+    file = None
+    try:
+        file = open(run_dir / LOCK, "a+")  # noqa: SIM115  (it stays open as long as the run lasts)
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock: loader processes would inherit that
+        file.truncate(0)
+        file.write(f"{socket.gethostname()} {os.getpid()}\n{job}\n")
+        file.flush()
+    except OSError as error:
+        if file is not None and error.errno in (errno.EACCES, errno.EAGAIN):
+            raise DetkitError(
+                f"{run_dir} is in use{_holder(file)}: wait until that ends, or name another folder"
+            ) from None
+    return file
+
+
+def _holder(file: IO[str]) -> str:
+    """Say whose a lock is, as far as the file tells."""
+    with suppress(OSError, ValueError):
+        file.seek(0)
+        host, number = file.readline().split()
+        return f" by process {number} on {host}"
+    return " by another process"
