@@ -39,7 +39,7 @@ class Trainer:
         train_loader, val_loader: batches; ``annotations`` are the validation set's.
         epochs: of the run.
         max_bad_steps: stop after this many optimizer steps in a row that were skipped.
-        stop_early: gives a reason to train no more, or None, as ``no_better`` does; asked between epochs and at the end.
+        stop_early: asked between epochs and at the end for a reason to train no more, or None; see ``no_better``.
         run_dir: an existing folder for everything that is written.
         log: where numbers and pictures go.
         state: where the run stands.
