@@ -12,6 +12,7 @@ from omegaconf import DictConfig
 from detkit.checks import check_values
 from detkit.config import (
     CONFIG_ERRORS,
+    FLAGS_ERROR,
     GROUP_ERROR,
     check_known,
     config_dir,
@@ -67,7 +68,7 @@ def launch(task: str) -> None:
     except CONFIG_ERRORS as error:
         _exit(explain(error, task, sys.argv[1:]))
     except ValueError as error:
-        if GROUP_ERROR not in str(error):
+        if GROUP_ERROR not in str(error) and FLAGS_ERROR not in str(error):
             raise
         _exit(explain(error, task))
     except KeyboardInterrupt:

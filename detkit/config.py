@@ -18,6 +18,7 @@ from detkit.errors import DetkitError, nearest
 
 CONFIG_ERRORS = (HydraException, OmegaConfBaseException)
 GROUP_ERROR = "Config group override must be"  # Hydra's bare ValueError for model=null and the like
+FLAGS_ERROR = "Only one of --run, --multirun"  # and its own for -m with --cfg
 
 
 def config_dir() -> Path:
@@ -95,6 +96,8 @@ def explain(error: Exception, name: str, overrides: Sequence[str] = ()) -> str:
         return f"{group}={option} does not exist: known are {', '.join(error.options)}{nearest(option, error.options)}"
     if isinstance(error, OverrideParseException):
         return f"cannot read the argument '{error.override}': write key=value, and quote a value that has = or , in it"
+    if FLAGS_ERROR in text:
+        return "-m runs a sweep and --cfg shows one configuration: give one of them"
     if GROUP_ERROR in text:
         return "a group was set to null or to a number: give it the name of one of its options, such as model=yolov8n"
     if isinstance(error, MissingMandatoryValue):

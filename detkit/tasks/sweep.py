@@ -106,21 +106,23 @@ def finish_sweep() -> int:
 
     That is 0 where every job is done, 2 where all that are not are a user's mistakes, else 1.
     """
-    if _sweep is None or not (_sweep / RECORDS).is_dir():
+    global _sweep
+    sweep, _sweep = _sweep, None
+    if sweep is None or not (sweep / RECORDS).is_dir():
         return 0
     console = make_console()
-    files = sorted((_sweep / RECORDS).glob("*.json"), key=lambda file: int(file.stem))
+    files = sorted((sweep / RECORDS).glob("*.json"), key=lambda file: int(file.stem))
     records = [json.loads(file.read_text()) for file in files]
     text = io.StringIO()
     writer = csv.DictWriter(text, COLUMNS, extrasaction="ignore")
     writer.writeheader()
     writer.writerows(records)
-    write_atomically(_sweep / "sweep.csv", text.getvalue().encode())
+    write_atomically(sweep / "sweep.csv", text.getvalue().encode())
     print_rows(records, COLUMNS[:6], console)
     undone = [record for record in records if record["status"] != "done"]
     for record in undone:
         console.print(f"{record['job']}: {record.get('error', 'did not end')}")
-    console.print(f"{len(records) - len(undone)} of {len(records)} jobs are done: {_sweep / 'sweep.csv'}")
+    console.print(f"{len(records) - len(undone)} of {len(records)} jobs are done: {sweep / 'sweep.csv'}")
     return 0 if not undone else 2 if all(record["status"] == "mistake" for record in undone) else 1
 
 
