@@ -1,6 +1,8 @@
 """Two processes against one: the same gradients, weights and metrics; and how a run of several ends."""
 
+import copy
 import csv
+import json
 import os
 import subprocess
 import sys
@@ -10,10 +12,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
+from timm.layers import BatchNormAct2d
 from torch import nn
 
 import detkit
+from detkit.config import compose_config, resolve
 from detkit.data.dataset import DetectionDataset, LetterboxDataset
 from detkit.data.loader import BatchLoader
 from detkit.data.shapes import read_shapes
@@ -27,6 +32,7 @@ from detkit.layers.sync_norm import SyncBatchNorm, synchronise_norms
 from detkit.models.detector import build_loss
 from detkit.ops.ranks import rank_count
 from detkit.structures import Origin, Sample
+from detkit.tasks import eval as eval_task
 
 ROOT = Path(__file__).parents[1]
 CASES = {  # model, batch norms, images of a batch
@@ -112,6 +118,9 @@ def be_a_rank(rank: int, folder: Path, root: Path) -> None:
     torch.distributed.init_process_group("gloo", f"file://{folder}/meet", world_size=2, rank=rank, timeout=limit)
     found = {case: train(*arguments) for case, arguments in CASES.items()}
     found["norm"] = normalise(SyncBatchNorm(3), slice(0, 2) if rank == 0 else slice(2, 5))
+    model = nn.Sequential(BatchNormAct2d(3))
+    synchronise_norms(model)
+    found["norm_act"] = normalise(model[0], slice(0, 2) if rank == 0 else slice(2, 5))
     found["predictions"] = predict(root)
     found["told"] = distributed.from_main(lambda: {"rank": distributed.rank()})
     found["lines"] = distributed.gather_lines([f"of {rank}"] * rank)
@@ -160,15 +169,32 @@ def test_two_ranks_train_as_one(ranks, case):
         assert difference(ranks[0][case][name], ranks[1][case][name]) == 0
 
 
-def test_statistics_are_those_of_all_ranks(ranks):
-    alone = normalise(nn.BatchNorm2d(3), slice(None))
-    found = [rank["norm"] for rank in ranks]
+@pytest.mark.parametrize(("case", "norm"), [("norm", nn.BatchNorm2d(3)), ("norm_act", BatchNormAct2d(3))])
+def test_statistics_are_those_of_all_ranks(ranks, case, norm):
+    alone = normalise(norm, slice(None))
+    found = [rank[case] for rank in ranks]
     torch.testing.assert_close(torch.cat([f["x"] for f in found]), alone["x"], atol=1e-5, rtol=1e-4)
     for name in ("grad_weight", "grad_bias"):
         torch.testing.assert_close(sum(f[name] for f in found), alone[name], atol=1e-4, rtol=1e-4)
     for name in ("running_mean", "running_var", "num_batches_tracked"):
         for f in found:
             torch.testing.assert_close(f[name], alone[name])
+
+
+@pytest.mark.parametrize("name", ["resnet18", "mobilenetv3_small_050"])
+def test_timm_s_norms_are_synchronised(name):
+    """All of them, names and output stay; one of a kind that cannot be is named."""
+    torch.manual_seed(0)
+    model = timm.create_model(name)
+    before, keys = copy.deepcopy(model).train(), list(model.state_dict())
+    synchronise_norms(model.train())
+    assert all(isinstance(m, SyncBatchNorm) for m in model.modules() if isinstance(m, nn.BatchNorm2d))
+    assert list(model.state_dict()) == keys
+    x = torch.randn(2, 3, 64, 64)
+    assert torch.equal(model.forward_features(x), before.forward_features(x))
+    model.global_pool = nn.BatchNorm1d(3)
+    with pytest.raises(DetkitError, match="cannot synchronise global_pool, a BatchNorm1d"):
+        synchronise_norms(model)
 
 
 def test_two_ranks_evaluate_as_one(ranks, shapes_root):
@@ -185,13 +211,13 @@ def test_rank_0_speaks_for_all(ranks):
     assert [rank["first"] for rank in ranks] == [False, True]
 
 
-def torchrun(folder: Path, *arguments: str, plugin: str = "") -> subprocess.CompletedProcess:
-    """Train by two ranks in ``folder``."""
+def torchrun(folder: Path, *arguments: str, plugin: str = "", tool: str = "train.py") -> subprocess.CompletedProcess:
+    """Run a tool by two ranks in ``folder``."""
     (folder / "my_plugin.py").write_text(plugin)
     path = os.pathsep.join((str(ROOT), str(folder)))
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path, "MASTER_ADDR": "localhost"}
     start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command = [*start, str(ROOT / "tools" / "train.py"), "plugins=[my_plugin]", "amp=off", *arguments]
+    command = [*start, str(ROOT / "tools" / tool), "plugins=[my_plugin]", "amp=off", *arguments]
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120)
 
 
@@ -207,6 +233,18 @@ def test_a_run_of_two_ranks_leaves_one_directory(tmp_path, train_overrides):
         assert [row["epoch"] for row in csv.DictReader(file)] == ["1", "2"]
     assert done.stdout.count("epoch 1/2") == done.stdout.count("writing to") == 1
     assert detkit.load(run_dir / "best.safetensors").class_names
+
+
+def test_eval_by_two_ranks_is_that_of_one(tmp_path, finished_run):
+    arguments = [f"ckpt={finished_run / 'last.safetensors'}", "device=cpu", "workers=0", "batch_size=3"]
+    done = torchrun(tmp_path, *arguments, "run_dir=two", tool="eval.py")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("written to") == 1
+    eval_task.run(resolve(compose_config("eval", [*arguments, f"run_dir={tmp_path / 'one'}"])))
+    for name in ("metrics.json", "predictions.json"):
+        one, two = (json.loads((tmp_path / folder / name).read_text()) for folder in ("one", "two"))
+        assert one == two
+    assert one
 
 
 FAULT = """

@@ -1,29 +1,36 @@
-"""Runs that are started again by torchrun or SLURM, and the lock that keeps two starts apart."""
+"""Runs that torchrun or SLURM start again, for real where that can be, and the ready files for clusters."""
 
 import contextlib
 import os
 import socket
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
+import yaml
 from safetensors.torch import load_file
+
+from detkit.checks import check_values
+from detkit.config import compose_config, group_options, resolve
+from detkit.engine import meeting
 
 ROOT = Path(__file__).parents[1]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 PLUGIN = """
-import os, signal
+import os
 from pathlib import Path
 from detkit.engine.step import TrainStep
 original = TrainStep.__call__
 def call(self, batch, step, epoch):
     for death in os.environ.get("DEATHS", "").split():
-        rank, at = death.split("@")
-        if os.environ.get("RANK", "0") == rank and step == int(at) and not Path(death).exists():
+        rank, at, signum = death.split(":")
+        if os.environ["RANK"] == rank and step == int(at) and not Path(death).exists():
             Path(death).touch()
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), int(signum))
     return original(self, batch, step, epoch)
 TrainStep.__call__ = call
 """
@@ -63,30 +70,71 @@ def assert_same_weights(run_dir: Path, whole: Path) -> None:
 
 
 def test_one_agent_restarts_its_ranks(whole_run, training, tmp_path):
-    """Rank 1 dies in the first epoch, rank 0 in the second; nobody named a run directory."""
-    command = [*TORCHRUN, "--nproc-per-node=2", "--max-restarts=2", *training]
-    assert start(tmp_path, command, DEATHS="1@3 0@8").wait(120) == 0, (tmp_path / "log").read_text()
+    """Rank 1 dies within the first epoch, and rank 0, asked by SIGTERM to save, cannot agree with it; nobody named a
+    run directory."""
+    command = [*TORCHRUN, "--nproc-per-node=2", "--max-restarts=1", *training]
+    assert start(tmp_path, command, DEATHS="1:3:9 0:3:15").wait(120) == 0, (tmp_path / "log").read_text()
     (run_dir,) = (tmp_path / "runs" / "train").iterdir()
     assert_same_weights(run_dir, whole_run)
-    log = (tmp_path / "log").read_text()
-    assert "going on after 0 of 2 epochs and 3 batches of the next" in log
-    assert "going on after 1 of 2 epochs and 2 batches of the next" in log
+    assert "going on after 0 of 2 epochs and 3 batches of the next" in (tmp_path / "log").read_text()
 
 
 def test_two_agents_restart_their_ranks(whole_run, training, tmp_path):
-    """The rank of one dies, with a run directory that the command names, and so does that of the other."""
+    """Rank 0 dies within the second epoch, with a run directory that the command names."""
     with contextlib.closing(socket.socket()) as free:
         free.bind(("localhost", 0))
         endpoint = f"localhost:{free.getsockname()[1]}"
     nodes = ["--nnodes=2", "--nproc-per-node=1", "--rdzv-backend=c10d", f"--rdzv-endpoint={endpoint}", "--rdzv-id=job"]
-    command = [*TORCHRUN, *nodes, "--max-restarts=3", *training, "run_dir=run"]
-    agents = [start(tmp_path, command, DEATHS="1@3 0@8") for _ in range(2)]
+    command = [*TORCHRUN, *nodes, "--max-restarts=1", *training, "run_dir=run"]
+    agents = [start(tmp_path, command, DEATHS="0:8:9") for _ in range(2)]
     assert [agent.wait(120) for agent in agents] == [0, 0], (tmp_path / "log").read_text()
     assert_same_weights(tmp_path / "run", whole_run)
+    assert "going on after 1 of 2 epochs and 2 batches of the next" in (tmp_path / "log").read_text()
 
 
-def test_restarts_are_exhausted(training, tmp_path):
-    """The run ends with its error."""
-    command = [*TORCHRUN, "--nproc-per-node=2", "--max-restarts=1", *training]
-    assert start(tmp_path, command, DEATHS="1@1 1@2").wait(60) == 1
-    assert "Signal 9 (SIGKILL) received" in (tmp_path / "log").read_text()
+def test_ranks_of_a_start_find_one_another_in_an_old_store():
+    """Names that processes of an earlier start left lead nowhere."""
+    store = dist.HashStore()
+    for rank in range(3):
+        store.set(f"detkit rank {rank}", "old")
+    with ThreadPoolExecutor() as pool:
+        places = [meeting.Place(3, rank, rank) for rank in range(3)]
+        names = list(pool.map(lambda place: meeting._name_of_start(store, place, 10), places))
+    assert len(set(names)) == 1
+    with pytest.raises(dist.DistError, match="rank 1 did not come within"):
+        meeting._name_of_start(store, places[0], 0.1)
+
+
+SRUN = """#!/bin/bash
+echo "$@" >> calls
+exit $STATUS
+"""
+
+
+@pytest.mark.parametrize(("status", "requeued", "exits"), [(0, False, 0), (138, True, 0), (143, False, 143)])
+def test_the_slurm_script_queues_itself_again(tmp_path, status, requeued, exits):
+    for name, text in (("srun", SRUN), ("scontrol", '#!/bin/bash\necho scontrol "$@" >> calls\n')):
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    path = os.pathsep.join((str(tmp_path), os.environ["PATH"]))
+    environment = os.environ | {"PATH": path, "STATUS": str(status), "SLURM_JOB_ID": "7", "SLURM_CPUS_PER_TASK": "4"}
+    command = ["bash", str(ROOT / "configs" / "cluster" / "slurm.sh"), "model=yolov8s", "data.root=a b"]
+    assert subprocess.run(command, cwd=tmp_path, env=environment).returncode == exits
+    calls = (tmp_path / "calls").read_text().splitlines()
+    script = "python tools/train.py run_dir=runs/train/slurm_7 resume=auto model=yolov8s data.root=a b"
+    assert calls[0] == f"--cpus-per-task=4 --kill-on-bad-exit=1 {script}"
+    assert calls[1:] == ["scontrol requeue 7"] * requeued
+
+
+def test_the_kubernetes_job_starts_a_training_that_exists():
+    """Its arguments compose, and no choice of a training is called like its folder."""
+    spec = yaml.safe_load((ROOT / "configs" / "cluster" / "pytorchjob.yml").read_text())["spec"]
+    worker, elastic = spec["pytorchReplicaSpecs"]["Worker"], spec["elasticPolicy"]
+    (container,) = worker["template"]["spec"]["containers"]
+    launcher, tool, *arguments = container["command"]
+    assert (launcher, tool, container["name"]) == ("torchrun", "tools/train.py", "pytorch")
+    cfg = resolve(compose_config("train", arguments))
+    check_values(cfg)
+    assert worker["replicas"] == elastic["minReplicas"] == elastic["maxReplicas"]
+    assert cfg["batch_size"] % (worker["replicas"] * int(spec["nprocPerNode"])) == 0
+    assert group_options("cluster") == []

@@ -21,6 +21,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import nn
 
 import detkit
+from detkit import cli
 from detkit.config import compose_config, resolve
 from detkit.data.augment import Augmentation, AugmentedDataset
 from detkit.data.dataset import DetectionDataset
@@ -256,15 +257,100 @@ def test_auto_does_not_write_into_a_folder_of_something_else(overrides, tmp_path
         train.run(resolve(compose_config("train", [*overrides, f"run_dir={tmp_path}", "resume=auto"])))
 
 
-def test_auto_in_a_sweep(overrides, tmp_path):
+def test_auto_in_a_sweep(overrides, tmp_path, monkeypatch, capsys):
     """Each job has a folder of its own, found again by the same command."""
-    command = [sys.executable, TOOL, "-m", *overrides, "seed=0,1", "resume=auto", f"hydra.sweep.dir={tmp_path}/sweep"]
-    command += ["trainer.epochs=1", "amp=off"]
+    command = ["train", "-m", *overrides, "seed=0,1", "resume=auto", "hydra.sweep.dir=sweep", "trainer.epochs=1"]
+    monkeypatch.setattr(sys, "argv", command)
+    monkeypatch.chdir(tmp_path)
     for _ in range(2):
-        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
-        assert done.returncode == 0, done.stderr
+        cli.launch("train")
         assert {path.name for path in (tmp_path / "sweep").glob("[0-9]*")} == {"0_seed-0", "1_seed-1"}
-    assert done.stdout.count("all 1 epochs are done") == 2
+    assert capsys.readouterr().out.count("all 1 epochs are done") == 2
+
+
+def test_a_requeued_slurm_job_goes_on(whole_run, overrides, tmp_path, monkeypatch):
+    """Nobody names a folder; another run of the same job, and the same run in another job, are not mistaken for it."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    step = TrainStep.__call__
+
+    def start(job: str, name: str, fails: bool = False) -> None:
+        with monkeypatch.context() as patch:
+            patch.setenv("SLURM_JOB_ID", job)
+            patch.setattr(resume, "_overrides", lambda: [name])
+            patch.setattr(TrainStep, "__call__", lambda *a: step(*a) if not fails or a[2] < 4 else {}["killed"])
+            train.run(resolve(compose_config("train", overrides)))
+
+    for job, name in (("7", "mine"), ("7", "other"), ("8", "mine")):
+        with pytest.raises(KeyError):
+            start(job, name, fails=True)
+    folders = sorted((tmp_path / "runs" / "train").iterdir())
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    start("7", "mine")
+    assert sorted((tmp_path / "runs" / "train").iterdir()) == folders
+    assert_same_run(folders[0], whole_run)
+    assert all(not (folder / "history.csv").exists() for folder in folders[1:])
+
+
+HOLDER = """
+import fcntl, sys, time
+file = open(sys.argv[1], "a+")
+fcntl.lockf(file, fcntl.LOCK_EX)
+print("host7 1234", file=file, flush=True)
+print("held", flush=True)
+time.sleep(60)
+"""
+
+
+def test_two_processes_do_not_share_a_run_directory(whole_run, tmp_path, monkeypatch):
+    """A lock ends with its process; where the disk knows none, the run goes on."""
+    shutil.copytree(whole_run, tmp_path / "run", ignore=shutil.ignore_patterns(".lock"))
+    lock = tmp_path / "run" / ".lock"
+    with subprocess.Popen([sys.executable, "-c", HOLDER, lock], stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout.readline() == "held\n"
+        with pytest.raises(DetkitError, match=r"run is in use by process 1234 on host7: wait until that ends"):
+            go_on(tmp_path / "run")
+        holder.kill()
+    assert go_on(tmp_path / "run")["last"]["epoch"] == 2
+    assert lock.read_text().split()[1] == str(os.getpid())
+
+    def unknown(*_: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr("fcntl.lockf", unknown)
+    assert go_on(tmp_path / "run")["last"]["epoch"] == 2
+
+
+def test_a_signal_is_handed_over_to_somebody_s_handler(whole_run, overrides, tmp_path, monkeypatch):
+    """As submitit's are: SIGTERM is nothing to it, on SIGUSR2 it queues the job again and exits; both after a save."""
+    step, told = TrainStep.__call__, []
+
+    def requeue(signum: int, frame: object) -> None:
+        told.append((signum, read_state(tmp_path / "run", print)["state"]["step"]))
+        if signum == signal.SIGUSR2:
+            sys.exit(77)
+
+    def signalled(self: TrainStep, batch: object, number: int, epoch: int) -> dict:
+        for name in {2: ["SIGTERM"], 4: ["SIGUSR2", "SIGTERM"]}.get(number + 1, []):
+            os.kill(os.getpid(), getattr(signal, name))
+        return step(self, batch, number, epoch)
+
+    before = {signum: signal.signal(signum, requeue) for signum in (signal.SIGTERM, signal.SIGUSR2)}
+    try:
+        monkeypatch.setattr(TrainStep, "__call__", signalled)
+        with pytest.raises(SystemExit) as end:
+            arguments = [*overrides, "trainer.save_every=null", f"run_dir={tmp_path / 'run'}"]
+            train.run(resolve(compose_config("train", arguments)))
+        assert all(signal.getsignal(signum) is requeue for signum in before)
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+    assert end.value.code == 77
+    assert [at for signum, at in told if signum == signal.SIGTERM] == [2, 4]
+    assert told[-1][0] == signal.SIGUSR2
+    monkeypatch.undo()
+    go_on(tmp_path / "run", "trainer.save_every=1")
+    assert_same_run(tmp_path / "run", whole_run)
 
 
 def test_a_folder_without_a_run_is_refused(tmp_path):

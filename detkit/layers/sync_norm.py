@@ -5,6 +5,7 @@ from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
+from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 
@@ -31,6 +32,14 @@ class SyncBatchNorm(nn.BatchNorm2d):
             self.running_mean.lerp_(mean, self.momentum)
             self.running_var.lerp_(var * count / (count - 1).clamp(min=1), self.momentum)
         return out
+
+
+class SyncBatchNormAct(SyncBatchNorm):
+    """The same for timm's BatchNormAct2d, which drops and activates what it has normalised."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> the same shape."""
+        return self.act(self.drop(super().forward(x)))
 
 
 class _Normalise(torch.autograd.Function):
@@ -67,14 +76,18 @@ class _Normalise(torch.autograd.Function):
 
 
 def synchronise_norms(model: nn.Module) -> None:
-    """Make every BatchNorm2d of ``model`` a SyncBatchNorm, in place; parameters, buffers and names stay.
+    """Make every BatchNorm2d of ``model``, and timm's with an activation, a SyncBatchNorm, in place.
+
+    Parameters, buffers and names stay.
 
     Raises:
-        DetkitError: a batch norm of another kind, such as timm's with an activation inside.
+        DetkitError: a batch norm of another kind.
     """
     for name, module in model.named_modules():
         if type(module) is nn.BatchNorm2d:
             module.__class__ = SyncBatchNorm
+        elif type(module) is BatchNormAct2d:
+            module.__class__ = SyncBatchNormAct
         elif isinstance(module, nn.modules.batchnorm._BatchNorm) and not isinstance(module, SyncBatchNorm):
             kind = type(module).__name__
             raise DetkitError(f"trainer.sync_bn=true cannot synchronise {name}, a {kind}: use trainer.sync_bn=false")

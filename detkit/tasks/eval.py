@@ -1,40 +1,46 @@
 """Evaluate a checkpoint."""
 
 import json
+from pathlib import Path
 from typing import Any
 
 from detkit.engine.checkpoint import build_from_checkpoint, write_atomically
+from detkit.engine.distributed import from_main, is_main, join, main_first
 from detkit.engine.evaluator import evaluate
 from detkit.engine.logging import show_progress
-from detkit.engine.precision import Precision, make_deterministic, pick_device
+from detkit.engine.precision import Precision, make_deterministic
 from detkit.errors import DetkitError
 from detkit.report.console import make_console
 from detkit.report.tables import print_metrics
 from detkit.tasks.common import checkpoint_name, make_run_dir, read_split, tell_split, val_loader
 
+RANK_TIMEOUT = 60  # seconds that ranks wait for one another to start
+
 
 def run(cfg: dict[str, Any]) -> dict[str, Any]:
     """Evaluate ``cfg["ckpt"]`` on the set it was trained with, or on ``data=...``; return the metrics.
 
-    Writes ``metrics.json`` and ``predictions.json`` (COCO results) into the run directory.
+    Writes ``metrics.json`` and ``predictions.json`` (COCO results) into the run directory. Several processes share the
+    images.
 
     Raises:
         DetkitError: an unreadable checkpoint, or a set with other classes.
     """
-    console = make_console()
-    device = pick_device(cfg["device"])
+    device = join(cfg["device"], RANK_TIMEOUT)
+    console = make_console(quiet=not is_main())
     make_deterministic(cfg["seed"])
     detector = build_from_checkpoint(str(cfg["ckpt"])).to(device)
     cfg["image_size"] = cfg["image_size"] or detector.cfg["image_size"]
     data = cfg.get("data") or detector.cfg.get("data")
     if data is None:
         raise DetkitError(f"{cfg['ckpt']} does not say what it was trained with: add data=coco data.root=DIR")
-    annotations = read_split(data, cfg["split"])
+    with main_first():  # which leaves an index, or draws the set
+        annotations = read_split(data, cfg["split"])
     if annotations.class_names != detector.class_names:
         ours, theirs = ", ".join(detector.class_names), ", ".join(annotations.class_names)
         raise DetkitError(f"{cfg['ckpt']} knows the classes {ours}; {annotations.source} has {theirs}")
     tell_split(cfg["split"], annotations, console)
-    run_dir = make_run_dir(cfg, "eval", checkpoint_name(cfg["ckpt"]))
+    run_dir = Path(from_main(lambda: str(make_run_dir(cfg, "eval", checkpoint_name(cfg["ckpt"])))))
 
     loader = val_loader(annotations, cfg, device)
     thresholds = {key: cfg[key] for key in ("score", "iou", "max_det")}
@@ -42,8 +48,9 @@ def run(cfg: dict[str, Any]) -> dict[str, Any]:
         result = evaluate(detector, loader.epoch(0), annotations, **thresholds, advance=bar.advance)
     for sentence in result.problems:
         console.print(f"skipped, its boxes count as missed: {sentence}")
-    write_atomically(run_dir / "metrics.json", json.dumps(result.metrics, indent=2).encode())
-    write_atomically(run_dir / "predictions.json", json.dumps(result.predictions).encode())
+    if is_main():
+        write_atomically(run_dir / "metrics.json", json.dumps(result.metrics, indent=2).encode())
+        write_atomically(run_dir / "predictions.json", json.dumps(result.predictions).encode())
     print_metrics(result.metrics, console)
     console.print(f"AP {result.metrics['AP']:.6f} on {len(annotations)} images; written to {run_dir}")
     return result.metrics
