@@ -58,6 +58,11 @@ RULES: dict[str, Rule] = {
     "fix": _optional(PATH),
     "weights": _optional(PATH),
     "resume": _optional(PATH),
+    "trials": _whole(1),
+    "pruner.name": ("median, hyperband or none", lambda v: v in ("median", "hyperband", "none")),
+    "pruner.startup_trials": _whole(0),
+    "pruner.warmup_epochs": _whole(0),
+    "storage": ("null, or the URL of a database", lambda v: v is None or (isinstance(v, str) and "://" in v)),
     "rect": BOOLEAN,
     "data.root": _optional(PATH),
     "data.sampling": (
@@ -159,7 +164,7 @@ def check_values(cfg: Mapping[str, Any]) -> None:
     Raises:
         DetkitError: names the first key whose value is not allowed, and what is.
     """
-    for group in ("backbone", "neck", "head", "loss", "model", "optim", "trainer", "augment", "data"):
+    for group in ("backbone", "neck", "head", "loss", "model", "optim", "trainer", "augment", "data", "pruner"):
         if group in cfg and not isinstance(cfg[group], Mapping):
             raise DetkitError(f"{group}={cfg[group]} must be one of the options of configs/{group}")
     if "ckpt" not in cfg and cfg.get("image_size", 0) is None:  # a checkpoint knows its own

@@ -10,13 +10,24 @@ import hydra
 from omegaconf import DictConfig
 
 from detkit.checks import check_values
-from detkit.config import CONFIG_ERRORS, GROUP_ERROR, check_known, config_dir, explain, import_plugins, resolve
+from detkit.config import (
+    CONFIG_ERRORS,
+    FLAGS_ERROR,
+    GROUP_ERROR,
+    check_known,
+    config_dir,
+    explain,
+    import_plugins,
+    resolve,
+)
 from detkit.engine.distributed import first_to_say, leave, mistake_elsewhere
 from detkit.errors import DetkitError, nearest
 from detkit.report.console import make_console
+from detkit.tasks.sweep import finish_sweep, in_sweep, prepare_job, run_job
 
 TASKS = {
     "train": "train a detector: detkit train model=yolov8n data=coco data.root=DIR",
+    "tune": "search for the best settings with Optuna: detkit tune 'search={optim.lr: {low: 1e-4, high: 1e-2}}'",
     "eval": "COCO metrics of a checkpoint: detkit eval ckpt=FILE",
     "predict": "find objects in pictures: detkit predict ckpt=FILE source=FILE_OR_FOLDER",
     "check": "try a composition on this machine: detkit check model=yolov8n backbone=revcol_tiny",
@@ -35,12 +46,10 @@ def launch(task: str) -> None:
 
     @hydra.main(version_base="1.3", config_path=str(config_dir()), config_name=task)
     def main(cfg: DictConfig) -> None:
+        if in_sweep():
+            return run_job(lambda: _perform(task, run, cfg))
         try:
-            resolved = resolve(cfg)
-            check_known(resolved, task)
-            check_values(resolved)
-            import_plugins(resolved["plugins"])
-            run(resolved)
+            _perform(task, run, cfg)
         except DetkitError as error:
             _exit(str(error))
         except Exception:
@@ -49,12 +58,17 @@ def launch(task: str) -> None:
             raise
 
     try:
-        main()
-        leave()
+        try:
+            main()
+            leave()
+        finally:
+            status = finish_sweep()
+        if status:
+            sys.exit(status)
     except CONFIG_ERRORS as error:
         _exit(explain(error, task, sys.argv[1:]))
     except ValueError as error:
-        if GROUP_ERROR not in str(error):
+        if GROUP_ERROR not in str(error) and FLAGS_ERROR not in str(error):
             raise
         _exit(explain(error, task))
     except KeyboardInterrupt:
@@ -73,6 +87,17 @@ def main() -> None:
         _exit(f"there is no task '{task}': known are {', '.join(TASKS)}{nearest(task, TASKS)}")
     sys.argv[0:2] = [f"{Path(sys.argv[0]).name} {task}"]
     launch(task)
+
+
+def _perform(task: str, run: Callable[[dict], object], cfg: DictConfig) -> object:
+    """Check a composed configuration and run the task with it; return what it returns."""
+    resolved = resolve(cfg)
+    check_known(resolved, task)
+    check_values(resolved)
+    import_plugins(resolved["plugins"])
+    if in_sweep():
+        prepare_job(resolved)
+    return run(resolved)
 
 
 def _exit(sentence: str) -> None:

@@ -18,6 +18,7 @@ from detkit.errors import DetkitError, nearest
 
 CONFIG_ERRORS = (HydraException, OmegaConfBaseException)
 GROUP_ERROR = "Config group override must be"  # Hydra's bare ValueError for model=null and the like
+FLAGS_ERROR = "Only one of --run, --multirun"  # and its own for -m with --cfg
 
 
 def config_dir() -> Path:
@@ -86,12 +87,17 @@ def explain(error: Exception, name: str, overrides: Sequence[str] = ()) -> str:
     text = str(error)
     if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options:
         group, _, option = str(error.missing_cfg_file).rpartition("/")
+        if group == "hydra/launcher" and option in ("joblib", "submitit_slurm", "submitit_local"):
+            plugin = f"hydra-{option.partition('_')[0]}-launcher"
+            return f"{group} needs {plugin}, which is not installed: pip install 'detkit[sweeps]'"
         if group == "loss" and not any(override.startswith("loss=") for override in overrides):
             known = ", ".join(error.options)
             return f"head={option} brings no loss of its own (loss/{option}.yaml): add loss=NAME, known are {known}"
         return f"{group}={option} does not exist: known are {', '.join(error.options)}{nearest(option, error.options)}"
     if isinstance(error, OverrideParseException):
         return f"cannot read the argument '{error.override}': write key=value, and quote a value that has = or , in it"
+    if FLAGS_ERROR in text:
+        return "-m runs a sweep and --cfg shows one configuration: give one of them"
     if GROUP_ERROR in text:
         return "a group was set to null or to a number: give it the name of one of its options, such as model=yolov8n"
     if isinstance(error, MissingMandatoryValue):
@@ -120,12 +126,12 @@ def check_known(cfg: Mapping[str, Any], name: str) -> None:
 
 def _known_keys(name: str, overrides: Sequence[str]) -> list[str]:
     """Every dotted key of a configuration with the groups that ``overrides`` choose, and the groups themselves."""
-    text = (config_dir() / f"{name}.yaml").read_text()
-    groups = [path.name for path in config_dir().iterdir() if path.is_dir() and f"- {path.name}:" in text]
-    choices = [
-        o for o in overrides for g, _, option in [o.partition("=")] if g in groups and option in group_options(g)
-    ]
     with _hydra():
+        chosen = compose(name, return_hydra_config=True).hydra.runtime.choices
+        groups = [group for group in chosen if "/" not in group]
+        choices = [
+            o for o in overrides for g, _, option in [o.partition("=")] if g in groups and option in group_options(g)
+        ]
         cfg = compose(name, choices)
     keys: list[str] = []
 

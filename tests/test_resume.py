@@ -264,7 +264,7 @@ def test_auto_in_a_sweep(overrides, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     for _ in range(2):
         cli.launch("train")
-        assert {path.name for path in (tmp_path / "sweep").iterdir() if path.is_dir()} == {"0_seed-0", "1_seed-1"}
+        assert {path.name for path in (tmp_path / "sweep").glob("[0-9]*")} == {"0_seed-0", "1_seed-1"}
     assert capsys.readouterr().out.count("all 1 epochs are done") == 2
 
 

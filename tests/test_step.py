@@ -23,7 +23,7 @@ from detkit.engine.parts import freeze, train_mode
 from detkit.engine.precision import Precision
 from detkit.engine.state import TrainState
 from detkit.engine.step import TrainStep
-from detkit.engine.trainer import Trainer
+from detkit.engine.trainer import Trainer, no_better
 from detkit.errors import DetkitError
 from detkit.models.losses.task_aligned import TaskAlignedLoss
 from detkit.models.losses.yolov5 import YOLOv5Loss
@@ -247,7 +247,7 @@ def test_patience_counts_epochs_without_a_better_ap(tmp_path, monkeypatch):
     scores = iter((0.1, 0.3, 0.2, 0.3, 0.2, 0.1, 0.9))
     log = RunLog(tmp_path, make_console())
     options = {"run_dir": tmp_path, "log": log, "state": TrainState()}
-    trainer = Trainer(toy_step(), [], [], None, epochs=7, patience=2, **options)
+    trainer = Trainer(toy_step(), [], [], None, epochs=7, stop_early=no_better(2), **options)
     monkeypatch.setattr(trainer, "save", lambda: None)
     monkeypatch.setattr(trainer, "train_epoch", lambda epoch: ({"box": 1.0}, 1.0))
     blank = dict.fromkeys(METRICS, 0.0)

@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from detkit.data.annotations import Annotations
 from detkit.data.loader import BatchLoader
 from detkit.data.stream import ShardLoader
 from detkit.engine.checkpoint import save_checkpoint, write_atomically
-from detkit.engine.distributed import gather_lines, is_main, largest_of_ranks, wait
+from detkit.engine.distributed import from_main, gather_lines, is_main, largest_of_ranks, wait
 from detkit.engine.evaluator import METRICS, Evaluation, evaluate
 from detkit.engine.logging import RunLog, clock, show_progress
 from detkit.engine.parts import train_mode
@@ -39,7 +39,7 @@ class Trainer:
         train_loader, val_loader: batches; ``annotations`` are the validation set's.
         epochs: of the run.
         max_bad_steps: stop after this many optimizer steps in a row that were skipped.
-        patience: stop after this many epochs without a better AP; None: never.
+        stop_early: asked between epochs and at the end for a reason to train no more, or None; see ``no_better``.
         run_dir: an existing folder for everything that is written.
         log: where numbers and pictures go.
         state: where the run stands.
@@ -59,7 +59,7 @@ class Trainer:
         log: RunLog,
         state: TrainState,
         max_bad_steps: int = 10,
-        patience: int | None = None,
+        stop_early: Callable[[TrainState], str | None] = lambda state: None,
         save_every: int | None = None,
         keep_last: int = 1,
     ) -> None:
@@ -71,7 +71,7 @@ class Trainer:
         self.run_dir = run_dir
         self.log = log
         self.max_bad_steps = max_bad_steps
-        self.patience = patience
+        self.stop_early = stop_early
         self.state = state
         self.save_every = save_every
         self.keep_last = keep_last
@@ -84,10 +84,8 @@ class Trainer:
             SystemExit: a signal asked for the end; the state is saved.
         """
         with self.stop.watch():
-            for epoch in range(self.state.epoch, self.epochs):
-                if self.has_waited():
-                    break
-                self.fit_epoch(epoch)
+            while not self.is_over():
+                self.fit_epoch(self.state.epoch)
                 self.save()
                 self.obey()
         return self.state.results
@@ -123,14 +121,12 @@ class Trainer:
         self.log.epoch(state.history, losses, self.epoch_line(state.history[-1], losses))
         plot_history(state.history, losses, self.run_dir / "plots" / "history.png")
 
-    def has_waited(self) -> bool:
-        """Whether no AP has been as good as the best for ``patience`` epochs; says so."""
-        best, waited = self.state.best_epoch, self.state.epoch - self.state.best_epoch
-        if self.patience is None or waited < self.patience:
-            return False
-        words = f"no AP has been as good as epoch {best}'s for {waited} epochs (trainer.patience)"
-        self.log.console.print(f"stopped early: {words}")
-        return True
+    def is_over(self) -> bool:
+        """Whether all epochs are done, or there is a reason to stop early, of which rank 0's counts; says that one."""
+        reason = from_main(lambda: self.stop_early(self.state))
+        if reason and self.state.epoch < self.epochs:
+            self.log.console.print(f"stopped early: {reason}")
+        return bool(reason) or self.state.epoch >= self.epochs
 
     def train_epoch(self, epoch: int) -> tuple[dict[str, float], float]:
         """Go through the rest of the training set; return the epoch's mean loss terms and images per second.
@@ -271,3 +267,15 @@ class Trainer:
             with suppress(UnreadableImage):  # gone since
                 pictures.append(draw_boxes(read_image(origin.path), *found))
         self.log.picture("val_predictions", grid(pictures), self.state.epoch)
+
+
+def no_better(patience: int | None) -> Callable[[TrainState], str | None]:
+    """Return a reason to stop early: no AP as good as the best for ``patience`` epochs; None: there is none."""
+
+    def reason(state: TrainState) -> str | None:
+        waited = state.epoch - state.best_epoch
+        if patience is None or waited < patience:
+            return None
+        return f"no AP has been as good as epoch {state.best_epoch}'s for {waited} epochs (trainer.patience)"
+
+    return reason

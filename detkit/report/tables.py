@@ -58,6 +58,22 @@ def print_transfer(report: TransferReport, console: Console) -> None:
         console.print(f"mind: {warning}")
 
 
+def print_rows(rows: Sequence[Mapping[str, Any]], columns: Sequence[str], console: Console) -> None:
+    """Print the ``columns`` of the rows that have them: text to the left, numbers to the right."""
+    table = Table(header_style="bold")
+    for name in columns:
+        words = any(isinstance(row.get(name), str) for row in rows)
+        table.add_column(name, justify="left" if words else "right", overflow="fold")
+    for row in rows:
+        table.add_row(*(_cell(row.get(name)) for name in columns))
+    console.print(table, soft_wrap=False)
+
+
+def _cell(value: object) -> str:
+    """Floats to four digits; nothing for None."""
+    return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
 def _percent(count: int, whole: int) -> str:
     """One decimal; 0 and 100 only where that is exact."""
     if count in (0, whole):

@@ -4,15 +4,16 @@ import itertools
 import json
 import re
 import shlex
-import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.types import RunMode
+from omegaconf import OmegaConf
 from rich.console import Console
 
 import detkit.data  # noqa: F401  (registers the formats)
@@ -49,7 +50,7 @@ def make_run_dir(cfg: Mapping[str, Any], task: str, name: str) -> Path:
 
 def named_folder(cfg: Mapping[str, Any]) -> Path | None:
     """Return the run directory that the command names: ``run_dir``, or in a sweep the job's; None if it names none."""
-    return _sweep_folder() if cfg["run_dir"] is None else Path(str(cfg["run_dir"]))
+    return sweep_folder() if cfg["run_dir"] is None else Path(str(cfg["run_dir"]))
 
 
 def checkpoint_name(ckpt: object) -> str:
@@ -67,16 +68,47 @@ def model_name(cfg: Mapping[str, Any]) -> str:
     return "_".join((cfg["model"]["name"], *swapped))
 
 
-def _sweep_folder() -> Path | None:
+def sweep_folder() -> Path | None:
     """Return a job's folder in a sweep, named by its number and what it was swept over; None outside a sweep."""
     if not HydraConfig.initialized() or HydraConfig.get().mode is not RunMode.MULTIRUN:
         return None
     hydra = HydraConfig.get()
-    typed = {argument.replace(" ", "") for argument in sys.argv}
-    swept = [override for override in hydra.overrides.task if override.replace(" ", "") not in typed]
-    choices = re.sub(r"[^\w.+-]+", "-", "_".join(swept)).strip("-")[:100]
     # The folder Hydra made at the start; hydra.sweep.dir would tell the time anew for every job.
-    return Path(hydra.runtime.output_dir) / f"{hydra.job.num}_{choices}"
+    sweep = Path(hydra.runtime.output_dir)
+    chosen = [override for override in hydra.overrides.task if override.partition("=")[0] in _swept_keys(sweep)]
+    return sweep / numbered_name(hydra.job.num, chosen)
+
+
+def numbered_name(number: int, choices: Sequence[str]) -> str:
+    """Return a folder's name of a number and what was chosen, such as ``3_seed-1_backbone-revcol_tiny``."""
+    words = re.sub(r"[^\w.+-]+", "-", "_".join(choices)).strip("-")[:100]
+    return f"{number}_{words}"
+
+
+def _swept_keys(sweep: Path) -> set[str]:
+    """Return the keys that a sweep varies, from ``multirun.yaml``, where Hydra leaves the arguments it began with."""
+    hydra = OmegaConf.load(sweep / "multirun.yaml").hydra
+    arguments = [*hydra.overrides.task, *(f"{key}={values}" for key, values in (hydra.sweeper.params or {}).items())]
+    parsed = OverridesParser.create().parse_overrides(arguments)
+    return {override.get_key_element() for override in parsed if override.is_sweep_override()}
+
+
+def lock_file(path: Path, wait: bool = False) -> IO[str] | None:
+    """Return a file that is locked until it is closed, or this process ends; loader processes do not inherit that.
+
+    None: another process has it (with ``wait`` that is waited for), or this disk or system knows no locks.
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return None
+    file = open(path, "a")  # noqa: SIM115  (whoever called closes it)
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        file.close()
+        return None
+    return file
 
 
 def _new_folder(path: Path) -> Path:

@@ -29,7 +29,7 @@ from detkit.engine.parts import freeze
 from detkit.engine.precision import Precision, keep_freed_memory, make_deterministic
 from detkit.engine.state import TrainState, restore, saved_recipe
 from detkit.engine.step import TrainStep
-from detkit.engine.trainer import Trainer
+from detkit.engine.trainer import Trainer, no_better
 from detkit.engine.transfer import load_weights
 from detkit.errors import DetkitError
 from detkit.layers.sync_norm import synchronise_norms
@@ -41,8 +41,11 @@ from detkit.tasks.common import check_classes, make_run_dir, model_name, read_sp
 from detkit.tasks.resume import job_name, restarted_run, resumed_run, tell_progress
 
 
-def run(cfg: dict[str, Any]) -> dict[str, Any]:
+def run(cfg: dict[str, Any], stop_early: Callable[[TrainState], str | None] = lambda state: None) -> dict[str, Any]:
     """Train what ``cfg`` (configs/train.yaml, resolved) describes; return the best and the last metrics.
+
+    Args:
+        stop_early: gives a reason to stop early, as in ``Trainer``; ``trainer.patience`` is another.
 
     Raises:
         DetkitError: a user's mistake, found before the first step where that is possible; or the disk is full.
@@ -103,7 +106,8 @@ def run(cfg: dict[str, Any]) -> dict[str, Any]:
     with hold(run_dir, job_name()):
         remember(job_name(), str(run_dir.resolve()))
         _check_same_place(run_dir, state)
-        results = _fit(step, train_loader, val_loader(val_set, cfg, device), val_set, cfg, run_dir, state, console)
+        loaders = (train_loader, val_loader(val_set, cfg, device))
+        results = _fit(step, *loaders, val_set, cfg, run_dir, state, console, stop_early)
     if results is None:
         step.optimizer.zero_grad()
         raise DetkitError(explain_out_of_memory(attempt, cfg["batch_size"] // rank_count(), device))
@@ -180,19 +184,22 @@ def _fit(
     run_dir: Path,
     state: TrainState,
     console: Console,
+    stop_early: Callable[[TrainState], str | None],
 ) -> dict[str, Any] | None:
     """Train from ``state`` on; None where the device has too little memory.
 
     Raises:
         DetkitError: the disk is full.
     """
-    options = ("epochs", "max_bad_steps", "patience", "save_every", "keep_last")
+    options = ("epochs", "max_bad_steps", "save_every", "keep_last")
+    waited = no_better(cfg["trainer"]["patience"])
     try:
         if is_main():
             write_atomically(run_dir / "config.yaml", yaml.safe_dump(cfg, sort_keys=False).encode())
         log = RunLog(run_dir, console, epochs=state.epoch)
         chosen = {key: cfg["trainer"][key] for key in options}
-        trainer = Trainer(step, train_loader, val_loader, val_set, run_dir=run_dir, log=log, state=state, **chosen)
+        chosen |= {"run_dir": run_dir, "log": log, "stop_early": lambda state: waited(state) or stop_early(state)}
+        trainer = Trainer(step, train_loader, val_loader, val_set, state=state, **chosen)
         try:
             return trainer.fit()
         finally:

@@ -1,0 +1,106 @@
+"""What ``search=`` may say: keys of a training's configuration, and the values that are tried for them."""
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from detkit.checks import check_values, is_number
+from detkit.config import compose_config, resolve
+from detkit.errors import DetkitError
+from detkit.tasks.common import numbered_name
+
+if TYPE_CHECKING:
+    from optuna import Trial
+    from optuna.distributions import BaseDistribution
+
+TUNING = ("search", "trials", "pruner", "storage")  # keys of tune.yaml that a training has not
+FORM = "a list of choices, or {low: A, high: B}, perhaps with log: true or step: N"
+
+
+def read_space(search: Any) -> dict[str, "BaseDistribution"]:
+    """Return Optuna's distribution for every key of ``search``.
+
+    Raises:
+        DetkitError: it is no mapping of keys to ranges and choices.
+    """
+    if not isinstance(search, Mapping) or not search:
+        raise DetkitError("search must be a mapping of keys to values, such as {optim.lr: {low: 1e-4, high: 1e-2}}")
+    for key in search:
+        if str(key).partition(".")[0] in (*TUNING, "run_dir", "resume"):
+            raise DetkitError(f"search: {key} is nothing to search over")
+    return {str(key): _distribution(str(key), values) for key, values in search.items()}
+
+
+def check_space(space: Mapping[str, "BaseDistribution"], typed: Sequence[str]) -> None:
+    """Compose a training with every choice, and both ends of every range, beside what the command line says.
+
+    Raises:
+        DetkitError: a key does not exist, or a value is not allowed.
+    """
+    for key, values in space.items():
+        for value in getattr(values, "choices", None) or (values.low, values.high):
+            check_values(trial_config(typed, {key: value}))
+
+
+def trial_config(typed: Sequence[str], chosen: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the configuration of a training with the command line's overrides and the ``chosen`` values.
+
+    Raises:
+        DetkitError: they do not compose.
+    """
+    cfg = resolve(compose_config("tune", [*typed, *as_overrides(chosen)]))
+    return {key: value for key, value in cfg.items() if key not in TUNING}
+
+
+def suggest(trial: "Trial", space: Mapping[str, "BaseDistribution"]) -> dict[str, Any]:
+    """Return a value for every key: what a trial was given before, or else what its study's sampler chooses."""
+    chosen: dict[str, Any] = {}
+    for key, values in space.items():
+        if hasattr(values, "choices"):
+            chosen[key] = trial.suggest_categorical(key, values.choices)
+        else:
+            draw = trial.suggest_int if isinstance(values.low, int) else trial.suggest_float
+            chosen[key] = draw(key, values.low, values.high, step=values.step, log=values.log)
+    return chosen
+
+
+def as_overrides(chosen: Mapping[str, Any]) -> list[str]:
+    """Return ``key=value`` as one would type it."""
+    return [f"{key}={_text(value)}" for key, value in chosen.items()]
+
+
+def folder_name(number: int, chosen: Mapping[str, Any]) -> str:
+    """Return a trial's folder, such as ``7_optim.lr-0.00123_augment-light``."""
+    values = {key: f"{value:.3g}" if isinstance(value, float) else value for key, value in chosen.items()}
+    return numbered_name(number, as_overrides(values))
+
+
+def _distribution(key: str, values: Any) -> "BaseDistribution":
+    from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+
+    if isinstance(values, Sequence) and not isinstance(values, str) and values:
+        return CategoricalDistribution(
+            [v if v is None or isinstance(v, str | int | float) else _text(v) for v in values]
+        )
+    if not isinstance(values, Mapping) or not {"low", "high"} <= set(values) <= {"low", "high", "log", "step"}:
+        raise DetkitError(f"search: {key} must be {FORM}")
+    low, high, log, step = (values.get(name) for name in ("low", "high", "log", "step"))
+    numbers = all(is_number(v, float("-inf")) for v in (low, high)) and (step is None or is_number(step, 0))
+    if not numbers or log not in (None, True, False):
+        raise DetkitError(f"search: {key} must be {FORM}")
+    try:
+        if isinstance(low, int) and isinstance(high, int) and isinstance(step or 1, int):
+            return IntDistribution(low, high, log=bool(log), step=1 if step is None else step)
+        return FloatDistribution(float(low), float(high), log=bool(log), step=step)
+    except ValueError as error:
+        raise DetkitError(f"search: {key}: {str(error).splitlines()[0]}") from None
+
+
+def _text(value: Any) -> str:
+    """Return a value in Hydra's own writing."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, Mapping):
+        return "{" + ",".join(f"{key}:{_text(part)}" for key, part in value.items()) + "}"
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return "[" + ",".join(map(_text, value)) + "]"
+    return str(value)

@@ -1,0 +1,187 @@
+"""Sweeps (``-m``): jobs that do not end one another, on one machine or many, and a table of what came of them.
+
+Every job leaves a record in ``SWEEP/.jobs``, wherever its launcher runs it; ``sweep.csv`` puts them side by side.
+"""
+
+import contextlib
+import csv
+import functools
+import io
+import json
+import os
+import platform
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from hydra.core.hydra_config import HydraConfig
+from hydra.experimental.callback import Callback
+from hydra.types import RunMode
+from omegaconf import DictConfig
+
+from detkit.data.loader import worker_count
+from detkit.engine.checkpoint import write_atomically
+from detkit.errors import DetkitError
+from detkit.report.console import make_console
+from detkit.report.tables import print_rows
+from detkit.tasks.common import AUTO, lock_file, sweep_folder
+
+RECORDS = ".jobs"
+COLUMNS = ("job", "AP", "AP50", "best_epoch", "epochs", "status", "error", "folder")
+
+_sweep: Path | None = None  # the folder of the sweep that this process started
+
+
+class SweepStart(Callback):
+    """Hydra's word that a sweep begins (configs/common.yaml); its jobs may run in other processes."""
+
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """Note the folder, for the table at the end, and say it: jobs may print elsewhere."""
+        global _sweep
+        if not _of_torchrun():
+            _sweep = Path(config.hydra.sweep.dir).resolve()
+            for record in (_sweep / RECORDS).glob("*.json"):  # of an earlier sweep in the same folder
+                record.unlink()
+            make_console().print(f"sweep: {_sweep}")
+
+
+def in_sweep() -> bool:
+    """Whether this is a job of a sweep; the ranks of torchrun do not count, as a job that fails ends them all."""
+    swept = HydraConfig.initialized() and HydraConfig.get().mode is RunMode.MULTIRUN
+    return swept and not _of_torchrun()
+
+
+def run_job(work: Callable[[], object]) -> None:
+    """Do the work of a job and record what came of it; a mistake or a fault ends this job, not the sweep.
+
+    Raises:
+        SystemExit: a signal asked for the end, and ends the sweep or has the job queued again.
+    """
+    folder = sweep_folder()
+    record: dict[str, Any] = {"job": folder.name, "status": "running", "folder": str(folder)}
+    record |= {"host": platform.node(), "pid": os.getpid()}
+    _write(folder, record)
+    with _output(folder) as tell:
+        try:
+            tell(f"job {folder.name}")
+            record |= {"status": "done", **_results(work())}
+            tell(_line(record))
+        except DetkitError as error:
+            record |= {"status": "mistake", "error": str(error)}
+            tell(f"{folder.name}: error: {error}")
+        except SystemExit as stop:
+            code = stop.code if isinstance(stop.code, int) else 1
+            record["status"] = "done" if stop.code in (0, None) else "failed" if code in (1, 2) else "stopped"
+            record["error"] = f"exit status {code}"
+            if record["status"] == "stopped":
+                raise
+        except Exception as error:
+            traceback.print_exc()
+            record |= {"status": "failed", "error": f"{type(error).__name__}: {error}".partition("\n")[0]}
+            tell(f"{folder.name}: {record['error']}")
+        finally:
+            _write(folder, record)
+
+
+def prepare_job(cfg: dict[str, Any]) -> None:
+    """Change in ``cfg`` what a job of a sweep does otherwise than a run of its own.
+
+    Where it runs beside others (joblib), it has its share of the machine's cores and one of its GPUs; threads of torch
+    are joblib's to share out. Where it may be queued again (submitit), it goes on with what its folder holds.
+    """
+    jobs = _parallel_jobs()
+    if jobs > 1 and cfg["workers"] == "auto":
+        cfg["workers"] = max(worker_count("auto") // jobs, 1)
+    gpus = torch.cuda.device_count() if cfg["device"] in ("auto", "cuda") else 0
+    if jobs > 1 and gpus > 1:
+        cfg["device"] = f"cuda:{_own_slot(jobs) % gpus}"
+    if "SUBMITIT_EXECUTOR" in os.environ and cfg.get("resume", "") is None:
+        cfg["resume"] = AUTO
+
+
+def finish_sweep() -> int:
+    """Print the table of the sweep that this process started, if any, and write ``sweep.csv``; return its exit status.
+
+    That is 0 where every job is done, 2 where all that are not are a user's mistakes, else 1.
+    """
+    global _sweep
+    sweep, _sweep = _sweep, None
+    if sweep is None or not (sweep / RECORDS).is_dir():
+        return 0
+    console = make_console()
+    files = sorted((sweep / RECORDS).glob("*.json"), key=lambda file: int(file.stem))
+    records = [json.loads(file.read_text()) for file in files]
+    text = io.StringIO()
+    writer = csv.DictWriter(text, COLUMNS, extrasaction="ignore")
+    writer.writeheader()
+    writer.writerows(records)
+    write_atomically(sweep / "sweep.csv", text.getvalue().encode())
+    print_rows(records, COLUMNS[:6], console)
+    undone = [record for record in records if record["status"] != "done"]
+    for record in undone:
+        console.print(f"{record['job']}: {record.get('error', 'did not end')}")
+    console.print(f"{len(records) - len(undone)} of {len(records)} jobs are done: {sweep / 'sweep.csv'}")
+    return 0 if not undone else 2 if all(record["status"] == "mistake" for record in undone) else 1
+
+
+def _of_torchrun() -> bool:
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
+def _write(folder: Path, record: Mapping[str, Any]) -> None:
+    """Write a job's record; of several ranks the first one does."""
+    if int(os.environ.get("SLURM_PROCID") or os.environ.get("SUBMITIT_LOCAL_GLOBALID") or 0):
+        return
+    path = folder.parent / RECORDS / f"{HydraConfig.get().job.num}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, json.dumps(record).encode())
+
+
+def _results(result: object) -> dict[str, Any]:
+    """Return the columns of what a task returned: a training, or an evaluation."""
+    if not isinstance(result, Mapping):
+        return {}
+    best = result.get("best", result)
+    columns = {name: best[name] for name in ("AP", "AP50") if name in best}
+    if "last" in result:
+        columns |= {"best_epoch": best["epoch"], "epochs": result["last"]["epoch"]}
+    return columns
+
+
+def _line(record: Mapping[str, Any]) -> str:
+    figures = "".join(f"  {name} {record[name]:.4f}" for name in ("AP", "AP50") if name in record)
+    return f"{record['job']}: done{figures}"
+
+
+@contextlib.contextmanager
+def _output(folder: Path) -> Iterator[Callable[[str], None]]:
+    """Send what a job prints into ``FOLDER.log`` where others run beside it; yields what tells the terminal."""
+    console = make_console()
+    if _parallel_jobs() == 1:
+        yield console.print
+        return
+    console.file = console.file  # the terminal, also while output is redirected
+    log = open(f"{folder}.log", "a", buffering=1)  # noqa: SIM115
+    with log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
+        yield console.print
+
+
+def _parallel_jobs() -> int:
+    """Return how many jobs joblib runs at a time on this machine; 1 without it."""
+    jobs = HydraConfig.get().launcher.get("n_jobs", 1)
+    return jobs if jobs > 0 else max((os.cpu_count() or 1) + 1 + jobs, 1)
+
+
+@functools.cache
+def _own_slot(slots: int) -> int:
+    """Return a number below ``slots`` that no other process of the sweep has until this one ends."""
+    for slot in range(slots):
+        if file := lock_file(sweep_folder().parent / RECORDS / f"slot{slot}"):
+            _kept.append(file)
+            return slot
+    return 0
+
+
+_kept: list[IO[str]] = []  # open, and so locked, as long as the process lives

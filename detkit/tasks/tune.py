@@ -1,0 +1,256 @@
+"""Search for the settings of the best training: Optuna chooses them and ends trials that lead nowhere.
+
+A study is a folder. Every process that runs the same command takes trials from it until there are enough; what a trial
+is given depends on the seed, its number and the results so far, not on who runs it. A trial whose process was killed
+is taken up again where it was.
+"""
+
+import csv
+import io
+import json
+import os
+import shlex
+import traceback
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+import numpy as np
+from hydra.core.hydra_config import HydraConfig
+from rich.console import Console
+
+from detkit.engine.checkpoint import write_atomically
+from detkit.engine.state import TrainState
+from detkit.errors import DetkitError
+from detkit.report.console import make_console
+from detkit.report.tables import print_rows
+from detkit.tasks import train
+from detkit.tasks.common import AUTO, check_classes, lock_file, model_name, read_split
+from detkit.tasks.search_space import (
+    TUNING,
+    as_overrides,
+    check_space,
+    folder_name,
+    read_space,
+    suggest,
+    trial_config,
+)
+
+if TYPE_CHECKING:
+    from optuna import Study, Trial
+    from optuna.distributions import BaseDistribution
+    from optuna.pruners import BasePruner
+    from optuna.trial import FrozenTrial
+
+FREE = ("trials", "pruner", "storage", "run_dir", "resume", "device", "workers", "data.root", "data.yaml")
+MEASURED = ("AP", "AP50", "best_epoch", "epochs")
+
+
+def run(cfg: dict[str, Any]) -> list[dict[str, Any]]:
+    """Run trials of the study that ``cfg`` (configs/tune.yaml, resolved) describes; return the rows of ``study.csv``.
+
+    Raises:
+        DetkitError: a mistake that concerns every trial; found before the first.
+        SystemExit: with status 1 where no trial came to an end; or a signal asked for the end.
+    """
+    _import_optuna()
+    if int(os.environ.get("WORLD_SIZE") or 1) > 1:
+        raise DetkitError(
+            "a trial trains in one process: start tune once for each GPU (device=cuda:N), without torchrun"
+        )
+    console = make_console()
+    typed = list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else []
+    space = read_space(cfg["search"])
+    check_space(space, typed)
+    train_set, val_set = (read_split(cfg["data"], split) for split in ("train", "val"))
+    check_classes(train_set, val_set)
+
+    folder = Path(str(cfg["run_dir"] or Path("runs") / "tune" / f"{model_name(cfg)}_{cfg['data']['name']}"))
+    study = _open_study(folder, cfg)
+    console.print(f"study {folder}: {len(study.get_trials(deepcopy=False))} of {cfg['trials']} trials began before")
+    while (taken := _take_trial(study, space, folder, cfg)) is not None:
+        trial, chosen, lock = taken
+        own = {"run_dir": str(folder / folder_name(trial.number, chosen)), "resume": AUTO}
+        trial.set_user_attr("folder", own["run_dir"])
+        console.print(f"trial {trial.number}: {' '.join(as_overrides(chosen))}")
+        _run_trial(study, trial, lambda: {**trial_config(typed, chosen), **own}, console)  # noqa: B023  (called at once)
+        if lock is not None:
+            lock.close()
+        _write_table(study, folder)
+    rows = _write_table(study, folder)
+    _tell_result(study, rows, typed, folder, console)
+    return rows
+
+
+def _run_trial(study: "Study", trial: "Trial", config: Callable[[], dict[str, Any]], console: Console) -> None:
+    """Train as the trial says, and tell the study what came of it: also that it failed, and why."""
+    from optuna.trial import TrialState
+
+    told = set(study.get_trials(deepcopy=False)[trial.number].intermediate_values)
+
+    def prune(state: TrainState) -> str | None:
+        for row in state.history:
+            if row["epoch"] not in told:
+                trial.report(row["AP"], row["epoch"])
+                told.add(row["epoch"])
+        return "Optuna prunes this trial" if state.history and trial.should_prune() else None
+
+    try:
+        cfg = config()
+        results = train.run(cfg, prune)
+    except DetkitError as error:
+        reason = str(error)
+    except Exception as error:
+        traceback.print_exc()
+        reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+    else:
+        best, epochs = results["best"], results["last"]["epoch"]
+        for name, value in zip(MEASURED, (best["AP"], best["AP50"], best["epoch"], epochs), strict=True):
+            trial.set_user_attr(name, value)
+        pruned = epochs < cfg["trainer"]["epochs"] and trial.should_prune()
+        study.tell(trial, **({"state": TrialState.PRUNED} if pruned else {"values": best["AP"]}))
+        return
+    console.print(f"trial {trial.number} failed: {reason}")
+    trial.set_user_attr("error", reason)
+    study.tell(trial, state=TrialState.FAIL)
+
+
+def _take_trial(
+    study: "Study", space: Mapping[str, "BaseDistribution"], folder: Path, cfg: Mapping[str, Any]
+) -> tuple["Trial", dict[str, Any], IO[str] | None] | None:
+    """Return the next trial, its values, and a lock that says for as long as this process lives that it is run.
+
+    That is one that a process began which is no more, or else a new one; None where there are enough.
+    """
+    from optuna import Trial
+    from optuna.samplers import TPESampler
+    from optuna.trial import TrialState
+
+    locks = folder / ".running"
+    locks.mkdir(parents=True, exist_ok=True)
+    study_lock = lock_file(folder / ".lock", wait=True)
+    try:
+        trials = [t for t in study.get_trials(deepcopy=False) if t.state != TrialState.WAITING]
+        seed = np.random.SeedSequence([cfg["seed"], len(trials)]).generate_state(1)[0]
+        study.sampler = TPESampler(seed=int(seed), constant_liar=True)
+        for begun in trials:
+            path = locks / str(begun.number)  # others may run on a disk of their own
+            if begun.state == TrialState.RUNNING and path.exists() and (lock := lock_file(path)) is not None:
+                trial = Trial(study, begun._trial_id)
+                return trial, suggest(trial, space), lock
+        if len(trials) >= cfg["trials"]:
+            return None
+        trial = study.ask()
+        lock = lock_file(locks / str(trial.number))
+        return trial, suggest(trial, space), lock
+    finally:
+        if study_lock is not None:
+            study_lock.close()
+
+
+def _open_study(folder: Path, cfg: Mapping[str, Any]) -> "Study":
+    """Return the study in ``folder``, or begin one there.
+
+    Raises:
+        DetkitError: the folder or the storage cannot be used, or the study was begun with other settings.
+    """
+    import optuna
+    from optuna.storages.journal import JournalFileBackend
+
+    settings = {key: value for key, value in _flat(cfg) if key not in FREE and not key.startswith("pruner.")}
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        storage = cfg["storage"]
+        if storage is None:
+            storage = optuna.storages.JournalStorage(JournalFileBackend(str(folder / "study.journal")))
+        study = optuna.create_study(
+            storage=storage,
+            study_name=folder.name,
+            direction="maximize",
+            pruner=_pruner(cfg),
+            load_if_exists=True,
+        )
+    except OSError as error:
+        raise DetkitError(f"run_dir={folder}: {error.strerror}") from None
+    except Exception as error:  # whatever a driver makes of a URL
+        hidden = f"{type(error).__name__}: {error}".partition("\n")[0].replace(str(cfg["storage"]), "the database")
+        raise DetkitError(f"storage cannot be opened: {hidden}") from None
+    earlier = study.user_attrs.get("settings")
+    if earlier is None:
+        study.set_user_attr("settings", settings)
+        return study
+    now = json.loads(json.dumps(settings))
+    for key in [*earlier, *now]:
+        if earlier.get(key) != now.get(key):
+            raise DetkitError(
+                f"{folder} holds a study with {key}={earlier.get(key)}, not {now.get(key)}: name another by run_dir="
+            )
+    return study
+
+
+def _pruner(cfg: Mapping[str, Any]) -> "BasePruner":
+    from optuna.pruners import HyperbandPruner, MedianPruner, NopPruner
+
+    pruner, epochs = cfg["pruner"], cfg["trainer"]["epochs"]
+    if pruner["name"] == "median":
+        return MedianPruner(pruner["startup_trials"], pruner["warmup_epochs"])
+    if pruner["name"] == "hyperband":
+        return HyperbandPruner(min(max(pruner["warmup_epochs"], 1), epochs), epochs)
+    return NopPruner()
+
+
+def _write_table(study: "Study", folder: Path) -> list[dict[str, Any]]:
+    """Write ``study.csv``, a row for each trial; return its rows."""
+    rows = [_row(trial) for trial in study.get_trials(deepcopy=False)]
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(dict.fromkeys(key for row in rows for key in row)))
+    writer.writeheader()
+    writer.writerows(rows)
+    lock = lock_file(folder / ".lock", wait=True)
+    write_atomically(folder / "study.csv", text.getvalue().encode())
+    if lock is not None:
+        lock.close()
+    return rows
+
+
+def _row(trial: "FrozenTrial") -> dict[str, Any]:
+    measured = {name: trial.user_attrs.get(name) for name in MEASURED}
+    rest = {"error": trial.user_attrs.get("error"), "folder": trial.user_attrs.get("folder")}
+    return {"trial": trial.number, "state": trial.state.name.lower(), **measured, **trial.params, **rest}
+
+
+def _tell_result(study: "Study", rows: list[dict[str, Any]], typed: list[str], folder: Path, console: Console) -> None:
+    """Print the table, what failed, the best trial and how to train it again; end with status 1 where there is none."""
+    chosen = {t.number: {"chosen": " ".join(as_overrides(t.params))} for t in study.get_trials(deepcopy=False)}
+    print_rows([row | chosen[row["trial"]] for row in rows], ("trial", "state", *MEASURED, "chosen"), console)
+    for row in rows:
+        if row["error"]:
+            console.print(f"trial {row['trial']} failed: {row['error']}")
+    console.print(f"{folder / 'study.csv'}")
+    complete = [row for row in rows if row["state"] == "complete"]
+    if not complete:
+        console.print("no trial came to its end")
+        raise SystemExit(1)
+    best = study.best_trial
+    console.print(f"best: trial {best.number}, AP {best.value:.4f}: {best.user_attrs['folder']}")
+    words = [word for word in typed if word.lstrip("+").partition("=")[0].partition(".")[0] not in (*TUNING, "run_dir")]
+    console.print(f"python tools/train.py {shlex.join([*words, *as_overrides(best.params)])}")
+
+
+def _flat(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield every dotted key with its value."""
+    for key, value in node.items():
+        if isinstance(value, Mapping) and value:
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _import_optuna() -> None:
+    try:
+        import optuna
+    except ImportError:
+        raise DetkitError("tune needs Optuna, which is not installed: pip install 'detkit[sweeps]'") from None
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
