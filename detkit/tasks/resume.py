@@ -12,8 +12,9 @@ from detkit.checks import check_values
 from detkit.engine.state import TrainState, read_state
 from detkit.errors import DetkitError
 
+CHANGEABLE_TRAINER = ("epochs", "patience", "max_bad_steps", "save_every", "keep_last", "log_every", "loggers")
 CHANGEABLE = (
-    *(f"trainer.{name}" for name in ("epochs", "patience", "max_bad_steps", "save_every", "keep_last")),
+    *(f"trainer.{name}" for name in CHANGEABLE_TRAINER),
     *("device", "workers", "data.root"),
 )
 # Of these the file may differ from what was saved, but the command line sets them for other reasons.
@@ -57,6 +58,8 @@ def resumed_config(run_dir: Path, cfg: Mapping[str, Any], saved: Mapping[str, An
     for key in cfg:
         if key not in own:
             raise DetkitError(f"{path} has no '{key}': it was written by another version of detkit")
+    if isinstance(own["trainer"], dict):  # of an earlier version, some may be missing
+        own["trainer"] = {key: cfg["trainer"][key] for key in CHANGEABLE_TRAINER} | own["trainer"]
     for key in typed_keys():
         if key in ("resume", "plugins"):
             continue

@@ -18,7 +18,7 @@ from detkit.data.stream import ShardLoader
 from detkit.data.tiles import TiledDataset
 from detkit.engine.checkpoint import without_pretrained, write_atomically
 from detkit.engine.distributed import from_main, is_main, join, main_first, rank, share_batch
-from detkit.engine.logging import RunLog
+from detkit.engine.loggers import check_loggers
 from detkit.engine.memory import choose_batch_size, explain_out_of_memory, trial
 from detkit.engine.optim import Recipe, Schedule, accumulation, describe_factors
 from detkit.engine.parts import freeze
@@ -35,6 +35,7 @@ from detkit.report.console import make_console
 from detkit.report.tables import print_metrics, print_transfer
 from detkit.tasks.common import check_classes, make_run_dir, model_name, read_split, tell_split, val_loader
 from detkit.tasks.resume import resumed_run, tell_progress
+from detkit.tasks.watch import open_log
 
 
 def run(cfg: dict[str, Any]) -> dict[str, Any]:
@@ -48,6 +49,7 @@ def run(cfg: dict[str, Any]) -> dict[str, Any]:
     run_dir, saved = None, None
     if cfg["resume"] is not None:
         run_dir, cfg, saved = resumed_run(cfg, said.append)
+    check_loggers(cfg["trainer"]["loggers"])
     device = join(cfg["device"], cfg["trainer"]["rank_timeout"])
     if cfg["batch_size"] != "auto":
         share_batch(cfg["batch_size"])
@@ -95,7 +97,8 @@ def run(cfg: dict[str, Any]) -> dict[str, Any]:
     console.print(f"{recipe.name}, learning rate {recipe.lr:g}; writing to {run_dir}")
     if saved:
         tell_progress(state, cfg["trainer"]["epochs"], console)
-    results = _fit(step, train_loader, val_loader(val_set, cfg, device), val_set, cfg, run_dir, state, console)
+    loaders = (train_loader, val_loader(val_set, cfg, device))
+    results = _fit(step, *loaders, train_set, val_set, cfg, run_dir, state, console)
     if results is None:
         step.optimizer.zero_grad()
         raise DetkitError(explain_out_of_memory(attempt, cfg["batch_size"] // rank_count(), device))
@@ -155,6 +158,7 @@ def _fit(
     step: TrainStep,
     train_loader: BatchLoader | ShardLoader,
     val_loader: BatchLoader,
+    train_set: Annotations,
     val_set: Annotations,
     cfg: dict[str, Any],
     run_dir: Path,
@@ -166,17 +170,14 @@ def _fit(
     Raises:
         DetkitError: the disk is full.
     """
-    options = ("epochs", "max_bad_steps", "patience", "save_every", "keep_last")
+    options = ("epochs", "max_bad_steps", "patience", "save_every", "keep_last", "log_every")
     try:
         if is_main():
             write_atomically(run_dir / "config.yaml", yaml.safe_dump(cfg, sort_keys=False).encode())
-        log = RunLog(run_dir, console, epochs=state.epoch)
         chosen = {key: cfg["trainer"][key] for key in options}
-        trainer = Trainer(step, train_loader, val_loader, val_set, run_dir=run_dir, log=log, state=state, **chosen)
-        try:
+        with open_log(cfg, step, train_set, run_dir, state, console) as log:
+            trainer = Trainer(step, train_loader, val_loader, val_set, run_dir=run_dir, log=log, state=state, **chosen)
             return trainer.fit()
-        finally:
-            log.close()
     except torch.OutOfMemoryError:
         return None  # and not the error: it holds the tensors of its frames
     except OSError as error:
