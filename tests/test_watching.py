@@ -55,8 +55,8 @@ def test_events_hold_what_one_watches(finished_run):
     picture = events.Images("pictures/val_predictions")[0]
     assert (picture.width, picture.height) == Image.open(finished_run / "plots" / "val_predictions.jpg").size
     tensors = set(events.Tags()["tensors"])
-    assert {"precision_recall/all", "precision_recall/circle", "model/text_summary", "config/text_summary"} <= tensors
-    assert b"| backbone" in events.Tensors("model/text_summary")[0].tensor_proto.string_val[0]
+    assert {"precision_recall/all", "precision_recall/circle", "run/model", "run/config"} <= tensors
+    assert b"| backbone" in events.Tensors("run/model")[0].tensor_proto.string_val[0]
 
 
 def test_runs_are_compared_by_hyper_parameters_and_best_metrics(finished_run):
@@ -69,6 +69,8 @@ def test_runs_are_compared_by_hyper_parameters_and_best_metrics(finished_run):
     assert values["optim.lr"].number_value == pytest.approx(0.0015, abs=1e-4)
     assert values["trainer.epochs"].number_value == 2
     assert not {key for key in values if "log" in key or "root" in key}
+    shown = {info.name for info in kinds["experiment"].experiment.hparam_infos if info.differs}
+    assert shown == {"model.name", "optim.lr", "batch_size", "image_size", "trainer.epochs"}
     metrics = {info.name.tag for info in kinds["experiment"].experiment.metric_infos}
     assert {"best/AP", "best/AP50"} <= metrics <= set(events.Tags()["scalars"])
     assert "session_end_info" in kinds
@@ -292,7 +294,9 @@ def test_a_resumed_run_is_the_same_to_wandb(tmp_path, monkeypatch):
         channels = open_loggers(["wandb"], tmp_path, step, told.append, resumed=step > 0)
         for k in range(step, step + 2):
             channels[1].send(lambda logger, k=k: logger.scalars({"loss/box": 1.0}, k))
-        channels[1].send(lambda logger, step=step: logger.hyper_parameters({"trainer.epochs": 2 + step}, ["best/AP"]))
+        channels[1].send(
+            lambda logger, step=step: logger.hyper_parameters({"trainer.epochs": 2 + step}, [], ["best/AP"])
+        )
         channels[1].send(lambda logger: logger.text("model", "| a |"))
         for channel in channels:
             channel.close(True)

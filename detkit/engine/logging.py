@@ -35,9 +35,10 @@ class RunLog:
         self.channels = channels
         self.told: set[str] = set()  # sentences of ``problems``
 
-    def start(self, hyper_parameters: Mapping[str, Value], texts: Mapping[str, str]) -> None:
-        """Keep what the run is made with, and texts in Markdown by name."""
-        self._send(lambda logger: logger.hyper_parameters(hyper_parameters, [f"best/{name}" for name in COMPARED]))
+    def start(self, hyper_parameters: Mapping[str, Value], main: Sequence[str], texts: Mapping[str, str]) -> None:
+        """Keep what the run is made with, ``main`` of it first, and texts in Markdown by name."""
+        metrics = [f"best/{name}" for name in COMPARED]
+        self._send(lambda logger: logger.hyper_parameters(hyper_parameters, main, metrics))
         for name, text in texts.items():
             self._send(lambda logger, name=name, text=text: logger.text(name, text))
 

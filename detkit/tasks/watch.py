@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from hydra.core.hydra_config import HydraConfig
 from rich.console import Console
 
 from detkit.data.annotations import Annotations
@@ -17,16 +18,17 @@ from detkit.engine.state import TrainState
 from detkit.engine.step import TrainStep
 from detkit.report.data_plots import draw_labels
 from detkit.report.summary import summarize, summary_markdown
+from detkit.tasks.resume import typed_keys
 
 SUMMARY_DEPTH = 2  # as configs/summary.yaml
-# Groups and keys of the configuration that change what is learnt, or from what.
-GROUPS = ("model", "backbone", "neck", "head", "loss", "data", "optim", "augment", "trainer")
+# What of a configuration changes what is learnt, or from what; of a group, all but what is ignored.
 KEYS = ("image_size", "batch_size", "amp", "seed", "weights")
-# Of these groups, what two runs are not compared by.
+GROUPS = ("model", "backbone", "neck", "head", "loss", "data", "optim", "augment", "trainer")
 IGNORED = {
     "trainer": ("rank_timeout", "max_bad_steps", "save_every", "keep_last", "log_every", "loggers"),
     "data": ("root", "yaml", "preset", "strict", "cache"),
 }
+MAIN = ("model.name", "optim.lr", "batch_size", "image_size", "trainer.epochs")  # where nothing was typed
 
 
 def open_log(
@@ -50,7 +52,11 @@ def open_log(
     log = RunLog(run_dir, console, channels)
     model = summary_markdown(summarize(step.ema.model, cfg["image_size"], SUMMARY_DEPTH))
     config = "\n".join(f"    {line}" for line in yaml.safe_dump(cfg, sort_keys=False).splitlines())
-    log.start(hyper_parameters(cfg, step.schedule.recipe), {"model": model, "config": config})
+    values = hyper_parameters(cfg, step.schedule.recipe)
+    if HydraConfig.initialized() and not state.step:
+        values["augment"] = str(HydraConfig.get().runtime.choices.get("augment"))  # a group without a name in it
+    typed = [key if key in values else f"{key}.name" for key in typed_keys()]
+    log.start(values, [key for key in typed if key in values] or MAIN, {"model": model, "config": config})
     if not state.step:
         log.plot("labels", draw_labels(train_set), 0)
     wait()  # with patience: a server may be slow to answer

@@ -6,8 +6,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
+from torch.utils.tensorboard.summary import text as as_text
 
 from detkit.engine.curves import THRESHOLDS, Curves
 from detkit.engine.loggers.base import Value, tag
@@ -52,11 +54,18 @@ class TensorBoard:
                 self.writer.add_pr_curve_raw(f"precision_recall/{name}", *counts, precision, recall, step, bins)
 
     def text(self, name: str, text: str) -> None:
-        self.writer.add_text(name, text, 0)
+        summary = as_text(name, text)
+        summary.value[0].tag = f"run/{name}"  # without the ending that torch gives it
+        self._add(summary, 0)
 
-    def hyper_parameters(self, values: Mapping[str, Value], metrics: Sequence[str]) -> None:
+    def hyper_parameters(self, values: Mapping[str, Value], main: Sequence[str], metrics: Sequence[str]) -> None:
         # Not SummaryWriter.add_hparams, which writes into a folder of its own within the run's.
         experiment, start, self.end = hparams(dict(values), dict.fromkeys(metrics, 0.0))
+        plugin = experiment.value[0].metadata.plugin_data
+        data = HParamsPluginData.FromString(plugin.content)
+        for info in data.experiment.hparam_infos:
+            info.differs = info.name in main  # the tab shows these first
+        plugin.content = data.SerializeToString()
         self._add(experiment, 0)
         self._add(start, 0)
 
