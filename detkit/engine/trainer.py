@@ -183,18 +183,25 @@ class Trainer:
             bar.advance()
             return
         reading = Reading.of(current, self.learnt())
-        left = ((self.epochs - epoch) * batches - current.position) * current.seconds / current.batches
-        bar.advance(f"{reading}  {clock(left)} left of the run")
+        left = clock(self.seconds_left(epoch))
+        bar.advance(f"{reading}  {left} left of the run")
         if not (nth or last):
             return
         window, self.logged = reading.since(self.logged), reading
         if nth:
-            self.log.line(f"{self.label(epoch)}  batch {current.position}/{batches}  {window}  {clock(left)} left")
+            self.log.line(f"{self.label(epoch)}  batch {current.position}/{batches}  {window}  {left} left")
         values = {f"loss/{name}": mean for name, mean in window.means().items()}
         values |= {f"lr/{kind}": rate for kind, rate in learning_rates(self.step.optimizer).items()}
         values |= {f"train/{name}": value for name, value in self.measured().items()}
         values |= {"train/images_per_s": window.images_per_s, "train/data_wait": window.data_wait}
         self.log.scalars(values | {"train/epoch": epoch + current.position / batches}, state.step)
+
+    def seconds_left(self, epoch: int) -> float:
+        """Return how long the rest of the run takes, at the epoch's pace, and the last one's for the validations."""
+        current, history, batches = self.state.current, self.state.history, len(self.train_loader)
+        pace = current.seconds / current.batches
+        rest = max(history[-1]["seconds"] - pace * batches, 0) if history else 0
+        return ((self.epochs - epoch) * batches - current.position) * pace + (self.epochs - epoch) * rest
 
     def measured(self) -> dict[str, float]:
         """Return the latest gradient's norm, the epoch's share of waiting for data, and the memory used."""
