@@ -112,6 +112,11 @@ RULES: dict[str, Rule] = {
     "trainer.sync_bn": BOOLEAN,
     "trainer.compile": BOOLEAN,
     "trainer.rank_timeout": POSITIVE,
+    "trainer.log_every": _whole(1),
+    "trainer.loggers": (
+        "a list of wandb and mlflow, such as [wandb]",
+        lambda v: isinstance(v, list) and all(n in ("wandb", "mlflow") for n in v) and len({*v}) == len(v),
+    ),
     "trainer.freeze": (
         "a list of parts, such as [backbone.stem]",
         lambda v: isinstance(v, list) and all(isinstance(n, str) for n in v),

@@ -229,7 +229,9 @@ def test_too_many_in_a_row_end_the_run_by_a_sentence(tmp_path, monkeypatch):
     batches = Batches([toy_batch(0), *(toy_batch(k, torch.inf) for k in (1, 2, 3))])
     log = RunLog(tmp_path, make_console())
     trainer = Trainer(step, batches, [], None, epochs=1, run_dir=tmp_path, log=log, state=TrainState(), max_bad_steps=3)
-    monkeypatch.setattr(trainer, "picture_batch", lambda name, batch: None)
+    monkeypatch.setattr(
+        trainer_module, "picture_batch", lambda batch, names: torch.zeros(8, 8, 3, dtype=torch.uint8).numpy()
+    )
     monkeypatch.setattr(trainer, "save", lambda: None)  # of what is no detector
     with pytest.raises(DetkitError, match=r"not finite in 3 steps in a row.*image3_0\.png, .*last\.safetensors"):
         trainer.train_epoch(0)
@@ -253,7 +255,7 @@ def test_patience_counts_epochs_without_a_better_ap(tmp_path, monkeypatch):
     blank = dict.fromkeys(METRICS, 0.0)
     evaluation = lambda: Evaluation(blank | {"AP": next(scores), "per_class": {}}, [], [], [])  # noqa: E731
     monkeypatch.setattr(trainer, "validate", evaluation)
-    monkeypatch.setattr(trainer, "picture_predictions", lambda evaluation: None)
+    monkeypatch.setattr(trainer, "picture_evaluation", lambda evaluation: None)
     monkeypatch.setattr(trainer_module, "plot_history", lambda *arguments: None)
     results = trainer.fit()
     log.close()

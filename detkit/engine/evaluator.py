@@ -12,6 +12,7 @@ from faster_coco_eval import COCO, COCOeval_faster
 from torch import Tensor
 
 from detkit.data.annotations import Annotations
+from detkit.engine.curves import Curves
 from detkit.engine.distributed import from_main, gather
 from detkit.engine.precision import Precision
 from detkit.models.detector import Detector, to_original
@@ -34,12 +35,14 @@ class Evaluation:
             ranks, rank 0 has all of them and of the ``problems``, the others none.
         pictures: the first batch's origins with their boxes (N, 4), scores (N,) and labels (N,), for drawing.
         problems: a sentence for each image that could not be read; its boxes count as missed.
+        curves: precision and recall; on rank 0 alone.
     """
 
     metrics: dict[str, Any]
     predictions: list[dict[str, Any]]
     pictures: list[tuple[Origin, Tensor, Tensor, Tensor]]
     problems: list[str]
+    curves: Curves | None = None
 
 
 @torch.inference_mode()
@@ -88,13 +91,20 @@ def evaluate(
         advance()
     predictions = _coco_results(annotations, gather_rows(torch.cat(rows)))
     problems = [line for text in gather("\n".join(problems).encode()) for line in text.decode().splitlines()]
-    return Evaluation(from_main(lambda: coco_metrics(annotations, predictions)), predictions, pictures, problems)
+    curves: list[Curves] = []  # they stay where they are made
+    metrics = from_main(lambda: coco_metrics(annotations, predictions, curves.append))
+    return Evaluation(metrics, predictions, pictures, problems, *curves)
 
 
-def coco_metrics(annotations: Annotations, predictions: list[dict[str, Any]]) -> dict[str, Any]:
+def coco_metrics(
+    annotations: Annotations, predictions: list[dict[str, Any]], keep: Callable[[Curves], None] = lambda curves: None
+) -> dict[str, Any]:
     """Score COCO results against a labelled set with faster-coco-eval: METRICS and ``per_class``.
 
     No predictions score 0; a set without boxes scores -1, as COCO defines.
+
+    Args:
+        keep: is given the curves behind AP50.
     """
     with contextlib.redirect_stdout(io.StringIO()):
         truth = COCO(annotations.ground_truth())
@@ -109,6 +119,7 @@ def coco_metrics(annotations: Annotations, predictions: list[dict[str, Any]]) ->
         name: {"AP": _mean(precision[:, :, c]), "AP50": _mean(precision[0, :, c]), "boxes": int(counts[c])}
         for c, name in enumerate(annotations.class_names)
     }
+    keep(Curves(precision[0], np.asarray(scored.eval["scores"])[0, :, :, 0, -1], counts))
     return metrics
 
 

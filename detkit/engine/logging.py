@@ -1,77 +1,119 @@
-"""Where a run's numbers and pictures go: the terminal, history.csv and TensorBoard."""
+"""Where a run's numbers and pictures go: the terminal, history.csv, plots/ and the loggers."""
 
 import csv
 import io
-from collections.abc import Collection, Iterator, Mapping, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from matplotlib.figure import Figure
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-from torch.utils.tensorboard import SummaryWriter
 
 from detkit.engine.checkpoint import write_atomically
-from detkit.engine.distributed import is_main
-from detkit.report.drawing import save_picture
+from detkit.engine.curves import Curves
+from detkit.engine.loggers.base import Value, tag
+from detkit.engine.loggers.channel import Call, Channel
+from detkit.report.drawing import encode_figure, encode_picture
 
-TRAINING = (
-    "lr",
-    "images_per_s",
-    "seconds",
-    "skipped_steps",
-    "overflow_steps",
-)  # columns of the history that tell how it trained
+COMPARED = ("AP", "AP50", "AP75", "AR100", "epoch")  # of the best epoch, by which runs of a sweep are compared
 
 
 class RunLog:
     """Writes into a run directory and to the terminal; only rank 0 may give it anything to write.
 
     Args:
-        epochs: of the run that are in ``run_dir``; what TensorBoard has of later ones does not count any more.
+        channels: to the loggers, see ``open_loggers``; none on other ranks.
     """
 
-    def __init__(self, run_dir: Path, console: Console, epochs: int = 0) -> None:
+    def __init__(self, run_dir: Path, console: Console, channels: Sequence[Channel] = ()) -> None:
         self.run_dir = run_dir
         self.console = console
-        self.tensorboard = SummaryWriter(run_dir, purge_step=epochs + 1) if is_main() else None
+        self.channels = channels
         self.told: set[str] = set()  # sentences of ``problems``
 
-    def epoch(self, history: Sequence[Mapping[str, float]], losses: Collection[str], line: str) -> None:
-        """Record the last epoch of a history: ``history.csv``, TensorBoard scalars, one line on the terminal.
+    def start(self, hyper_parameters: Mapping[str, Value], main: Sequence[str], texts: Mapping[str, str]) -> None:
+        """Keep what the run is made with, ``main`` of it first, and texts in Markdown by name."""
+        metrics = [f"best/{name}" for name in COMPARED]
+        self._send(lambda logger: logger.hyper_parameters(hyper_parameters, main, metrics))
+        for name, text in texts.items():
+            self._send(lambda logger, name=name, text=text: logger.text(name, text))
+
+    def scalars(self, values: Mapping[str, float], step: int) -> None:
+        """Hand numbers to the loggers, but those below 0, which is COCO's for nothing to measure."""
+        measured = {name: value for name, value in values.items() if not value < 0}
+        self._send(lambda logger: logger.scalars(measured, step))
+
+    def line(self, text: str) -> None:
+        """Say how it goes, with the time, where no bar does."""
+        if not self.console.is_terminal:
+            self.console.print(f"{time.strftime('%m-%d %H:%M:%S')}  {text}")
+
+    def epoch(
+        self, history: Sequence[Mapping[str, float]], metrics: Mapping[str, Any], best: bool, step: int, line: str
+    ) -> None:
+        """Record the last epoch of a history: ``history.csv``, the loggers, one line on the terminal.
 
         Args:
-            history: rows of ``epoch`` and what was measured; ``losses`` are those of the keys that are loss terms.
+            history: rows of ``epoch`` and what was measured; not all have the same columns.
+            metrics: of the evaluation, see ``coco_metrics``.
+            best: whether no epoch was better.
         """
-        row = history[-1]
         text = io.StringIO()
-        writer = csv.DictWriter(text, history[0].keys())
+        writer = csv.DictWriter(text, list(dict.fromkeys(name for row in history for name in row)))
         writer.writeheader()
         writer.writerows(history)
         write_atomically(self.run_dir / "history.csv", text.getvalue().encode())
-        for name, value in row.items():
-            if name != "epoch":
-                group = "loss" if name in losses else "train" if name in TRAINING else "val"
-                self.tensorboard.add_scalar(f"{group}/{name}", value, int(row["epoch"]))
-        self.tensorboard.flush()  # before the state is saved that counts this epoch as done
+        row = history[-1]
+        values = {f"val/{name}": value for name, value in metrics.items() if name.startswith(("AP", "AR"))}
+        values |= {f"AP_of_class/{tag(name)}": scores["AP"] for name, scores in metrics["per_class"].items()}
+        values |= {f"epoch/{name}": row[name] for name in ("seconds", "skipped_steps", "overflow_steps")}
+        if best:
+            values |= {f"best/{name}": row[name] for name in COMPARED}
+        self.scalars(values, step)
         self.console.print(line)
 
-    def problems(self, sentences: Collection[str]) -> None:
+    def problems(self, sentences: Sequence[str]) -> None:
         """Say, once for each image, that it was skipped."""
         for sentence in sentences:
             if sentence not in self.told:
                 self.told.add(sentence)
                 self.console.print(f"skipped: {sentence}")
 
-    def picture(self, name: str, image: np.ndarray, epoch: int) -> None:
-        """Keep an (H, W, 3) uint8 RGB picture as ``plots/NAME.jpg`` and in TensorBoard."""
-        save_picture(image, self.run_dir / "plots" / f"{name}.jpg")
-        self.tensorboard.add_image(name, image, epoch, dataformats="HWC")
+    def picture(self, name: str, image: np.ndarray, step: int) -> None:
+        """Keep an (H, W, 3) uint8 RGB picture as ``plots/NAME.jpg`` and in the loggers."""
+        self._keep(name, self.run_dir / "plots" / f"{name}.jpg", encode_picture(image), step)
 
-    def close(self) -> None:
-        """Flush TensorBoard's events."""
-        if self.tensorboard is not None:
-            self.tensorboard.close()
+    def plot(self, name: str, figure: Figure, step: int) -> None:
+        """Keep a figure as ``plots/NAME.png`` and in the loggers."""
+        self._keep(name, self.run_dir / "plots" / f"{name}.png", encode_figure(figure), step)
+
+    def precision_recall(self, curves: Curves, class_names: Sequence[str], step: int) -> None:
+        """Hand the curves of a set's classes to the loggers."""
+        self._send(lambda logger: logger.precision_recall(curves, class_names, step))
+
+    def close(self, finished: bool = True) -> None:
+        """Let the loggers write what waits; ``finished`` is False where the run was cut short."""
+        for channel in self.channels:
+            channel.close(finished)
+
+    def __enter__(self) -> "RunLog":
+        return self
+
+    def __exit__(self, error: type[BaseException] | None, *_: Any) -> None:
+        self.close(finished=error is None)
+
+    def _keep(self, name: str, path: Path, data: bytes, step: int) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, data)
+        self._send(lambda logger: logger.picture(name, path, step))
+
+    def _send(self, call: Call) -> None:
+        for channel in self.channels:
+            channel.send(call)
 
 
 @contextmanager
@@ -88,11 +130,18 @@ class Bar:
 
     def __init__(self, progress: Progress, label: str, total: int, done: int) -> None:
         self.progress = progress
+        self.spoke = time.perf_counter()
         self.task = progress.add_task(label, total=total, completed=done, info="")
+
+    def is_due(self) -> bool:
+        """Whether the bar is shown, and has said nothing new for a second."""
+        return not self.progress.disable and time.perf_counter() - self.spoke > 1
 
     def advance(self, info: str | None = None) -> None:
         """Move by one, and say ``info`` beside the bar."""
         fields = {} if info is None else {"info": info}
+        if info is not None:
+            self.spoke = time.perf_counter()
         self.progress.update(self.task, advance=1, **fields)
 
 

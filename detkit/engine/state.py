@@ -51,15 +51,18 @@ class EpochState:
     Attributes:
         position: of the last batch in the epoch's order, from 1; see ``Batch.position``.
         batches, images: learned from, by this rank.
-        seconds: spent so far.
+        seconds, waited: spent so far, and of these on waiting for the next batch.
         losses: sums over the batches of the loss terms, () tensors on the device.
+        grad_norm: () the latest gradient's, before it was clipped.
     """
 
     position: int = 0
     batches: int = 0
     images: int = 0
     seconds: float = 0.0
+    waited: float = 0.0
     losses: dict[str, Tensor] = field(default_factory=dict)
+    grad_norm: Tensor = field(default_factory=lambda: torch.zeros(()))
 
     def add(self, batch: Batch, terms: Mapping[str, Tensor], seconds: float) -> None:
         """Count a batch and its loss terms, ``seconds`` after the epoch began."""
@@ -69,8 +72,8 @@ class EpochState:
         self.losses = {name: self.losses.get(name, 0) + term.detach() for name, term in terms.items()}
 
     def means(self, count: int) -> dict[str, float]:
-        """Return the mean loss terms over ``count`` batches; this waits for the device."""
-        return {name: total.item() / count for name, total in self.losses.items()}
+        """Return the mean loss terms over ``count`` batches, 1 at least; this waits for the device."""
+        return {name: total.item() / max(count, 1) for name, total in self.losses.items()}
 
 
 @dataclass

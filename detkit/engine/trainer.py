@@ -3,7 +3,6 @@
 import json
 import time
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +14,16 @@ from detkit.data.stream import ShardLoader
 from detkit.engine.checkpoint import save_checkpoint, write_atomically
 from detkit.engine.distributed import from_main, gather_lines, is_main, largest_of_ranks, wait
 from detkit.engine.evaluator import METRICS, Evaluation, evaluate
-from detkit.engine.logging import RunLog, clock, show_progress
+from detkit.engine.logging import Bar, RunLog, clock, show_progress
 from detkit.engine.parts import train_mode
+from detkit.engine.pictures import picture_batch, picture_predictions
+from detkit.engine.progress import Reading, count_waiting, learning_rates, memory_gib
 from detkit.engine.signals import StopRequest
 from detkit.engine.state import STATE, EpochState, TrainState, capture, write_state
 from detkit.engine.step import TrainStep
-from detkit.errors import DetkitError, UnreadableImage
-from detkit.ops.image import read_image
-from detkit.ops.ranks import rank_count, sum_over_ranks
-from detkit.report.drawing import draw_boxes, grid
-from detkit.report.plots import plot_history
-from detkit.structures import Batch
+from detkit.errors import DetkitError
+from detkit.ops.ranks import sum_over_ranks
+from detkit.report.plots import draw_evaluation, plot_history
 
 PICTURED_BATCHES = 3  # of the first epoch
 
@@ -45,6 +43,7 @@ class Trainer:
         state: where the run stands.
         save_every: batches after which the state is saved within an epoch; None: at the end of each only.
         keep_last: how many saved states there are to be.
+        log_every: batches after which the loggers get a point and, where there is no terminal, a line is said.
     """
 
     def __init__(
@@ -62,6 +61,7 @@ class Trainer:
         stop_early: Callable[[TrainState], str | None] = lambda state: None,
         save_every: int | None = None,
         keep_last: int = 1,
+        log_every: int = 50,
     ) -> None:
         self.step = step
         self.train_loader = train_loader
@@ -75,6 +75,8 @@ class Trainer:
         self.state = state
         self.save_every = save_every
         self.keep_last = keep_last
+        self.log_every = log_every
+        self.logged: Reading | None = None  # of the epoch under way, when last the loggers were told
         self.stop = StopRequest()
 
     def fit(self) -> dict[str, Any]:
@@ -97,15 +99,16 @@ class Trainer:
         losses, images_per_s = self.train_epoch(epoch)
         evaluation = self.validate()
         metrics = evaluation.metrics
-        state.epoch, state.current = epoch + 1, EpochState()
+        state.epoch = epoch + 1
         last = state.results["last"] = {"epoch": state.epoch, **metrics}
         if metrics["AP"] >= state.best:
             state.best, state.best_epoch = metrics["AP"], state.epoch
             state.results["best"] = last
         row = {"epoch": state.epoch, "lr": self.step.schedule.lr(epoch), **losses, "images_per_s": images_per_s}
-        row |= self.skipped() | {name: metrics[name] for name in METRICS}
+        row |= self.measured() | self.skipped() | {name: metrics[name] for name in METRICS}
         row["seconds"] = time.perf_counter() - start
         state.history.append(row)
+        state.current = EpochState()
         if is_main():
             self.record(losses, evaluation)
         wait()  # with patience: writing may take longer than ranks wait in a step
@@ -113,12 +116,14 @@ class Trainer:
     def record(self, losses: Mapping[str, float], evaluation: Evaluation) -> None:
         """Write the weights, metrics and history of the epoch that has ended, and its pictures if it is the best."""
         state, last = self.state, self.state.results["last"]
-        if state.results.get("best") is last:
+        best = state.results.get("best") is last
+        if best:
             save_checkpoint(self.step.ema.model, self.run_dir / "best.safetensors", last)
-            self.picture_predictions(evaluation)
+            self.picture_evaluation(evaluation)
         save_checkpoint(self.step.ema.model, self.run_dir / "last.safetensors", last)
         write_atomically(self.run_dir / "metrics.json", json.dumps(state.results, indent=2).encode())
-        self.log.epoch(state.history, losses, self.epoch_line(state.history[-1], losses))
+        line = self.epoch_line(state.history[-1], losses)
+        self.log.epoch(state.history, evaluation.metrics, best, state.step, line)
         plot_history(state.history, losses, self.run_dir / "plots" / "history.png")
 
     def is_over(self) -> bool:
@@ -140,25 +145,20 @@ class Trainer:
         if not current.position:
             self.step.health.start_epoch()
         problems: list[str] = []
-        shown = time.perf_counter()
-        start = shown - current.seconds
-        label = f"epoch {epoch + 1}/{self.epochs}"
-        with show_progress(label, batches, self.log.console, current.position) as bar:
-            for batch in self.train_loader.epoch(epoch, skip=current.position):
+        start = time.perf_counter() - current.seconds
+        self.logged = Reading.of(current, self.learnt())
+        with show_progress(self.label(epoch), batches, self.log.console, current.position) as bar:
+            for batch in count_waiting(self.train_loader.epoch(epoch, skip=current.position), current):
                 self.log.problems(batch.problems)
                 problems += batch.problems
                 if epoch == 0 and current.batches < PICTURED_BATCHES and is_main() and len(batch.images):
-                    self.picture_batch(f"train_batch{current.batches}", batch)
+                    picture = picture_batch(batch, self.step.detector.class_names)
+                    self.log.picture(f"train_batch{current.batches}", picture, 0)
                 terms = self.step(batch.to(self.step.precision.device), state.step, epoch)
                 state.step += 1
-                now = time.perf_counter()
-                current.add(batch, terms, now - start)
-                info = None
-                if now - shown > 1 or current.position == batches:  # reading the losses waits for the device
-                    shown = now
-                    left = (self.epochs - epoch) * batches - current.position
-                    info = self.progress_line(left)
-                bar.advance(info)
+                current.add(batch, terms, time.perf_counter() - start)
+                current.grad_norm = self.step.grad_norm
+                self.tell(bar, epoch)
                 if self.save_every and state.step % self.save_every == 0 and current.position < batches:
                     self.save()
                 self.obey()
@@ -168,15 +168,55 @@ class Trainer:
             raise DetkitError("no image of this epoch can be read, on any rank: detkit check_data says why")
         return current.means(self.learnt()), images / current.seconds
 
+    def tell(self, bar: Bar, epoch: int) -> None:
+        """Between two batches: advance the bar, and say how the epoch goes where that is due, on rank 0.
+
+        This alone waits for the device.
+        """
+        state, current, batches = self.state, self.state.current, len(self.train_loader)
+        nth, last = state.step % self.log_every == 0, current.position == batches
+        if not (is_main() and (nth or last or bar.is_due())):
+            bar.advance()
+            return
+        reading = Reading.of(current, self.learnt())
+        left = clock(self.seconds_left(epoch))
+        bar.advance(f"{reading}  {left} left of the run")
+        if not (nth or last):
+            return
+        window, self.logged = reading.since(self.logged), reading
+        if nth:
+            self.log.line(f"{self.label(epoch)}  batch {current.position}/{batches}  {window}  {left} left")
+        values = {f"loss/{name}": mean for name, mean in window.means().items()}
+        values |= {f"lr/{kind}": rate for kind, rate in learning_rates(self.step.optimizer).items()}
+        values |= {f"train/{name}": value for name, value in self.measured().items()}
+        values |= {"train/images_per_s": window.images_per_s, "train/data_wait": window.data_wait}
+        self.log.scalars(values | {"train/epoch": epoch + current.position / batches}, state.step)
+
+    def seconds_left(self, epoch: int) -> float:
+        """Return how long the rest of the run takes, at the epoch's pace, and the last one's for the validations."""
+        current, history, batches = self.state.current, self.state.history, len(self.train_loader)
+        pace = current.seconds / current.batches
+        rest = max(history[-1]["seconds"] - pace * batches, 0) if history else 0
+        return ((self.epochs - epoch) * batches - current.position) * pace + (self.epochs - epoch) * rest
+
+    def measured(self) -> dict[str, float]:
+        """Return the latest gradient's norm, the epoch's share of waiting for data, and the memory used."""
+        current = self.state.current
+        return {
+            "grad_norm": float(current.grad_norm),
+            "data_wait": current.waited / max(current.seconds, 1e-9),
+            "memory_gib": memory_gib(self.step.precision.device),
+        }
+
     def learnt(self) -> int:
-        """Return of how many of the epoch's batches so far the loss was finite, 1 at least.
+        """Return of how many of the epoch's batches so far the loss was finite.
 
         Raises:
             DetkitError: ``max_bad_steps`` in a row were not; names the images of one, and where the weights are.
         """
         counts = self.step.health.read()
         if counts.in_a_row < self.max_bad_steps or not is_main():  # rank 0 ends the run for all
-            return max(self.state.current.batches - counts.bad_losses, 1)
+            return self.state.current.batches - counts.bad_losses
         files = [str(file) for file in self.step.health.suspects()]
         path = self.run_dir / "last.safetensors"  # the weights are those from before the steps that were skipped
         save_checkpoint(self.step.ema.model, path, {"epoch": self.state.epoch})
@@ -226,13 +266,9 @@ class Trainer:
             wait()
             self.stop.obey(signum)
 
-    def progress_line(self, left: int) -> str:
-        """Return what stands beside the bar, with ``left`` batches of the run to come."""
-        current = self.state.current
-        means = "  ".join(f"{name} {mean:.3f}" for name, mean in current.means(self.learnt()).items())
-        speed = current.images * rank_count() / current.seconds
-        seconds = left * current.seconds / current.batches
-        return f"{means}  {speed:.0f} images/s  {clock(seconds)} left of the run"
+    def label(self, epoch: int) -> str:
+        """Return how a line about an epoch begins."""
+        return f"epoch {epoch + 1}/{self.epochs}"
 
     def epoch_line(self, row: Mapping[str, float], losses: Mapping[str, float]) -> str:
         """Return what the terminal says of an epoch; a star marks the best so far."""
@@ -244,29 +280,13 @@ class Trainer:
             f"AP50 {row['AP50']:.4f}  {row['images_per_s']:.0f} images/s  {clock(row['seconds'])}{skipped}{star}"
         )
 
-    def picture_batch(self, name: str, batch: Batch) -> None:
-        """Draw a training batch as the network sees it, with its boxes."""
-        columns = zip(batch.images[:16], batch.boxes_bm4, batch.labels_bm, batch.valid_bm, strict=False)
-        pictures = [
-            draw_boxes(
-                image.permute(1, 2, 0).numpy(),
-                boxes[valid].numpy(),
-                labels[valid].tolist(),
-                self.step.detector.class_names,
-            )
-            for image, boxes, labels, valid in columns
-        ]
-        self.log.picture(name, grid(pictures), 0)
-
-    def picture_predictions(self, evaluation: Evaluation) -> None:
-        """Draw what was found in the first validation images, above a score of 0.25."""
-        pictures = []
-        for origin, boxes, scores, labels in evaluation.pictures[:16]:
-            keep = scores > 0.25
-            found = (boxes[keep].numpy(), labels[keep].tolist(), self.step.detector.class_names, scores[keep].tolist())
-            with suppress(UnreadableImage):  # gone since
-                pictures.append(draw_boxes(read_image(origin.path), *found))
-        self.log.picture("val_predictions", grid(pictures), self.state.epoch)
+    def picture_evaluation(self, evaluation: Evaluation) -> None:
+        """Draw what was found in the first validation images, and where the network errs in all of them."""
+        names, step = self.annotations.class_names, self.state.step
+        self.log.picture("val_predictions", picture_predictions(evaluation, self.annotations), step)
+        for name, figure in draw_evaluation(evaluation, self.annotations).items():
+            self.log.plot(name, figure, step)
+        self.log.precision_recall(evaluation.curves, names, step)
 
 
 def no_better(patience: int | None) -> Callable[[TrainState], str | None]:

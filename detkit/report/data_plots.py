@@ -5,15 +5,16 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 
 from detkit.data.annotations import Annotations
 from detkit.data.problems import printable
 from detkit.report.data_tables import AREAS, class_counts
+from detkit.report.plots import new_figure
 
 BINS = 60
+SHOWN = 30  # classes on the page of a training set
 
 
 def plot_set(splits: Mapping[str, Annotations], folder: Path) -> None:
@@ -26,7 +27,7 @@ def plot_set(splits: Mapping[str, Annotations], folder: Path) -> None:
         ("image_sizes", draw_image_sizes),
         ("boxes_per_image", draw_boxes_per_image),
     ):
-        figure = _figure(6 * len(splits), 5)
+        figure = new_figure(6 * len(splits), 5)
         for axes, (split, annotations) in zip(
             np.atleast_1d(figure.subplots(1, len(splits))), splits.items(), strict=True
         ):
@@ -35,10 +36,30 @@ def plot_set(splits: Mapping[str, Annotations], folder: Path) -> None:
         figure.savefig(folder / f"{name}.png", dpi=100)
 
 
+def draw_labels(annotations: Annotations) -> Figure:
+    """Draw what a training set holds, on one page: classes, box sizes, box centres, boxes an image."""
+    figure = new_figure(12, 9)
+    (classes, sizes), (centres, numbers) = figure.subplots(2, 2)
+    figure.suptitle(f"{len(annotations)} images, {len(annotations.labels)} boxes")
+    counts = class_counts(annotations)
+    order = np.argsort(-counts, kind="stable")[:SHOWN]
+    bars = classes.barh(np.arange(len(order)), counts[order])
+    classes.bar_label(bars, [str(count) for count in counts[order]], padding=2, fontsize=7)
+    names = [printable(annotations.class_names[c])[:25] for c in order]
+    classes.set_yticks(np.arange(len(order)), names, fontsize=8, parse_math=False)
+    more = f", {SHOWN} of {len(counts)}" if len(counts) > SHOWN else ""
+    classes.set(title=f"boxes of each class{more}", ylim=(len(order) - 0.5, -0.5))
+    classes.margins(x=0.12)
+    draw_box_sizes(sizes, annotations)
+    draw_box_centres(centres, annotations)
+    draw_boxes_per_image(numbers, annotations)
+    return figure
+
+
 def plot_classes(splits: Mapping[str, Annotations], path: Path) -> None:
     """Draw the share of every class in each split, as bars side by side: a set is split well where they are alike."""
     names = [printable(name)[:40] for name in next(iter(splits.values())).class_names]
-    figure = _figure(8, min(max(0.22 * len(names) * len(splits), 3), 200))
+    figure = new_figure(8, min(max(0.22 * len(names) * len(splits), 3), 200))
     axes = figure.subplots()
     height = 0.8 / len(splits)
     for k, (split, annotations) in enumerate(splits.items()):
@@ -93,9 +114,3 @@ def draw_boxes_per_image(axes: Axes, annotations: Annotations) -> None:
     axes.hist(counts, bins=np.arange(0, counts.max() + step + 1, step) - 0.5)
     axes.set(xlabel="boxes of an image", ylabel="images")
     axes.grid(axis="y", alpha=0.3)
-
-
-def _figure(width: float, height: float) -> Figure:
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure

@@ -1,5 +1,6 @@
 """Pictures with boxes, names and scores."""
 
+import io
 import math
 from collections.abc import Sequence
 from functools import cache
@@ -7,6 +8,7 @@ from pathlib import Path
 
 import matplotlib
 import numpy as np
+from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 
 PALETTE = (  # told apart on light and dark pictures alike; classes take them in turn
@@ -45,15 +47,22 @@ def draw_boxes(
     return np.asarray(picture)
 
 
-def grid(pictures: Sequence[np.ndarray], columns: int = 4, side: int = 320) -> np.ndarray:
-    """Lay pictures of any size out in rows, each shrunk or grown into a ``side`` x ``side`` cell."""
+def grid(pictures: Sequence[np.ndarray], columns: int = 4, side: int = 320, titles: Sequence[str] = ()) -> np.ndarray:
+    """Lay pictures of any size out in rows, each shrunk or grown into a ``side`` x ``side`` cell.
+
+    Args:
+        titles: of the columns; none, or as many as these.
+    """
     rows = math.ceil(len(pictures) / columns)
-    sheet = Image.new("RGB", (columns * side, rows * side), (114, 114, 114))
+    top = 28 if titles else 0
+    sheet = Image.new("RGB", (columns * side, rows * side + top), (114, 114, 114))
+    for k, title in enumerate(titles):
+        ImageDraw.Draw(sheet).text((k * side + 8, 4), title, font=_font(16), fill=(255, 255, 255))
     for k, picture in enumerate(pictures):
         image = Image.fromarray(picture)
         ratio = side / max(image.size)
         image = image.resize((max(round(image.width * ratio), 1), max(round(image.height * ratio), 1)))
-        x, y = k % columns * side, k // columns * side
+        x, y = k % columns * side, k // columns * side + top
         sheet.paste(image, (x + (side - image.width) // 2, y + (side - image.height) // 2))
     return np.asarray(sheet)
 
@@ -62,6 +71,20 @@ def save_picture(image: np.ndarray, path: Path) -> None:
     """Write an (H, W, 3) uint8 RGB image as the suffix of ``path`` says."""
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(image).save(path, quality=92)
+
+
+def encode_picture(image: np.ndarray) -> bytes:
+    """Return an (H, W, 3) uint8 RGB image as JPEG."""
+    data = io.BytesIO()
+    Image.fromarray(image).save(data, "jpeg", quality=92)
+    return data.getvalue()
+
+
+def encode_figure(figure: Figure) -> bytes:
+    """Return a figure as PNG."""
+    data = io.BytesIO()
+    figure.savefig(data, dpi=100)
+    return data.getvalue()
 
 
 def _ink(colour: tuple[int, int, int]) -> tuple[int, int, int]:

@@ -1,10 +1,22 @@
-"""Curves of a run as PNG."""
+"""Curves of a run and of an evaluation as figures."""
 
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+
+from detkit.data.annotations import Annotations
+from detkit.data.problems import printable
+from detkit.engine.checkpoint import write_atomically
+from detkit.engine.curves import RECALLS, THRESHOLDS, Curves, confusion_matrix
+from detkit.engine.evaluator import Evaluation
+from detkit.report.drawing import encode_figure
+
+NAMED = 20  # classes with a line of their own
+NUMBERED = 30  # classes up to which the cells of a confusion matrix hold numbers
 
 
 def plot_history(rows: Sequence[Mapping[str, float]], losses: Collection[str], path: Path) -> None:
@@ -14,8 +26,7 @@ def plot_history(rows: Sequence[Mapping[str, float]], losses: Collection[str], p
         ("validation", ("AP", "AP50", "AP75")),
         ("learning rate", ("lr",)),
     )
-    figure = Figure(figsize=(13, 3.6), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(13, 3.6)
     epochs = [row["epoch"] for row in rows]
     for axes, (title, columns) in zip(figure.subplots(1, len(panels)), panels, strict=True):
         for column in columns:
@@ -23,5 +34,87 @@ def plot_history(rows: Sequence[Mapping[str, float]], losses: Collection[str], p
         axes.set(title=title, xlabel="epoch")
         axes.grid(alpha=0.3)
         axes.legend()
+    save_figure(figure, path)
+
+
+def draw_evaluation(evaluation: Evaluation, annotations: Annotations) -> dict[str, Figure]:
+    """Return the figures of an evaluation by name: ``precision_recall`` and ``confusion_matrix``."""
+    names = annotations.class_names
+    return {
+        "precision_recall": draw_curves(evaluation.curves, names),
+        "confusion_matrix": draw_confusion(confusion_matrix(annotations, evaluation.predictions), names),
+    }
+
+
+def draw_curves(curves: Curves, class_names: Sequence[str]) -> Figure:
+    """Draw precision over recall, and F1 over the score threshold: of every class, and in black their mean.
+
+    The legends name the classes with the most boxes, with their AP50 and the best F1.
+    """
+    figure = new_figure(13, 5.4)
+    left, right = figure.subplots(1, 2)
+    labelled, ap50 = curves.labelled(), curves.ap50()
+    if labelled:
+        _draw_classes(left, RECALLS, curves.precision_rc, curves, class_names, [f"{v:.3f}" for v in ap50])
+        f1 = curves.f1()
+        best = [f"{f1[k, c]:.3f} at {THRESHOLDS[k]:.2f}" for c, k in enumerate(f1.argmax(0))]
+        _draw_classes(right, THRESHOLDS, f1, curves, class_names, best)
+        mean = f1[:, labelled].mean(1)
+        left.set_title(f"precision and recall at IoU 0.5: mean AP50 {ap50[labelled].mean():.3f}")
+        right.set_title(f"F1 at IoU 0.5: mean {mean.max():.3f} at score {THRESHOLDS[mean.argmax()]:.2f}")
+    left.set(xlabel="recall", ylabel="precision", xlim=(0, 1), ylim=(0, 1.02))
+    right.set(xlabel="score threshold", ylabel="F1", xlim=(0, 1), ylim=(0, 1.02))
+    return figure
+
+
+def _draw_classes(
+    axes: Axes, x: np.ndarray, y_xc: np.ndarray, curves: Curves, class_names: Sequence[str], figures: Sequence[str]
+) -> None:
+    """Draw a line a class over ``x``, and their mean; ``figures`` stand in the legend."""
+    labelled, named = curves.labelled(), curves.labelled(NAMED)
+    axes.plot(x, y_xc[:, sorted({*labelled} - {*named})], color="0.8", linewidth=0.5)
+    lines = [axes.plot(x, y_xc[:, c], color=f"C{k}" if k < 10 else None, linewidth=1)[0] for k, c in enumerate(named)]
+    names = [f"{printable(class_names[c])[:30]} {figures[c]}" for c in named]
+    axes.plot(x, y_xc[:, labelled].mean(1), color="black", linewidth=2.5)
+    legend = axes.legend(lines, names, fontsize=8, loc="lower left" if x is RECALLS else "lower center")
+    for text in legend.get_texts():
+        text.set_parse_math(False)
+    axes.grid(alpha=0.3)
+
+
+def draw_confusion(counts: np.ndarray, class_names: Sequence[str]) -> Figure:
+    """Draw a confusion matrix: (classes + 1, classes + 1) counts, what is labelled in rows, found in columns.
+
+    Colours are shares of a row, numbers are counts; the last row and column are the background.
+    """
+    names = [*(printable(name)[:25] for name in class_names), "background"]
+    side = min(max(0.42 * len(names) + 2.5, 5), 24)
+    figure = new_figure(side + 1, side)
+    axes = figure.subplots()
+    shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
+    image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    figure.colorbar(image, ax=axes, label="share of the row", fraction=0.046)
+    if len(names) <= NUMBERED:
+        for row, column in np.argwhere(counts):
+            ink = "white" if shares[row, column] > 0.6 else "black"
+            axes.text(column, row, str(counts[row, column]), ha="center", va="center", color=ink, fontsize=8)
+    size = 9 if len(names) <= NUMBERED else 6
+    ticks = np.arange(len(names)) if len(names) <= 200 else np.array([len(names) - 1])
+    chosen = [names[k] for k in ticks]
+    axes.set_xticks(ticks, chosen, rotation=90, fontsize=size, parse_math=False)
+    axes.set_yticks(ticks, chosen, fontsize=size, parse_math=False)
+    axes.set(xlabel="found as", ylabel="labelled as", title="boxes of score 0.25 and more, IoU 0.5")
+    return figure
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """Return an empty figure of ``width`` x ``height`` inches that needs no screen."""
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def save_figure(figure: Figure, path: Path) -> None:
+    """Write a figure as PNG; the file appears whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=100)
+    write_atomically(path, encode_figure(figure))

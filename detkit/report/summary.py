@@ -92,6 +92,14 @@ def print_summary(rows: list[Row], console: Console) -> None:
     console.print(table, soft_wrap=False)
 
 
+def summary_markdown(rows: list[Row]) -> str:
+    """Return the table as Markdown."""
+    lines = ["| module | class | output | parameters | GFLOPs |", "| --- | --- | --- | ---: | ---: |"]
+    for row in rows:
+        lines.append(f"| {' | '.join((row.name, row.kind, ', '.join(row.shapes), *_figures(row)))} |")
+    return "\n".join(lines)
+
+
 def _figures(row: Row) -> tuple[str, str]:
     return f"{row.parameters:,}", f"{row.flops / 1e9:.2f}"
 

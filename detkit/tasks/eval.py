@@ -14,6 +14,7 @@ from detkit.engine.logging import show_progress
 from detkit.engine.precision import Precision, make_deterministic
 from detkit.errors import DetkitError
 from detkit.report.console import make_console
+from detkit.report.plots import draw_evaluation, save_figure
 from detkit.report.tables import print_metrics
 from detkit.tasks.common import checkpoint_name, make_run_dir, read_split, tell_split, val_loader
 
@@ -23,8 +24,8 @@ RANK_TIMEOUT = 60  # seconds that ranks wait for one another to start
 def run(cfg: dict[str, Any]) -> dict[str, Any]:
     """Evaluate ``cfg["ckpt"]`` on the set it was trained with, or on ``data=...``; return the metrics.
 
-    Writes ``metrics.json`` and ``predictions.json`` (COCO results) into the run directory. Several processes share the
-    images.
+    Writes ``metrics.json``, ``predictions.json`` (COCO results) and ``plots/*.png`` into the run directory. Several
+    processes share the images.
 
     Raises:
         DetkitError: an unreadable checkpoint, or a set with other classes.
@@ -55,6 +56,8 @@ def run(cfg: dict[str, Any]) -> dict[str, Any]:
     if is_main():
         write_atomically(run_dir / "metrics.json", json.dumps(result.metrics, indent=2).encode())
         write_atomically(run_dir / "predictions.json", json.dumps(result.predictions).encode())
+        for name, figure in draw_evaluation(result, annotations).items():
+            save_figure(figure, run_dir / "plots" / f"{name}.png")
     print_metrics(result.metrics, console)
     console.print(f"AP {result.metrics['AP']:.6f} on {len(annotations)} images; written to {run_dir}")
     return result.metrics

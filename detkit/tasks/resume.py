@@ -16,8 +16,18 @@ from detkit.engine.state import TrainState, read_state
 from detkit.errors import DetkitError
 from detkit.tasks.common import AUTO, named_folder
 
+CHANGEABLE_TRAINER = (
+    "epochs",
+    "patience",
+    "max_bad_steps",
+    "save_every",
+    "keep_last",
+    "log_every",
+    "loggers",
+    "compile",
+)
 CHANGEABLE = (
-    *(f"trainer.{name}" for name in ("epochs", "patience", "max_bad_steps", "save_every", "keep_last")),
+    *(f"trainer.{name}" for name in CHANGEABLE_TRAINER),
     *("device", "workers", "data.root"),
 )
 # Of these the file may differ from what was saved, but the command line sets them for other reasons.
@@ -93,6 +103,8 @@ def resumed_config(
     for key in cfg:
         if key not in own:
             raise DetkitError(f"{path} has no '{key}': it was written by another version of detkit")
+    if isinstance(own["trainer"], dict):  # of an earlier version, some may be missing
+        own["trainer"] = {key: cfg["trainer"][key] for key in CHANGEABLE_TRAINER} | own["trainer"]
     if same_command:
         _check_same_command(cfg, own, path)
     for key in typed_keys():

@@ -21,7 +21,7 @@ from detkit.engine.checkpoint import without_pretrained, write_atomically
 from detkit.engine.compile import compile_network
 from detkit.engine.distributed import from_main, is_main, join, main_first, rank, share_batch
 from detkit.engine.lock import hold
-from detkit.engine.logging import RunLog
+from detkit.engine.loggers import check_loggers
 from detkit.engine.meeting import remember
 from detkit.engine.memory import choose_batch_size, explain_out_of_memory, trial
 from detkit.engine.optim import Recipe, Schedule, accumulation, describe_factors
@@ -39,6 +39,7 @@ from detkit.report.console import make_console
 from detkit.report.tables import print_metrics, print_transfer
 from detkit.tasks.common import check_classes, make_run_dir, model_name, read_split, tell_split, val_loader
 from detkit.tasks.resume import job_name, restarted_run, resumed_run, tell_progress
+from detkit.tasks.watch import open_log
 
 
 def run(cfg: dict[str, Any], stop_early: Callable[[TrainState], str | None] = lambda state: None) -> dict[str, Any]:
@@ -56,6 +57,7 @@ def run(cfg: dict[str, Any], stop_early: Callable[[TrainState], str | None] = la
     restarted = restarted_run(cfg)
     if cfg["resume"] is not None or restarted is not None:
         run_dir, cfg, saved = resumed_run(cfg, restarted, said.append)
+    check_loggers(cfg["trainer"]["loggers"])
     device = join(cfg["device"], cfg["trainer"]["rank_timeout"])
     if cfg["batch_size"] != "auto":
         share_batch(cfg["batch_size"])
@@ -107,7 +109,7 @@ def run(cfg: dict[str, Any], stop_early: Callable[[TrainState], str | None] = la
         remember(job_name(), str(run_dir.resolve()))
         _check_same_place(run_dir, state)
         loaders = (train_loader, val_loader(val_set, cfg, device))
-        results = _fit(step, *loaders, val_set, cfg, run_dir, state, console, stop_early)
+        results = _fit(step, *loaders, train_set, val_set, cfg, run_dir, state, console, stop_early)
     if results is None:
         step.optimizer.zero_grad()
         raise DetkitError(explain_out_of_memory(attempt, cfg["batch_size"] // rank_count(), device))
@@ -179,6 +181,7 @@ def _fit(
     step: TrainStep,
     train_loader: BatchLoader | ShardLoader,
     val_loader: BatchLoader,
+    train_set: Annotations,
     val_set: Annotations,
     cfg: dict[str, Any],
     run_dir: Path,
@@ -191,19 +194,16 @@ def _fit(
     Raises:
         DetkitError: the disk is full.
     """
-    options = ("epochs", "max_bad_steps", "save_every", "keep_last")
+    options = ("epochs", "max_bad_steps", "save_every", "keep_last", "log_every")
     waited = no_better(cfg["trainer"]["patience"])
     try:
         if is_main():
             write_atomically(run_dir / "config.yaml", yaml.safe_dump(cfg, sort_keys=False).encode())
-        log = RunLog(run_dir, console, epochs=state.epoch)
         chosen = {key: cfg["trainer"][key] for key in options}
-        chosen |= {"run_dir": run_dir, "log": log, "stop_early": lambda state: waited(state) or stop_early(state)}
-        trainer = Trainer(step, train_loader, val_loader, val_set, state=state, **chosen)
-        try:
+        chosen |= {"run_dir": run_dir, "stop_early": lambda state: waited(state) or stop_early(state)}
+        with open_log(cfg, step, train_set, run_dir, state, console) as log:
+            trainer = Trainer(step, train_loader, val_loader, val_set, state=state, log=log, **chosen)
             return trainer.fit()
-        finally:
-            log.close()
     except torch.OutOfMemoryError:
         return None  # and not the error: it holds the tensors of its frames
     except OSError as error:

@@ -1,0 +1,79 @@
+"""Where a run's numbers, curves and pictures go: a file a logger, behind the interface of ``base.py``."""
+
+import importlib.util
+import json
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from detkit.engine.checkpoint import write_atomically
+from detkit.engine.loggers.base import Logger
+from detkit.engine.loggers.channel import BackgroundChannel, Channel
+from detkit.engine.loggers.tensorboard import TensorBoard
+from detkit.errors import DetkitError
+
+OPTIONAL = ("wandb", "mlflow")
+IDS = "loggers.json"  # in the run directory: by what W&B and MLflow know the run
+
+
+def check_loggers(names: Sequence[str]) -> None:
+    """Check that the packages of optional loggers are there.
+
+    Raises:
+        DetkitError: one is not.
+    """
+    for name in names:
+        if importlib.util.find_spec(name) is None:
+            raise DetkitError(f"trainer.loggers={name} needs a package that is missing: pip install 'detkit[{name}]'")
+
+
+def open_loggers(
+    names: Sequence[str], run_dir: Path, step: int, tell: Callable[[str], None], *, resumed: bool = False
+) -> list[Channel]:
+    """Open TensorBoard and the optional loggers ``names``, which go on with the runs they had for this directory.
+
+    Args:
+        step: batches that the run has done.
+        tell: is given a sentence where a logger fails, and on where its run is.
+        resumed: the run goes on without a logger that does not open.
+
+    Raises:
+        DetkitError: a logger of a new run does not open.
+    """
+    channels = [Channel("TensorBoard", TensorBoard(run_dir, step), tell)]
+    ids = _read_ids(run_dir / IDS)
+    for name in names:
+        try:
+            logger = _open(name, run_dir, ids.get(name), tell)
+        except Exception as error:  # whatever these packages and their servers come up with
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            if not resumed:
+                raise DetkitError(f"trainer.loggers: {name} does not open: {reason}") from None
+            tell(f"{name} does not open ({reason}): the run goes on without it")
+            continue
+        ids[name] = logger.id
+        channels.append(BackgroundChannel(name, logger, tell))
+    if ids:
+        write_atomically(run_dir / IDS, json.dumps(ids).encode())
+    return channels
+
+
+def _open(name: str, run_dir: Path, run: str | None, tell: Callable[[str], None]) -> Logger:
+    if name == "wandb":
+        from detkit.engine.loggers.wandb import WandB
+
+        return WandB(run_dir, run, tell)
+    from detkit.engine.loggers.mlflow import MLflow
+
+    return MLflow(run_dir, run)
+
+
+def _read_ids(path: Path) -> dict[str, str]:
+    """Return the ids by logger; of a damaged file none, so that new runs begin."""
+    try:
+        content: Any = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    pairs = content.items() if isinstance(content, dict) else ()
+    return {name: run for name, run in pairs if isinstance(run, str) and re.fullmatch(r"[\w-]{1,64}", run, re.ASCII)}

@@ -1,0 +1,81 @@
+"""Where one watches a training: its log, and what that tells at the start."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from hydra.core.hydra_config import HydraConfig
+from rich.console import Console
+
+from detkit.data.annotations import Annotations
+from detkit.engine.distributed import is_main, wait
+from detkit.engine.loggers import open_loggers
+from detkit.engine.loggers.base import Value
+from detkit.engine.logging import RunLog
+from detkit.engine.optim import Recipe
+from detkit.engine.state import TrainState
+from detkit.engine.step import TrainStep
+from detkit.report.data_plots import draw_labels
+from detkit.report.summary import summarize, summary_markdown
+from detkit.tasks.resume import typed_keys
+
+SUMMARY_DEPTH = 2  # as configs/summary.yaml
+# What of a configuration changes what is learnt, or from what; of a group, all but what is ignored.
+KEYS = ("image_size", "batch_size", "amp", "seed", "weights")
+GROUPS = ("model", "backbone", "neck", "head", "loss", "data", "optim", "augment", "trainer")
+IGNORED = {
+    "trainer": ("rank_timeout", "max_bad_steps", "save_every", "keep_last", "log_every", "loggers"),
+    "data": ("root", "yaml", "preset", "strict", "cache"),
+}
+MAIN = ("model.name", "optim.lr", "batch_size", "image_size", "trainer.epochs")  # where nothing was typed
+
+
+def open_log(
+    cfg: Mapping[str, Any],
+    step: TrainStep,
+    train_set: Annotations,
+    run_dir: Path,
+    state: TrainState,
+    console: Console,
+) -> RunLog:
+    """Open a run's log, on rank 0 with its loggers, and say there what is trained.
+
+    Raises:
+        DetkitError: a logger of a new run does not open.
+    """
+    if not is_main():
+        wait()
+        return RunLog(run_dir, console)
+    names = cfg["trainer"]["loggers"]
+    channels = open_loggers(names, run_dir, state.step, console.print, resumed=bool(state.step))
+    log = RunLog(run_dir, console, channels)
+    model = summary_markdown(summarize(step.ema.model, cfg["image_size"], SUMMARY_DEPTH))
+    config = "\n".join(f"    {line}" for line in yaml.safe_dump(cfg, sort_keys=False).splitlines())
+    values = hyper_parameters(cfg, step.schedule.recipe)
+    if HydraConfig.initialized() and not state.step:
+        values["augment"] = str(HydraConfig.get().runtime.choices.get("augment"))  # a group without a name in it
+    typed = [key if key in values else f"{key}.name" for key in typed_keys()]
+    log.start(values, [key for key in typed if key in values] or MAIN, {"model": model, "config": config})
+    if not state.step:
+        log.plot("labels", draw_labels(train_set), 0)
+    wait()  # with patience: a server may be slow to answer
+    return log
+
+
+def hyper_parameters(cfg: Mapping[str, Any], recipe: Recipe) -> dict[str, Value]:
+    """Return what a run is compared by: the dotted keys of its configuration, ``optim.name=auto`` decided."""
+    chosen = {key: cfg[key] for key in KEYS}
+    for group in GROUPS:
+        kept = {key: value for key, value in cfg[group].items() if key not in IGNORED.get(group, ())}
+        chosen |= _flat(kept, f"{group}.")
+    chosen |= {f"optim.{key}": getattr(recipe, key) for key in ("name", "lr", "momentum", "weight_decay")}
+    return {key: value if isinstance(value, Value) else str(value) for key, value in chosen.items()}
+
+
+def _flat(node: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    """Return every dotted key with its value."""
+    flat: dict[str, Any] = {}
+    for key, value in node.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return flat
