@@ -65,6 +65,8 @@ def test_evaluation_reproduces_the_training_s_ap(finished_run, tmp_path):
     results = json.loads((tmp_path / "eval" / "predictions.json").read_text())
     assert set(results[0]) == {"image_id", "category_id", "bbox", "score"}
     assert json.loads((tmp_path / "eval" / "metrics.json").read_text()) == metrics
+    plots = [path.name for path in (tmp_path / "eval" / "plots").iterdir()]
+    assert sorted(plots) == ["confusion_matrix.png", "precision_recall.png"]
 
 
 def test_predictions_are_written_as_pictures_and_json(finished_run, shapes_root, tmp_path):

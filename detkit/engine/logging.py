@@ -35,10 +35,9 @@ class RunLog:
         self.channels = channels
         self.told: set[str] = set()  # sentences of ``problems``
 
-    def start(self, hyper_parameters: Mapping[str, Value], main: Sequence[str], texts: Mapping[str, str]) -> None:
-        """Keep what the run is made with, ``main`` of it first, and texts in Markdown by name."""
-        metrics = [f"best/{name}" for name in COMPARED]
-        self._send(lambda logger: logger.hyper_parameters(hyper_parameters, main, metrics))
+    def start(self, hyper_parameters: Mapping[str, Value], texts: Mapping[str, str]) -> None:
+        """Keep what the run is made with, and texts in Markdown by name."""
+        self._send(lambda logger: logger.hyper_parameters(hyper_parameters))
         for name, text in texts.items():
             self._send(lambda logger, name=name, text=text: logger.text(name, text))
 
@@ -49,7 +48,7 @@ class RunLog:
 
     def line(self, text: str) -> None:
         """Say how it goes, with the time, where no bar does."""
-        if not self.console.is_terminal:
+        if not has_bar(self.console):
             self.console.print(f"{time.strftime('%m-%d %H:%M:%S')}  {text}")
 
     def epoch(
@@ -69,7 +68,7 @@ class RunLog:
         write_atomically(self.run_dir / "history.csv", text.getvalue().encode())
         row = history[-1]
         values = {f"val/{name}": value for name, value in metrics.items() if name.startswith(("AP", "AR"))}
-        values |= {f"AP_of_class/{tag(name)}": scores["AP"] for name, scores in metrics["per_class"].items()}
+        values |= {f"class_AP/{tag(name)}": scores["AP"] for name, scores in metrics["per_class"].items()}
         values |= {f"epoch/{name}": row[name] for name in ("seconds", "skipped_steps", "overflow_steps")}
         if best:
             values |= {f"best/{name}": row[name] for name in COMPARED}
@@ -116,12 +115,16 @@ class RunLog:
             channel.send(call)
 
 
+def has_bar(console: Console) -> bool:
+    """Whether a bar that is drawn over and over reads well: on a terminal, unless nothing is said at all."""
+    return not console.quiet and console.is_interactive and console.file.isatty()  # FORCE_COLOR makes no terminal
+
+
 @contextmanager
 def show_progress(label: str, total: int, console: Console, done: int = 0) -> Iterator["Bar"]:
     """Show a bar on a terminal, nothing elsewhere, of which ``done`` is done; yields what advances it."""
     columns = (TextColumn("{task.description}"), BarColumn(24), MofNCompleteColumn(), TextColumn("{task.fields[info]}"))
-    hidden = console.quiet or not console.is_terminal
-    with Progress(*columns, console=console, transient=True, disable=hidden) as progress:
+    with Progress(*columns, console=console, transient=True, disable=not has_bar(console)) as progress:
         yield Bar(progress, label, total, done)
 
 

@@ -18,7 +18,6 @@ from detkit.engine.state import TrainState
 from detkit.engine.step import TrainStep
 from detkit.report.data_plots import draw_labels
 from detkit.report.summary import summarize, summary_markdown
-from detkit.tasks.resume import typed_keys
 
 SUMMARY_DEPTH = 2  # as configs/summary.yaml
 # What of a configuration changes what is learnt, or from what; of a group, all but what is ignored.
@@ -28,7 +27,6 @@ IGNORED = {
     "trainer": ("rank_timeout", "max_bad_steps", "save_every", "keep_last", "log_every", "loggers"),
     "data": ("root", "yaml", "preset", "strict", "cache"),
 }
-MAIN = ("model.name", "optim.lr", "batch_size", "image_size", "trainer.epochs")  # where nothing was typed
 
 
 def open_log(
@@ -55,8 +53,7 @@ def open_log(
     values = hyper_parameters(cfg, step.schedule.recipe)
     if HydraConfig.initialized() and not state.step:
         values["augment"] = str(HydraConfig.get().runtime.choices.get("augment"))  # a group without a name in it
-    typed = [key if key in values else f"{key}.name" for key in typed_keys()]
-    log.start(values, [key for key in typed if key in values] or MAIN, {"model": model, "config": config})
+    log.start(values, {"model": model, "config": config})
     if not state.step:
         log.plot("labels", draw_labels(train_set), 0)
     wait()  # with patience: a server may be slow to answer

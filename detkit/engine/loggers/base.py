@@ -28,13 +28,8 @@ class Logger(Protocol):
     def text(self, name: str, text: str) -> None:
         """Keep a text in Markdown."""
 
-    def hyper_parameters(self, values: Mapping[str, Value], main: Sequence[str], metrics: Sequence[str]) -> None:
-        """Keep what the run was made with.
-
-        Args:
-            main: the ``values`` to show first.
-            metrics: the scalars by whose last values runs are compared.
-        """
+    def hyper_parameters(self, values: Mapping[str, Value]) -> None:
+        """Keep what the run was made with, to compare runs by the last of their scalars ``best/...``."""
 
     def close(self, finished: bool) -> None:
         """Write what waits; ``finished`` is False where the run was cut short."""

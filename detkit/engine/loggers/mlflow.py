@@ -69,7 +69,7 @@ class MLflow:
     def text(self, name: str, text: str) -> None:
         self.client.log_text(self.id, text, f"{name}.md")
 
-    def hyper_parameters(self, values: Mapping[str, Value], main: Sequence[str], metrics: Sequence[str]) -> None:
+    def hyper_parameters(self, values: Mapping[str, Value]) -> None:
         new = [Param(name, str(value)[:LONGEST]) for name, value in values.items() if name not in self.known]
         for start in range(0, len(new), BATCH):
             self.client.log_batch(self.id, params=new[start : start + BATCH])

@@ -6,7 +6,6 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 from tensorboard.compat.proto.summary_pb2 import Summary
-from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 from torch.utils.tensorboard.summary import text as as_text
@@ -58,15 +57,10 @@ class TensorBoard:
         summary.value[0].tag = f"run/{name}"  # without the ending that torch gives it
         self._add(summary, 0)
 
-    def hyper_parameters(self, values: Mapping[str, Value], main: Sequence[str], metrics: Sequence[str]) -> None:
-        # Not SummaryWriter.add_hparams, which writes into a folder of its own within the run's.
-        experiment, start, self.end = hparams(dict(values), dict.fromkeys(metrics, 0.0))
-        plugin = experiment.value[0].metadata.plugin_data
-        data = HParamsPluginData.FromString(plugin.content)
-        for info in data.experiment.hparam_infos:
-            info.differs = info.name in main  # the tab shows these first
-        plugin.content = data.SerializeToString()
-        self._add(experiment, 0)
+    def hyper_parameters(self, values: Mapping[str, Value]) -> None:
+        # Not SummaryWriter.add_hparams, which writes into a folder of its own within the run's. Without torch's list of
+        # parameters and metrics, the tab makes its own of all runs: first what differs, and the first scalars, "best/".
+        _, start, self.end = hparams(dict(values), {})
         self._add(start, 0)
 
     def close(self, finished: bool) -> None:

@@ -74,10 +74,8 @@ class WandB:
     def text(self, name: str, text: str) -> None:
         self.run.log({name: wandb.Html(f"<pre>{html.escape(text)}</pre>"), "step": 0})
 
-    def hyper_parameters(self, values: Mapping[str, Value], main: Sequence[str], metrics: Sequence[str]) -> None:
+    def hyper_parameters(self, values: Mapping[str, Value]) -> None:
         self.run.config.update(dict(values), allow_val_change=True)  # trainer.epochs of a run that is extended
-        for name in metrics:
-            self.run.define_metric(name, step_metric="step", summary="last")
 
     def close(self, finished: bool) -> None:
         self.run.finish(exit_code=0 if finished else 1)
