@@ -101,15 +101,15 @@ def prepare_job(cfg: dict[str, Any]) -> None:
         cfg["resume"] = AUTO
 
 
-def finish_sweep() -> int:
-    """Print the table of the sweep that this process started, if any, and write ``sweep.csv``; return its exit status.
+def finish_sweep() -> int | None:
+    """Print the table of the sweep that this process started, and write ``sweep.csv``; return its exit status.
 
-    That is 0 where every job is done, 2 where all that are not are a user's mistakes, else 1.
+    That is 0 where every job is done, 2 where all that are not are a user's mistakes, else 1; None: it started none.
     """
     global _sweep
     sweep, _sweep = _sweep, None
     if sweep is None or not (sweep / RECORDS).is_dir():
-        return 0
+        return None if sweep is None else 0
     console = make_console()
     files = sorted((sweep / RECORDS).glob("*.json"), key=lambda file: int(file.stem))
     records = [json.loads(file.read_text()) for file in files]
