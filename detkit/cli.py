@@ -73,6 +73,11 @@ def launch(task: str) -> None:
         _exit(explain(error, task))
     except KeyboardInterrupt:
         sys.exit(130)
+    except Exception as error:
+        if status is None:
+            raise
+        reason = f"{type(error).__name__}: {error}".partition("\n")[0]  # not a job's: those are recorded
+        _exit(f"the sweep ended before its jobs did, by its launcher: {reason}", 1)
 
 
 def main() -> None:
@@ -100,7 +105,7 @@ def _perform(task: str, run: Callable[[dict], object], cfg: DictConfig) -> objec
     return run(resolved)
 
 
-def _exit(sentence: str) -> None:
+def _exit(sentence: str, status: int = 2) -> None:
     if first_to_say(sentence):
         make_console(stderr=True).print(f"error: {sentence}")
-    sys.exit(2)
+    sys.exit(status)

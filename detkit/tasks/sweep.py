@@ -40,7 +40,7 @@ class SweepStart(Callback):
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Note the folder, for the table at the end, and say it: jobs may print elsewhere."""
         global _sweep
-        if not _of_torchrun():
+        if not _of_several_ranks():
             _sweep = Path(config.hydra.sweep.dir).resolve()
             for record in (_sweep / RECORDS).glob("*.json"):  # of an earlier sweep in the same folder
                 record.unlink()
@@ -48,9 +48,9 @@ class SweepStart(Callback):
 
 
 def in_sweep() -> bool:
-    """Whether this is a job of a sweep; the ranks of torchrun do not count, as a job that fails ends them all."""
+    """Whether this is a job of a sweep; several ranks do not count, as a job that fails ends them all."""
     swept = HydraConfig.initialized() and HydraConfig.get().mode is RunMode.MULTIRUN
-    return swept and not _of_torchrun()
+    return swept and not _of_several_ranks()
 
 
 def run_job(work: Callable[[], object]) -> None:
@@ -101,15 +101,15 @@ def prepare_job(cfg: dict[str, Any]) -> None:
         cfg["resume"] = AUTO
 
 
-def finish_sweep() -> int:
-    """Print the table of the sweep that this process started, if any, and write ``sweep.csv``; return its exit status.
+def finish_sweep() -> int | None:
+    """Print the table of the sweep that this process started, and write ``sweep.csv``; return its exit status.
 
-    That is 0 where every job is done, 2 where all that are not are a user's mistakes, else 1.
+    That is 0 where every job is done, 2 where all that are not are a user's mistakes, else 1; None: it started none.
     """
     global _sweep
     sweep, _sweep = _sweep, None
     if sweep is None or not (sweep / RECORDS).is_dir():
-        return 0
+        return None if sweep is None else 0
     console = make_console()
     files = sorted((sweep / RECORDS).glob("*.json"), key=lambda file: int(file.stem))
     records = [json.loads(file.read_text()) for file in files]
@@ -126,8 +126,10 @@ def finish_sweep() -> int:
     return 0 if not undone else 2 if all(record["status"] == "mistake" for record in undone) else 1
 
 
-def _of_torchrun() -> bool:
-    return "TORCHELASTIC_RUN_ID" in os.environ
+def _of_several_ranks() -> bool:
+    """Whether torchrun or srun started this process beside others; not where submitit did, for one job each."""
+    ranks = os.environ.get("WORLD_SIZE") or os.environ.get("SLURM_STEP_NUM_TASKS") or "1"
+    return ranks != "1" and "SUBMITIT_EXECUTOR" not in os.environ
 
 
 def _write(folder: Path, record: Mapping[str, Any]) -> None:
