@@ -27,7 +27,7 @@ def hold(run_dir: Path, job: str) -> Iterator[None]:
     Raises:
         DetkitError: another process has it.
     """
-    file: IO[str] | None = None
+    file: IO[bytes] | None = None
 
     def take() -> None:
         nonlocal file
@@ -51,31 +51,33 @@ def find_job(folder: Path, job: str) -> Path | None:
     return max(found)[1] if found else None
 
 
-def _lock(run_dir: Path, job: str) -> IO[str] | None:
-    """Return the locked file; closing it lets go. None: this disk, or this system, knows no locks."""
+def _lock(run_dir: Path, job: str) -> IO[bytes] | None:
+    """Return the file, locked if the disk knows locks; closing it lets go. None: it cannot be made."""
     try:
         import fcntl
     except ImportError:  # Windows
         return None
-    file = None
     try:
-        file = open(run_dir / LOCK, "a+")  # noqa: SIM115  (it stays open as long as the run lasts)
+        file = open(run_dir / LOCK, "a+b", buffering=0)  # noqa: SIM115  (it stays open as long as the run lasts)
+    except OSError:
+        return None
+    try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock: loader processes would inherit that
-        file.truncate(0)
-        file.write(f"{socket.gethostname()} {os.getpid()}\n{job}\n")
-        file.flush()
     except OSError as error:
-        if file is not None and error.errno in (errno.EACCES, errno.EAGAIN):
-            raise DetkitError(
-                f"{run_dir} is in use{_holder(file)}: wait until that ends, or name another folder"
-            ) from None
+        if error.errno in (errno.EACCES, errno.EAGAIN):
+            with file:
+                words = f"{run_dir} is in use{_holder(file)}"
+            raise DetkitError(f"{words}: wait until that ends, or name another folder") from None
+    with suppress(OSError):  # the disk is full
+        file.truncate(0)
+        file.write(f"{socket.gethostname()} {os.getpid()}\n{job}\n".encode())
     return file
 
 
-def _holder(file: IO[str]) -> str:
+def _holder(file: IO[bytes]) -> str:
     """Say whose a lock is, as far as the file tells."""
     with suppress(OSError, ValueError):
         file.seek(0)
-        host, number = file.readline().split()
+        host, number = file.readline().decode().split()
         return f" by process {number} on {host}"
     return " by another process"

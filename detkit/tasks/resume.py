@@ -10,7 +10,7 @@ from hydra.core.hydra_config import HydraConfig
 from rich.console import Console
 
 from detkit.checks import check_values
-from detkit.engine.lock import find_job
+from detkit.engine.lock import LOCK, find_job
 from detkit.engine.meeting import recall
 from detkit.engine.state import TrainState, read_state
 from detkit.errors import DetkitError
@@ -76,8 +76,8 @@ def resumed_run(
     if run_dir is None and not {"TORCHELASTIC_RUN_ID", "SLURM_JOB_ID"} & os.environ.keys():
         raise DetkitError("resume=auto needs run_dir=DIR, a folder that every start of the run names")
     if same_command and (run_dir is None or not (run_dir / "config.yaml").exists()):
-        own_folder = restarted if restarted is not None and restarted.is_dir() else None
-        return own_folder, {**cfg, "resume": AUTO}, None
+        began = restarted is not None and (restarted / LOCK).exists()
+        return restarted if began else None, {**cfg, "resume": AUTO}, None
     saved = read_state(run_dir, tell)
     own = resumed_config(run_dir, cfg, saved and saved["cfg"], same_command)
     if saved is None:
