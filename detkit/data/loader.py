@@ -237,11 +237,7 @@ def worker_context(workers: int) -> str | None:
 def init_worker(_: int) -> None:
     """Prepare a worker process."""
     cv2.setNumThreads(0)  # one process a core is enough
-    for name in (
-        "SIGTERM",
-        "SIGUSR1",
-        "SIGUSR2",
-        "SIGINT",
-    ):  # sent to all processes of a job: the main one decides when to end
+    # Sent to all processes of a job: the main one decides when to end.
+    for name in ("SIGTERM", "SIGUSR1", "SIGUSR2", "SIGINT"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
