@@ -7,10 +7,12 @@ import pytest
 import torch
 
 from detkit.api import create_model
+from detkit.config import compose_config, resolve
 from detkit.engine.compile import compile_network
 from detkit.engine.parts import train_mode
 from detkit.engine.precision import Precision
 from detkit.layers.sync_norm import synchronise_norms
+from detkit.tasks import train
 
 CPU = torch.device("cpu")
 SMALL = ("backbone.columns=2", "backbone.layers=[1,1,1,1]", "backbone.channels=[16,32,48,64]")
@@ -74,6 +76,16 @@ def test_the_trial_leaves_no_trace():
     assert all(torch.equal(value, before[name]) for name, value in detector.state_dict().items())
     assert torch.equal(torch.get_rng_state(), rng)
     assert all(p.grad is None for p in detector.parameters())
+
+
+def test_a_training_with_it_learns_the_same(shapes_root, tmp_path):
+    """The whole task, an epoch's last batch smaller than the others."""
+    common = ["experiment=smoke", f"data.root={shapes_root}", "device=cpu", "amp=off", "workers=0", "batch_size=48"]
+    results = []
+    for value in ("false", "true"):
+        overrides = [*common, f"trainer.compile={value}", f"run_dir={tmp_path / value}"]
+        results.append(train.run(resolve(compose_config("train", overrides))))
+    assert results[0] == results[1]
 
 
 def test_another_shape_runs_uncompiled():

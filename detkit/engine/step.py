@@ -62,7 +62,8 @@ class TrainStep:
         self.clip = clip
         self.multi_scale = multi_scale
         self.seed = seed
-        self.network = parallel(network or detector)  # before the average is copied: it starts from rank 0's weights
+        # before the average is copied: it starts from rank 0's weights
+        self.network = parallel(detector if network is None else network)
         self.optimizer = recipe.build(detector)
         self.scaler = torch.amp.GradScaler(precision.device.type, enabled=precision.dtype is torch.float16)
         self.ema = EMA(detector)
