@@ -236,7 +236,7 @@ def test_a_run_of_two_ranks_leaves_one_directory(tmp_path, train_overrides):
 
 
 def test_eval_by_two_ranks_is_that_of_one(tmp_path, finished_run):
-    arguments = [f"ckpt={finished_run / 'last.safetensors'}", "device=cpu", "workers=0", "batch_size=3"]
+    arguments = [f"ckpt={finished_run / 'last.safetensors'}", "device=cpu", "workers=0", "batch_size=3", "amp=off"]
     done = torchrun(tmp_path, *arguments, "run_dir=two", tool="eval.py")
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("written to") == 1

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from timm.optim import Muon
 from torch import Tensor, nn
 
 from detkit.engine.parts import learning_rate_factors
@@ -114,6 +113,8 @@ class Recipe:
             for group in groups:
                 group["use_fallback"] = group["name"] != "weight"
             betas = (0.9, 0.999)
+            from timm.optim import Muon  # here, as nothing else waits for timm
+
             return Muon(groups, self.lr, momentum=self.momentum, nesterov=True, betas=betas)
         optimizer = torch.optim.SGD(groups, self.lr, self.momentum, nesterov=True, fused=True)
         for group in groups:

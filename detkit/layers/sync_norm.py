@@ -5,7 +5,6 @@ from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
-from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 
@@ -83,6 +82,8 @@ def synchronise_norms(model: nn.Module) -> None:
     Raises:
         DetkitError: a batch norm of another kind.
     """
+    from timm.layers import BatchNormAct2d  # here, as nothing else waits for timm
+
     for name, module in model.named_modules():
         if type(module) is nn.BatchNorm2d:
             module.__class__ = SyncBatchNorm

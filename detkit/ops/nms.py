@@ -2,7 +2,6 @@
 
 import torch
 from torch import Tensor
-from torchvision.ops import batched_nms
 
 
 def select_boxes(
@@ -21,6 +20,8 @@ def select_boxes(
     Returns:
         For each image: boxes (N, 4), scores (N,), labels (N,) int64, by descending score.
     """
+    from torchvision.ops import batched_nms  # here: it takes a second to import, which not every command needs
+
     selected = []
     for boxes_a4, scores_ac in zip(boxes_ba4.float(), scores_bac.float(), strict=True):
         point, label = torch.nonzero(scores_ac > score, as_tuple=True)

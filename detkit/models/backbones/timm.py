@@ -1,11 +1,12 @@
-"""Any backbone of the timm library that gives a pyramid of features."""
+"""Any backbone of the timm library that gives a pyramid of features.
+
+timm is imported where it is needed: every command would wait for it otherwise.
+"""
 
 from collections.abc import Sequence
 from typing import Any
 
-import timm
 import torch
-from timm.layers import Format
 from torch import Tensor, nn
 
 from detkit.errors import DetkitError, nearest
@@ -33,6 +34,9 @@ class TimmBackbone(nn.Module):
     def __init__(
         self, model: str = "resnet18", pretrained: bool = False, out_strides: Sequence[int] = (8, 16, 32)
     ) -> None:
+        import timm
+        from timm.layers import Format
+
         super().__init__()
         arguments, strides = _survey(model)
         missing = [stride for stride in out_strides if stride not in strides]
@@ -101,6 +105,8 @@ def _keep_outputs_with_eps(body: nn.Module, eps: float) -> None:
 
 def _survey(model: str) -> tuple[dict[str, Any], list[int]]:
     """Return the arguments that free a timm model from a fixed image size, and the strides of its stages."""
+    import timm
+
     if not timm.is_model(model):
         raise DetkitError(f"timm has no model '{model}'{nearest(model, timm.list_models())}")
     for arguments in ({"strict_img_size": False}, {}):  # Swin's, which other models do not know
