@@ -91,9 +91,10 @@ def test_data_beside_a_peer(shapes_root, peer, capsys):
         (["task=data"], "task=data needs a data set: add data=coco data.root=DIR"),
         (["task=data", "data=shapes", "peer=/nowhere"], "peer=/nowhere cannot be run: No such file"),
         (["task=data", "data=shapes", "peer=/bin/false"], "peer=/bin/false must be a Python with ultralytics"),
+        (["backbone.block=[c2f,c2f]", "image_size=64"], "'float32' cannot be measured: .*backbone"),
     ],
 )
-def test_mistakes_of_the_data_benchmark(overrides, sentence, shapes_root):
+def test_mistakes_of_the_benchmarks(overrides, sentence, shapes_root):
     root = [f"data.root={shapes_root}", "image_size=64"] if "data=shapes" in overrides else []
     with pytest.raises(DetkitError, match=sentence):
         benchmark.run(resolve(compose_config("benchmark", [*overrides, *root])))

@@ -5,6 +5,8 @@ from functools import partial
 
 import pytest
 import torch
+from functorch.compile import nop
+from torch._dynamo.backends.common import aot_autograd
 
 from detkit.api import create_model
 from detkit.config import compose_config, resolve
@@ -78,13 +80,25 @@ def test_the_trial_leaves_no_trace():
     assert all(p.grad is None for p in detector.parameters())
 
 
-def test_a_training_with_it_learns_the_same(shapes_root, tmp_path):
-    """The whole task, an epoch's last batch smaller than the others."""
+def test_a_training_with_it_learns_the_same(shapes_root, tmp_path, monkeypatch):
+    """The whole task; an epoch's last batch is smaller than the others, and not compiled."""
+    runs = []
+
+    def counting(graph, example_inputs):
+        def run(*inputs):
+            runs.append(len(inputs))
+            return graph(*inputs)
+
+        return run
+
+    monkeypatch.setattr(torch, "compile", partial(compile_for_real, backend=counting))
     common = ["experiment=smoke", f"data.root={shapes_root}", "device=cpu", "amp=off", "workers=0", "batch_size=48"]
     results = []
     for value in ("false", "true"):
         overrides = [*common, f"trainer.compile={value}", f"run_dir={tmp_path / value}"]
         results.append(train.run(resolve(compose_config("train", overrides))))
+        full_batches = len(list((shapes_root / "images" / "train").iterdir())) // 48 * 2
+        assert len(runs) == (1 + full_batches if value == "true" else 0)  # the trial, and two epochs
     assert results[0] == results[1]
 
 
@@ -97,13 +111,18 @@ def test_another_shape_runs_uncompiled():
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs
 
 
-def test_what_cannot_be_compiled_runs_as_it_is(monkeypatch):
+@pytest.mark.parametrize("when", ["forward", "backward"])
+def test_what_cannot_be_compiled_runs_as_it_is(monkeypatch, when):
     def broken(graph, example_inputs):
         raise RuntimeError("no compiler here\nand a long story")
 
-    monkeypatch.setattr(torch, "compile", partial(compile_for_real, backend=broken))
-    detector, network, said = make(model="yolov8n")
-    assert network is detector
+    backend = broken if when == "forward" else aot_autograd(fw_compiler=nop, bw_compiler=broken)
+    monkeypatch.setattr(torch, "compile", partial(compile_for_real, backend=backend))
+    detector = create_model("yolov8n", num_classes=3)
+    before = copy.deepcopy(detector.state_dict())
+    said: list[str] = []
+    assert compile_network(detector, Precision.pick("off", CPU), 64, 2, said.append) is detector
+    assert all(torch.equal(value, before[name]) for name, value in detector.state_dict().items())
     assert len(said) == 1
     assert "trainer.compile: the network runs uncompiled" in said[0]
     assert "no compiler here" in said[0]

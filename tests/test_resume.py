@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 import zipfile
 from pathlib import Path
@@ -30,6 +31,7 @@ from detkit.data.shapes import read_shapes
 from detkit.data.stream import ShardLoader
 from detkit.data.webdataset import read_webdataset, write_webdataset
 from detkit.engine import checkpoint, state, trainer
+from detkit.engine import lock as lock_module
 from detkit.engine.measure import random_batch
 from detkit.engine.optim import Recipe, Schedule
 from detkit.engine.precision import Precision
@@ -311,7 +313,9 @@ def test_two_processes_do_not_share_a_run_directory(whole_run, tmp_path, monkeyp
         assert holder.stdout.readline() == "held\n"
         with pytest.raises(DetkitError, match=r"run is in use by process 1234 on host7: wait until that ends"):
             go_on(tmp_path / "run")
-        holder.kill()
+        threading.Timer(0.5, holder.kill).start()
+        with lock_module.hold(tmp_path / "run", "job", patience=10):
+            assert holder.wait() == -signal.SIGKILL
     assert go_on(tmp_path / "run")["last"]["epoch"] == 2
     assert lock.read_text().split()[1] == str(os.getpid())
 
@@ -320,6 +324,23 @@ def test_two_processes_do_not_share_a_run_directory(whole_run, tmp_path, monkeyp
 
     monkeypatch.setattr("fcntl.lockf", unknown)
     assert go_on(tmp_path / "run")["last"]["epoch"] == 2
+
+
+def test_a_run_that_another_process_has_continued_is_not_taken_back(whole_run, monkeypatch):
+    """Between reading the state and holding the folder."""
+    older = TrainState(step=read_state(whole_run, print)["state"]["step"] - 1)
+    monkeypatch.setattr(train, "restore", lambda *_: older)
+    before = {path: path.stat().st_mtime_ns for path in whole_run.iterdir() if path.name != ".lock"}
+    with pytest.raises(DetkitError, match="another process went on with it"):
+        go_on(whole_run)
+    assert all(path.stat().st_mtime_ns == time for path, time in before.items())
+
+
+@pytest.mark.parametrize("theirs", [[False, 0], [True, 3]])
+def test_ranks_that_see_different_runs_say_so(theirs, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "from_main", lambda make: theirs)
+    with pytest.raises(DetkitError, match=r"looks different from different nodes .*rank 0 finds"):
+        train._agree(tmp_path, {"state": {"step": 6}})
 
 
 def test_a_signal_is_handed_over_to_somebody_s_handler(whole_run, overrides, tmp_path, monkeypatch):

@@ -1,12 +1,11 @@
 """Time a training step the way detkit runs it, beside the plain way and a peer's, in one run."""
 
 import multiprocessing
-import resource
 import statistics
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -184,39 +183,55 @@ def _own_process(cfg: dict[str, Any], variant: Variant) -> Iterator[tuple[Callab
     process.start()
     theirs.close()
 
+    def answer() -> Any:
+        try:
+            answer = ours.recv()
+        except EOFError:
+            raise DetkitError(f"the process of '{variant.name}' has ended: what it said is above") from None
+        if isinstance(answer, str):
+            raise DetkitError(f"'{variant.name}' cannot be measured: {answer}")
+        return answer
+
     def ask(line: str) -> Any:
-        ours.send(line)
-        return ours.recv()
+        with suppress(BrokenPipeError):  # it has ended: what it said last is the answer
+            ours.send(line)
+        return answer()
 
     try:
-        flops = ours.recv()  # ready: only now the next one starts
-        if isinstance(flops, str):
-            raise DetkitError(flops)
-        yield ask, flops
+        yield ask, answer()  # ready: only now the next one starts
     finally:
         process.terminate()
         process.join()
 
 
 def _serve(pipe: Connection, cfg: dict[str, Any], variant: Variant) -> None:
-    """In a process of its own: run one step for every message."""
+    """In a process of its own: run one step for every message; answer a sentence where that is not possible."""
     device = pick_device(cfg["device"])
     said: list[str] = []
-    step = _make_step(cfg, variant, said.append)
-    with FlopCounterMode(display=False) as counter:
-        step()
-    pipe.send(said[0] if said else counter.get_total_flops())
-    side, dtype = MATRIX[device.type], Precision.pick(variant.amp, device).dtype
-    matrix = torch.rand(side, side, dtype=dtype, device=device)
-    while pipe.recv():
-        seconds, product = time_once(step, device), time_once(lambda: matrix @ matrix, device)
-        pipe.send({"seconds": seconds, "limit": 2 * side**3 / product, "memory": _peak_memory(device)})
+    try:
+        step = _make_step(cfg, variant, said.append)
+        with FlopCounterMode(display=False) as counter:
+            step()
+        pipe.send(said[0] if said else counter.get_total_flops())
+        side, dtype = MATRIX[device.type], Precision.pick(variant.amp, device).dtype
+        matrix = torch.rand(side, side, dtype=dtype, device=device)
+        while pipe.recv():
+            seconds, product = time_once(step, device), time_once(lambda: matrix @ matrix, device)
+            pipe.send({"seconds": seconds, "limit": 2 * side**3 / product, "memory": _peak_memory(device)})
+    except DetkitError as error:
+        pipe.send(str(error))
+    except torch.OutOfMemoryError:
+        pipe.send(f"batch_size={cfg['batch_size']} is too much for the memory of {device}")
 
 
 def _peak_memory(device: torch.device) -> int:
     """Return the most bytes that were in use at a time: of the device, or of this process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else 1024 * peak
 

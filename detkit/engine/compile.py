@@ -38,6 +38,7 @@ def compile_network(
         reason = "trainer.sync_bn=true waits for other ranks within the network"
     network = torch.compile(detector, dynamic=dynamic or None)
     torch.compiler.set_stance("default")
+    torch._dynamo.reset()  # what earlier jobs of a sweep compiled counts against a limit
     try:
         if not reason:
             _try(network, detector, precision, image_size, batch_size)
@@ -55,12 +56,14 @@ def _try(network: nn.Module, detector: Detector, precision: Precision, image_siz
     train_mode(detector)
     statistics = Statistics(detector)
     before = statistics.copy()
-    with torch.random.fork_rng([precision.device] if precision.device.type == "cuda" else []):
-        images = random_batch(batch_size, (image_size, image_size), 1, 1).to(precision.device).images
-        images = images.contiguous(memory_format=torch.channels_last).float() / 255
-        with precision.autocast():
-            out = network(images)
-        outputs = [value for value in vars(out).values() if isinstance(value, Tensor) and value.requires_grad]
-        sum(value.float().mean() for value in outputs).backward()
-    detector.zero_grad()
-    statistics.keep_finite(before, torch.zeros((), dtype=torch.bool, device=precision.device))
+    try:
+        with torch.random.fork_rng([precision.device] if precision.device.type == "cuda" else []):
+            images = random_batch(batch_size, (image_size, image_size), 1, 1).to(precision.device).images
+            images = images.contiguous(memory_format=torch.channels_last).float() / 255
+            with precision.autocast():
+                out = network(images)
+            outputs = [value for value in vars(out).values() if isinstance(value, Tensor) and value.requires_grad]
+            sum(value.float().mean() for value in outputs).backward()
+    finally:
+        detector.zero_grad()
+        statistics.keep_finite(before, torch.zeros((), dtype=torch.bool, device=precision.device))

@@ -3,6 +3,7 @@
 import errno
 import os
 import socket
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -11,11 +12,12 @@ from typing import IO
 from detkit.engine.distributed import from_main
 from detkit.errors import DetkitError
 
+RELEASE = 90  # seconds after which the lock of a dead machine is gone from a network's disk
 LOCK = ".lock"  # of two lines: the host and number of the process, and the job that it belongs to
 
 
 @contextmanager
-def hold(run_dir: Path, job: str) -> Iterator[None]:
+def hold(run_dir: Path, job: str, patience: float = 0) -> Iterator[None]:
     """Keep others out of a run directory; of several ranks, rank 0 does it for all.
 
     The operating system forgets a process' lock with the process, however that ends. A disk that knows no locks keeps
@@ -23,6 +25,7 @@ def hold(run_dir: Path, job: str) -> Iterator[None]:
 
     Args:
         job: a line for ``find_job``.
+        patience: seconds to wait for another process, which may be about to end, or of a machine that is no more.
 
     Raises:
         DetkitError: another process has it.
@@ -31,7 +34,15 @@ def hold(run_dir: Path, job: str) -> Iterator[None]:
 
     def take() -> None:
         nonlocal file
-        file = _lock(run_dir, job)
+        end = time.monotonic() + patience
+        while True:
+            try:
+                file = _lock(run_dir, job)
+                return
+            except DetkitError:
+                if time.monotonic() >= end:
+                    raise
+                time.sleep(1)
 
     from_main(take)
     try:

@@ -3,6 +3,7 @@
 import errno
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,26 +21,51 @@ from detkit.data.tiles import TiledDataset
 from detkit.engine.checkpoint import without_pretrained, write_atomically
 from detkit.engine.compile import compile_network
 from detkit.engine.distributed import from_main, is_main, join, main_first, rank, share_batch
-from detkit.engine.lock import hold
+from detkit.engine.lock import RELEASE, hold
 from detkit.engine.loggers import check_loggers
 from detkit.engine.meeting import remember
 from detkit.engine.memory import choose_batch_size, explain_out_of_memory, trial
 from detkit.engine.optim import Recipe, Schedule, accumulation, describe_factors
 from detkit.engine.parts import freeze
 from detkit.engine.precision import Precision, keep_freed_memory, make_deterministic
-from detkit.engine.state import TrainState, restore, saved_recipe
+from detkit.engine.state import TrainState, read_state, restore, saved_recipe
 from detkit.engine.step import TrainStep
 from detkit.engine.trainer import Trainer, no_better
-from detkit.engine.transfer import load_weights
+from detkit.engine.transfer import TransferReport, load_weights
 from detkit.errors import DetkitError
 from detkit.layers.sync_norm import synchronise_norms
 from detkit.models.detector import Detector, build_detector, build_loss
 from detkit.ops.ranks import rank_count
 from detkit.report.console import make_console
 from detkit.report.tables import print_metrics, print_transfer
-from detkit.tasks.common import check_classes, make_run_dir, model_name, read_split, tell_split, val_loader
+from detkit.tasks.common import AUTO, check_classes, make_run_dir, model_name, read_split, tell_split, val_loader
 from detkit.tasks.resume import job_name, restarted_run, resumed_run, tell_progress
 from detkit.tasks.watch import open_log
+
+
+@dataclass
+class Training:
+    """A training that is ready to begin, or to go on.
+
+    Attributes:
+        cfg: resolved, every ``auto`` that the data or the device decides decided.
+        state: where it stands.
+        attempt: tries a batch of so many images on the device; see ``trial``.
+        frozen: how many numbers do not learn.
+        transfer: what ``weights`` gave; None without it.
+        console: silent but on rank 0.
+    """
+
+    cfg: dict[str, Any]
+    step: TrainStep
+    state: TrainState
+    train_set: Annotations
+    val_set: Annotations
+    train_loader: BatchLoader | ShardLoader
+    attempt: Callable[[int], None]
+    frozen: int
+    transfer: TransferReport | None
+    console: Console
 
 
 def run(cfg: dict[str, Any], stop_early: Callable[[TrainState], str | None] = lambda state: None) -> dict[str, Any]:
@@ -59,11 +85,68 @@ def run(cfg: dict[str, Any], stop_early: Callable[[TrainState], str | None] = la
         run_dir, cfg, saved = resumed_run(cfg, restarted, said.append)
     check_loggers(cfg["trainer"]["loggers"])
     device = join(cfg["device"], cfg["trainer"]["rank_timeout"])
-    if cfg["batch_size"] != "auto":
-        share_batch(cfg["batch_size"])
+    _agree(run_dir, saved)
     console = make_console(quiet=not is_main())
     for sentence in said:
         console.print(sentence)
+    training = _prepare(cfg, saved, device, console)
+    name = model_name(cfg)
+    run_dir = run_dir or Path(from_main(lambda: str(make_run_dir(cfg, "train", f"{name}_{cfg['data']['name']}"))))
+    _announce(training, name, run_dir)
+    with hold(run_dir, job_name(), patience=RELEASE if cfg["resume"] == AUTO or restarted is not None else 0):
+        remember(job_name(), str(run_dir.resolve()))
+        from_main(lambda: _check_unchanged(run_dir, training.state))
+        results = _fit(training, run_dir, stop_early)
+    if results is None:
+        training.step.optimizer.zero_grad()
+        raise DetkitError(explain_out_of_memory(training.attempt, cfg["batch_size"] // rank_count(), device))
+    best = results["best"]
+    print_metrics(best, console)
+    console.print(f"best epoch {best['epoch']}: AP {best['AP']:.4f}, AP50 {best['AP50']:.4f}")
+    console.print(f"weights, metrics and pictures: {run_dir}")
+    return results
+
+
+def _agree(run_dir: Path | None, saved: dict[str, Any] | None) -> None:
+    """Check that all ranks found the same run, saved at the same step.
+
+    Raises:
+        DetkitError: they did not; on those that differ from rank 0.
+    """
+    mine = [run_dir is not None, saved["state"]["step"] if saved else 0]
+    theirs = from_main(lambda: mine)
+    if mine != theirs:
+        words = f"rank {rank()} finds {_found(*mine)}, rank 0 finds {_found(*theirs)}"
+        raise DetkitError(f"the run's folder looks different from different nodes ({words}): start again when not")
+
+
+def _found(is_there: bool, step: int) -> str:
+    return f"a run saved after {step} batches" if is_there else "no run"
+
+
+def _check_unchanged(run_dir: Path, state: TrainState) -> None:
+    """Check, when nobody else writes there any more, that what was read of a run is what it has saved last.
+
+    Raises:
+        DetkitError: another process has gone on with it meanwhile.
+    """
+    saved = read_state(run_dir, lambda sentence: None)
+    step = saved["state"]["step"] if saved else 0
+    if step != state.step:
+        raise DetkitError(
+            f"{run_dir} was at {state.step} batches when it was read, and is at {step} now: another process went on "
+            "with it; start again"
+        )
+
+
+def _prepare(cfg: dict[str, Any], saved: dict[str, Any] | None, device: torch.device, console: Console) -> Training:
+    """Read the data and build the model and its step, as they were ``saved`` or as they begin; ``cfg`` is completed.
+
+    Raises:
+        DetkitError: a user's mistake.
+    """
+    if cfg["batch_size"] != "auto":
+        share_batch(cfg["batch_size"])
     precision = Precision.pick(cfg["amp"], device)
     make_deterministic(cfg["seed"])
     if device.type == "cpu":
@@ -84,55 +167,24 @@ def run(cfg: dict[str, Any], stop_early: Callable[[TrainState], str | None] = la
     if cfg["batch_size"] == "auto":
         cfg["batch_size"] = from_main(lambda: choose_batch_size(attempt, device)) * rank_count()
         console.print(f"batch_size=auto: {cfg['batch_size']} images")
-    train_loader = _train_loader(train_set, cfg, device)
+    loader = _train_loader(train_set, cfg, device)
     if cfg["trainer"]["sync_bn"] and rank_count() > 1:
         synchronise_norms(detector)
-    recipe = saved_recipe(saved) if saved else _recipe(detector, cfg, train_loader.samples)
-    step = _train_step(detector, cfg, precision, recipe, len(train_loader), console.print)
-    state = restore(saved, step, len(train_loader)) if saved else TrainState()
-    if state.current.position and isinstance(train_loader, ShardLoader):
+    recipe = saved_recipe(saved) if saved else _recipe(detector, cfg, loader.samples)
+    step = _train_step(detector, cfg, precision, recipe, len(loader), console.print)
+    state = restore(saved, step, len(loader)) if saved else TrainState()
+    if state.current.position and isinstance(loader, ShardLoader):
         _check_shares(cfg, saved)
     if rank():
         torch.manual_seed(cfg["seed"] + rank() + state.step)  # after the weights are drawn: what is dropped differs
-    name = model_name(cfg)
-    run_dir = run_dir or Path(from_main(lambda: str(make_run_dir(cfg, "train", f"{name}_{cfg['data']['name']}"))))
-
-    _announce(cfg, name, step, recipe, len(train_set), train_loader.samples, frozen, console)
-    for split, annotations in (("train", train_set), ("val", val_set)):
-        tell_split(split, annotations, console)
-    if transfer is not None:
-        print_transfer(transfer, console)
-    console.print(f"{recipe.name}, learning rate {recipe.lr:g}; writing to {run_dir}")
-    if saved:
-        tell_progress(state, cfg["trainer"]["epochs"], console)
-    with hold(run_dir, job_name()):
-        remember(job_name(), str(run_dir.resolve()))
-        _check_same_place(run_dir, state)
-        loaders = (train_loader, val_loader(val_set, cfg, device))
-        results = _fit(step, *loaders, train_set, val_set, cfg, run_dir, state, console, stop_early)
-    if results is None:
-        step.optimizer.zero_grad()
-        raise DetkitError(explain_out_of_memory(attempt, cfg["batch_size"] // rank_count(), device))
-    best = results["best"]
-    print_metrics(best, console)
-    console.print(f"best epoch {best['epoch']}: AP {best['AP']:.4f}, AP50 {best['AP50']:.4f}")
-    console.print(f"weights, metrics and pictures: {run_dir}")
-    return results
+    return Training(cfg, step, state, train_set, val_set, loader, attempt, frozen, transfer, console)
 
 
-def _announce(
-    cfg: dict[str, Any],
-    name: str,
-    step: TrainStep,
-    recipe: Recipe,
-    images: int,
-    samples: int,
-    frozen: int,
-    console: Console,
-) -> None:
-    """Print what is trained, and how it differs from what one may expect."""
-    detector = step.detector
-    parameters = sum(p.numel() for p in detector.parameters())
+def _announce(training: Training, name: str, run_dir: Path) -> None:
+    """Print what is trained, on what, and how it differs from what one may expect."""
+    cfg, step, console = training.cfg, training.step, training.console
+    recipe, images, samples = step.schedule.recipe, len(training.train_set), training.train_loader.samples
+    parameters = sum(p.numel() for p in step.detector.parameters())
     ranks = f" and {rank_count() - 1} more" if rank_count() > 1 else ""
     console.print(f"{name}: {parameters:,} parameters on {step.precision.device}{ranks}, {step.precision}")
     if samples != images:
@@ -141,22 +193,17 @@ def _announce(
     if mosaic["p"] and mosaic["off_epochs"] >= epochs:
         off = f"augment.mosaic.off_epochs={mosaic['off_epochs']} of trainer.epochs={epochs}"
         console.print(f"no image is mixed with others (mosaic, mixup, copy-paste): {off}")
-    if frozen:
-        console.print(f"frozen: {frozen:,} parameters, of {', '.join(cfg['trainer']['freeze'])}")
+    if training.frozen:
+        console.print(f"frozen: {training.frozen:,} parameters, of {', '.join(cfg['trainer']['freeze'])}")
     if recipe.lr_factors or recipe.layer_decay is not None:
         console.print(f"parameters that learn: {describe_factors(step.optimizer)}")
-
-
-def _check_same_place(run_dir: Path, state: TrainState) -> None:
-    """Check that all ranks go on from where rank 0 does.
-
-    Raises:
-        DetkitError: they do not.
-    """
-    theirs = from_main(lambda: state.step)
-    if theirs != state.step:
-        words = f"rank {rank()} goes on after {state.step} batches, rank 0 after {theirs}"
-        raise DetkitError(f"{run_dir} looks different from different nodes ({words}): start again when they agree")
+    tell_split("train", training.train_set, console)
+    tell_split("val", training.val_set, console)
+    if training.transfer is not None:
+        print_transfer(training.transfer, console)
+    console.print(f"{recipe.name}, learning rate {recipe.lr:g}; writing to {run_dir}")
+    if training.state.step:
+        tell_progress(training.state, epochs, console)
 
 
 def _check_shares(cfg: dict[str, Any], saved: dict[str, Any]) -> None:
@@ -177,33 +224,23 @@ def _largest_image(detector: Detector, cfg: dict[str, Any]) -> int:
     return max(int(cfg["image_size"] * (1 + cfg["trainer"]["multi_scale"]) / stride), 1) * stride
 
 
-def _fit(
-    step: TrainStep,
-    train_loader: BatchLoader | ShardLoader,
-    val_loader: BatchLoader,
-    train_set: Annotations,
-    val_set: Annotations,
-    cfg: dict[str, Any],
-    run_dir: Path,
-    state: TrainState,
-    console: Console,
-    stop_early: Callable[[TrainState], str | None],
-) -> dict[str, Any] | None:
-    """Train from ``state`` on; None where the device has too little memory.
+def _fit(training: Training, run_dir: Path, stop_early: Callable[[TrainState], str | None]) -> dict[str, Any] | None:
+    """Train from ``training.state`` on; None where the device has too little memory.
 
     Raises:
         DetkitError: the disk is full.
     """
+    cfg, step, state, val_set = training.cfg, training.step, training.state, training.val_set
     options = ("epochs", "max_bad_steps", "save_every", "keep_last", "log_every")
     waited = no_better(cfg["trainer"]["patience"])
     try:
         if is_main():
             write_atomically(run_dir / "config.yaml", yaml.safe_dump(cfg, sort_keys=False).encode())
+        loaders = training.train_loader, val_loader(val_set, cfg, step.precision.device)
         chosen = {key: cfg["trainer"][key] for key in options}
         chosen |= {"run_dir": run_dir, "stop_early": lambda state: waited(state) or stop_early(state)}
-        with open_log(cfg, step, train_set, run_dir, state, console) as log:
-            trainer = Trainer(step, train_loader, val_loader, val_set, state=state, log=log, **chosen)
-            return trainer.fit()
+        with open_log(cfg, step, training.train_set, run_dir, state, training.console) as log:
+            return Trainer(step, *loaders, val_set, state=state, log=log, **chosen).fit()
     except torch.OutOfMemoryError:
         return None  # and not the error: it holds the tensors of its frames
     except OSError as error:
