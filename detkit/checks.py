@@ -114,8 +114,8 @@ RULES: dict[str, Rule] = {
     "trainer.rank_timeout": POSITIVE,
     "trainer.log_every": _whole(1),
     "trainer.loggers": (
-        "a list of wandb and mlflow, such as [wandb]",
-        lambda v: isinstance(v, list) and all(n in ("wandb", "mlflow") for n in v) and len({*v}) == len(v),
+        "a list of loggers, each once, such as [wandb]",
+        lambda v: isinstance(v, list) and all(isinstance(n, str) for n in v) and len({*v}) == len(v),
     ),
     "trainer.freeze": (
         "a list of parts, such as [backbone.stem]",

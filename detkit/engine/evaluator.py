@@ -13,7 +13,7 @@ from torch import Tensor
 
 from detkit.data.annotations import Annotations
 from detkit.engine.curves import Curves
-from detkit.engine.distributed import from_main, gather
+from detkit.engine.distributed import from_main, gather, gather_lines, is_main
 from detkit.engine.precision import Precision
 from detkit.models.detector import Detector, to_original
 from detkit.ops.nms import select_boxes
@@ -90,21 +90,16 @@ def evaluate(
                 pictures.append((origin, *found))
         advance()
     predictions = _coco_results(annotations, gather_rows(torch.cat(rows)))
-    problems = [line for text in gather("\n".join(problems).encode()) for line in text.decode().splitlines()]
-    curves: list[Curves] = []  # they stay where they are made
-    metrics = from_main(lambda: coco_metrics(annotations, predictions, curves.append))
-    return Evaluation(metrics, predictions, pictures, problems, *curves)
+    problems = gather_lines(problems)
+    scored, curves = coco_metrics(annotations, predictions) if is_main() else (None, None)
+    metrics = from_main(lambda: scored)
+    return Evaluation(metrics, predictions, pictures, problems, curves)
 
 
-def coco_metrics(
-    annotations: Annotations, predictions: list[dict[str, Any]], keep: Callable[[Curves], None] = lambda curves: None
-) -> dict[str, Any]:
-    """Score COCO results against a labelled set with faster-coco-eval: METRICS and ``per_class``.
+def coco_metrics(annotations: Annotations, predictions: list[dict[str, Any]]) -> tuple[dict[str, Any], Curves]:
+    """Score COCO results against a labelled set with faster-coco-eval: METRICS and ``per_class``, and AP50's curves.
 
     No predictions score 0; a set without boxes scores -1, as COCO defines.
-
-    Args:
-        keep: is given the curves behind AP50.
     """
     with contextlib.redirect_stdout(io.StringIO()):
         truth = COCO(annotations.ground_truth())
@@ -119,8 +114,7 @@ def coco_metrics(
         name: {"AP": _mean(precision[:, :, c]), "AP50": _mean(precision[0, :, c]), "boxes": int(counts[c])}
         for c, name in enumerate(annotations.class_names)
     }
-    keep(Curves(precision[0], np.asarray(scored.eval["scores"])[0, :, :, 0, -1], counts))
-    return metrics
+    return metrics, Curves(precision[0], np.asarray(scored.eval["scores"])[0, :, :, 0, -1], counts)
 
 
 def _silent(*_: Any) -> None:

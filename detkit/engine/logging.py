@@ -34,6 +34,7 @@ class RunLog:
         self.console = console
         self.channels = channels
         self.told: set[str] = set()  # sentences of ``problems``
+        self.undrawn: set[str] = set()  # of ``drawing``
 
     def start(self, hyper_parameters: Mapping[str, Value], texts: Mapping[str, str]) -> None:
         """Keep what the run is made with, and texts in Markdown by name."""
@@ -74,6 +75,19 @@ class RunLog:
             values |= {f"best/{name}": row[name] for name in COMPARED}
         self.scalars(values, step)
         self.console.print(line)
+
+    @contextmanager
+    def drawing(self, what: str) -> Iterator[None]:
+        """Run a block that draws ``what``; where it raises, say so once and go on, unless the disk is full."""
+        try:
+            yield
+        except OSError:
+            raise
+        except Exception as error:  # whatever a plugin's part or an odd set comes up with
+            if what not in self.undrawn:
+                self.undrawn.add(what)
+                reason = (str(error) or type(error).__name__).splitlines()[0]
+                self.console.print(f"{what} cannot be drawn ({reason}): the training goes on")
 
     def problems(self, sentences: Sequence[str]) -> None:
         """Say, once for each image, that it was skipped."""

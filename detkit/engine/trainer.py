@@ -119,12 +119,14 @@ class Trainer:
         best = state.results.get("best") is last
         if best:
             save_checkpoint(self.step.ema.model, self.run_dir / "best.safetensors", last)
-            self.picture_evaluation(evaluation)
+            with self.log.drawing("the evaluation"):
+                self.picture_evaluation(evaluation)
         save_checkpoint(self.step.ema.model, self.run_dir / "last.safetensors", last)
         write_atomically(self.run_dir / "metrics.json", json.dumps(state.results, indent=2).encode())
         line = self.epoch_line(state.history[-1], losses)
         self.log.epoch(state.history, evaluation.metrics, best, state.step, line)
-        plot_history(state.history, losses, self.run_dir / "plots" / "history.png")
+        with self.log.drawing("history.png"):
+            plot_history(state.history, losses, self.run_dir / "plots" / "history.png")
 
     def is_over(self) -> bool:
         """Whether all epochs are done, or there is a reason to stop early, of which rank 0's counts; says that one."""
@@ -152,8 +154,9 @@ class Trainer:
                 self.log.problems(batch.problems)
                 problems += batch.problems
                 if epoch == 0 and current.batches < PICTURED_BATCHES and is_main() and len(batch.images):
-                    picture = picture_batch(batch, self.step.detector.class_names)
-                    self.log.picture(f"train_batch{current.batches}", picture, 0)
+                    with self.log.drawing("the training batches"):
+                        picture = picture_batch(batch, self.step.detector.class_names)
+                        self.log.picture(f"train_batch{current.batches}", picture, 0)
                 terms = self.step(batch.to(self.step.precision.device), state.step, epoch)
                 state.step += 1
                 current.add(batch, terms, time.perf_counter() - start)

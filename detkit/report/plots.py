@@ -17,6 +17,7 @@ from detkit.report.drawing import encode_figure
 
 NAMED = 20  # classes with a line of their own
 NUMBERED = 30  # classes up to which the cells of a confusion matrix hold numbers
+SCORE = 0.25  # of the boxes that a confusion matrix counts
 
 
 def plot_history(rows: Sequence[Mapping[str, float]], losses: Collection[str], path: Path) -> None:
@@ -37,12 +38,17 @@ def plot_history(rows: Sequence[Mapping[str, float]], losses: Collection[str], p
     save_figure(figure, path)
 
 
-def draw_evaluation(evaluation: Evaluation, annotations: Annotations) -> dict[str, Figure]:
-    """Return the figures of an evaluation by name: ``precision_recall`` and ``confusion_matrix``."""
-    names = annotations.class_names
+def draw_evaluation(evaluation: Evaluation, annotations: Annotations, least: float = 0.0) -> dict[str, Figure]:
+    """Return the figures of an evaluation by name: ``precision_recall`` and ``confusion_matrix``.
+
+    Args:
+        least: score of the boxes that were evaluated at all.
+    """
+    names, score = annotations.class_names, max(SCORE, least)
+    counts = confusion_matrix(annotations, evaluation.predictions, score=score)
     return {
         "precision_recall": draw_curves(evaluation.curves, names),
-        "confusion_matrix": draw_confusion(confusion_matrix(annotations, evaluation.predictions), names),
+        "confusion_matrix": draw_confusion(counts, names, score),
     }
 
 
@@ -55,10 +61,11 @@ def draw_curves(curves: Curves, class_names: Sequence[str]) -> Figure:
     left, right = figure.subplots(1, 2)
     labelled, ap50 = curves.labelled(), curves.ap50()
     if labelled:
-        _draw_classes(left, RECALLS, curves.precision_rc, curves, class_names, [f"{v:.3f}" for v in ap50])
+        areas = [f"{area:.3f}" for area in ap50]
+        _draw_classes(left, "lower left", RECALLS, curves.precision_rc, curves, class_names, areas)
         f1 = curves.f1()
         best = [f"{f1[k, c]:.3f} at {THRESHOLDS[k]:.2f}" for c, k in enumerate(f1.argmax(0))]
-        _draw_classes(right, THRESHOLDS, f1, curves, class_names, best)
+        _draw_classes(right, "lower center", THRESHOLDS, f1, curves, class_names, best)
         mean = f1[:, labelled].mean(1)
         left.set_title(f"precision and recall at IoU 0.5: mean AP50 {ap50[labelled].mean():.3f}")
         right.set_title(f"F1 at IoU 0.5: mean {mean.max():.3f} at score {THRESHOLDS[mean.argmax()]:.2f}")
@@ -68,24 +75,31 @@ def draw_curves(curves: Curves, class_names: Sequence[str]) -> Figure:
 
 
 def _draw_classes(
-    axes: Axes, x: np.ndarray, y_xc: np.ndarray, curves: Curves, class_names: Sequence[str], figures: Sequence[str]
+    axes: Axes,
+    loc: str,
+    x: np.ndarray,
+    y_xc: np.ndarray,
+    curves: Curves,
+    class_names: Sequence[str],
+    figures: Sequence[str],
 ) -> None:
-    """Draw a line a class over ``x``, and their mean; ``figures`` stand in the legend."""
+    """Draw a line a class over ``x``, and their mean; ``figures`` stand in the legend, at ``loc``."""
     labelled, named = curves.labelled(), curves.labelled(NAMED)
     axes.plot(x, y_xc[:, sorted({*labelled} - {*named})], color="0.8", linewidth=0.5)
     lines = [axes.plot(x, y_xc[:, c], color=f"C{k}" if k < 10 else None, linewidth=1)[0] for k, c in enumerate(named)]
     names = [f"{printable(class_names[c])[:30]} {figures[c]}" for c in named]
     axes.plot(x, y_xc[:, labelled].mean(1), color="black", linewidth=2.5)
-    legend = axes.legend(lines, names, fontsize=8, loc="lower left" if x is RECALLS else "lower center")
+    legend = axes.legend(lines, names, fontsize=8, loc=loc)
     for text in legend.get_texts():
         text.set_parse_math(False)
     axes.grid(alpha=0.3)
 
 
-def draw_confusion(counts: np.ndarray, class_names: Sequence[str]) -> Figure:
+def draw_confusion(counts: np.ndarray, class_names: Sequence[str], score: float = SCORE) -> Figure:
     """Draw a confusion matrix: (classes + 1, classes + 1) counts, what is labelled in rows, found in columns.
 
-    Colours are shares of a row, numbers are counts; the last row and column are the background.
+    Colours are shares of a row, numbers are counts; the last row and column are the background. The title names the
+    smallest ``score`` that was counted.
     """
     names = [*(printable(name)[:25] for name in class_names), "background"]
     side = min(max(0.42 * len(names) + 2.5, 5), 24)
@@ -103,7 +117,7 @@ def draw_confusion(counts: np.ndarray, class_names: Sequence[str]) -> Figure:
     chosen = [names[k] for k in ticks]
     axes.set_xticks(ticks, chosen, rotation=90, fontsize=size, parse_math=False)
     axes.set_yticks(ticks, chosen, fontsize=size, parse_math=False)
-    axes.set(xlabel="found as", ylabel="labelled as", title="boxes of score 0.25 and more, IoU 0.5")
+    axes.set(xlabel="found as", ylabel="labelled as", title=f"boxes of score {score:g} and more, IoU 0.5")
     return figure
 
 

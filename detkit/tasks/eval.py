@@ -56,7 +56,7 @@ def run(cfg: dict[str, Any]) -> dict[str, Any]:
     if is_main():
         write_atomically(run_dir / "metrics.json", json.dumps(result.metrics, indent=2).encode())
         write_atomically(run_dir / "predictions.json", json.dumps(result.predictions).encode())
-        for name, figure in draw_evaluation(result, annotations).items():
+        for name, figure in draw_evaluation(result, annotations, cfg["score"]).items():
             save_figure(figure, run_dir / "plots" / f"{name}.png")
     print_metrics(result.metrics, console)
     console.print(f"AP {result.metrics['AP']:.6f} on {len(annotations)} images; written to {run_dir}")

@@ -48,14 +48,16 @@ def open_log(
     names = cfg["trainer"]["loggers"]
     channels = open_loggers(names, run_dir, state.step, console.print, resumed=bool(state.step))
     log = RunLog(run_dir, console, channels)
-    model = summary_markdown(summarize(step.ema.model, cfg["image_size"], SUMMARY_DEPTH))
-    config = "\n".join(f"    {line}" for line in yaml.safe_dump(cfg, sort_keys=False).splitlines())
+    texts = {"config": "\n".join(f"    {line}" for line in yaml.safe_dump(cfg, sort_keys=False).splitlines())}
+    with log.drawing("the model's summary"):
+        texts["model"] = summary_markdown(summarize(step.ema.model, cfg["image_size"], SUMMARY_DEPTH))
     values = hyper_parameters(cfg, step.schedule.recipe)
     if HydraConfig.initialized() and not state.step:
         values["augment"] = str(HydraConfig.get().runtime.choices.get("augment"))  # a group without a name in it
-    log.start(values, {"model": model, "config": config})
+    log.start(values, texts)
     if not state.step:
-        log.plot("labels", draw_labels(train_set), 0)
+        with log.drawing("labels.png"):
+            log.plot("labels", draw_labels(train_set), 0)
     wait()  # with patience: a server may be slow to answer
     return log
 

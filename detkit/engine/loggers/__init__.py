@@ -1,4 +1,8 @@
-"""Where a run's numbers, curves and pictures go: a file a logger, behind the interface of ``base.py``."""
+"""Where a run's numbers, curves and pictures go: a file a logger, behind the interface of ``base.py``.
+
+What is registered in LOGGERS is called with the run directory, the ``id`` that the logger had there before (None in a
+new run), and what says a sentence to the user; it returns a ``Logger`` with an ``id`` of letters, digits and ``_-``.
+"""
 
 import importlib.util
 import json
@@ -12,19 +16,21 @@ from detkit.engine.loggers.base import Logger
 from detkit.engine.loggers.channel import BackgroundChannel, Channel
 from detkit.engine.loggers.tensorboard import TensorBoard
 from detkit.errors import DetkitError
+from detkit.registry import LOGGERS
 
 OPTIONAL = ("wandb", "mlflow")
 IDS = "loggers.json"  # in the run directory: by what W&B and MLflow know the run
 
 
 def check_loggers(names: Sequence[str]) -> None:
-    """Check that the packages of optional loggers are there.
+    """Check that loggers are known, and the packages of OPTIONAL ones there.
 
     Raises:
         DetkitError: one is not.
     """
     for name in names:
-        if importlib.util.find_spec(name) is None:
+        LOGGERS.get(name)
+        if name in OPTIONAL and importlib.util.find_spec(name) is None:
             raise DetkitError(f"trainer.loggers={name} needs a package that is missing: pip install 'detkit[{name}]'")
 
 
@@ -45,7 +51,7 @@ def open_loggers(
     ids = _read_ids(run_dir / IDS)
     for name in names:
         try:
-            logger = _open(name, run_dir, ids.get(name), tell)
+            logger = LOGGERS.get(name)(run_dir, ids.get(name), tell)
         except Exception as error:  # whatever these packages and their servers come up with
             reason = (str(error) or type(error).__name__).splitlines()[0]
             if not resumed:
@@ -59,11 +65,15 @@ def open_loggers(
     return channels
 
 
-def _open(name: str, run_dir: Path, run: str | None, tell: Callable[[str], None]) -> Logger:
-    if name == "wandb":
-        from detkit.engine.loggers.wandb import WandB
+@LOGGERS.register("wandb")
+def _wandb(run_dir: Path, run: str | None, tell: Callable[[str], None]) -> Logger:
+    from detkit.engine.loggers.wandb import WandB
 
-        return WandB(run_dir, run, tell)
+    return WandB(run_dir, run, tell)
+
+
+@LOGGERS.register("mlflow")
+def _mlflow(run_dir: Path, run: str | None, tell: Callable[[str], None]) -> Logger:
     from detkit.engine.loggers.mlflow import MLflow
 
     return MLflow(run_dir, run)

@@ -1,6 +1,8 @@
-"""Ways to a logger on which no failure and no delay of it reaches the training."""
+"""Ways to a logger on which no failure of it reaches the training, and in the background no delay."""
 
+import time
 from collections.abc import Callable
+from contextlib import suppress
 from queue import Full, Queue
 from threading import Thread
 
@@ -12,7 +14,8 @@ PATIENCE = {True: 60.0, False: 10.0}  # seconds for the rest at the end of a run
 
 
 class Channel:
-    """Calls a logger at once. Where it raises, that is said once, and what it was to keep is lost.
+    """Calls a logger at once, which suits TensorBoard: it writes where the loop itself writes. Where a logger raises,
+    that is said once, and what it was to keep is lost.
 
     Args:
         name: of the logger, for messages.
@@ -52,7 +55,7 @@ class BackgroundChannel(Channel):
         self.thread = Thread(target=self._work, name=f"{name} logger", daemon=True)
         self.thread.start()
 
-    def send(self, call: Call | None) -> None:
+    def send(self, call: Call) -> None:
         """Leave a call to the thread; one that finds no room is lost."""
         try:
             self.calls.put_nowait(call)
@@ -60,10 +63,12 @@ class BackgroundChannel(Channel):
             self.complain("too slow")
 
     def close(self, finished: bool) -> None:
-        """Wait for what is left, not for ever."""
-        super().close(finished)
-        self.send(None)
-        self.thread.join(PATIENCE[finished])
+        """Wait for what is left, not for ever; where the queue is full, first for room."""
+        deadline = time.monotonic() + PATIENCE[finished]
+        with suppress(Full):
+            for last in (lambda logger: logger.close(finished), None):
+                self.calls.put(last, timeout=max(deadline - time.monotonic(), 0))
+            self.thread.join(max(deadline - time.monotonic(), 0))
         if self.thread.is_alive():
             self.complain("too slow at the end")
 

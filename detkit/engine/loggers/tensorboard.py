@@ -1,13 +1,13 @@
 """TensorBoard, which every run writes: ``tensorboard --logdir runs``."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 from tensorboard.compat.proto.summary_pb2 import Summary
 from torch.utils.tensorboard import SummaryWriter
-from torch.utils.tensorboard.summary import hparams
+from torch.utils.tensorboard.summary import hparams, pr_curve_raw, scalar
 from torch.utils.tensorboard.summary import text as as_text
 
 from detkit.engine.curves import THRESHOLDS, Curves
@@ -24,49 +24,59 @@ class TensorBoard:
     """
 
     def __init__(self, run_dir: Path, step: int) -> None:
-        self.writer = SummaryWriter(run_dir, purge_step=step + 1)
+        self.run_dir = run_dir
+        self.writer: SummaryWriter | None = SummaryWriter(run_dir, purge_step=step + 1)
         self.end: Summary | None = None  # of the session that the HParams tab shows
 
     def scalars(self, values: Mapping[str, float], step: int) -> None:
-        for name, value in values.items():
-            self.writer.add_scalar(name, value, step)
-        self.writer.flush()  # before a state is saved that counts this step as done
+        self._write([scalar(name, value) for name, value in values.items()], step)
 
     def picture(self, name: str, path: Path, step: int) -> None:
         data = path.read_bytes()  # as it is: a PNG of photographs would be ten times as large
         with Image.open(path) as image:
             width, height = image.size
         picture = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=data)
-        self._add(Summary(value=[Summary.Value(tag=f"pictures/{name}", image=picture)]), step)
+        self._write([Summary(value=[Summary.Value(tag=f"pictures/{name}", image=picture)])], step)
 
     def precision_recall(self, curves: Curves, class_names: Sequence[str], step: int) -> None:
         precision_tc, recall_tc = curves.at_thresholds()
         hits_tc = recall_tc * curves.boxes_c
         false_tc = hits_tc * (1 / np.maximum(precision_tc, 1e-9) - 1)
         columns = {tag(class_names[c]): [c] for c in curves.labelled(PR_CURVES)}
+        drawn: list[Summary] = []
         for name, classes in {"all": curves.labelled(), **columns}.items():
             if classes:
                 precision, recall = (values[:, classes].mean(1) for values in (precision_tc, recall_tc))
                 hits, false = (values[:, classes].sum(1) for values in (hits_tc, false_tc))
                 counts = (hits, false, np.zeros_like(hits), curves.boxes_c[classes].sum() - hits)
-                bins = len(THRESHOLDS)
-                self.writer.add_pr_curve_raw(f"precision_recall/{name}", *counts, precision, recall, step, bins)
+                points = (*counts, precision, recall, len(THRESHOLDS))
+                drawn.append(pr_curve_raw(f"precision_recall/{name}", *points))
+        self._write(drawn, step)
 
     def text(self, name: str, text: str) -> None:
         summary = as_text(name, text)
         summary.value[0].tag = f"run/{name}"  # without the ending that torch gives it
-        self._add(summary, 0)
+        self._write([summary], 0)
 
     def hyper_parameters(self, values: Mapping[str, Value]) -> None:
         # Not SummaryWriter.add_hparams, which writes into a folder of its own within the run's. Without torch's list of
         # parameters and metrics, the tab makes its own of all runs: first what differs, and the first scalars, "best/".
         _, start, self.end = hparams(dict(values), {})
-        self._add(start, 0)
+        self._write([start], 0)
 
     def close(self, finished: bool) -> None:
         if finished and self.end is not None:
-            self._add(self.end, 0)
-        self.writer.close()
+            self._write([self.end], 0)
+        if self.writer is not None:
+            self.writer.close()
 
-    def _add(self, summary: Summary, step: int) -> None:
-        self.writer.file_writer.add_summary(summary, step)
+    def _write(self, summaries: Iterable[Summary], step: int) -> None:
+        """Write to the disk, before a state is saved that counts this step as done."""
+        try:
+            self.writer = self.writer or SummaryWriter(self.run_dir)
+            for summary in summaries:
+                self.writer.file_writer.add_summary(summary, step)
+            self.writer.flush()
+        except OSError:
+            self.writer = None  # it would raise this for ever; the next call begins another file
+            raise
