@@ -1,7 +1,8 @@
 # docker build -t detkit . && docker run --rm -v "$PWD/runs:/app/runs" detkit
 FROM python:3.12-slim
 
-RUN useradd --create-home detkit && mkdir -p /app/runs && chown -R detkit /app
+# The number is also the group of the volumes in configs/cluster/pytorchjob.yml.
+RUN useradd --uid 1000 --create-home detkit && mkdir -p /app/runs && chown -R detkit /app
 WORKDIR /app
 COPY --chown=detkit pyproject.toml README.md LICENSE ./
 COPY --chown=detkit detkit detkit

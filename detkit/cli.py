@@ -57,6 +57,7 @@ def launch(task: str) -> None:
                 sys.exit(2)
             raise
 
+    status = None
     try:
         try:
             main()
@@ -65,6 +66,8 @@ def launch(task: str) -> None:
             status = finish_sweep()
         if status:
             sys.exit(status)
+    except DetkitError as error:  # of the sweep's table
+        _exit(str(error))
     except CONFIG_ERRORS as error:
         _exit(explain(error, task, sys.argv[1:]))
     except ValueError as error:

@@ -65,6 +65,15 @@ def resolve(cfg: DictConfig) -> dict[str, Any]:
         raise DetkitError(f"the configuration does not resolve: {str(error).splitlines()[0]}") from None
 
 
+def flatten(node: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return every value of nested mappings by its dotted key, after ``prefix``; an empty mapping is a value."""
+    flat: dict[str, Any] = {}
+    for key, value in node.items():
+        nested = isinstance(value, Mapping) and value
+        flat |= flatten(value, f"{prefix}{key}.") if nested else {f"{prefix}{key}": value}
+    return flat
+
+
 def import_plugins(names: Sequence[str]) -> None:
     """Import the modules of ``plugins=[...]``, which register parts of their own.
 

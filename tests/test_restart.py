@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -23,6 +24,8 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 PLUGIN = """
 import os
 from pathlib import Path
+import time
+from detkit.engine.logging import RunLog
 from detkit.engine.step import TrainStep
 original = TrainStep.__call__
 def call(self, batch, step, epoch):
@@ -33,6 +36,8 @@ def call(self, batch, step, epoch):
             os.kill(os.getpid(), int(signum))
     return original(self, batch, step, epoch)
 TrainStep.__call__ = call
+if os.environ.get("SLURM_PROCID") == "0":
+    RunLog.close = lambda self, finished: time.sleep(3)
 """
 
 
@@ -111,11 +116,16 @@ exit $STATUS
 """
 
 
+def write_commands(folder: Path, srun: str) -> None:
+    """Write stand-ins for srun and scontrol; the latter leaves a line in the file ``calls``."""
+    for name, text in (("srun", srun), ("scontrol", '#!/bin/bash\necho scontrol "$@" >> calls\n')):
+        (folder / name).write_text(text)
+        (folder / name).chmod(0o755)
+
+
 @pytest.mark.parametrize(("status", "requeued", "exits"), [(0, False, 0), (138, True, 0), (143, False, 143)])
 def test_the_slurm_script_queues_itself_again(tmp_path, status, requeued, exits):
-    for name, text in (("srun", SRUN), ("scontrol", '#!/bin/bash\necho scontrol "$@" >> calls\n')):
-        (tmp_path / name).write_text(text)
-        (tmp_path / name).chmod(0o755)
+    write_commands(tmp_path, SRUN)
     path = os.pathsep.join((str(tmp_path), os.environ["PATH"]))
     environment = os.environ | {"PATH": path, "STATUS": str(status), "SLURM_JOB_ID": "7", "SLURM_CPUS_PER_TASK": "4"}
     command = ["bash", str(ROOT / "configs" / "cluster" / "slurm.sh"), "model=yolov8s", "data.root=a b"]
@@ -124,6 +134,36 @@ def test_the_slurm_script_queues_itself_again(tmp_path, status, requeued, exits)
     script = "python tools/train.py run_dir=runs/train/slurm_7 resume=auto model=yolov8s data.root=a b"
     assert calls[0] == f"--cpus-per-task=4 --kill-on-bad-exit=1 {script}"
     assert calls[1:] == ["scontrol requeue 7"] * requeued
+
+
+SRUN_OF_TWO = f"""#!{sys.executable}
+import os, subprocess, sys, time
+ranks = []
+for rank in ("0", "1"):
+    variables = {{"SLURM_PROCID": rank, "SLURM_LOCALID": rank, "SLURM_STEP_NUM_TASKS": "2"}}
+    ranks.append(subprocess.Popen(sys.argv[3:], env=os.environ | variables))
+while all(rank.poll() is None for rank in ranks):
+    time.sleep(0.01)
+for rank in ranks:
+    rank.terminate()
+sys.exit(max(code if code >= 0 else 128 - code for code in [rank.wait() for rank in ranks]))
+"""
+
+
+def test_slow_loggers_do_not_keep_the_slurm_script_from_queueing(training, tmp_path):
+    """Rank 1 ends first after SIGUSR1, and srun --kill-on-bad-exit sends SIGTERM to rank 0, which closes loggers."""
+    path = os.pathsep.join((str(tmp_path), str(Path(sys.executable).parent), os.environ["PATH"]))
+    write_commands(tmp_path, SRUN_OF_TWO)
+    (tmp_path / "tools").symlink_to(ROOT / "tools")
+    with contextlib.closing(socket.socket()) as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    slurm = {"PATH": path, "SLURM_JOB_ID": "7", "MASTER_ADDR": "localhost", "MASTER_PORT": port}
+    command = ["bash", str(ROOT / "configs" / "cluster" / "slurm.sh"), *training[1:]]
+    status = start(tmp_path, command, DEATHS=f"1:3:{signal.SIGUSR1:d}", **slurm).wait(120)
+    assert status == 0, (tmp_path / "log").read_text()
+    assert (tmp_path / "calls").read_text() == "scontrol requeue 7\n"
+    assert (tmp_path / "runs" / "train" / "slurm_7" / "state.pt").exists()
 
 
 def test_the_kubernetes_job_starts_a_training_that_exists():
@@ -138,3 +178,5 @@ def test_the_kubernetes_job_starts_a_training_that_exists():
     assert worker["replicas"] == elastic["minReplicas"] == elastic["maxReplicas"]
     assert cfg["batch_size"] % (worker["replicas"] * int(spec["nprocPerNode"])) == 0
     assert group_options("cluster") == []
+    group = worker["template"]["spec"]["securityContext"]["fsGroup"]
+    assert f"useradd --uid {group} " in (ROOT / "Dockerfile").read_text()

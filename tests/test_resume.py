@@ -141,12 +141,14 @@ def test_a_signal_saves_and_ends(whole_run, overrides, tmp_path, monkeypatch, na
         return step(self, batch, number, epoch)
 
     monkeypatch.setattr(TrainStep, "__call__", signalled)
-    handler = signal.getsignal(getattr(signal, name))
+    handler, terminated = signal.getsignal(getattr(signal, name)), signal.getsignal(signal.SIGTERM)
     with pytest.raises(SystemExit) as end:
         arguments = [*overrides, "trainer.save_every=null", f"run_dir={tmp_path / 'run'}"]
         train.run(resolve(compose_config("train", arguments)))
     assert end.value.code == status
     assert signal.getsignal(getattr(signal, name)) is handler
+    ignored = signal.signal(signal.SIGTERM, terminated) is signal.SIG_IGN
+    assert ignored == (name == "SIGUSR1")
     monkeypatch.undo()
     saved = read_state(tmp_path / "run", print)["state"]
     assert (saved["step"], saved["epoch"], saved["current"]["position"]) == (at, (at - 1) // 6, (at - 1) % 6 + 1)

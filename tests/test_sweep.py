@@ -1,6 +1,7 @@
 """Sweeps under each launcher for real: folders, table, failed jobs, a preempted job that is queued again."""
 
 import csv
+import errno
 import json
 import os
 import signal
@@ -10,9 +11,14 @@ import time
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 from conftest import run_command
 
+from detkit import cli
 from detkit.config import explain
+from detkit.engine import distributed, meeting
+from detkit.engine.checkpoint import write_atomically
+from detkit.tasks import sweep as sweep_task
 
 TOOL = str(Path(__file__).parents[1] / "tools" / "train.py")
 TINY = ["model.width=0.0625", "trainer.epochs=1", "amp=off"]
@@ -92,6 +98,52 @@ def test_a_fault_of_one_job_leaves_the_others(train_overrides, tmp_path, monkeyp
     failed, done = rows(sweep / "sweep.csv")
     assert (failed["status"], failed["error"]) == ("failed", "RuntimeError: a bug")
     assert (done["status"], done["AP"], done["best_epoch"], done["epochs"]) == ("done", "0.5", "2", "3")
+
+
+def test_a_mistake_of_another_rank_is_the_job_s(train_overrides, tmp_path, monkeypatch, capsys):
+    """Rank 1 says its sentence and ends; this one, rank 0, sees no more than that the connection is gone."""
+    from detkit.tasks import train
+
+    def run(cfg):
+        monkeypatch.setattr(meeting, "_store", dist.HashStore())
+        assert distributed.first_to_say("a mistake of one")
+        raise RuntimeError("Connection closed by peer")
+
+    monkeypatch.setattr(train, "run", run)
+    arguments = ["train", "-m", *train_overrides, "seed=0,1", f"hydra.sweep.dir={tmp_path}"]
+    status, _, error = run_command(monkeypatch, capsys, *arguments)
+    assert (status, error) == (2, "")
+    found = [(row["status"], row["error"]) for row in rows(tmp_path / "sweep.csv")]
+    assert found == [("mistake", "a mistake of one")] * 2
+
+
+def test_a_job_that_exits_without_an_error_is_done(train_overrides, tmp_path, monkeypatch, capsys):
+    from detkit.tasks import train
+
+    monkeypatch.setattr(train, "run", lambda cfg: sys.exit(cfg["seed"]))
+    arguments = ["train", "-m", *train_overrides, "seed=0,1", f"hydra.sweep.dir={tmp_path}"]
+    assert run_command(monkeypatch, capsys, *arguments)[0] == 1
+    found = [(row["status"], row["error"]) for row in rows(tmp_path / "sweep.csv")]
+    assert found == [("done", ""), ("failed", "exit status 1")]
+
+
+def test_a_table_that_cannot_be_written_is_one_sentence(train_overrides, tmp_path, monkeypatch, capsys):
+    from detkit.tasks import train
+
+    def full(path, data):
+        if path.name == "sweep.csv":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write_atomically(path, data)
+
+    monkeypatch.setattr(train, "run", lambda cfg: None)
+    monkeypatch.setattr(sweep_task, "write_atomically", full)
+    arguments = ["train", "-m", *train_overrides, "seed=choice(0)", f"hydra.sweep.dir={tmp_path}"]
+    status, printed, error = run_command(monkeypatch, capsys, *arguments)
+    assert (status, error) == (2, f"error: {tmp_path / 'sweep.csv'} cannot be written: No space left on device\n")
+    assert "0_seed-0" in printed
+    monkeypatch.setattr(cli, "finish_sweep", lambda: {}["a bug"])
+    with pytest.raises(KeyError, match="a bug"):
+        run_command(monkeypatch, capsys, *arguments)
 
 
 def test_a_signal_ends_the_sweep(train_overrides, tmp_path, monkeypatch, capsys):

@@ -221,3 +221,18 @@ def test_optuna_missing_is_one_sentence(monkeypatch):
     monkeypatch.setitem(sys.modules, "optuna", None)
     with pytest.raises(DetkitError, match=r"pip install 'detkit\[sweeps\]'"):
         tune.run({})
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1"},
+        {"SLURM_PROCID": "1", "SLURM_LOCALID": "1", "SLURM_STEP_NUM_TASKS": "2", "SLURM_JOB_ID": "7"},
+    ],
+    ids=["torchrun", "srun"],
+)
+def test_ranks_are_refused(environment, monkeypatch):
+    """Else several trials would take each other for ranks of one training."""
+    monkeypatch.setattr(os, "environ", os.environ | environment)
+    with pytest.raises(DetkitError, match="a trial trains in one process: start tune once for each GPU"):
+        tune.run({})

@@ -19,7 +19,8 @@ srun --cpus-per-task="${SLURM_CPUS_PER_TASK:-8}" --kill-on-bad-exit=1 \
     python tools/train.py run_dir="runs/train/slurm_$SLURM_JOB_ID" resume=auto "$@"
 status=$?
 
-# 138: the ranks saved and ended on SIGUSR1. srun returns the highest status of them.
+# 138: the ranks saved and ended on SIGUSR1. srun returns the highest status of them; one that is slow to end ignores the
+# SIGTERM which --kill-on-bad-exit sends it when the first has ended, and SIGKILL, after that, counts as 137.
 # 143, on SIGTERM, is left to SLURM: it requeues a preempted job by itself, and one that was cancelled stays so.
 if [ "$status" -eq 138 ]; then
     scontrol requeue "$SLURM_JOB_ID" && exit 0

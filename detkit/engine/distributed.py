@@ -187,18 +187,21 @@ def first_to_say(sentence: str) -> bool:
     if store is None:
         return first_of_node()
     with suppress(dist.DistError, RuntimeError):
-        store.set("mistake", "")
+        store.set("mistake", sentence)
         return store.add(f"said {sentence}", 1) == 1
     return is_main()  # the store went with rank 0's process, or another's agent
 
 
-def mistake_elsewhere() -> bool:
-    """Whether another rank has ended by a user's mistake, and said so: losing it is not a fault of this one."""
+def mistake_elsewhere() -> str | None:
+    """Return the mistake of a user's by which another rank has ended: losing that is not a fault of this one.
+
+    None: there is none.
+    """
     store = current_store()
     try:
-        return store is not None and store.check(["mistake"])
-    except (dist.DistError, RuntimeError):  # the store went with rank 0, which has said why
-        return True
+        return store.get("mistake").decode() if store is not None and store.check(["mistake"]) else None
+    except (dist.DistError, RuntimeError):
+        return "rank 0 has ended, and said why"  # the store went with it
 
 
 def _device_of_rank(device: str, local: int) -> torch.device:

@@ -1,4 +1,4 @@
-"""One process at a time writes into a run directory."""
+"""Locks on files: one process at a time writes into a run directory."""
 
 import errno
 import os
@@ -62,23 +62,56 @@ def find_job(folder: Path, job: str) -> Path | None:
     return max(found)[1] if found else None
 
 
-def _lock(run_dir: Path, job: str) -> IO[bytes] | None:
-    """Return the file, locked if the disk knows locks; closing it lets go. None: it cannot be made."""
+def lock_file(path: Path, wait: bool = False) -> IO[bytes] | None:
+    """Return a file that is locked until it is closed, or this process ends.
+
+    None: another process has it (with ``wait`` that is waited for), or this disk or system knows no locks.
+    """
+    file = open(path, "ab")  # noqa: SIM115  (whoever called closes it)
+    try:
+        if _acquire(file, wait):
+            return file
+    except BlockingIOError:
+        pass
+    file.close()
+    return None
+
+
+def _acquire(file: IO[bytes], wait: bool = False) -> bool:
+    """Lock a file until it is closed; return False where this disk or system knows no locks.
+
+    Raises:
+        BlockingIOError: another process has it; with ``wait`` that is waited for.
+    """
     try:
         import fcntl
     except ImportError:  # Windows
-        return None
+        return False
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)  # loaders would inherit a flock
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EAGAIN):
+            raise BlockingIOError(error.errno, error.strerror) from None
+        return False
+    return True
+
+
+def _lock(run_dir: Path, job: str) -> IO[bytes] | None:
+    """Return a run directory's file, locked if the disk knows locks; closing it lets go. None: it cannot be made.
+
+    Raises:
+        DetkitError: another process has it.
+    """
     try:
         file = open(run_dir / LOCK, "a+b", buffering=0)  # noqa: SIM115  (it stays open as long as the run lasts)
     except OSError:
         return None
     try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock: loader processes would inherit that
-    except OSError as error:
-        if error.errno in (errno.EACCES, errno.EAGAIN):
-            with file:
-                words = f"{run_dir} is in use{_holder(file)}"
-            raise DetkitError(f"{words}: wait until that ends, or name another folder") from None
+        _acquire(file)
+    except BlockingIOError:
+        with file:
+            words = f"{run_dir} is in use{_holder(file)}"
+        raise DetkitError(f"{words}: wait until that ends, or name another folder") from None
     with suppress(OSError):  # the disk is full
         file.truncate(0)
         file.write(f"{socket.gethostname()} {os.getpid()}\n{job}\n".encode())

@@ -53,10 +53,20 @@ class StopRequest:
         self.asked.discard(signum)
         handler = self.before.get(signum)
         if not callable(handler) or handler is signal.default_int_handler:
+            if signum == getattr(signal, "SIGUSR1", None):
+                self._ignore_sigterm()
             raise SystemExit(128 + signum)
         signal.signal(signum, handler)
         handler(signum, None)
         signal.signal(signum, self._note)
+
+    def _ignore_sigterm(self) -> None:
+        """Let the process end with its own status: when the first rank has, srun sends the others SIGTERM.
+
+        One that still closes its loggers would end with 143 then, and a job that is to be queued again would not be.
+        """
+        self.before[signal.SIGTERM] = signal.SIG_IGN
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
     def _note(self, signum: int, frame: FrameType | None) -> None:
         self.asked.add(signum)

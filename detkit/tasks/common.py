@@ -7,7 +7,7 @@ import shlex
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 from hydra.core.hydra_config import HydraConfig
@@ -91,24 +91,6 @@ def _swept_keys(sweep: Path) -> set[str]:
     arguments = [*hydra.overrides.task, *(f"{key}={values}" for key, values in (hydra.sweeper.params or {}).items())]
     parsed = OverridesParser.create().parse_overrides(arguments)
     return {override.get_key_element() for override in parsed if override.is_sweep_override()}
-
-
-def lock_file(path: Path, wait: bool = False) -> IO[str] | None:
-    """Return a file that is locked until it is closed, or this process ends; loader processes do not inherit that.
-
-    None: another process has it (with ``wait`` that is waited for), or this disk or system knows no locks.
-    """
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        return None
-    file = open(path, "a")  # noqa: SIM115  (whoever called closes it)
-    try:
-        fcntl.lockf(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        file.close()
-        return None
-    return file
 
 
 def _new_folder(path: Path) -> Path:

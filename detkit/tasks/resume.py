@@ -1,7 +1,7 @@
 """Going on with a run: its own configuration, and what the command line may change in it."""
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ from hydra.core.hydra_config import HydraConfig
 from rich.console import Console
 
 from detkit.checks import check_values
+from detkit.config import flatten
 from detkit.engine.lock import LOCK, find_job
 from detkit.engine.meeting import recall
 from detkit.engine.state import TrainState, read_state
@@ -144,7 +145,7 @@ def _check_same_command(cfg: Mapping[str, Any], own: Mapping[str, Any], path: Pa
 
 def _difference(now: Mapping[str, Any], then: Mapping[str, Any]) -> tuple[str, Any, Any] | None:
     """Return the first key that differs, and may not, with both values."""
-    new, old = dict(_flat(now)), dict(_flat(then))
+    new, old = flatten(now), flatten(then)
     for key in [*old, *new]:
         if key not in FREE and new.get(key, _ABSENT) != old.get(key, _ABSENT):
             return key, new.get(key), old.get(key)
@@ -182,12 +183,3 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 
 _ABSENT = object()
-
-
-def _flat(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield every dotted key with its value."""
-    for key, value in node.items():
-        if isinstance(value, Mapping) and value:
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value

@@ -10,6 +10,7 @@ import io
 import json
 import os
 import platform
+import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -23,10 +24,12 @@ from omegaconf import DictConfig
 
 from detkit.data.loader import worker_count
 from detkit.engine.checkpoint import write_atomically
+from detkit.engine.distributed import first_to_say, mistake_elsewhere
+from detkit.engine.lock import lock_file
 from detkit.errors import DetkitError
 from detkit.report.console import make_console
 from detkit.report.tables import print_rows
-from detkit.tasks.common import AUTO, lock_file, sweep_folder
+from detkit.tasks.common import AUTO, sweep_folder
 
 RECORDS = ".jobs"
 COLUMNS = ("job", "AP", "AP50", "best_epoch", "epochs", "status", "error", "folder")
@@ -70,14 +73,19 @@ def run_job(work: Callable[[], object]) -> None:
             tell(_line(record))
         except DetkitError as error:
             record |= {"status": "mistake", "error": str(error)}
-            tell(f"{folder.name}: error: {error}")
+            if first_to_say(str(error)):
+                tell(f"{folder.name}: error: {error}")
         except SystemExit as stop:
             code = stop.code if isinstance(stop.code, int) else 1
             record["status"] = "done" if stop.code in (0, None) else "failed" if code in (1, 2) else "stopped"
-            record["error"] = f"exit status {code}"
+            if record["status"] != "done":
+                record["error"] = f"exit status {code}"
             if record["status"] == "stopped":
                 raise
         except Exception as error:
+            if mistake := mistake_elsewhere():
+                record |= {"status": "mistake", "error": mistake}
+                return
             traceback.print_exc()
             record |= {"status": "failed", "error": f"{type(error).__name__}: {error}".partition("\n")[0]}
             tell(f"{folder.name}: {record['error']}")
@@ -105,6 +113,9 @@ def finish_sweep() -> int | None:
     """Print the table of the sweep that this process started, and write ``sweep.csv``; return its exit status.
 
     That is 0 where every job is done, 2 where all that are not are a user's mistakes, else 1; None: it started none.
+
+    Raises:
+        DetkitError: ``sweep.csv`` cannot be written.
     """
     global _sweep
     sweep, _sweep = _sweep, None
@@ -117,12 +128,17 @@ def finish_sweep() -> int | None:
     writer = csv.DictWriter(text, COLUMNS, extrasaction="ignore")
     writer.writeheader()
     writer.writerows(records)
-    write_atomically(sweep / "sweep.csv", text.getvalue().encode())
-    print_rows(records, COLUMNS[:6], console)
+    table = sweep / "sweep.csv"
     undone = [record for record in records if record["status"] != "done"]
-    for record in undone:
-        console.print(f"{record['job']}: {record.get('error', 'did not end')}")
-    console.print(f"{len(records) - len(undone)} of {len(records)} jobs are done: {sweep / 'sweep.csv'}")
+    try:
+        write_atomically(table, text.getvalue().encode())
+    except OSError as error:
+        raise DetkitError(f"{table} cannot be written: {error.strerror}") from None
+    finally:
+        print_rows(records, COLUMNS[:6], console)
+        for record in undone:
+            console.print(f"{record['job']}: {record.get('error', 'did not end')}")
+    console.print(f"{len(records) - len(undone)} of {len(records)} jobs are done: {table}")
     return 0 if not undone else 2 if all(record["status"] == "mistake" for record in undone) else 1
 
 
@@ -160,14 +176,13 @@ def _line(record: Mapping[str, Any]) -> str:
 @contextlib.contextmanager
 def _output(folder: Path) -> Iterator[Callable[[str], None]]:
     """Send what a job prints into ``FOLDER.log`` where others run beside it; yields what tells the terminal."""
-    console = make_console()
     if _parallel_jobs() == 1:
-        yield console.print
+        yield make_console().print
         return
-    console.file = console.file  # the terminal, also while output is redirected
+    terminal = make_console(file=sys.stdout)
     log = open(f"{folder}.log", "a", buffering=1)  # noqa: SIM115
     with log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
-        yield console.print
+        yield terminal.print
 
 
 def _parallel_jobs() -> int:
@@ -186,4 +201,4 @@ def _own_slot(slots: int) -> int:
     return 0
 
 
-_kept: list[IO[str]] = []  # open, and so locked, as long as the process lives
+_kept: list[IO[bytes]] = []  # open, and so locked, as long as the process lives

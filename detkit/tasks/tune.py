@@ -8,11 +8,10 @@ is taken up again where it was.
 import csv
 import io
 import json
-import os
 import shlex
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -20,13 +19,16 @@ import numpy as np
 from hydra.core.hydra_config import HydraConfig
 from rich.console import Console
 
+from detkit.config import flatten
 from detkit.engine.checkpoint import write_atomically
+from detkit.engine.lock import lock_file
+from detkit.engine.meeting import Place
 from detkit.engine.state import TrainState
 from detkit.errors import DetkitError
 from detkit.report.console import make_console
 from detkit.report.tables import print_rows
 from detkit.tasks import train
-from detkit.tasks.common import AUTO, check_classes, lock_file, model_name, read_split
+from detkit.tasks.common import AUTO, check_classes, model_name, read_split
 from detkit.tasks.search_space import (
     TUNING,
     as_overrides,
@@ -55,10 +57,9 @@ def run(cfg: dict[str, Any]) -> list[dict[str, Any]]:
         SystemExit: with status 1 where no trial came to an end; or a signal asked for the end.
     """
     _import_optuna()
-    if int(os.environ.get("WORLD_SIZE") or 1) > 1:
-        raise DetkitError(
-            "a trial trains in one process: start tune once for each GPU (device=cuda:N), without torchrun"
-        )
+    if Place.find().ranks > 1:
+        words = "start tune once for each GPU (device=cuda:N), without torchrun, by SLURM as a step of one task each"
+        raise DetkitError(f"a trial trains in one process: {words} (srun --ntasks=1 --gpus=1 --exact ... &)")
     console = make_console()
     typed = list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else []
     space = read_space(cfg["search"])
@@ -71,10 +72,10 @@ def run(cfg: dict[str, Any]) -> list[dict[str, Any]]:
     console.print(f"study {folder}: {len(study.get_trials(deepcopy=False))} of {cfg['trials']} trials began before")
     while (taken := _take_trial(study, space, folder, cfg)) is not None:
         trial, chosen, lock = taken
-        own = {"run_dir": str(folder / folder_name(trial.number, chosen)), "resume": AUTO}
-        trial.set_user_attr("folder", own["run_dir"])
+        run_dir = str(folder / folder_name(trial.number, chosen))
+        trial.set_user_attr("folder", run_dir)
         console.print(f"trial {trial.number}: {' '.join(as_overrides(chosen))}")
-        _run_trial(study, trial, lambda: {**trial_config(typed, chosen), **own}, console)  # noqa: B023  (called at once)
+        _run_trial(study, trial, typed, chosen, run_dir, console)
         if lock is not None:
             lock.close()
         _write_table(study, folder)
@@ -83,8 +84,15 @@ def run(cfg: dict[str, Any]) -> list[dict[str, Any]]:
     return rows
 
 
-def _run_trial(study: "Study", trial: "Trial", config: Callable[[], dict[str, Any]], console: Console) -> None:
-    """Train as the trial says, and tell the study what came of it: also that it failed, and why."""
+def _run_trial(
+    study: "Study",
+    trial: "Trial",
+    typed: Sequence[str],
+    chosen: Mapping[str, Any],
+    run_dir: str,
+    console: Console,
+) -> None:
+    """Train with the ``chosen`` values in ``run_dir``, and tell the study what came of it, also why it failed."""
     from optuna.trial import TrialState
 
     told = set(study.get_trials(deepcopy=False)[trial.number].intermediate_values)
@@ -97,7 +105,7 @@ def _run_trial(study: "Study", trial: "Trial", config: Callable[[], dict[str, An
         return "Optuna prunes this trial" if state.history and trial.should_prune() else None
 
     try:
-        cfg = config()
+        cfg = trial_config(typed, chosen) | {"run_dir": run_dir, "resume": AUTO}
         results = train.run(cfg, prune)
     except DetkitError as error:
         reason = str(error)
@@ -118,7 +126,7 @@ def _run_trial(study: "Study", trial: "Trial", config: Callable[[], dict[str, An
 
 def _take_trial(
     study: "Study", space: Mapping[str, "BaseDistribution"], folder: Path, cfg: Mapping[str, Any]
-) -> tuple["Trial", dict[str, Any], IO[str] | None] | None:
+) -> tuple["Trial", dict[str, Any], IO[bytes] | None] | None:
     """Return the next trial, its values, and a lock that says for as long as this process lives that it is run.
 
     That is one that a process began which is no more, or else a new one; None where there are enough.
@@ -158,7 +166,7 @@ def _open_study(folder: Path, cfg: Mapping[str, Any]) -> "Study":
     import optuna
     from optuna.storages.journal import JournalFileBackend
 
-    settings = {key: value for key, value in _flat(cfg) if key not in FREE and not key.startswith("pruner.")}
+    settings = {key: value for key, value in flatten(cfg).items() if key not in FREE and not key.startswith("pruner.")}
     try:
         folder.mkdir(parents=True, exist_ok=True)
         storage = cfg["storage"]
@@ -236,15 +244,6 @@ def _tell_result(study: "Study", rows: list[dict[str, Any]], typed: list[str], f
     console.print(f"best: trial {best.number}, AP {best.value:.4f}: {best.user_attrs['folder']}")
     words = [word for word in typed if word.lstrip("+").partition("=")[0].partition(".")[0] not in (*TUNING, "run_dir")]
     console.print(f"python tools/train.py {shlex.join([*words, *as_overrides(best.params)])}")
-
-
-def _flat(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield every dotted key with its value."""
-    for key, value in node.items():
-        if isinstance(value, Mapping) and value:
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
 
 
 def _import_optuna() -> None:

@@ -8,6 +8,7 @@ import yaml
 from hydra.core.hydra_config import HydraConfig
 from rich.console import Console
 
+from detkit.config import flatten
 from detkit.data.annotations import Annotations
 from detkit.engine.distributed import is_main, wait
 from detkit.engine.loggers import open_loggers
@@ -67,14 +68,6 @@ def hyper_parameters(cfg: Mapping[str, Any], recipe: Recipe) -> dict[str, Value]
     chosen = {key: cfg[key] for key in KEYS}
     for group in GROUPS:
         kept = {key: value for key, value in cfg[group].items() if key not in IGNORED.get(group, ())}
-        chosen |= _flat(kept, f"{group}.")
+        chosen |= flatten(kept, f"{group}.")
     chosen |= {f"optim.{key}": getattr(recipe, key) for key in ("name", "lr", "momentum", "weight_decay")}
     return {key: value if isinstance(value, Value) else str(value) for key, value in chosen.items()}
-
-
-def _flat(node: Mapping[str, Any], prefix: str) -> dict[str, Any]:
-    """Return every dotted key with its value."""
-    flat: dict[str, Any] = {}
-    for key, value in node.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
-    return flat
