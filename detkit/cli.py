@@ -20,7 +20,7 @@ from detkit.config import (
     import_plugins,
     resolve,
 )
-from detkit.engine.distributed import first_to_say, leave, mistake_elsewhere
+from detkit.engine.distributed import first_to_say, leave, lost_another, mistake_elsewhere
 from detkit.errors import DetkitError, nearest
 from detkit.report.console import make_console
 from detkit.tasks.sweep import finish_sweep, in_sweep, prepare_job, run_job
@@ -52,10 +52,13 @@ def launch(task: str) -> None:
             _perform(task, run, cfg)
         except DetkitError as error:
             _exit(str(error))
-        except Exception:
+        except Exception as error:
             if mistake_elsewhere():
                 sys.exit(2)
-            raise
+            if not lost_another(error):
+                raise
+            reason = str(error).partition("\n")[0][:200]
+            _exit(f"another process of this run has failed or was killed: this one ends, too ({reason})", 1)
 
     status = None
     try:
@@ -80,6 +83,8 @@ def launch(task: str) -> None:
         if status is None:
             raise
         reason = f"{type(error).__name__}: {error}".partition("\n")[0]  # not a job's: those are recorded
+        if "srun" in reason:
+            _exit("hydra/launcher=slurm needs SLURM's srun on this machine: use hydra/launcher=parallel or local")
         _exit(f"the sweep ended before its jobs did, by its launcher: {reason}", 1)
 
 

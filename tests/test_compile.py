@@ -59,7 +59,8 @@ def gradients(network, detector, images, amp):
 )
 def test_every_architecture_computes_the_same(parts, amp):
     detector, network, said = make(amp, **parts)
-    assert said == []
+    assert len(said) == 1
+    assert "takes minutes" in said[0]
     assert network is not detector
     plain = copy.deepcopy(detector)
     images = torch.rand(2, 3, 64, 64).contiguous(memory_format=torch.channels_last)
@@ -123,10 +124,10 @@ def test_what_cannot_be_compiled_runs_as_it_is(monkeypatch, when):
     said: list[str] = []
     assert compile_network(detector, Precision.pick("off", CPU), 64, 2, said.append) is detector
     assert all(torch.equal(value, before[name]) for name, value in detector.state_dict().items())
-    assert len(said) == 1
-    assert "trainer.compile: the network runs uncompiled" in said[0]
-    assert "no compiler here" in said[0]
-    assert "\n" not in said[0]
+    assert len(said) == 2
+    assert "trainer.compile: the network runs uncompiled" in said[1]
+    assert "no compiler here" in said[1]
+    assert "\n" not in said[1]
 
 
 def test_synchronised_norms_are_not_compiled():

@@ -156,12 +156,12 @@ def test_a_signal_ends_the_sweep(train_overrides, tmp_path, monkeypatch, capsys)
     assert "0 of 1 jobs are done" in printed
 
 
-def test_a_launcher_that_fails_is_one_sentence(train_overrides, tmp_path, monkeypatch, capsys):
+def test_slurm_without_slurm_is_one_sentence(train_overrides, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("PATH", str(tmp_path))  # no srun
     arguments = ["train", "-m", *train_overrides, "seed=0,1", "hydra/launcher=slurm", f"hydra.sweep.dir={tmp_path}"]
     status, _, error = run_command(monkeypatch, capsys, *arguments)
-    assert status == 1
-    assert "the sweep ended before its jobs did, by its launcher: RuntimeError: Could not detect" in error
+    assert status == 2
+    assert "hydra/launcher=slurm needs SLURM's srun on this machine: use hydra/launcher=parallel or local" in error
     assert "Traceback" not in error
 
 

@@ -30,7 +30,7 @@ def compile_network(
 
     Args:
         image_size, batch_size: of this rank's batches, the size in pixels.
-        tell: is given one line where it fails.
+        tell: is given a line before, and one where it fails.
         dynamic: compile for images of any size.
     """
     reason = ""
@@ -39,6 +39,8 @@ def compile_network(
     network = torch.compile(detector, dynamic=dynamic or None)
     torch.compiler.set_stance("default")
     torch._dynamo.reset()  # what earlier jobs of a sweep compiled counts against a limit
+    if not reason:
+        tell("compiling the network, which takes minutes")
     try:
         if not reason:
             _try(network, detector, precision, image_size, batch_size)

@@ -8,6 +8,7 @@ A process that dies closes its connections, which the others see at once in both
 """
 
 import json
+import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -202,6 +203,12 @@ def mistake_elsewhere() -> str | None:
         return store.get("mistake").decode() if store is not None and store.check(["mistake"]) else None
     except (dist.DistError, RuntimeError):
         return "rank 0 has ended, and said why"  # the store went with it
+
+
+def lost_another(error: Exception) -> bool:
+    """Whether an error says that another process of this training has gone."""
+    phrases = r"Connection (closed|reset|refused)|Broken pipe|Read error|Write error|Timed out|remote process exited"
+    return current_store() is not None and isinstance(error, RuntimeError) and bool(re.search(phrases, str(error)))
 
 
 def _device_of_rank(device: str, local: int) -> torch.device:

@@ -1,6 +1,7 @@
 """The training loop."""
 
 import json
+import signal
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -266,6 +267,8 @@ class Trainer:
         signum = largest_of_ranks(self.stop.signum or 0)
         if signum:
             self.save()
+            name = signal.Signals(signum).name
+            self.log.console.print(f"{name}: saved after {self.state.step} batches; resume={self.run_dir} goes on")
             wait()
             self.stop.obey(signum)
 

@@ -41,7 +41,8 @@ def make_run_dir(cfg: Mapping[str, Any], task: str, name: str) -> Path:
         if path is None or (cfg["run_dir"] is None and cfg.get("resume") != AUTO):
             return _new_folder(path or Path("runs") / task / f"{name}_{time.strftime('%Y%m%d-%H%M%S')}")
         if path.is_dir() and any(not file.name.startswith(".") for file in path.iterdir()):
-            raise DetkitError(f"run_dir={path} is not empty: name another folder, or remove it")
+            there = f"go on with the run there by resume={path}" if (path / "config.yaml").exists() else "empty it"
+            raise DetkitError(f"run_dir={path} is not empty: name another folder, or {there}")
         path.mkdir(parents=True, exist_ok=True)
         return path
     except OSError as error:

@@ -5,11 +5,13 @@ Every job leaves a record in ``SWEEP/.jobs``, wherever its launcher runs it; ``s
 
 import contextlib
 import csv
+import ctypes
 import functools
 import io
 import json
 import os
 import platform
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping
@@ -100,6 +102,8 @@ def prepare_job(cfg: dict[str, Any]) -> None:
     are joblib's to share out. Where it may be queued again (submitit), it goes on with what its folder holds.
     """
     jobs = _parallel_jobs()
+    if jobs > 1:
+        _end_with_parent()
     if jobs > 1 and cfg["workers"] == "auto":
         cfg["workers"] = max(worker_count("auto") // jobs, 1)
     gpus = torch.cuda.device_count() if cfg["device"] in ("auto", "cuda") else 0
@@ -183,6 +187,12 @@ def _output(folder: Path) -> Iterator[Callable[[str], None]]:
     log = open(f"{folder}.log", "a", buffering=1)  # noqa: SIM115
     with log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
         yield terminal.print
+
+
+def _end_with_parent() -> None:
+    """Have this process told to end (SIGTERM: a training saves) when the one that began the sweep does, on Linux."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(1, int(signal.SIGTERM))  # PR_SET_PDEATHSIG
 
 
 def _parallel_jobs() -> int:
