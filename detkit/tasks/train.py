@@ -81,6 +81,7 @@ def run(cfg: dict[str, Any], stop_early: Callable[[TrainState], str | None] = la
     said: list[str] = []
     run_dir, saved = None, None
     restarted = restarted_run(cfg)
+    started_again = cfg["resume"] == AUTO or restarted is not None  # what the command says, not the run's own file
     if cfg["resume"] is not None or restarted is not None:
         run_dir, cfg, saved = resumed_run(cfg, restarted, said.append)
     check_loggers(cfg["trainer"]["loggers"])
@@ -93,7 +94,7 @@ def run(cfg: dict[str, Any], stop_early: Callable[[TrainState], str | None] = la
     name = model_name(cfg)
     run_dir = run_dir or Path(from_main(lambda: str(make_run_dir(cfg, "train", f"{name}_{cfg['data']['name']}"))))
     _announce(training, name, run_dir)
-    with hold(run_dir, job_name(), patience=RELEASE if cfg["resume"] == AUTO or restarted is not None else 0):
+    with hold(run_dir, job_name(), patience=RELEASE if started_again else 0):
         remember(job_name(), str(run_dir.resolve()))
         from_main(lambda: _check_unchanged(run_dir, training.state))
         results = _fit(training, run_dir, stop_early)
