@@ -1,7 +1,9 @@
 """The one exception for a user's mistake."""
 
 import difflib
+import reprlib
 from collections.abc import Iterable
+from typing import Any
 
 
 class DetkitError(ValueError):
@@ -19,3 +21,30 @@ def nearest(word: str, known: Iterable[str]) -> str:
     """Return ``"; did you mean 'x'?"`` for the known word closest to ``word``, or an empty string."""
     matches = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
     return f"; did you mean '{matches[0]}'?" if matches else ""
+
+
+def shorten(value: Any, limit: int = 200) -> str:
+    """Return a value as a message shows it: text as it is, all else by ``repr``, cut to ``limit`` characters.
+
+    A container is cut before it is turned into text: what is shown of a list of a million names costs no more.
+    """
+    text = value if isinstance(value, str) else _Repr(limit).repr(value)
+    text = printable(text[: limit + 1])
+    return text if len(text) <= limit else f"{text[: limit - 3]}..."
+
+
+def printable(text: str) -> str:
+    """Return ``text`` with control characters and lone surrogates escaped, as a terminal would obey or refuse them."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() or c == " " else c.encode("unicode_escape").decode("ascii") for c in text)
+
+
+class _Repr(reprlib.Repr):
+    """``repr`` that stops after ``limit`` characters or so."""
+
+    def __init__(self, limit: int) -> None:
+        super().__init__()
+        self.maxlevel = 6
+        self.maxstring = self.maxother = self.maxlong = limit
+        self.maxlist = self.maxdict = self.maxtuple = self.maxset = self.maxfrozenset = max(limit // 4, 1)

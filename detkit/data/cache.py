@@ -16,6 +16,7 @@ import numpy as np
 
 from detkit.data.annotations import Annotations
 from detkit.errors import DetkitError
+from detkit.ops.files import cache_dir
 from detkit.ops.image import picture_file, shrunk_sizes
 
 KEPT_BYTES = 128 * 2**20  # what a process keeps where there is no cache,
@@ -194,8 +195,7 @@ def _cache_file(annotations: Annotations, longest: int) -> Path:
         except OSError as error:
             raise DetkitError(f"cannot read image {path}: {error.strerror or error}") from None
         digest.update(os.fsencode(path) + b"\0%d %d\n" % (status.st_size, status.st_mtime_ns))
-    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return root / "detkit" / "images" / f"{of_set.hexdigest()}-{digest.hexdigest()}.u8"
+    return cache_dir() / "images" / f"{of_set.hexdigest()}-{digest.hexdigest()}.u8"
 
 
 def _gib(size: int) -> str:

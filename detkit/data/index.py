@@ -21,6 +21,7 @@ from safetensors.numpy import save_file
 from detkit.data.annotations import Annotations, PathTable
 from detkit.data.files import names_in, walk
 from detkit.data.problems import ProblemLog
+from detkit.ops.files import cache_dir
 
 VERSION = 2  # of the layout, and of the judgement of images and boxes
 ARRAYS = ("image_ids", "sizes", "offsets", "boxes", "labels", "areas", "crowd")
@@ -61,7 +62,7 @@ def cached(
 
 def index_folder() -> Path:
     """Return where indexes are kept: XDG_CACHE_HOME or ~/.cache, detkit/index."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "detkit" / "index"
+    return cache_dir() / "index"
 
 
 def fingerprint(files: Sequence[Path], folders: Sequence[Path], flat: Sequence[Path]) -> str:

@@ -6,7 +6,6 @@ of the picture up, some half hidden behind others, among scribbles that are no s
 
 import colorsys
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -19,6 +18,7 @@ from detkit.data.annotations import Annotations
 from detkit.data.coco import read_coco
 from detkit.data.problems import ProblemLog
 from detkit.errors import DetkitError
+from detkit.ops.files import cache_dir
 from detkit.registry import DATASETS
 
 VERSION = "shapes-v2"  # of the drawings: a change of them is another folder
@@ -38,8 +38,7 @@ def read_shapes(split: str, *, root: str | None = None, log: ProblemLog | None =
         root: folder of the set; by default one in the user's cache folder (XDG_CACHE_HOME or ~/.cache).
         log: as for read_coco.
     """
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    folder = Path(root) if root else cache / "detkit" / VERSION
+    folder = Path(root) if root else cache_dir() / VERSION
     if not (folder / "annotations").exists():
         try:
             _draw_set(folder)

@@ -64,7 +64,7 @@ def assign_task_aligned(
     alignment_bma = label_scores_bma.pow(alpha) * overlaps_bma.pow(beta)
 
     best = alignment_bma.topk(min(topk, num_points), dim=-1)
-    wanted = (best.values[..., :1] > EPS).expand_as(best.indices)
+    wanted = gt_valid_bm[..., None].expand_as(best.indices)
     positive_bma = torch.zeros_like(inside_bma).scatter_(-1, best.indices, wanted) & inside_bma
 
     contested_ba = positive_bma.sum(1) > 1

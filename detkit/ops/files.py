@@ -1,0 +1,108 @@
+"""Opening files that others made: regular files only, within bounds, and never waiting for one."""
+
+import errno
+import os
+import stat
+import tempfile
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import yaml
+
+from detkit.errors import DetkitError, shorten
+
+MAX_TEXT = 2**26  # bytes of a text file that is read whole
+MAX_YAML_NODES = 1_000_000  # values of a YAML file, counted as often as aliases repeat them
+MAX_YAML_DEPTH = 100  # of mappings and lists within one another
+
+
+def open_regular(path: str | Path) -> BinaryIO:
+    """Open a regular file for reading bytes.
+
+    Raises:
+        OSError: it cannot be opened, or is something else: a pipe would be waited for, a device never ends.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    except ValueError as error:  # a NUL character in the path
+        raise OSError(errno.EINVAL, str(error), str(path)) from None
+    mode = os.fstat(descriptor).st_mode
+    if not stat.S_ISREG(mode):
+        os.close(descriptor)
+        what = "it is a folder" if stat.S_ISDIR(mode) else "it is not a regular file"
+        raise OSError(errno.EISDIR if stat.S_ISDIR(mode) else errno.EINVAL, what, str(path))
+    return os.fdopen(descriptor, "rb")
+
+
+def read_regular(path: str | Path, limit: int = MAX_TEXT) -> bytes:
+    """Return the bytes of a regular file.
+
+    Raises:
+        OSError: as ``open_regular``, or it holds more than ``limit`` bytes.
+    """
+    with open_regular(path) as file:
+        content = file.read(limit + 1)
+    if len(content) > limit:
+        raise OSError(errno.EFBIG, f"it is larger than {limit // 2**20} MiB", str(path))
+    return content
+
+
+def read_yaml(path: str | Path) -> Any:
+    """Return the content of a YAML file: mappings, lists, text, numbers. Nothing in it is constructed freely.
+
+    Raises:
+        OSError: as ``read_regular``.
+        DetkitError: malformed (with the line), not UTF-8, nested deeper than MAX_YAML_DEPTH, or with aliases that
+            repeat themselves or grow to more than MAX_YAML_NODES values.
+    """
+    try:
+        text = read_regular(path).decode("utf-8-sig")
+        loader = yaml.SafeLoader(text)
+        try:
+            root = loader.get_single_node()
+            if root is None:
+                return None
+            if _expanded_size(root, {}, 0) > MAX_YAML_NODES:
+                raise DetkitError(f"{path} is refused: its aliases grow to more than {MAX_YAML_NODES:,} values")
+            return loader.construct_document(root)
+        finally:
+            loader.dispose()
+    except UnicodeDecodeError:
+        raise DetkitError(f"{path} is not a yaml file: it is not UTF-8 text") from None
+    except RecursionError:
+        raise DetkitError(f"{path} is refused: its values are nested too deeply, or within themselves") from None
+    except (yaml.YAMLError, ValueError, TypeError, OverflowError) as error:
+        if isinstance(error, DetkitError):
+            raise
+        mark = getattr(error, "problem_mark", None)
+        line = f", line {mark.line + 1}" if mark else ""
+        words = getattr(error, "problem", None) or str(error).partition("\n")[0]
+        raise DetkitError(f"{path} is malformed yaml{line}: {shorten(words)}") from None
+
+
+def _expanded_size(node: yaml.Node, known: dict[int, int], depth: int) -> int:
+    """Return the number of values below a node, an aliased one counted every time.
+
+    Raises:
+        RecursionError: it lies within itself, or deeper than MAX_YAML_DEPTH.
+    """
+    if known.get(id(node)) == 0 or depth > MAX_YAML_DEPTH:  # 0: still being counted
+        raise RecursionError
+    if id(node) not in known:
+        known[id(node)] = 0
+        children = node.value if isinstance(node, yaml.CollectionNode) else ()
+        flat = [n for child in children for n in (child if isinstance(child, tuple) else (child,))]
+        known[id(node)] = 1 + sum(_expanded_size(child, known, depth + 1) for child in flat)
+    return known[id(node)]
+
+
+def cache_dir() -> Path:
+    """Return detkit's folder for what it can make again: in XDG_CACHE_HOME or ~/.cache, else in the temporary folder.
+
+    A process without a home, as in a container run under a user id of its own, uses the temporary folder.
+    """
+    root = os.environ.get("XDG_CACHE_HOME")
+    try:
+        return Path(root or Path.home() / ".cache") / "detkit"
+    except RuntimeError:  # no HOME, and no entry in the table of users
+        return Path(tempfile.gettempdir()) / f"detkit-{os.getuid()}"
