@@ -79,7 +79,6 @@ class _Reader:
         self.columns = Columns(file, log)
         self.seen: set[int] = set()
         self.watched = True
-        self.positions, self.lines = array("q"), array("q")  # of each box in 'annotations' and in the file
 
     def image(self, position: int, line: int, record: Any) -> None:
         """Take images[position]."""
@@ -117,28 +116,50 @@ class _Reader:
             return
         area = float(area) if type(area) in (int, float) and abs(area) < LARGEST**2 else math.nan
         corners = (x, y, x + w, y + h)
-        self.columns.add_box(image_id, category_id, corners, len(self.lines), area=area, crowd=bool(crowd))
-        self.positions.append(position)
-        self.lines.append(line)
+        self.columns.add_box(image_id, category_id, corners, line, position, area=area, crowd=bool(crowd))
 
     def finish(self, category_ids: tuple[int, ...], class_names: tuple[str, ...]) -> Annotations:
         """Return the boxes whose image and class exist."""
         columns = self.columns
         columns.class_names, columns.category_ids = class_names, category_ids
-        image, has_image = _look_up(columns.image_of, columns.image_ids)
-        label, has_label = _look_up(columns.label, category_ids)
-        for kind, key, ids, mask in (
-            ("labels_without_image", "image_id", columns.image_of, ~has_image),
-            ("unknown_class", "category_id", columns.label, has_image & ~has_label),
-        ):
-            words = f"has {key} {{}}, which the file does not define"
-            self.log.extend(kind, np.flatnonzero(mask), lambda k, ids=ids, words=words: self._place(k, words, ids[k]))
-        columns.choose(image, label, has_image & has_label)
-        return columns.finish(lambda _, k: self._place(k, ""))
+        self.seen.clear()
+        image_of, label_of = _Positions(columns.image_ids), _Positions(category_ids)
 
-    def _place(self, k: int, words: str, *values: int) -> tuple[Path, int, str]:
-        """Return file, line and words about box ``k`` of those gathered."""
-        return self.file, self.lines[k], f"annotations[{self.positions[k]}] {words.format(*values)}"
+        def translate(rows: np.ndarray) -> np.ndarray:
+            image, has_image = image_of(rows["image"])
+            label, has_label = label_of(rows["label"])
+            self._log_unknown("labels_without_image", "image_id", rows, rows["image"], ~has_image)
+            self._log_unknown("unknown_class", "category_id", rows, rows["label"], has_image & ~has_label)
+            rows["image"], rows["label"] = image, label
+            return rows[has_image & has_label]
+
+        return columns.finish(lambda _, line, position: self._place(line, position), translate)
+
+    def _log_unknown(self, kind: str, key: str, rows: np.ndarray, ids: np.ndarray, mask: np.ndarray) -> None:
+        def describe(k: int) -> tuple[Path, int, str]:
+            words = f"has {key} {ids[k]}, which the file does not define"
+            return self._place(int(rows["line"][k]), int(rows["position"][k]), words)
+
+        self.log.extend(kind, np.flatnonzero(mask), describe)
+
+    def _place(self, line: int, position: int, words: str = "") -> tuple[Path, int, str]:
+        """Return file, line and words about ``annotations[position]``."""
+        return self.file, line, f"annotations[{position}] {words}"
+
+
+class _Positions:
+    """Where ids are in a list: ``positions(wanted)`` returns the position of each (T,), and whether it is there."""
+
+    def __init__(self, ids: array | tuple[int, ...]) -> None:
+        self.ids = np.array(ids, np.int64)
+        self.order = np.argsort(self.ids)
+
+    def __call__(self, wanted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        if not self.ids.size:
+            return np.zeros(len(wanted), np.int64), np.zeros(len(wanted), bool)
+        nearest = np.searchsorted(self.ids, wanted, sorter=self.order).clip(max=len(self.ids) - 1)
+        position = self.order[nearest]
+        return position, self.ids[position] == wanted
 
 
 def polygon_box(polygons: list[list[float]]) -> tuple[float, float, float, float]:
@@ -193,16 +214,6 @@ def _categories(records: list[Any], file: Path) -> tuple[tuple[int, ...], tuple[
     if not ids:
         raise DetkitError(f"{file}: 'categories' is empty, so there is nothing to detect")
     return ids, names
-
-
-def _look_up(wanted: array, ids: array | tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
-    """Return the position in ``ids`` of each id wanted, and whether it is there."""
-    known, wanted = np.array(ids, np.int64), np.array(wanted, np.int64)
-    if not known.size:
-        return np.zeros(len(wanted), np.int64), np.zeros(len(wanted), bool)
-    order = np.argsort(known)
-    position = order[np.searchsorted(known, wanted, sorter=order).clip(max=len(known) - 1)]
-    return position, known[position] == wanted
 
 
 def _short(record: Any) -> str:

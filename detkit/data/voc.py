@@ -120,8 +120,12 @@ def _read_split(
     columns.class_names = tuple(sorted(classes))
     columns.category_ids = tuple(range(1, len(classes) + 1))
     rank = np.array([columns.class_names.index(name) for name in classes])
-    columns.label = rank[np.asarray(columns.label, np.int64)]
-    return columns.finish(lambda image, line: (labels / f"{stems[image]}.xml", line, ""))
+
+    def translate(rows: np.ndarray) -> np.ndarray:
+        rows["label"] = rank[rows["label"]]
+        return rows
+
+    return columns.finish(lambda image, line, _: (labels / f"{stems[image]}.xml", line, ""), translate)
 
 
 def parse_xml(file: Path, log: ProblemLog) -> tuple[tuple[int, int], list[VocObject]] | None:

@@ -74,7 +74,7 @@ def read_webdataset(split: str, *, root: str | int, log: ProblemLog | None = Non
         ids = columns.image_ids
         if min(ids, default=0) < 0 or len(set(ids)) < len(ids):  # some have none, or one that others have
             columns.image_ids = array("q", range(1, len(ids) + 1))
-        return columns.finish(lambda image, k: (columns.paths[image], None, f"boxes[{k}] "))
+        return columns.finish(lambda image, k, _: (columns.paths[image], None, f"boxes[{k}] "))
 
     return cached("webdataset", [file, *shards], [], [], log, build, split=split)
 

@@ -91,7 +91,7 @@ def _read_labels(paths: list[Path], columns: Columns) -> Annotations:
         for name in names_in(folder):
             if name.endswith(".txt") and name[0] != "." and name not in NO_LABELS and folder / name not in known:
                 log.add("labels_without_image", folder / name, None, "has no image")
-    return columns.finish(lambda image, line: (label_file(Path(columns.paths[image])), line, ""))
+    return columns.finish(lambda image, line, _: (label_file(Path(columns.paths[image])), line, ""))
 
 
 def _read_label_file(path: Path, file: Path, columns: Columns, label_of: Mapping[int, int]) -> None:
