@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
+
 from detkit.data.annotations import Annotations, PathTable
 from detkit.data.files import names_in, walk
 from detkit.data.problems import ProblemLog
