@@ -1,6 +1,7 @@
 """COCO json: the format most tools write (https://cocodataset.org/#format-data)."""
 
 import math
+import os
 from array import array
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,10 +14,12 @@ from detkit.data.columns import Columns
 from detkit.data.index import cached
 from detkit.data.json_stream import read_records
 from detkit.data.problems import ProblemLog
+from detkit.data.splits import ALIASES, TRAINED, pick_split
 from detkit.errors import DetkitError
-from detkit.registry import DATASETS
+from detkit.registry import DATASETS, SPLIT_NAMES
 
 LARGEST = 1e9  # pixels of a coordinate: beyond, it is nonsense
+ROBOFLOW = "_annotations.coco.json"  # beside the images of a split, as Roboflow exports it
 LISTS = ("images", "annotations", "categories")
 
 
@@ -29,28 +32,79 @@ def read_coco(
     train_annotations: str = "annotations/instances_train.json",
     val_images: str = "images/val",
     val_annotations: str = "annotations/instances_val.json",
+    test_images: str | None = "images/test",
+    test_annotations: str | None = "annotations/instances_test.json",
     log: ProblemLog | None = None,
 ) -> Annotations:
-    """Read the ``"train"`` or ``"val"`` split; the folders and files are relative to ``root``.
+    """Read a split; the folders and files are relative to ``root``.
+
+    Beside train, val and test a set has the splits of which there are ``annotations/instances_NAME.json`` and
+    ``images/NAME``. Where there are no default files, ``NAME/_annotations.coco.json`` with its images beside it does.
 
     Args:
+        test_images, test_annotations: without the default file, there is no such split.
         log: where problems go; given one, the files are read anew instead of the index.
 
     Raises:
-        DetkitError: ``root`` is no folder, or as ``read_coco_json``.
+        DetkitError: ``root`` is no folder, there is no such split, or as ``read_coco_json``.
     """
-    if not Path(str(root)).is_dir():
+    keys = {"train": (train_annotations, train_images), "val": (val_annotations, val_images)}
+    files = _split_files(root, keys | {"test": (test_annotations, test_images)})
+    split = pick_split(split, files, root)
+    file, image_dir = files[split]
+    labelled = split in TRAINED
+    return cached("coco", [file], [image_dir], [], log, lambda log: read_coco_json(file, image_dir, log, labelled))
+
+
+@SPLIT_NAMES.register("coco")
+def coco_splits(*, root: str | int, **keys: str | None) -> list[str]:
+    """Return the splits that ``read_coco`` finds; it takes the same keys."""
+    named = {
+        split: (
+            keys.get(f"{split}_annotations", f"annotations/instances_{split}.json"),
+            keys.get(f"{split}_images", f"images/{split}"),
+        )
+        for split in (*TRAINED, "test")
+    }
+    return [*_split_files(root, named)]
+
+
+def _split_files(root: str | int, keys: Mapping[str, tuple[Any, Any]]) -> dict[str, tuple[Path, Path]]:
+    """Return json and image folder of every split: of the named ones by their ``keys``, then of others found."""
+    base = Path(str(root))
+    if not base.is_dir():
         raise DetkitError(f"data.root={root} is not a folder")
-    images, annotations = {"train": (train_images, train_annotations), "val": (val_images, val_annotations)}[split]
-    file, image_dir = Path(str(root)) / str(annotations), Path(str(root)) / str(images)
-    return cached("coco", [file], [image_dir], [], log, lambda log: read_coco_json(file, image_dir, log))
+    found: dict[str, tuple[Path, Path]] = {}
+    for split, (annotations, images) in keys.items():
+        if annotations is None or images is None:
+            continue
+        place = base / str(annotations), base / str(images)
+        typed = annotations != f"annotations/instances_{split}.json"
+        if not typed and not place[0].exists():
+            names = (split, *(alias for alias, name in ALIASES.items() if name == split))
+            others = [(base / "annotations" / f"instances_{name}.json", base / "images" / name) for name in names]
+            others += [(base / name / ROBOFLOW, base / name) for name in names]
+            place = next((other for other in others if other[0].is_file()), place)
+        if split in TRAINED or typed or place[0].exists():
+            found[split] = place
+    taken = {os.path.realpath(file) for file, _ in found.values()}
+    others = [(file.stem.removeprefix("instances_"), file) for file in base.glob("annotations/instances_*.json")]
+    places = {name: (file, base / "images" / name) for name, file in others}
+    places |= {file.parent.name: (file, file.parent) for file in base.glob(f"*/{ROBOFLOW}")}
+    for name, (file, images) in sorted(places.items()):
+        if name and name not in keys and os.path.realpath(file) not in taken and images.is_dir():
+            found[name] = file, images
+    return found
 
 
-def read_coco_json(file: Path, image_dir: Path, log: ProblemLog | None = None) -> Annotations:
+def read_coco_json(file: Path, image_dir: Path, log: ProblemLog | None = None, labelled: bool = True) -> Annotations:
     """Read one COCO json whose image files lie under ``image_dir``.
 
     Category ids may have gaps: labels are their ranks. A record without a ``bbox`` has that of its polygons. Records
     that make no sense are left out and logged; boxes and images are judged as in data/mending.py.
+
+    Args:
+        labelled: whether the lists ``annotations`` and ``categories`` must be there, as those of a test set may not.
 
     Raises:
         DetkitError: a missing or malformed file, categories that make no sense, or no image left.
@@ -64,9 +118,11 @@ def read_coco_json(file: Path, image_dir: Path, log: ProblemLog | None = None) -
             missing.discard(key)
         else:
             take[key](position, line, record)
+    missing -= set() if labelled else {"annotations", "categories"}
     if missing:
         raise DetkitError(f"{file} is not a COCO detection file: it has no list '{min(missing)}'")
-    annotations = reader.finish(*_categories(categories, file))
+    unlabelled = not labelled and not categories and not reader.columns.boxes
+    annotations = reader.finish(*(((), ()) if unlabelled else _categories(categories, file)))
     annotations.watched = reader.watched
     return annotations
 

@@ -8,9 +8,10 @@ import numpy as np
 
 from detkit.data.annotations import Annotations, PathBuilder
 from detkit.data.box_table import BoxTable, GrowingArray
-from detkit.data.images import probe_all
+from detkit.data.images import MISSING, probe_all
 from detkit.data.mending import judge_boxes, judge_images
 from detkit.data.problems import ProblemLog
+from detkit.data.splits import MissingSplit
 from detkit.errors import DetkitError
 
 Place = Callable[[int, int, int], tuple[object, int | None, str]]
@@ -95,7 +96,8 @@ class Columns:
         verdict = judge_images(self.paths, probes, np.asarray(self.stated).reshape(-1, 2), self.log)
         usable, sizes = verdict.usable, probes[:, :2]
         if not usable.any():
-            raise DetkitError(
+            missing = (probes[:, 4] & MISSING).all()
+            raise (MissingSplit if missing else DetkitError)(
                 f"{self.source} leaves no image to use: {self.log.summary()}; the first is {self.log.problems[0]}"
             )
 
