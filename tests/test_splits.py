@@ -181,7 +181,8 @@ def test_coco_keys_say_where_a_split_is(tmp_path):
 def test_keys_of_a_data_yaml_that_are_splits(tmp_path):
     text = (
         "path: .\ntrain: images/train\nvalidation: images/val\ntest:\nnames: [images/train]\nnc: 1\ndownload: a.zip\n"
-        "license: notes.txt\nroboflow: {url: x}\nextra: images/extra\nlisted: [list.txt]\nall: images\n"
+        "license: notes.txt\nroboflow: {url: x}\nextra: images/extra\nlisted: [list.txt]\n"
+        "trainval: images/train\nall: images\n"
     )
     file = draw_yolo(tmp_path, text, train=2, val=1, extra=1)
     (tmp_path / "notes.txt").write_text("free\n")
@@ -245,6 +246,17 @@ def test_an_image_is_in_one_split_of_a_cleaned_copy(tmp_path, monkeypatch, capsy
     assert {split: len(DATASETS.build(data, split)) for split in splits_of(data)} == {
         "train": 1, "val": 1, "test": 2, "holdout": 1
     }  # fmt: skip
+
+
+def test_a_split_under_a_second_name_is_a_note(tmp_path, monkeypatch, capsys):
+    text = "train: images/train\nval: images/val\ntest: images/val\nnames: [a]\n"
+    file = draw_yolo(tmp_path / "set", text, train=1, val=2)
+    run = [f"fix={tmp_path / 'copy'}", f"run_dir={tmp_path / 'run'}", "workers=1"]
+    status, out, _ = run_command(monkeypatch, capsys, "check_data", "data=yolo", f"data.yaml={file}", *run)
+    assert status == 0, out
+    assert "note: splits that are another one under a second name: 1 in val" in out
+    copy = {"name": "yolo", "yaml": str(tmp_path / "copy/data.yaml")}
+    assert [len(DATASETS.build(copy, split)) for split in splits_of(copy)] == [1, 2, 2]
 
 
 def test_a_split_of_which_nothing_is_left_is_dropped_from_a_cleaned_copy(tmp_path, monkeypatch, capsys):

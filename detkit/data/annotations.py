@@ -35,6 +35,13 @@ class PathTable(Sequence[Path]):
     def __len__(self) -> int:
         return len(self.ends)
 
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, PathTable):
+            return NotImplemented
+        return np.array_equal(self.ends, other.ends) and np.array_equal(self.text, other.text)
+
+    __hash__ = None  # a table of a million names is no key
+
     def __getitem__(self, index: int) -> Path:
         if not -len(self) <= index < len(self):
             raise IndexError(index)

@@ -36,9 +36,16 @@ def inspect_images(
     looks = {split: look_at_all(annotations, workers) for split, annotations in splits.items()}
     keep = {split: np.array([not damage for _, damage in looks[split]], bool) for split in splits}
     owner: dict[bytes, tuple[str, Path]] = {}  # split and first image of each hash
+    seen: list[str] = []
     for split in held_out_first(splits):
         annotations, log = splits[split], logs[split]
         first = _log_images(annotations, looks[split], log)
+        twin = next((other for other in seen if splits[other].paths == annotations.paths), None)
+        if twin is not None:
+            log.add("same_split", annotations.source, None, f"lists the images of {twin}")
+            keep[split] = keep[twin]
+            continue
+        seen.append(split)
         for k, (digest, _) in enumerate(looks[split]):
             if digest in owner:
                 keep[split][k] = False

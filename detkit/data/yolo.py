@@ -202,7 +202,7 @@ def _split_names(content: Mapping[str, Any], file: Path) -> list[str]:
 
 
 def _is_other_split(key: Any, content: Mapping[str, Any], file: Path) -> bool:
-    if key in (*TRAINED, *ALIASES, "test", "path", "names") or not isinstance(key, str):
+    if key in (*TRAINED, *ALIASES, "test", "trainval", "path", "names") or not isinstance(key, str):
         return False
     try:
         sources = _sources(content, key, file)
