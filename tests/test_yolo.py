@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from detkit.data.yolo import label_file, read_yolo
+from detkit.data.yolo import label_folders, read_yolo
 from detkit.errors import DetkitError
 
 LABELS = {"train/a": "1 0.5 0.5 0.2 0.4\n\n0 0.1 0.2 0.3 0.2 0.2 0.5\n", "train/ü b": "", "val/a": "0 0.5 0.5 1 1\n"}
@@ -142,9 +142,50 @@ def test_a_listed_image_elsewhere_does_not_lead_into_other_folders(yolo_set, tmp
     assert annotations.problems.counts["missing_image"] == 2
 
 
-def test_labels_lie_in_the_folder_beside_the_last_images():
-    assert label_file(Path("/images/set/images/train/x.y.jpg")) == Path("/images/set/labels/train/x.y.txt")
-    assert label_file(Path("/set/train/x.jpg")) == Path("/set/train/x.txt")
+def test_labels_lie_in_labels_beside_the_last_images_or_an_earlier_one_or_beside_the_image():
+    found = [str(folder) for folder in label_folders(Path("/images/set/images/train"))]
+    assert found == ["/images/set/labels/train", "/labels/set/images/train", "/images/set/images/train"]
+    assert label_folders(Path("/set/train")) == [Path("/set/train")]
+
+
+@pytest.mark.parametrize(
+    ("images", "labels"),
+    [
+        ("train", "train"),
+        ("images/train", "images/train"),
+        ("images/train", "labels/train"),
+        ("train/images", "train/labels"),
+        ("images/set/train", "labels/set/train"),
+        ("images/set/train", "images/set/train"),
+        ("images/set/images/train", "images/set/labels/train"),
+        ("images/set/images/train", "labels/set/images/train"),
+        ("images/set/images/train", "images/set/images/train"),
+        ("train/deep/images", "train/deep/images"),
+    ],
+)
+@pytest.mark.parametrize("listed", (False, True))
+def test_labels_are_found_wherever_the_path_says_images(tmp_path, monkeypatch, images, labels, listed):
+    for k in range(3):
+        for folder in (images, labels):
+            (tmp_path / folder).mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.zeros((50, 100, 3), np.uint8)).save(tmp_path / images / f"{k}.png")
+    (tmp_path / labels / "0.txt").write_text("0 0.5 0.5 0.2 0.4\n")
+    (tmp_path / labels / "gone.txt").write_text("0 0.5 0.5 0.2 0.4\n")
+    (tmp_path / "train.txt").write_text("".join(f"{images}/{k}.png\n" for k in range(3)))
+    (tmp_path / "data.yaml").write_text(
+        f"train: {'train.txt' if listed else images.partition('/deep')[0]}\nnames: [a]\n"
+    )
+    for folder, yaml in (
+        (tmp_path, tmp_path / "data.yaml"),
+        (tmp_path / images, "../" * (images.count("/") + 1) + "data.yaml"),
+    ):
+        monkeypatch.chdir(folder)
+        annotations = read_yolo("train", yaml=str(yaml))
+        np.testing.assert_allclose(annotations.boxes, [[40, 15, 60, 35]])
+        counts = {"unlabelled_image": 2, "labels_without_image": 1, "without_boxes": 2}
+        assert dict(annotations.problems.counts) == counts
+    (tmp_path / labels / "1.txt").write_text("0 0.5 0.5 0.2 0.4\n")  # the index sees it
+    assert len(read_yolo("train", yaml=str(tmp_path / "data.yaml")).boxes) == 2
 
 
 def test_splits_that_share_a_folder_have_no_labels_without_image(tmp_path):

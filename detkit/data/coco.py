@@ -2,21 +2,21 @@
 
 import math
 from array import array
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from detkit.data.annotations import Annotations
+from detkit.data.coco_fields import LARGEST, NONSENSE, Categories, Ids, ImageNames, box_of, fault, file_name, flag, side
 from detkit.data.columns import Columns
+from detkit.data.foreign import other_format_of
 from detkit.data.index import cached
 from detkit.data.json_stream import read_records
 from detkit.data.problems import ProblemLog
-from detkit.errors import DetkitError
+from detkit.errors import DetkitError, shorten
 from detkit.registry import DATASETS
 
-LARGEST = 1e9  # pixels of a coordinate: beyond, it is nonsense
 LISTS = ("images", "annotations", "categories")
 
 
@@ -49,8 +49,9 @@ def read_coco(
 def read_coco_json(file: Path, image_dir: Path, log: ProblemLog | None = None) -> Annotations:
     """Read one COCO json whose image files lie under ``image_dir``.
 
-    Category ids may have gaps: labels are their ranks. A record without a ``bbox`` has that of its polygons. Records
-    that make no sense are left out and logged; boxes and images are judged as in data/mending.py.
+    Category ids may have gaps: labels are their ranks. A record without a ``bbox`` has that of its polygons or mask.
+    Ids and sizes may be written as text; an id that is no number gets one of its own. Records that make no sense are
+    left out and logged; boxes and images are judged as in data/mending.py.
 
     Raises:
         DetkitError: a missing or malformed file, categories that make no sense, or no image left.
@@ -65,8 +66,9 @@ def read_coco_json(file: Path, image_dir: Path, log: ProblemLog | None = None) -
         else:
             take[key](position, line, record)
     if missing:
-        raise DetkitError(f"{file} is not a COCO detection file: it has no list '{min(missing)}'")
-    annotations = reader.finish(*_categories(categories, file))
+        hint = other_format_of(file)
+        raise DetkitError(f"{file} is not a COCO detection file: it has no list '{min(missing)}'{hint}")
+    annotations = reader.finish(*reader.categories.ranked(categories, file))
     annotations.watched = reader.watched
     return annotations
 
@@ -77,6 +79,8 @@ class _Reader:
     def __init__(self, file: Path, image_dir: Path, log: ProblemLog) -> None:
         self.file, self.image_dir, self.log = file, image_dir, log
         self.columns = Columns(file, log)
+        self.images, self.categories = Ids(), Categories()
+        self.names = ImageNames(image_dir)
         self.seen: set[int] = set()
         self.watched = True
         self.positions, self.lines = array("q"), array("q")  # of each box in 'annotations' and in the file
@@ -84,17 +88,25 @@ class _Reader:
     def image(self, position: int, line: int, record: Any) -> None:
         """Take images[position]."""
         try:
-            image_id, name = _whole(record["id"]), record["file_name"]
-            stated = _whole(record.get("height") or 0), _whole(record.get("width") or 0)
-            if not (isinstance(name, str) and name and "\0" not in name and 0 <= min(stated) <= max(stated) < 2**31):
-                raise ValueError
-        except (KeyError, TypeError, ValueError, AttributeError):
-            needs = "needs a whole 'id', a 'file_name', and 'height' and 'width' in whole pixels"
-            words = f"images[{position}] {needs}, it is {_short(record)}"
-            self.log.add("malformed_image", self.file, line, words)
+            image_id, given = self.images.number(record["id"]), file_name(record)
+            stated = side(record.get("height")), side(record.get("width"))
+        except NONSENSE:
+            needs = {
+                "id": ("a whole 'id'", self.images.number),
+                "file_name": ("a 'file_name'", lambda _: file_name(record)),
+                "height": ("'height' in whole pixels", side),
+                "width": ("'width' in whole pixels", side),
+            }
+            self.log.add("malformed_image", self.file, line, f"images[{position}] {fault(record, needs)}")
             return
         if image_id in self.seen:
-            self.log.add("repeated_image", self.file, line, f"images[{position}] has the id {image_id}, given before")
+            words = f"images[{position}] has the id {shorten(record['id'])}, given before"
+            self.log.add("repeated_image", self.file, line, words)
+            return
+        name, taken_by = self.names.locate(given)
+        if taken_by:
+            words = f"images[{position}] is {shorten(given)}, but {name} is the image of {shorten(taken_by)}"
+            self.log.add("repeated_image", self.file, line, words)
             return
         self.seen.add(image_id)
         self.columns.add_image(self.image_dir / name, image_id, stated)
@@ -104,20 +116,22 @@ class _Reader:
     def box(self, position: int, line: int, record: Any) -> None:
         """Take annotations[position]."""
         try:
-            image_id, category_id = _whole(record["image_id"]), _whole(record["category_id"])
-            x, y, w, h = _numbers(record["bbox"] if record.get("bbox") else polygon_box(record["segmentation"]))
-            area, crowd = record.get("area"), record.get("iscrowd") or 0
-            sensible = max(abs(x), abs(y), abs(w), abs(h)) < LARGEST and not math.isnan(x + y + w + h)
-            if not sensible or crowd not in (0, 1):
-                raise ValueError
-        except (KeyError, TypeError, ValueError, OverflowError, AttributeError):
-            needs = "needs 'image_id', 'category_id' and 'bbox' [x, y, width, height] as numbers"
-            words = f"annotations[{position}] {needs}, it is {_short(record)}"
-            self.log.add("malformed_box", self.file, line, words)
+            image_id, category_id = self.images.number(record["image_id"]), self.categories.use(record["category_id"])
+            x, y, w, h = box_of(record)
+            area, crowd = record.get("area"), flag(record.get("iscrowd"))
+        except NONSENSE:
+            needs = {
+                "image_id": ("a whole 'image_id'", self.images.number),
+                "category_id": ("a whole 'category_id'", self.categories.number),
+                "bbox": ("'bbox' as [x, y, width, height] in numbers", lambda bbox: bbox and box_of(record)),
+                "segmentation": ("a 'bbox', or a 'segmentation' of polygons or a mask", lambda _: box_of(record)),
+                "iscrowd": ("'iscrowd' to be 0 or 1", flag),
+            }
+            self.log.add("malformed_box", self.file, line, f"annotations[{position}] {fault(record, needs)}")
             return
         area = float(area) if type(area) in (int, float) and abs(area) < LARGEST**2 else math.nan
         corners = (x, y, x + w, y + h)
-        self.columns.add_box(image_id, category_id, corners, len(self.lines), area=area, crowd=bool(crowd))
+        self.columns.add_box(image_id, category_id, corners, len(self.lines), area=area, crowd=crowd)
         self.positions.append(position)
         self.lines.append(line)
 
@@ -127,72 +141,22 @@ class _Reader:
         columns.class_names, columns.category_ids = class_names, category_ids
         image, has_image = _look_up(columns.image_of, columns.image_ids)
         label, has_label = _look_up(columns.label, category_ids)
-        for kind, key, ids, mask in (
-            ("labels_without_image", "image_id", columns.image_of, ~has_image),
-            ("unknown_class", "category_id", columns.label, has_image & ~has_label),
+        for kind, key, known, ids, mask in (
+            ("labels_without_image", "image_id", self.images, columns.image_of, ~has_image),
+            ("unknown_class", "category_id", self.categories, columns.label, has_image & ~has_label),
         ):
             words = f"has {key} {{}}, which the file does not define"
-            self.log.extend(kind, np.flatnonzero(mask), lambda k, ids=ids, words=words: self._place(k, words, ids[k]))
+            self.log.extend(
+                kind,
+                np.flatnonzero(mask),
+                lambda k, ids=ids, known=known, words=words: self._place(k, words, known.word(ids[k])),
+            )
         columns.choose(image, label, has_image & has_label)
         return columns.finish(lambda _, k: self._place(k, ""))
 
-    def _place(self, k: int, words: str, *values: int) -> tuple[Path, int, str]:
+    def _place(self, k: int, words: str, *values: object) -> tuple[Path, int, str]:
         """Return file, line and words about box ``k`` of those gathered."""
         return self.file, self.lines[k], f"annotations[{self.positions[k]}] {words.format(*values)}"
-
-
-def polygon_box(polygons: list[list[float]]) -> tuple[float, float, float, float]:
-    """Return x, y, width and height of the box around polygons [[x, y, x, y, ...], ...].
-
-    Raises:
-        TypeError, ValueError: they are something else, such as a run-length mask.
-    """
-    xs = _numbers([v for polygon in polygons for v in polygon[0::2]])
-    ys = _numbers([v for polygon in polygons for v in polygon[1::2]])
-    return min(xs), min(ys), max(xs) - min(xs), max(ys) - min(ys)
-
-
-def _numbers(values: Any) -> list[float]:
-    """Return a list of numbers as floats; ValueError for anything else, such as text that looks like one."""
-    if not isinstance(values, (list, tuple)) or not all(type(v) in (int, float) for v in values):
-        raise ValueError(values)
-    return [float(v) for v in values]
-
-
-def is_whole(value: Any) -> bool:
-    """Whether ``value`` is an integer that fits 64 bits."""
-    return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63
-
-
-def _whole(value: Any) -> int:
-    """Return a whole number, which may be written as 480.0; ValueError for anything else."""
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)
-    if not is_whole(value):
-        raise ValueError(value)
-    return value
-
-
-def _categories(records: list[Any], file: Path) -> tuple[tuple[int, ...], tuple[str, ...]]:
-    """Return the categories' ids, ascending, and their names."""
-    for k, record in enumerate(records):
-        if not (
-            isinstance(record, Mapping) and is_whole(record.get("id")) and isinstance(record.get("name"), (str, int))
-        ):
-            raise DetkitError(f"{file}: categories[{k}] needs a whole 'id' and a 'name', it is {_short(record)}")
-    ranked = sorted(records, key=lambda c: c["id"])
-    ids, names = tuple(c["id"] for c in ranked), tuple(str(c["name"]) for c in ranked)
-    for what, values in (("id", ids), ("name", names)):
-        if len(set(values)) < len(values):
-            raise DetkitError(f"{file}: 'categories' holds the same {what} twice; give every class one of its own")
-    for name in names:
-        if not name.isprintable():
-            raise DetkitError(
-                f"{file}: 'categories' holds the name {name!r}, which cannot be printed; rename the class"
-            )
-    if not ids:
-        raise DetkitError(f"{file}: 'categories' is empty, so there is nothing to detect")
-    return ids, names
 
 
 def _look_up(wanted: array, ids: array | tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
@@ -203,8 +167,3 @@ def _look_up(wanted: array, ids: array | tuple[int, ...]) -> tuple[np.ndarray, n
     order = np.argsort(known)
     position = order[np.searchsorted(known, wanted, sorter=order).clip(max=len(known) - 1)]
     return position, known[position] == wanted
-
-
-def _short(record: Any) -> str:
-    text = repr(record)
-    return text if len(text) <= 100 else f"{text[:97]}..."

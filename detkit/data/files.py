@@ -1,5 +1,6 @@
 """Listing folders that may be large, or link to themselves, and working on many files by several processes."""
 
+import codecs
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -11,12 +12,8 @@ from typing import Any
 from rich.progress import track
 
 from detkit.errors import DetkitError
-from detkit.ops.image import IMAGE_SUFFIXES
-
-
-def is_image(name: str) -> bool:
-    """Whether a file name is that of an image, and not hidden."""
-    return os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES and not os.path.basename(name).startswith(".")
+from detkit.ops.files import read_regular
+from detkit.ops.image import is_image
 
 
 def list_images(folder: Path) -> list[Path]:
@@ -41,21 +38,39 @@ def names_in(folder: str | Path) -> list[str]:
         return []
 
 
+class Listings(dict[str, frozenset[str]]):
+    """What lies in folders, each listed when it is asked for the first time; nothing in one that cannot be listed."""
+
+    def __missing__(self, folder: str) -> frozenset[str]:
+        self[folder] = frozenset(names_in(folder))
+        return self[folder]
+
+    def has(self, path: str) -> bool:
+        """Whether there is something at a path."""
+        folder, name = os.path.split(path)
+        return name in self[folder or "."]
+
+
 def read_lines(file: Path) -> list[str]:
     """Return the lines of a text file that say something, without the space around them.
 
+    A name that is no UTF-8 comes as the file system's functions take it.
+
     Raises:
-        DetkitError: it is missing, no file (a pipe would be waited for), or not UTF-8 text.
+        DetkitError: it is missing, no regular file, or no text.
     """
     try:
-        if os.path.exists(file) and not os.path.isfile(file):
-            raise DetkitError(f"cannot read the list {file}: it is not a file")
-        lines = file.read_text(encoding="utf-8-sig").splitlines()
+        data = read_regular(file)
     except OSError as error:
         raise DetkitError(f"cannot read the list {file}: {error.strerror or error}") from None
-    except UnicodeDecodeError:
-        raise DetkitError(f"{file} should list images, a line each, but it is not UTF-8 text") from None
-    return [line.strip() for line in lines if line.strip()]
+    if b"\0" in data:
+        raise DetkitError(f"{file} should list images, a line each, but it is not UTF-8 text")
+    return [line.strip() for line in os.fsdecode(data.removeprefix(codecs.BOM_UTF8)).splitlines() if line.strip()]
+
+
+def with_slashes(name: str) -> str:
+    """Return a path as Windows writes it with slashes for its backslashes."""
+    return name.replace("\\", "/")
 
 
 def walk(folder: Path) -> Iterator[str]:

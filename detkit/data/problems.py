@@ -49,6 +49,7 @@ KINDS: dict[str, Kind] = {
     "deep_image": Kind("images of more than 8 bits a channel, read as 8", NOTE),
     "cmyk_image": Kind("CMYK images, read as RGB", NOTE),
     "alpha_image": Kind("images with transparency, which is dropped", NOTE),
+    "keypoints": Kind("label sets with keypoints, which are not used", NOTE),
     "without_boxes": Kind("images without boxes, background", NOTE),
     "unlabelled_image": Kind("image files without labels", NOTE),
     "equal_image": Kind("images that show the same as another of their split", NOTE),

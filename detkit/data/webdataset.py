@@ -29,7 +29,7 @@ from typing import Any
 import numpy as np
 
 from detkit.data.annotations import Annotations
-from detkit.data.coco import LARGEST, is_whole
+from detkit.data.coco_fields import LARGEST, is_whole
 from detkit.data.columns import Columns
 from detkit.data.index import cached
 from detkit.data.problems import ProblemLog

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import detkit.layers  # noqa: F401  (registers the blocks)
 from detkit.errors import DetkitError
 from detkit.models import backbones, heads, losses, necks  # noqa: F401  (register themselves)
-from detkit.ops.image import IMAGE_SUFFIXES, Letterbox, read_image
+from detkit.ops.image import IMAGE_SUFFIXES, Letterbox, is_image, read_image
 from detkit.ops.nms import select_boxes
 from detkit.registry import BACKBONES, HEADS, LOSSES, NECKS
 from detkit.structures import DenseOutput, Detections
@@ -180,7 +180,7 @@ def list_pictures(path: Path) -> list[Path]:
         if not path.exists():
             raise DetkitError(f"source {path} does not exist")
         return [path]
-    files = sorted(file for file in path.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES)
+    files = sorted(file for file in path.iterdir() if is_image(file.name))
     if not files:
         raise DetkitError(f"folder {path} holds no images (looked for {', '.join(sorted(IMAGE_SUFFIXES))})")
     return files
