@@ -46,6 +46,7 @@ RULES: dict[str, Rule] = {
     "workers": ("auto, or a whole number, 0 or more", lambda v: v == "auto" or is_whole(v, 0)),
     "seed": _whole(0),
     "run_dir": _optional(PATH),
+    "max_pixels": ("a whole number from 1 to 2**30", lambda v: is_whole(v, 1) and v <= 2**30),  # OpenCV's own limit
     "plugins": (
         "a list of modules, such as [my_backbone]",
         lambda v: isinstance(v, list) and all(isinstance(n, str) for n in v),

@@ -22,6 +22,7 @@ from detkit.config import (
 )
 from detkit.engine.distributed import first_to_say, leave, lost_another, mistake_elsewhere
 from detkit.errors import DetkitError, nearest
+from detkit.ops.image import set_max_pixels
 from detkit.report.console import make_console
 from detkit.tasks.sweep import finish_sweep, in_sweep, prepare_job, run_job
 
@@ -107,6 +108,7 @@ def _perform(task: str, run: Callable[[dict], object], cfg: DictConfig) -> objec
     resolved = resolve(cfg)
     check_known(resolved, task)
     check_values(resolved)
+    set_max_pixels(resolved["max_pixels"])
     import_plugins(resolved["plugins"])
     if in_sweep():
         prepare_job(resolved)

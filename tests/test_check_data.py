@@ -280,6 +280,19 @@ def test_mistakes_are_one_sentence(shapes_root, tmp_path, monkeypatch, capsys, c
     assert sentence in error and len(error.strip().splitlines()) == 1
 
 
+def test_the_limit_on_pixels_is_a_key(shapes_root, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("DETKIT_MAX_PIXELS", "1")  # to be as it was after the test
+    root = f"data.root={shapes_root}"
+    assert check_data(monkeypatch, capsys, root)[0] == 0
+    status, _, error = check_data(monkeypatch, capsys, root, "max_pixels=65535")
+    assert status == 2
+    assert "it has 256x256 pixels, more than the limit max_pixels=65535" in " ".join(error.split())
+    status, _, error = check_data(monkeypatch, capsys, root, "max_pixels=0")
+    assert (status, error) == (2, "error: max_pixels=0 must be a whole number from 1 to 2**30\n")
+    assert check_data(monkeypatch, capsys, root)[0] == 0
+
+
 def test_many_processes_see_what_one_sees(tmp_path):
     (tmp_path / "images").mkdir()
     draw_images(tmp_path / "images/train", tmp_path / "images/val")

@@ -23,6 +23,7 @@ from detkit.data.dataset import DetectionDataset
 from detkit.data.loader import collate, init_worker, made_batches, worker_context
 from detkit.data.webdataset import TAR_ERRORS, member_name
 from detkit.errors import DetkitError, UnreadableImage
+from detkit.ops.files import open_regular
 from detkit.ops.image import tar_member
 from detkit.structures import Batch, Sample
 
@@ -160,7 +161,7 @@ class ShardStream(IterableDataset):
         start = _end(paths[low - 1]) if low > first else 0
         words = "they are not where they were when the set was read"
         try:
-            with open(shard, "rb") as file:
+            with open_regular(shard) as file:
                 window = _Window(file, start, _end(paths[high - 1]))
                 for member in tar_file_iterator(window, select_files=lambda name: member_name(name) in waiting):
                     row, size = waiting[member_name(member["fname"])]

@@ -129,7 +129,7 @@ def _check_header(image: Image.Image) -> None:
         raise UnreadableImage("it has no pixels")
     if width * height > max_pixels():
         raise UnreadableImage(
-            f"it has {width}x{height} pixels, more than max_pixels={max_pixels()} allows: shrink it, or set max_pixels="
+            f"it has {width}x{height} pixels, more than the limit max_pixels={max_pixels()}: shrink it, or raise that"
         )
     if image.mode in ("F", "I"):
         raise UnreadableImage("it has 32 bits a channel: convert it to 8 or 16")
@@ -139,7 +139,7 @@ def _check_header(image: Image.Image) -> None:
 
 @cache
 def _openers() -> list[tuple[Any, Any]]:
-    """Return Pillow's readers of FORMATS and the functions that know their first bytes.
+    """Return Pillow's readers of FORMATS, each with the function that knows its first bytes.
 
     ``Image.open`` would refuse large pictures by a limit of its own, which belongs to all of the process.
     """

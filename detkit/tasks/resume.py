@@ -32,7 +32,7 @@ CHANGEABLE = (
     *("device", "workers", "data.root"),
 )
 # Of these the file may differ from what was saved, but the command line sets them for other reasons.
-FREE = (*CHANGEABLE, "data.yaml", "run_dir", "resume", "plugins")
+FREE = (*CHANGEABLE, "data.yaml", "run_dir", "resume", "plugins", "max_pixels")
 
 
 def job_name() -> str:
@@ -100,7 +100,7 @@ def resumed_config(
         DetkitError: there is no such file, or something else was changed, on the command line or in the file.
     """
     path = run_dir / "config.yaml"
-    own = _read_config(path)
+    own = {"max_pixels": cfg["max_pixels"]} | _read_config(path)  # which runs of an earlier version do not have
     for key in cfg:
         if key not in own:
             raise DetkitError(f"{path} has no '{key}': it was written by another version of detkit")

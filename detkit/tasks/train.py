@@ -35,6 +35,7 @@ from detkit.engine.transfer import TransferReport, load_weights
 from detkit.errors import DetkitError
 from detkit.layers.sync_norm import synchronise_norms
 from detkit.models.detector import Detector, build_detector, build_loss
+from detkit.ops.image import set_max_pixels
 from detkit.ops.ranks import rank_count
 from detkit.report.console import make_console
 from detkit.report.tables import print_metrics, print_transfer
@@ -84,6 +85,7 @@ def run(cfg: dict[str, Any], stop_early: Callable[[TrainState], str | None] = la
     started_again = cfg["resume"] == AUTO or restarted is not None  # what the command says, not the run's own file
     if cfg["resume"] is not None or restarted is not None:
         run_dir, cfg, saved = resumed_run(cfg, restarted, said.append)
+    set_max_pixels(cfg["max_pixels"])
     check_loggers(cfg["trainer"]["loggers"])
     device = join(cfg["device"], cfg["trainer"]["rank_timeout"])
     _agree(run_dir, saved)
