@@ -15,6 +15,8 @@ from detkit.errors import DetkitError
 from detkit.ops.files import read_regular
 from detkit.ops.image import is_image
 
+MAX_LIST = 2**28  # bytes of a list of images
+
 
 def list_images(folder: Path) -> list[Path]:
     """Return the image files in a folder and the folders within, sorted; each folder once, whatever links there are.
@@ -60,7 +62,7 @@ def read_lines(file: Path) -> list[str]:
         DetkitError: it is missing, no regular file, or no text.
     """
     try:
-        data = read_regular(file)
+        data = read_regular(file, MAX_LIST)
     except OSError as error:
         raise DetkitError(f"cannot read the list {file}: {error.strerror or error}") from None
     if b"\0" in data:

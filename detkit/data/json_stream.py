@@ -1,6 +1,7 @@
 """Reading a large json file record by record: a COCO file of ten million boxes would not fit into memory as objects."""
 
 import json
+import re
 from collections.abc import Iterator
 from io import TextIOWrapper
 from pathlib import Path
@@ -14,6 +15,7 @@ CHUNK = 2**20  # characters read at a time
 MAX_VALUE = 2**28  # characters of one record
 SPACE = " \t\r\n"
 AFTER = tuple(f"{SPACE},:]}}")  # what may follow a value
+_spaces = re.compile(f"[{SPACE}]*").match
 _decode = json.JSONDecoder().raw_decode
 
 
@@ -74,14 +76,6 @@ class _Reader:
         if not self.at_end():
             raise self.malformed("something follows the end of the object, as where two files were put into one")
 
-    def at_end(self) -> bool:
-        """Pass over white space; return whether nothing comes after it."""
-        while True:
-            rest = self.text[self.at :].lstrip(SPACE)
-            self.advance(len(self.text) - self.at - len(rest))
-            if rest or not self.more():
-                return not rest
-
     def pass_over(self) -> None:
         """Take a value that nobody asks for; a list one element at a time."""
         if self.next_character() == "[":
@@ -103,13 +97,18 @@ class _Reader:
 
     def next_character(self) -> str:
         """Pass over white space; return the character that comes then, without taking it."""
+        if self.at < len(self.text) and self.text[self.at] not in SPACE:
+            return self.text[self.at]
+        if self.at_end():
+            raise self.malformed("the file ends too early")
+        return self.text[self.at]
+
+    def at_end(self) -> bool:
+        """Pass over white space; return whether nothing comes after it."""
         while True:
-            while self.at < len(self.text):
-                if self.text[self.at] not in SPACE:
-                    return self.text[self.at]
-                self.advance(1)
-            if not self.more():
-                raise self.malformed("the file ends too early")
+            self.advance(_spaces(self.text, self.at).end() - self.at)
+            if self.at < len(self.text) or not self.more():
+                return self.at == len(self.text)
 
     def expect(self, character: str) -> None:
         if self.next_character() != character:
