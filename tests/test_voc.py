@@ -71,6 +71,8 @@ def test_images_may_lie_elsewhere(voc_set):
         (xml(("dog", 0, 10, 20, "nan", 40)), "malformed_box", 3),
         (xml(("dog", 0, 10, 20, "1e300", 40)), "malformed_box", 3),
         (xml(("", 0, 10, 20, 30, 40)), "malformed_box", 3),
+        (xml((" ", 0, 10, 20, 30, 40)), "malformed_box", 3),
+        (xml(("a\u200bb", 0, 10, 20, 30, 40)), "malformed_box", 3),
         (xml(("dog", 0, 10, 20, 10, 20)), "degenerate_box", 3),
         (xml(("dog", 0, 30, 20, 10, 40)), "degenerate_box", 3),
         (xml(("dog", 0, 90, 20, 110, 40)), "overhanging_box", 3),

@@ -136,6 +136,7 @@ def test_names_are_the_words_of_the_yaml(yolo_set, names, class_names, category_
         "path: .\\\ntrain: .\\images\\train\n",
         "train: windows.txt\n",
         "path: images\ntrain: lists/train.txt\n",
+        "train: cvat.txt\n",
         "train: [images/train, images/train]\n",
     ],
 )
@@ -143,6 +144,7 @@ def test_paths_as_other_machines_and_tools_write_them(yolo_set, tmp_path, text):
     yaml = yolo_set(f"{text}names: [cat, dog]\n")
     (tmp_path / "lists").mkdir()
     (tmp_path / "lists" / "train.txt").write_text("train/a.png\ntrain/ü b.png\n")
+    (tmp_path / "cvat.txt").write_text("data/images/train/a.png\nC:\\\\me\\images\\train\\ü b.png\n")
     (tmp_path / "windows.txt").write_bytes(b"images\\train\\a.png\r\n.\\images\\train\\\xc3\xbc b.png\r\n")
     annotations = read_yolo("train", yaml=str(yaml))
     assert (len(annotations), len(annotations.boxes)) == (2, 2)

@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 
 from detkit.data.annotations import Annotations
-from detkit.data.coco_fields import LARGEST, NONSENSE, Categories, Ids, ImageNames, box_of, fault, file_name, flag, side
+from detkit.data.coco_fields import LARGEST, NONSENSE, Categories, Ids, box_of, fault, file_name, flag, side
 from detkit.data.columns import Columns
 from detkit.data.foreign import other_format_of
+from detkit.data.image_names import ImageNames
 from detkit.data.index import cached
 from detkit.data.json_stream import read_records
 from detkit.data.problems import ProblemLog

@@ -1,22 +1,18 @@
 """The fields of COCO records, as all kinds of tools write them."""
 
-import contextlib
 import math
-import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qs, unquote, urlsplit
+from urllib.parse import urlsplit
 
 from detkit.data.columns import check_class_names
-from detkit.data.files import Listings, with_slashes
 from detkit.data.segmentation import XYWH, numbers, segmentation_box
 from detkit.errors import DetkitError, shorten
 
 LARGEST = 1e9  # pixels of a coordinate: beyond, it is nonsense
-MAX_PARTS = 20  # of an image's path: more in front are passed over
 MAX_USED = 100_000  # categories that are known to have boxes
 WHOLE = re.compile(r"[+-]?[0-9]{1,18}(\.0*)?")
 FLAGS = {"0": False, "1": True, "0.0": False, "1.0": True, "false": False, "true": True}
@@ -101,43 +97,6 @@ def class_name(value: Any) -> str:
     if not isinstance(value, (str, int)):
         raise TypeError(value)
     return str(value)
-
-
-class ImageNames:
-    """Finds the images that a file names as they were called elsewhere: on Windows, by a server, in another folder."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.listings = Listings()
-        self.moved: dict[str, str] = {}  # of the images found by a part of their path alone: the whole of it
-
-    def locate(self, name: str) -> tuple[str, str]:
-        """Return the name of an image below the folder, itself where nothing better is there.
-
-        Returns:
-            the name, and the other path whose image that is already; empty: no other's.
-        """
-        if not set(name) & set("/\\?%"):
-            return name, ""
-        if self.listings.has(os.path.join(self.folder, name)):
-            return name, ""
-        found = next((c for c in _candidates(name) if self.listings.has(os.path.join(self.folder, c))), None)
-        if found is None:
-            return name, ""
-        other = self.moved.setdefault(found, name)
-        return found, "" if other == name else other
-
-
-def _candidates(name: str) -> Iterator[str]:
-    """Yield what an image may be called: its path with slashes, or in a URL; then without the folders in front."""
-    path = with_slashes(name)
-    with contextlib.suppress(ValueError):  # no URL after all
-        if "://" in path or "?" in path:
-            url = urlsplit(path)
-            path = parse_qs(url.query).get("d", [url.path])[0]  # Label Studio serves files as ?d=PATH
-    for spelt in dict.fromkeys((path, unquote(path))):
-        parts = [part for part in with_slashes(spelt).split("/") if part not in ("", ".", "..")]
-        yield from ("/".join(parts[k:]) for k in range(max(len(parts) - MAX_PARTS, 0), len(parts)))
 
 
 def file_name(record: Mapping[str, Any]) -> str:

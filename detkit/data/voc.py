@@ -1,6 +1,5 @@
 """Pascal VOC: an xml file an image, and a list of image names a split (http://host.robots.ox.ac.uk/pascal/VOC)."""
 
-import math
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -9,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from detkit.data.annotations import Annotations
-from detkit.data.columns import Columns, check_class_names
+from detkit.data.columns import Columns
 from detkit.data.files import Listings, list_images, read_lines, with_slashes
 from detkit.data.index import cached
 from detkit.data.problems import ProblemLog
@@ -115,19 +114,19 @@ def _read_split(
         )
     columns.class_names = tuple(sorted(classes))
     columns.category_ids = tuple(range(1, len(classes) + 1))
-    check_class_names(columns.class_names, f"{labels}: an <object>")
     rank = np.array([columns.class_names.index(name) for name in classes])
     columns.label = rank[np.asarray(columns.label, np.int64)]
     return columns.finish(lambda image, line: (labels / f"{stems[image]}.xml", line, ""))
 
 
 def _box(obj: VocObject, one_based: bool) -> tuple[float, float, float, float] | None:
-    """Return the object's xyxy box; None where it has no name or no numbers."""
+    """Return the object's xyxy box; None where it has no numbers, or no name that can be shown."""
+    name = obj.fields.get("name")
     try:
         x1, y1, x2, y2 = (float(obj.fields[side]) for side in SIDES)
     except (KeyError, ValueError):
         return None
-    if not obj.fields.get("name") or not all(math.isfinite(v) and abs(v) < LARGEST for v in (x1, y1, x2, y2)):
+    if not name or not name.isprintable() or not all(abs(v) < LARGEST for v in (x1, y1, x2, y2)):  # NaN is not, either
         return None
     return (x1 - 1, y1 - 1, x2, y2) if one_based else (x1, y1, x2, y2)
 

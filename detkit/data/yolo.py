@@ -8,12 +8,14 @@ import os
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from detkit.data.annotations import Annotations
 from detkit.data.columns import Columns, check_class_names
 from detkit.data.files import Listings, images_in, list_images, read_lines, with_slashes
+from detkit.data.image_names import ImageNames
 from detkit.data.index import cached
 from detkit.data.problems import ProblemLog
 from detkit.errors import DetkitError, shorten
@@ -276,12 +278,17 @@ def _resolve(folder: Path, base: str, entry: str, file: Path) -> Path:
 
 
 def _read_list(file: Path, roots: Iterable[Path]) -> list[str]:
-    """Return the image paths in a text file, a line each, relative to its folder, or else to one of ``roots``."""
+    """Return the image paths in a text file, a line each, relative to its folder, or else to one of ``roots``.
+
+    Where no image is there, it is looked for by the end of its path.
+    """
     listings = Listings()
+    folders = [file.parent, *roots]
+    finders = [ImageNames(folder) for folder in folders]
     paths = []
     for line in read_lines(file):
-        names = (line, with_slashes(line)) if "\\" in line else (line,)
-        places = (os.path.normpath(base / name) for name in names for base in (file.parent, *roots))
+        places = (os.path.normpath(folder / line) for folder in folders)
+        by_end = (os.path.join(f.folder, name) for f in finders for name, other in [f.locate(line)] if not other)
         first = next(places)
-        paths.append(first if listings.has(first) else next(filter(listings.has, places), first))
+        paths.append(first if listings.has(first) else next(filter(listings.has, chain(places, by_end)), first))
     return paths
