@@ -226,7 +226,7 @@ def test_everything_wrong_is_found_and_a_cleaned_copy_is_clean(form, tmp_path, m
     assert f"{len(expected) - noted} errors, {noted} notes: findings.csv and plots are in {run_dir}" in out
     line = next(line for kind, _, file, line in expected if kind == "degenerate_box")
     assert f"left out: boxes without area: 1 in train\n  train: {root}" in out and f":{line}: " in out
-    assert "wrong: training images that are in val, too: 1 in train" in out
+    assert "wrong: images that are in another split, too: 1 in train" in out
     assert {p.name for p in (run_dir / "plots").iterdir()} == {
         f"{name}.png" for name in ("classes", "box_sizes", "box_centres", "image_sizes", "boxes_per_image")
     }

@@ -1,7 +1,9 @@
 """COCO json: the format most tools write (https://cocodataset.org/#format-data)."""
 
 import math
+import os
 from array import array
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +17,11 @@ from detkit.data.image_names import ImageNames
 from detkit.data.index import cached
 from detkit.data.json_stream import read_records
 from detkit.data.problems import ProblemLog
+from detkit.data.splits import ALIASES, TRAINED, pick_split
 from detkit.errors import DetkitError, shorten
-from detkit.registry import DATASETS
+from detkit.registry import DATASETS, SPLIT_NAMES
 
+ROBOFLOW = "_annotations.coco.json"  # beside the images of a split, as Roboflow exports it
 LISTS = ("images", "annotations", "categories")
 
 
@@ -30,29 +34,80 @@ def read_coco(
     train_annotations: str = "annotations/instances_train.json",
     val_images: str = "images/val",
     val_annotations: str = "annotations/instances_val.json",
+    test_images: str | None = "images/test",
+    test_annotations: str | None = "annotations/instances_test.json",
     log: ProblemLog | None = None,
 ) -> Annotations:
-    """Read the ``"train"`` or ``"val"`` split; the folders and files are relative to ``root``.
+    """Read a split; the folders and files are relative to ``root``.
+
+    Beside train, val and test a set has the splits of which there are ``annotations/instances_NAME.json`` and
+    ``images/NAME``. Where there are no default files, ``NAME/_annotations.coco.json`` with its images beside it does.
 
     Args:
+        test_images, test_annotations: without the default file, there is no such split.
         log: where problems go; given one, the files are read anew instead of the index.
 
     Raises:
-        DetkitError: ``root`` is no folder, or as ``read_coco_json``.
+        DetkitError: ``root`` is no folder, there is no such split, or as ``read_coco_json``.
     """
-    if not Path(str(root)).is_dir():
+    keys = {"train": (train_annotations, train_images), "val": (val_annotations, val_images)}
+    files = _split_files(root, keys | {"test": (test_annotations, test_images)})
+    split = pick_split(split, files, root)
+    file, image_dir = files[split]
+    labelled = split in TRAINED
+    return cached("coco", [file], [image_dir], [], log, lambda log: read_coco_json(file, image_dir, log, labelled))
+
+
+@SPLIT_NAMES.register("coco")
+def coco_splits(*, root: str | int, **keys: str | None) -> list[str]:
+    """Return the splits that ``read_coco`` finds; it takes the same keys."""
+    named = {
+        split: (
+            keys.get(f"{split}_annotations", f"annotations/instances_{split}.json"),
+            keys.get(f"{split}_images", f"images/{split}"),
+        )
+        for split in (*TRAINED, "test")
+    }
+    return [*_split_files(root, named)]
+
+
+def _split_files(root: str | int, keys: Mapping[str, tuple[Any, Any]]) -> dict[str, tuple[Path, Path]]:
+    """Return json and image folder of every split: of the named ones by their ``keys``, then of others found."""
+    base = Path(str(root))
+    if not base.is_dir():
         raise DetkitError(f"data.root={root} is not a folder")
-    images, annotations = {"train": (train_images, train_annotations), "val": (val_images, val_annotations)}[split]
-    file, image_dir = Path(str(root)) / str(annotations), Path(str(root)) / str(images)
-    return cached("coco", [file], [image_dir], [], log, lambda log: read_coco_json(file, image_dir, log))
+    found: dict[str, tuple[Path, Path]] = {}
+    for split, (annotations, images) in keys.items():
+        if annotations is None or images is None:
+            continue
+        place = base / str(annotations), base / str(images)
+        typed = annotations != f"annotations/instances_{split}.json"
+        if not typed and not place[0].exists():
+            names = (split, *(alias for alias, name in ALIASES.items() if name == split))
+            others = [(base / "annotations" / f"instances_{name}.json", base / "images" / name) for name in names]
+            others += [(base / name / ROBOFLOW, base / name) for name in names]
+            place = next((other for other in others if other[0].is_file()), place)
+        if split in TRAINED or typed or place[0].exists():
+            found[split] = place
+    taken = {os.path.realpath(file) for file, _ in found.values()}
+    others = [(file.stem.removeprefix("instances_"), file) for file in base.glob("annotations/instances_*.json")]
+    places = {name: (file, base / "images" / name) for name, file in others}
+    places |= {file.parent.name: (file, file.parent) for file in base.glob(f"*/{ROBOFLOW}")}
+    for name, (file, images) in sorted(places.items()):
+        if name and name not in keys and os.path.realpath(file) not in taken and images.is_dir():
+            found[name] = file, images
+    return found
 
 
-def read_coco_json(file: Path, image_dir: Path, log: ProblemLog | None = None) -> Annotations:
+def read_coco_json(file: Path, image_dir: Path, log: ProblemLog | None = None, labelled: bool = True) -> Annotations:
     """Read one COCO json whose image files lie under ``image_dir``.
 
     Category ids may have gaps: labels are their ranks. A record without a ``bbox`` has that of its polygons or mask.
     Ids and sizes may be written as text; an id that is no number gets one of its own. Records that make no sense are
     left out and logged; boxes and images are judged as in data/mending.py.
+
+    Args:
+        labelled: whether the lists ``annotations`` and ``categories`` must be there, as those of a test set may not.
 
     Raises:
         DetkitError: a missing or malformed file, categories that make no sense, or no image left.
@@ -66,10 +121,12 @@ def read_coco_json(file: Path, image_dir: Path, log: ProblemLog | None = None) -
             missing.discard(key)
         else:
             take[key](position, line, record)
+    missing -= set() if labelled else {"annotations", "categories"}
     if missing:
         hint = other_format_of(file)
         raise DetkitError(f"{file} is not a COCO detection file: it has no list '{min(missing)}'{hint}")
-    annotations = reader.finish(*reader.categories.ranked(categories, file))
+    unlabelled = not labelled and not categories and not reader.columns.boxes
+    annotations = reader.finish(*(((), ()) if unlabelled else reader.categories.ranked(categories, file)))
     annotations.watched = reader.watched
     return annotations
 
@@ -84,7 +141,6 @@ class _Reader:
         self.names = ImageNames(image_dir)
         self.seen: set[int] = set()
         self.watched = True
-        self.positions, self.lines = array("q"), array("q")  # of each box in 'annotations' and in the file
 
     def image(self, position: int, line: int, record: Any) -> None:
         """Take images[position]."""
@@ -132,39 +188,51 @@ class _Reader:
             return
         area = float(area) if type(area) in (int, float) and abs(area) < LARGEST**2 else math.nan
         corners = (x, y, x + w, y + h)
-        self.columns.add_box(image_id, category_id, corners, len(self.lines), area=area, crowd=crowd)
-        self.positions.append(position)
-        self.lines.append(line)
+        self.columns.add_box(image_id, category_id, corners, line, position, area=area, crowd=crowd)
 
     def finish(self, category_ids: tuple[int, ...], class_names: tuple[str, ...]) -> Annotations:
         """Return the boxes whose image and class exist."""
         columns = self.columns
         columns.class_names, columns.category_ids = class_names, category_ids
-        image, has_image = _look_up(columns.image_of, columns.image_ids)
-        label, has_label = _look_up(columns.label, category_ids)
-        for kind, key, known, ids, mask in (
-            ("labels_without_image", "image_id", self.images, columns.image_of, ~has_image),
-            ("unknown_class", "category_id", self.categories, columns.label, has_image & ~has_label),
-        ):
-            words = f"has {key} {{}}, which the file does not define"
-            self.log.extend(
-                kind,
-                np.flatnonzero(mask),
-                lambda k, ids=ids, known=known, words=words: self._place(k, words, known.word(ids[k])),
+        self.seen.clear()
+        image_of, label_of = _Positions(columns.image_ids), _Positions(category_ids)
+
+        def translate(rows: np.ndarray) -> np.ndarray:
+            image, has_image = image_of(rows["image"])
+            label, has_label = label_of(rows["label"])
+            self._log_unknown("labels_without_image", "image_id", self.images, rows, rows["image"], ~has_image)
+            self._log_unknown(
+                "unknown_class", "category_id", self.categories, rows, rows["label"], has_image & ~has_label
             )
-        columns.choose(image, label, has_image & has_label)
-        return columns.finish(lambda _, k: self._place(k, ""))
+            rows["image"], rows["label"] = image, label
+            return rows[has_image & has_label]
 
-    def _place(self, k: int, words: str, *values: object) -> tuple[Path, int, str]:
-        """Return file, line and words about box ``k`` of those gathered."""
-        return self.file, self.lines[k], f"annotations[{self.positions[k]}] {words.format(*values)}"
+        return columns.finish(lambda _, line, position: self._place(line, position), translate)
+
+    def _log_unknown(
+        self, kind: str, key: str, known: Ids, rows: np.ndarray, ids: np.ndarray, mask: np.ndarray
+    ) -> None:
+        def describe(k: int) -> tuple[Path, int, str]:
+            words = f"has {key} {known.word(int(ids[k]))}, which the file does not define"
+            return self._place(int(rows["line"][k]), int(rows["position"][k]), words)
+
+        self.log.extend(kind, np.flatnonzero(mask), describe)
+
+    def _place(self, line: int, position: int, words: str = "") -> tuple[Path, int, str]:
+        """Return file, line and words about ``annotations[position]``."""
+        return self.file, line, f"annotations[{position}] {words}"
 
 
-def _look_up(wanted: array, ids: array | tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
-    """Return the position in ``ids`` of each id wanted, and whether it is there."""
-    known, wanted = np.array(ids, np.int64), np.array(wanted, np.int64)
-    if not known.size:
-        return np.zeros(len(wanted), np.int64), np.zeros(len(wanted), bool)
-    order = np.argsort(known)
-    position = order[np.searchsorted(known, wanted, sorter=order).clip(max=len(known) - 1)]
-    return position, known[position] == wanted
+class _Positions:
+    """Where ids are in a list: ``positions(wanted)`` returns the position of each (T,), and whether it is there."""
+
+    def __init__(self, ids: array | tuple[int, ...]) -> None:
+        self.ids = np.array(ids, np.int64)
+        self.order = np.argsort(self.ids)
+
+    def __call__(self, wanted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        if not self.ids.size:
+            return np.zeros(len(wanted), np.int64), np.zeros(len(wanted), bool)
+        nearest = np.searchsorted(self.ids, wanted, sorter=self.order).clip(max=len(self.ids) - 1)
+        position = self.order[nearest]
+        return position, self.ids[position] == wanted

@@ -3,9 +3,11 @@
 import codecs
 import os
 import sys
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from detkit.ops.files import read_regular
 from detkit.ops.image import is_image
 
 MAX_LIST = 2**28  # bytes of a list of images
+CHUNK = 64  # files that a process is given at a time
 
 
 def list_images(folder: Path) -> list[Path]:
@@ -129,7 +132,7 @@ def map_files(
     """
     try:
         with ProcessPoolExecutor(max(workers, 1), initializer=initializer) as pool:
-            results = pool.map(function, paths, chunksize=64)
+            results = _in_turn(pool, function, iter(paths), 4 * max(workers, 1))
             try:
                 yield from track(results, words, len(paths), transient=True, disable=not sys.stdout.isatty())
             except BaseException:
@@ -137,6 +140,23 @@ def map_files(
                 raise
     except BrokenProcessPool:
         raise DetkitError(f"{words}: a process was killed, for want of memory perhaps; try workers=1") from None
+
+
+def _in_turn(
+    pool: ProcessPoolExecutor, function: Callable[[str], Any], paths: Iterator[str], ahead: int
+) -> Iterator[Any]:
+    """Yield ``function(path)`` in order; no more than ``ahead`` chunks wait (``pool.map`` would keep them all)."""
+    waiting: deque[Future] = deque()
+    while chunk := [*islice(paths, CHUNK)]:
+        waiting.append(pool.submit(_each, function, chunk))
+        if len(waiting) == ahead:
+            yield from waiting.popleft().result()
+    for future in waiting:
+        yield from future.result()
+
+
+def _each(function: Callable[[str], Any], paths: list[str]) -> list[Any]:
+    return [function(path) for path in paths]
 
 
 def cores() -> int:

@@ -3,8 +3,8 @@
 import os
 import signal
 import sys
-from collections.abc import Iterable, Iterator
-from itertools import islice
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice, pairwise
 
 import cv2
 import numpy as np
@@ -72,24 +72,27 @@ class BatchSampler(Sampler[list[Key]]):
 
     Args:
         batch_size: of all ranks together.
+        starts: where in the order batches begin; None: every ``batch_size``.
 
     Attributes:
         skip: batches at the start of an epoch that are left out; set it before each pass.
     """
 
-    def __init__(self, sampler: EpochSampler, batch_size: int) -> None:
+    def __init__(self, sampler: EpochSampler, batch_size: int, starts: Sequence[int] | None = None) -> None:
         self.skip = 0
         self.sampler = sampler
-        self.batch_size = batch_size
+        self.starts = range(0, len(sampler), batch_size) if starts is None else starts
         self.ranks = rank_count()
         self.rank = dist.get_rank() if self.ranks > 1 else 0
 
     def __len__(self) -> int:
-        return -(-len(self.sampler) // self.batch_size)
+        return len(self.starts)
 
     def __iter__(self) -> Iterator[list[Key]]:
-        keys = islice(self.sampler, self.skip * self.batch_size, None)
-        while batch := [*islice(keys, self.batch_size)]:
+        bounds = [*self.starts, len(self.sampler)][min(self.skip, len(self)) :]
+        keys = islice(self.sampler, bounds[0], None)
+        for start, stop in pairwise(bounds):
+            batch = [*islice(keys, stop - start)]
             first, last = (-(-len(batch) * rank // self.ranks) for rank in (self.rank, self.rank + 1))
             yield batch[first:last]
 
@@ -101,6 +104,7 @@ class BatchLoader:
         batch_size: of all ranks together.
         workers: number of processes; 0 loads in this one.
         seed, shuffle, expected: of the order; see EpochSampler.
+        starts: where in the order batches begin, if not every ``batch_size``.
         pin: copy batches to page-locked memory, for a GPU.
         window: positions of the order that a key names beside its own; 0: none. See EpochSampler.
     """
@@ -116,9 +120,10 @@ class BatchLoader:
         expected: np.ndarray | None = None,
         pin: bool = False,
         window: int = 0,
+        starts: Sequence[int] | None = None,
     ) -> None:
         self.sampler = EpochSampler(len(dataset), seed, shuffle, expected, window)
-        self.batches = BatchSampler(self.sampler, batch_size)
+        self.batches = BatchSampler(self.sampler, batch_size, starts)
         self.problems: list[str] = []
         self.loader = DataLoader(
             _Guarded(dataset),

@@ -25,6 +25,7 @@ class Kind:
 
 
 KINDS: dict[str, Kind] = {
+    "empty_split": Kind("splits without any box, which stop a training", WRONG),
     "broken_shard": Kind("tar shards that are damaged or hold less than is listed", LEFT_OUT),
     "missing_image": Kind("images that do not exist", LEFT_OUT),
     "unreadable_image": Kind("images that cannot be read", LEFT_OUT),
@@ -44,7 +45,8 @@ KINDS: dict[str, Kind] = {
     "overhanging_box": Kind("boxes partly outside their image, clipped", MENDED),
     "beyond_one": Kind("boxes with normalised values beyond 0..1, clipped", MENDED),
     "damaged_image": Kind("images damaged within, found by decoding them", WRONG),
-    "leaked_image": Kind("training images that are in val, too", WRONG),
+    "leaked_image": Kind("images that are in another split, too", WRONG),
+    "unlabelled_split": Kind("splits without any box, which cannot be evaluated", NOTE),
     "exif_rotated": Kind("images turned upright by their EXIF orientation", NOTE),
     "gray_image": Kind("gray images", NOTE),
     "deep_image": Kind("images of more than 8 bits a channel, read as 8", NOTE),

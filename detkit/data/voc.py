@@ -3,19 +3,23 @@
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from detkit.data.annotations import Annotations
 from detkit.data.columns import Columns
-from detkit.data.files import Listings, list_images, read_lines, with_slashes
+from detkit.data.files import Listings, list_images, names_in, read_lines, with_slashes
 from detkit.data.index import cached
 from detkit.data.problems import ProblemLog
+from detkit.data.splits import TRAINED, pick_split
 from detkit.data.voc_xml import SIDES, VocObject, parse_xml
 from detkit.errors import DetkitError, shorten
+from detkit.ops.files import open_regular
 from detkit.ops.image import IMAGE_SUFFIXES
-from detkit.registry import DATASETS
+from detkit.registry import DATASETS, SPLIT_NAMES
 
 LARGEST = 1e9  # pixels of a coordinate: beyond, it is nonsense
 MAX_PARTS = 20  # of a listed path: more in front are passed over
@@ -32,9 +36,9 @@ def read_voc(
     one_based: bool = False,
     log: ProblemLog | None = None,
 ) -> Annotations:
-    """Read the ``"train"`` or ``"val"`` split: the names in ``ImageSets/Main/{train_split,val_split}.txt``.
+    """Read a split: the names in ``ImageSets/Main/{train_split,val_split}.txt``, or in another list there.
 
-    The classes are the names that the xml files of both splits hold, sorted. Objects marked difficult are ignored as
+    The classes are the names that the xml files of all splits hold, sorted. Objects marked difficult are ignored as
     COCO ignores crowds: not trained on, neither right nor wrong to find.
 
     Args:
@@ -47,43 +51,92 @@ def read_voc(
     Raises:
         DetkitError: a missing folder or list, no class or no image left.
     """
+    base = _base(root)
+    labels = base / "Annotations"
+    lists = _lists(base, str(train_split), str(val_split))
+    split = pick_split(split, lists, base)
+    folder = _image_folder(base, images)
+
+    def build(log: ProblemLog) -> Annotations:
+        names = {split: _read_list(lists[split], labels)}
+        for other in lists.keys() - {split}:
+            with suppress(DetkitError):  # it is named where that split is read
+                names[other] = _read_list(lists[other], labels)
+        return _read_split(names, split, lists[split], labels, folder, bool(one_based), log)
+
+    return cached("voc", list(lists.values()), [labels, folder], [], log, build, split=split, one_based=bool(one_based))
+
+
+@SPLIT_NAMES.register("voc")
+def voc_splits(*, root: str | int, train_split: str = "train", val_split: str = "val", **_: Any) -> list[str]:
+    """Return the splits that ``read_voc`` finds; it takes the same keys."""
+    return [*_lists(_base(root), str(train_split), str(val_split))]
+
+
+def _base(root: str | int) -> Path:
+    """Return the folder that holds Annotations: ``root``, or voc within."""
     base = Path(str(root))
     if not base.is_dir():
         raise DetkitError(f"data.root={root} is not a folder")
     if not (base / "Annotations").is_dir() and (base / "voc" / "Annotations").is_dir():
         base = base / "voc"
-    labels = base / "Annotations"
-    if not labels.is_dir():
+    if not (base / "Annotations").is_dir():
         raise DetkitError(f"{base} has no folder Annotations: data.root must be the folder of a VOC set")
-    lists = {name: base / "ImageSets" / "Main" / f"{name}.txt" for name in (str(train_split), str(val_split))}
-    folder = _image_folder(base, images)
-    wanted = str({"train": train_split, "val": val_split}[split])
+    return base
 
-    def build(log: ProblemLog) -> Annotations:
-        names = {name: _read_list(file, labels) for name, file in lists.items()}
-        return _read_split(names, wanted, lists[wanted], labels, folder, bool(one_based), log)
 
-    return cached(
-        "voc", list(lists.values()), [labels, folder], [], log, build, split=wanted, one_based=bool(one_based)
-    )
+def _lists(base: Path, train_split: str, val_split: str) -> dict[str, Path]:
+    """Return the list of every split: train, val, and those of the others in ImageSets/Main that hold images alone.
+
+    trainval, which holds the images of both, is none of its own, nor are the lists of a class, such as ``cat_train``.
+    """
+    folder = base / "ImageSets" / "Main"
+    lists = {"train": folder / f"{train_split}.txt", "val": folder / f"{val_split}.txt"}
+    for name in names_in(folder):
+        stem, suffix = os.path.splitext(name)
+        file, known = folder / name, {*lists, "trainval", train_split, val_split}
+        if suffix == ".txt" and stem not in known and not name.startswith(".") and not _is_list_of_class(file):
+            lists[stem] = file
+    return lists
+
+
+def _is_list_of_class(file: Path) -> bool:
+    """Whether a list says for each image whether it shows a class, going by its first lines."""
+    try:
+        with open_regular(file) as stream:
+            lines = stream.read(2**12).decode(errors="replace").splitlines()[:10]
+    except OSError:
+        return False
+    columns = [line.split() for line in lines if line.strip()]
+    return all(len(column) > 1 and column[-1] in ("1", "-1", "0") for column in columns)
 
 
 def _read_split(
     names: dict[str, list[str]],
-    wanted: str,
+    split: str,
     list_file: Path,
     labels: Path,
     folder: Path,
     one_based: bool,
     log: ProblemLog,
 ) -> Annotations:
-    """Read the xml files of the wanted split, and those of the other for the names of its classes."""
+    """Read the xml files of a split, and those of the others for the names of their classes.
+
+    A split beside train and val of which there is none is without labels, as test sets may be: it has no boxes.
+    """
     columns = Columns(list_file, log)
     image_file = _image_finder(folder)
     classes: dict[str, int] = {}  # numbered as they come
     stems: list[str] = []
-    for name in dict.fromkeys(names[wanted]):
+    labelled = split in TRAINED or any(os.path.isfile(labels / f"{name}.xml") for name in names[split])
+    for name in dict.fromkeys(names[split]):
         file = labels / f"{name}.xml"
+        if not labelled:
+            path = image_file(name)
+            log.add("unlabelled_image", path, None, f"has no label file {file}")
+            columns.add_image(path, len(stems) + 1)
+            stems.append(name)
+            continue
         xml = parse_xml(file, log)
         if xml is None:
             continue
@@ -98,11 +151,11 @@ def _read_split(
                 continue
             label = classes.setdefault(obj.fields["name"], len(classes))
             columns.add_box(image, label, xyxy, obj.line, crowd=obj.fields.get("difficult") == "1")
-    again = len(names[wanted]) - len(set(names[wanted]))
-    for name in [name for name, count in Counter(names[wanted]).items() if count > 1] if again else ():
+    again = len(names[split]) - len(set(names[split]))
+    for name in [name for name, count in Counter(names[split]).items() if count > 1] if again else ():
         log.add("repeated_image", list_file, None, f"names {shorten(name)} more than once")
     silent = ProblemLog(limit=0)
-    for name in dict.fromkeys(name for split, entries in names.items() if split != wanted for name in entries):
+    for name in dict.fromkeys(name for other, entries in names.items() if other != split for name in entries):
         for obj in (parse_xml(labels / f"{name}.xml", silent) or (None, ()))[1]:
             if _box(obj, one_based) is not None:
                 classes.setdefault(obj.fields["name"], len(classes))
@@ -115,8 +168,12 @@ def _read_split(
     columns.class_names = tuple(sorted(classes))
     columns.category_ids = tuple(range(1, len(classes) + 1))
     rank = np.array([columns.class_names.index(name) for name in classes])
-    columns.label = rank[np.asarray(columns.label, np.int64)]
-    return columns.finish(lambda image, line: (labels / f"{stems[image]}.xml", line, ""))
+
+    def translate(rows: np.ndarray) -> np.ndarray:
+        rows["label"] = rank[rows["label"]]
+        return rows
+
+    return columns.finish(lambda image, line, _: (labels / f"{stems[image]}.xml", line, ""), translate)
 
 
 def _box(obj: VocObject, one_based: bool) -> tuple[float, float, float, float] | None:

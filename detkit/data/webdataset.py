@@ -6,7 +6,7 @@ A sample is KEY.jpg (or another image) and KEY.json in the same tar file::
      "areas": [...], "crowd": [false, ...]}
 
 with boxes in pixels of the upright image and labels from 0; ``boxes`` and ``labels`` must be there. Beside the shards,
-``train.json`` and ``val.json`` list them::
+``train.json``, ``val.json`` and one of every other split list them::
 
     {"class_names": [...], "category_ids": [...], "shards": [{"file": "train-000000.tar", "images": 1000}, ...]}
 
@@ -31,12 +31,14 @@ import numpy as np
 from detkit.data.annotations import Annotations
 from detkit.data.coco_fields import LARGEST, is_whole
 from detkit.data.columns import Columns, check_class_names
+from detkit.data.files import names_in
 from detkit.data.index import cached
 from detkit.data.problems import ProblemLog
+from detkit.data.splits import TRAINED, pick_split
 from detkit.errors import DetkitError
 from detkit.ops.files import open_regular, read_regular
 from detkit.ops.image import IMAGE_SUFFIXES, MAX_BYTES, read_bytes
-from detkit.registry import DATASETS
+from detkit.registry import DATASETS, SPLIT_NAMES
 
 SHARD_IMAGES = 1000
 MAX_JSON = 2**26  # bytes of one sample's json
@@ -47,7 +49,7 @@ TAR_ERRORS = (tarfile.TarError, EOFError, ValueError, OverflowError, IndexError,
 
 @DATASETS.register("webdataset")
 def read_webdataset(split: str, *, root: str | int, log: ProblemLog | None = None) -> Annotations:
-    """Read the labels of the ``"train"`` or ``"val"`` split, in the order of the shards.
+    """Read the labels of a split, in the order of the shards.
 
     A damaged shard gives what comes before the damage. Images and boxes are judged as in data/mending.py.
 
@@ -58,9 +60,8 @@ def read_webdataset(split: str, *, root: str | int, log: ProblemLog | None = Non
     Raises:
         DetkitError: no such folder, a missing or malformed SPLIT.json, a missing shard, or no image left.
     """
-    folder = Path(str(root))
-    if not folder.is_dir():
-        raise DetkitError(f"data.root={root} is not a folder; tar shards are read from a local folder only")
+    folder = _folder(root)
+    split = pick_split(split, webdataset_splits(root=root), folder)
     file = folder / f"{split}.json"
     about = _load(file)
     shards = [folder / shard["file"] for shard in about["shards"]]
@@ -75,9 +76,31 @@ def read_webdataset(split: str, *, root: str | int, log: ProblemLog | None = Non
         ids = columns.image_ids
         if min(ids, default=0) < 0 or len(set(ids)) < len(ids):  # some have none, or one that others have
             columns.image_ids = array("q", range(1, len(ids) + 1))
-        return columns.finish(lambda image, k: (columns.paths[image], None, f"boxes[{k}] "))
+        return columns.finish(lambda image, k, _: (columns.paths[image], None, f"boxes[{k}] "))
 
     return cached("webdataset", [file, *shards], [], [], log, build, split=split)
+
+
+@SPLIT_NAMES.register("webdataset")
+def webdataset_splits(*, root: str | int) -> list[str]:
+    """Return train, val, and the names of the other json files that list shards."""
+    folder = _folder(root)
+    others = [folder / name for name in names_in(folder) if name.endswith(".json") and not name.startswith(".")]
+    return [*TRAINED, *(file.stem for file in others if file.stem not in TRAINED and _lists_shards(file))]
+
+
+def _folder(root: str | int) -> Path:
+    folder = Path(str(root))
+    if not folder.is_dir():
+        raise DetkitError(f"data.root={root} is not a folder; tar shards are read from a local folder only")
+    return folder
+
+
+def _lists_shards(file: Path) -> bool:
+    try:
+        return {"class_names", "shards"} <= json.loads(read_regular(file, MAX_JSON)).keys()
+    except (OSError, ValueError, AttributeError, RecursionError):
+        return False
 
 
 def write_webdataset(annotations: Annotations, folder: Path, split: str, shard_images: int = SHARD_IMAGES) -> None:

@@ -14,13 +14,14 @@ from typing import Any
 
 from detkit.data.annotations import Annotations
 from detkit.data.columns import Columns, check_class_names
-from detkit.data.files import Listings, images_in, list_images, read_lines, with_slashes
+from detkit.data.files import Listings, images_in, is_image, list_images, read_lines, with_slashes
 from detkit.data.image_names import ImageNames
 from detkit.data.index import cached
 from detkit.data.problems import ProblemLog
+from detkit.data.splits import ALIASES, TRAINED, MissingSplit, pick_split
 from detkit.errors import DetkitError, shorten
 from detkit.ops.files import MAX_TEXT, read_regular, read_yaml
-from detkit.registry import DATASETS
+from detkit.registry import DATASETS, SPLIT_NAMES
 
 LARGEST = 1e6  # of a normalised value: beyond, it is nonsense
 # Tools leave these beside the labels.
@@ -32,20 +33,21 @@ NO_LABELS = {
 
 @DATASETS.register("yolo")
 def read_yolo(split: str, *, yaml: str | int, log: ProblemLog | None = None) -> Annotations:
-    """Read the ``"train"`` or ``"val"`` split that a data.yaml describes.
+    """Read a split that a data.yaml describes: ``train``, ``val`` (or ``valid``), ``test``, or another of its keys.
 
-    ``train`` and ``val`` are a folder, a text file of image paths, or a list of these, relative to ``path``, which is
-    relative to the yaml and may be missing. ``names`` is a list, or a mapping of class ids that may have gaps. Labels
+    A split is a folder, a text file of image paths, or a list of these, relative to ``path``, which is relative to the
+    yaml and may be missing. ``names`` is a list, or a mapping of class ids that may have gaps. Labels
     lie in the folder ``labels`` beside ``images``, or else beside their image; an image without any is background.
 
     Args:
         log: where problems go; given one, the files are read anew instead of the index.
 
     Raises:
-        DetkitError: a missing or malformed yaml, folder or list of images, or no image left.
+        DetkitError: a missing or malformed yaml, folder or list of images, no such split, or no image left.
     """
     file = Path(str(yaml))
     content = _load(file)
+    split = pick_split(split, _split_names(content, file), file)
     class_names, category_ids = _names(content, file)
     keypoints = _keypoints(content, file)
     sources = _sources(content, split, file)
@@ -69,6 +71,13 @@ def read_yolo(split: str, *, yaml: str | int, log: ProblemLog | None = None) -> 
         return _read_labels(paths, columns, keypoints)
 
     return cached("yolo", [file, *lists], deep, flat, log, build, split=split)
+
+
+@SPLIT_NAMES.register("yolo")
+def yolo_splits(*, yaml: str | int) -> list[str]:
+    """Return the splits that a data.yaml describes."""
+    file = Path(str(yaml))
+    return _split_names(_load(file), file)
 
 
 def label_folders(folder: Path) -> list[Path]:
@@ -135,7 +144,7 @@ def _read_labels(paths: list[Path], columns: Columns, keypoints: int) -> Annotat
         seen.add(path)
     for file in labels.without_image():
         log.add("labels_without_image", file, None, "has no image")
-    return columns.finish(lambda image, line: (labels.find(Path(columns.paths[image])), line, ""))
+    return columns.finish(lambda image, line, _: (labels.find(Path(columns.paths[image])), line, ""))
 
 
 def _read_label_file(
@@ -251,11 +260,26 @@ def _keypoints(content: Mapping[str, Any], file: Path) -> int:
     return numbers[0] * numbers[1]
 
 
+def _split_names(content: Mapping[str, Any], file: Path) -> list[str]:
+    """Return train, val, test where it is there, and the other keys whose values are folders or lists of images."""
+    names = [*TRAINED, *(["test"] if content.get("test") else [])]
+    return names + [key for key in content if _is_other_split(key, content, file)]
+
+
+def _is_other_split(key: Any, content: Mapping[str, Any], file: Path) -> bool:
+    if key in (*TRAINED, *ALIASES, "test", "path", "names") or not isinstance(key, str):
+        return False
+    try:
+        sources = _sources(content, key, file)
+        return all(images_in(s) if s.is_dir() else is_image((read_lines(s) or [""])[0]) for s in sources)
+    except (DetkitError, OSError, ValueError):
+        return False
+
+
 def _sources(content: Mapping[str, Any], split: str, file: Path) -> list[Path]:
     """Return the folders and lists of images of a split."""
-    entries = content.get(split)
-    if split == "val" and entries is None:
-        entries = content.get("valid")
+    keys = [split, *(alias for alias, name in ALIASES.items() if name == split)]
+    entries = next((content[key] for key in keys if content.get(key) is not None), None)
     entries = [entries] if isinstance(entries, str) else entries
     if not isinstance(entries, list) or not entries or not all(isinstance(e, str) and e for e in entries):
         raise DetkitError(f"{file} needs '{split}': a folder of images, a text file of image paths, or a list of these")
@@ -271,7 +295,7 @@ def _resolve(folder: Path, base: str, entry: str, file: Path) -> Path:
         for candidate in (folder / base_name / name, folder / name, folder / name.removeprefix("../")):
             if os.path.isdir(candidate) or os.path.isfile(candidate):
                 return candidate
-    raise DetkitError(
+    raise MissingSplit(
         f"{file}: there is no {shorten(str(folder / base / entry))}; correct 'path' (relative to the yaml) or the "
         f"entry '{shorten(entry)}'"
     )

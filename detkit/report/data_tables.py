@@ -57,8 +57,9 @@ def print_classes(splits: Mapping[str, Annotations], console: Console) -> None:
         for split, annotations in splits.items():
             boxes = counts[split][k]
             cells += [_share(boxes, counts[split].sum()), f"{boxes / len(annotations):.2f}"]
-        absent = [split for split in splits if not counts[split][k]]
-        remark = f"none in {absent[0]}" if len(absent) == 1 else "none" if absent else ""
+        labelled = [split for split in splits if counts[split].any()]
+        absent = [split for split in labelled if not counts[split][k]]
+        remark = "" if not absent else "none" if absent == labelled else f"none in {', '.join(absent)}"
         table.add_row(printable(name), *cells, remark, style="yellow" if absent else None)
     console.print(table, soft_wrap=False)
 

@@ -16,7 +16,7 @@ from detkit.errors import DetkitError
 from detkit.report.console import make_console
 from detkit.report.plots import draw_evaluation, save_figure
 from detkit.report.tables import print_metrics
-from detkit.tasks.common import checkpoint_name, make_run_dir, read_split, tell_split, val_loader
+from detkit.tasks.common import checkpoint_name, explain_empty, make_run_dir, read_split, tell_split, val_loader
 
 RANK_TIMEOUT = 60  # seconds that ranks wait for one another to start
 
@@ -39,7 +39,10 @@ def run(cfg: dict[str, Any]) -> dict[str, Any]:
     if data is None:
         raise DetkitError(f"{cfg['ckpt']} does not say what it was trained with: add data=coco data.root=DIR")
     with main_first():  # which leaves an index, or draws the set
-        annotations = read_split(data, cfg["split"])
+        annotations = read_split(data, str(cfg["split"]))
+    if not len(annotations.labels) and not data.get("allow_empty"):
+        words = "to see what is found in its images, run predict with source=FOLDER"
+        raise DetkitError(f"split={cfg['split']} has no boxes to compare with: {explain_empty(annotations)}; {words}")
     if annotations.class_names != detector.class_names:
         ours, theirs = ", ".join(detector.class_names), ", ".join(annotations.class_names)
         raise DetkitError(f"{cfg['ckpt']} knows the classes {ours}; {annotations.source} has {theirs}")

@@ -32,7 +32,10 @@ CHANGEABLE = (
     *("device", "workers", "data.root"),
 )
 # Of these the file may differ from what was saved, but the command line sets them for other reasons.
-FREE = (*CHANGEABLE, "data.yaml", "run_dir", "resume", "plugins", "max_pixels")
+FREE = (
+    *(*CHANGEABLE, "data.yaml", "run_dir", "resume", "plugins", "max_pixels"),
+    *("data.allow_empty", "data.test_images", "data.test_annotations"),  # which a training does not depend on
+)
 
 
 def job_name() -> str:

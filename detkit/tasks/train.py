@@ -39,7 +39,7 @@ from detkit.ops.image import set_max_pixels
 from detkit.ops.ranks import rank_count
 from detkit.report.console import make_console
 from detkit.report.tables import print_metrics, print_transfer
-from detkit.tasks.common import AUTO, check_classes, make_run_dir, model_name, read_split, tell_split, val_loader
+from detkit.tasks.common import AUTO, make_run_dir, model_name, read_training, tell_split, val_loader
 from detkit.tasks.resume import job_name, restarted_run, resumed_run, tell_progress
 from detkit.tasks.watch import open_log
 
@@ -159,8 +159,7 @@ def _prepare(cfg: dict[str, Any], saved: dict[str, Any] | None, device: torch.de
         if cfg["data"].get(key) is not None:  # made absolute, so that a checkpoint finds it from anywhere
             cfg["data"][key] = str(Path(str(cfg["data"][key])).resolve())
     with main_first():  # which leaves an index, or draws the set
-        train_set, val_set = read_split(cfg["data"], "train"), read_split(cfg["data"], "val")
-    check_classes(train_set, val_set)
+        train_set, val_set = read_training(cfg["data"])
 
     detector = build_detector(without_pretrained(cfg) if saved else cfg, train_set.class_names).to(device)
     detector.cfg = cfg
