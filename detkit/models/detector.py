@@ -193,14 +193,18 @@ def list_pictures(path: Path) -> list[Path]:
         DetkitError: neither is there or can be read, or the folder holds no images.
     """
     try:
-        if not stat.S_ISDIR(path.stat().st_mode):
-            return [path]
-        files = sorted(file for file in path.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES)
+        mode = path.stat().st_mode
+        listed = path.iterdir() if stat.S_ISDIR(mode) else ()
+        files = sorted(file for file in listed if file.suffix.lower() in IMAGE_SUFFIXES)
     except FileNotFoundError:
         raise DetkitError(f"source {shorten(str(path))} does not exist") from None
     except (OSError, ValueError) as error:  # no permission, links in a circle, a NUL character
         reason = getattr(error, "strerror", None) or error
         raise DetkitError(f"cannot read source {shorten(str(path))}: {reason}") from None
+    if stat.S_ISREG(mode):
+        return [path]
+    if not stat.S_ISDIR(mode):
+        raise DetkitError(f"source {shorten(str(path))} is neither a regular file nor a folder")
     if not files:
         suffixes = ", ".join(sorted(IMAGE_SUFFIXES))
         raise DetkitError(f"folder {shorten(str(path))} holds no images (looked for {suffixes})")
