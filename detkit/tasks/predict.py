@@ -53,7 +53,7 @@ def run(cfg: dict[str, Any]) -> list[dict[str, Any]]:
                 console.print(printable(failures[-1]))
     finally:
         _write_records(records, run_dir)
-    console.print(f"{len(records)} of {len(files)} pictures, and predictions.json: {printable(str(run_dir))}")
+        console.print(f"{len(records)} of {len(files)} pictures, and predictions.json: {printable(str(run_dir))}")
     if failures:
         more = f" (and {len(failures) - 1} more)" if len(failures) > 1 else ""
         raise DetkitError(failures[0] + more)
