@@ -90,6 +90,7 @@ RULES: dict[str, Rule] = {
     "score": _number(0, 1),
     "iou": _number(0, 1),
     "max_det": _whole(1),
+    "multi_label": BOOLEAN,
     "rounds": _whole(1),
     "compile": BOOLEAN,
     "peer": _optional(PATH),

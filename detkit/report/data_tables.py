@@ -9,7 +9,8 @@ from rich.console import Console
 from rich.table import Table
 
 from detkit.data.annotations import Annotations
-from detkit.data.problems import KINDS, LEFT_OUT, MENDED, NOTE, WRONG, ProblemLog, printable
+from detkit.data.problems import KINDS, LEFT_OUT, MENDED, NOTE, WRONG, ProblemLog
+from detkit.errors import printable
 
 AREAS = (32**2, 96**2)  # pixels: COCO's bounds of small and medium
 SHOWN = 3  # findings of a kind and split
@@ -36,9 +37,9 @@ def _describe(annotations: Annotations) -> dict[str, str]:
         "without boxes": _share((np.diff(annotations.offsets) == 0).sum(), images),
         "boxes": str(boxes),
         "boxes an image": f"{boxes / images:.1f}",
-        "small, below 32²": _share(small, boxes),
+        "small, below 32x32": _share(small, boxes),
         "medium": _share(medium, boxes),
-        "large, from 96²": _share(large, boxes),
+        "large, from 96x96": _share(large, boxes),
         "crowds": str(annotations.crowd.sum()),
     }
 

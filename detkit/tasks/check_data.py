@@ -13,12 +13,12 @@ from detkit.data.loader import worker_count
 from detkit.data.problems import LEFT_OUT, MENDED, NOTE, WRONG, ProblemLog
 from detkit.data.splits import TRAINED
 from detkit.data.writers import refuse_full, write_set
-from detkit.errors import DetkitError
+from detkit.errors import DetkitError, printable
 from detkit.registry import WRITERS
 from detkit.report.console import make_console
 from detkit.report.data_plots import plot_set
 from detkit.report.data_tables import print_classes, print_problems, print_splits, write_findings
-from detkit.tasks.common import explain_empty, make_run_dir, read_splits, train_command
+from detkit.tasks.common import explain_empty, make_run_dir, read_splits, train_command, writing_to
 
 KEPT = 100_000  # findings of a kind that are listed; all are counted
 
@@ -29,7 +29,7 @@ def run(cfg: dict[str, Any]) -> dict[str, ProblemLog]:
     Prints tables and findings, writes ``findings.csv`` and ``plots/*.png``, and a cleaned copy where ``fix`` is set.
 
     Raises:
-        DetkitError: a split cannot be read at all, or the copy cannot be written.
+        DetkitError: a split cannot be read at all, or what was found or the copy cannot be written.
         SystemExit: with status 2, where anything is wrong with the set.
     """
     console = make_console()
@@ -48,11 +48,14 @@ def run(cfg: dict[str, Any]) -> dict[str, ProblemLog]:
     run_dir = make_run_dir(cfg, "check_data", cfg["data"]["name"])
     keep = inspect_images(splits, logs, worker_count(cfg["workers"]))
 
-    print_splits(splits, console)
-    print_classes(splits, console)
-    print_problems(logs, console)
-    write_findings(logs, run_dir / "findings.csv")
-    plot_set(splits, run_dir / "plots")
+    try:
+        with writing_to(run_dir):
+            write_findings(logs, run_dir / "findings.csv")
+            plot_set(splits, run_dir / "plots")
+    finally:
+        print_splits(splits, console)
+        print_classes(splits, console)
+        print_problems(logs, console)
     if copy is not None:
         own = cfg["data"]["name"] if cfg["data"]["name"] in WRITERS.names() else "coco"
         _write_copy(_cleaned(splits, keep, console), cfg["format"] or own, copy, console)
@@ -63,7 +66,7 @@ def run(cfg: dict[str, Any]) -> dict[str, ProblemLog]:
     counts = ", ".join(
         f"{count or 'no'} {word}{'' if count == 1 else 's'}" for count, word in ((wrong, "error"), (notes, "note"))
     )
-    console.print(f"{counts}: findings.csv and plots are in {run_dir}")
+    console.print(f"{counts}: findings.csv and plots are in {printable(str(run_dir))}")
     if wrong:
         sys.exit(2)
     return logs
@@ -93,4 +96,4 @@ def _write_copy(splits: dict[str, Annotations], form: str, folder: Path, console
     counts = ", ".join(f"{len(a)} {split} images with {len(a.labels)} boxes" for split, a in splits.items())
     console.print(f"cleaned copy, {form}: {counts}; train on it: {train_command(written.data)}")
     for remark in written.remarks:
-        console.print(f"mind: {remark}")
+        console.print(f"mind: {printable(remark)}")

@@ -5,7 +5,8 @@ import json
 import re
 import shlex
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from detkit.data.dataset import DetectionDataset, LetterboxDataset
 from detkit.data.loader import BatchLoader, worker_count
 from detkit.data.problems import LEFT_OUT, MENDED, ProblemLog
 from detkit.data.splits import TRAINED, MissingSplit, splits_of
-from detkit.errors import DetkitError
+from detkit.errors import DetkitError, printable
 from detkit.registry import DATASETS
 
 AUTO = "auto"  # resume=auto: go on with the run in the named folder, if there is one
@@ -49,6 +50,19 @@ def make_run_dir(cfg: Mapping[str, Any], task: str, name: str) -> Path:
         return path
     except OSError as error:
         raise DetkitError(f"cannot create the run directory {error.filename}: {error.strerror}") from None
+
+
+@contextmanager
+def writing_to(path: Path) -> Iterator[None]:
+    """Report a full or read-only disk, and whatever else the system refuses to a block, as a mistake with ``path``.
+
+    Raises:
+        DetkitError: in place of an OSError.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise DetkitError(f"cannot write {printable(str(path))}: {error.strerror or error}") from None
 
 
 def named_folder(cfg: Mapping[str, Any]) -> Path | None:

@@ -2,6 +2,7 @@
 
 import errno
 import math
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -157,7 +158,7 @@ def _prepare(cfg: dict[str, Any], saved: dict[str, Any] | None, device: torch.de
     cfg["workers"] = worker_count(cfg["workers"])
     for key in ("root", "yaml"):
         if cfg["data"].get(key) is not None:  # made absolute, so that a checkpoint finds it from anywhere
-            cfg["data"][key] = str(Path(str(cfg["data"][key])).resolve())
+            cfg["data"][key] = os.path.realpath(str(cfg["data"][key]))  # of a link to itself, too
     with main_first():  # which leaves an index, or draws the set
         train_set, val_set = read_training(cfg["data"])
 
