@@ -16,7 +16,7 @@ from detkit.errors import DetkitError
 from detkit.report.console import make_console
 from detkit.report.plots import draw_evaluation, save_figure
 from detkit.report.tables import print_metrics
-from detkit.tasks.common import checkpoint_name, make_run_dir, read_split, tell_split, val_loader
+from detkit.tasks.common import check_room, checkpoint_name, make_run_dir, read_split, tell_split, val_loader
 
 RANK_TIMEOUT = 60  # seconds that ranks wait for one another to start
 
@@ -46,6 +46,7 @@ def run(cfg: dict[str, Any]) -> dict[str, Any]:
     tell_split(cfg["split"], annotations, console)
     run_dir = Path(from_main(lambda: str(make_run_dir(cfg, "eval", checkpoint_name(cfg["ckpt"])))))
 
+    check_room(cfg)
     loader = val_loader(annotations, cfg, device)
     thresholds = {key: cfg[key] for key in ("score", "iou", "max_det")}
     precision = Precision.pick(cfg["amp"] or _amp_of_training(detector.cfg, device), device)

@@ -38,7 +38,16 @@ from detkit.models.detector import Detector, build_detector, build_loss
 from detkit.ops.ranks import rank_count
 from detkit.report.console import make_console
 from detkit.report.tables import print_metrics, print_transfer
-from detkit.tasks.common import AUTO, check_classes, make_run_dir, model_name, read_split, tell_split, val_loader
+from detkit.tasks.common import (
+    AUTO,
+    check_classes,
+    check_room,
+    make_run_dir,
+    model_name,
+    read_split,
+    tell_split,
+    val_loader,
+)
 from detkit.tasks.resume import job_name, restarted_run, resumed_run, tell_progress
 from detkit.tasks.watch import open_log
 
@@ -168,6 +177,7 @@ def _prepare(cfg: dict[str, Any], saved: dict[str, Any] | None, device: torch.de
     if cfg["batch_size"] == "auto":
         cfg["batch_size"] = from_main(lambda: choose_batch_size(attempt, device)) * rank_count()
         console.print(f"batch_size=auto: {cfg['batch_size']} images")
+    check_room(cfg)
     loader = _train_loader(train_set, cfg, device)
     if cfg["trainer"]["sync_bn"] and rank_count() > 1:
         synchronise_norms(detector)
@@ -264,6 +274,7 @@ def _train_loader(annotations: Annotations, cfg: dict[str, Any], device: torch.d
         images = TiledDataset(images, **tiles)
     expected = expected_draws(images, data)
     options = {"workers": worker_count(cfg["workers"]), "seed": cfg["seed"], "pin": device.type == "cuda"}
+    options["timeout"] = cfg["trainer"]["loader_timeout"]
     streams = expected is None and data.get("cache") is None and not isinstance(images, TiledDataset)
     if data["name"] == "webdataset" and streams:
         augmentation = Augmentation(cfg["image_size"], cfg["augment"], epochs)
