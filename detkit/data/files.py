@@ -1,10 +1,13 @@
 """Listing folders that may be large, or link to themselves, and working on many files by several processes."""
 
+import multiprocessing
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +15,7 @@ from rich.progress import track
 
 from detkit.errors import DetkitError
 from detkit.ops.image import IMAGE_SUFFIXES
+from detkit.ops.processes import end_with_parent
 
 
 def is_image(name: str) -> bool:
@@ -110,16 +114,27 @@ def map_files(
     Raises:
         DetkitError: one of the processes was killed.
     """
+    others = multiprocessing.active_children()
     try:
-        with ProcessPoolExecutor(max(workers, 1), initializer=initializer) as pool:
+        with ProcessPoolExecutor(max(workers, 1), initializer=partial(_begin, initializer)) as pool:
             results = pool.map(function, paths, chunksize=64)
             try:
                 yield from track(results, words, len(paths), transient=True, disable=not sys.stdout.isatty())
             except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
+                for child in multiprocessing.active_children():  # the pool would wait for what they are at
+                    if child not in others:
+                        child.kill()
                 raise
     except BrokenProcessPool:
         raise DetkitError(f"{words}: a process was killed, for want of memory perhaps; try workers=1") from None
+
+
+def _begin(initializer: Callable[[], None] | None) -> None:
+    """Prepare a process, which ends with this one and leaves Ctrl-C to it."""
+    end_with_parent()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if initializer is not None:
+        initializer()
 
 
 def cores() -> int:

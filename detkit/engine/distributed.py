@@ -179,7 +179,8 @@ def gather(data: bytes) -> list[bytes]:
 
 def gather_lines(lines: Sequence[str]) -> list[str]:
     """Return the sentences of all ranks on rank 0, elsewhere none; alone, ``lines``."""
-    return [line for text in gather("\n".join(lines).encode()) for line in text.decode().splitlines()]
+    texts = gather("\n".join(lines).encode(errors="surrogateescape"))  # file names may be no UTF-8
+    return [line for text in texts for line in text.decode(errors="surrogateescape").splitlines()]
 
 
 def first_to_say(sentence: str) -> bool:

@@ -4,6 +4,8 @@ import errno
 import os
 import stat
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -94,6 +96,27 @@ def _expanded_size(node: yaml.Node, known: dict[int, int], depth: int) -> int:
         flat = [n for child in children for n in (child if isinstance(child, tuple) else (child,))]
         known[id(node)] = 1 + sum(_expanded_size(child, known, depth + 1) for child in flat)
     return known[id(node)]
+
+
+@contextmanager
+def naming(path: str | Path) -> Iterator[None]:
+    """Name a file in an OSError of the block that names none, such as that of a full disk."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = os.fspath(path)
+        raise
+
+
+def explain_oserror(error: OSError) -> str | None:
+    """Return a sentence on what the system refuses, with the file; None where a library has made up the error."""
+    if error.errno is None:
+        return None
+    if error.filename is None:
+        return f"the system refuses: {error.strerror}"
+    path = error.filename if isinstance(error.filename, int) else os.fsdecode(error.filename)
+    return f"cannot read or write {path}: {error.strerror}"
 
 
 def cache_dir() -> Path:

@@ -11,7 +11,7 @@ def select_boxes(
 
     Args:
         boxes_ba4: (B, A, 4) xyxy.
-        scores_bac: (B, A, C) in 0..1.
+        scores_bac: (B, A, C) in 0..1. What is not finite, score or box, is passed over.
         score: keep scores strictly above this.
         iou: drop a box that overlaps a better one of its class by more than this.
         max_det: at most this many boxes an image, best first.
@@ -24,7 +24,8 @@ def select_boxes(
 
     selected = []
     for boxes_a4, scores_ac in zip(boxes_ba4.float(), scores_bac.float(), strict=True):
-        point, label = torch.nonzero(scores_ac > score, as_tuple=True)
+        sound = boxes_a4.isfinite().all(-1, keepdim=True)  # one that is not would spoil the suppression of all
+        point, label = torch.nonzero((scores_ac > score) & sound, as_tuple=True)
         confidence = scores_ac[point, label]
         if len(confidence) > max_candidates:
             confidence, best = confidence.topk(max_candidates)

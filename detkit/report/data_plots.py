@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from detkit.data.annotations import Annotations
 from detkit.data.problems import printable
 from detkit.report.data_tables import AREAS, class_counts
-from detkit.report.plots import new_figure
+from detkit.report.plots import new_figure, save_figure
 
 BINS = 60
 SHOWN = 30  # classes on the page of a training set
@@ -19,7 +19,6 @@ SHOWN = 30  # classes on the page of a training set
 
 def plot_set(splits: Mapping[str, Annotations], folder: Path) -> None:
     """Draw what a set holds, a panel a split: classes, box sizes, box centres, image sizes, boxes an image."""
-    folder.mkdir(parents=True, exist_ok=True)
     plot_classes(splits, folder / "classes.png")
     for name, draw in (
         ("box_sizes", draw_box_sizes),
@@ -33,7 +32,7 @@ def plot_set(splits: Mapping[str, Annotations], folder: Path) -> None:
         ):
             axes.set_title(f"{split}: {len(annotations)} images, {len(annotations.labels)} boxes")
             draw(axes, annotations)
-        figure.savefig(folder / f"{name}.png", dpi=100)
+        save_figure(figure, folder / f"{name}.png")
 
 
 def draw_labels(annotations: Annotations) -> Figure:
@@ -70,7 +69,7 @@ def plot_classes(splits: Mapping[str, Annotations], path: Path) -> None:
     axes.set(title="boxes of each class", xlabel="percent of the split's boxes", ylim=(len(names), -0.6))
     axes.grid(axis="x", alpha=0.3)
     axes.legend()
-    figure.savefig(path, dpi=100)
+    save_figure(figure, path)
 
 
 def draw_box_sizes(axes: Axes, annotations: Annotations) -> None:

@@ -28,7 +28,7 @@ from detkit.engine.memory import choose_batch_size, explain_out_of_memory, trial
 from detkit.engine.optim import Recipe, Schedule, accumulation, describe_factors
 from detkit.engine.parts import freeze
 from detkit.engine.precision import Precision, keep_freed_memory, make_deterministic
-from detkit.engine.state import TrainState, read_state, restore, saved_recipe
+from detkit.engine.state import STATE, TrainState, read_state, restore, saved_recipe
 from detkit.engine.step import TrainStep
 from detkit.engine.trainer import Trainer, no_better
 from detkit.engine.transfer import TransferReport, load_weights
@@ -84,7 +84,7 @@ def run(cfg: dict[str, Any], stop_early: Callable[[TrainState], str | None] = la
         stop_early: gives a reason to stop early, as in ``Trainer``; ``trainer.patience`` is another.
 
     Raises:
-        DetkitError: a user's mistake, found before the first step where that is possible; or the disk is full.
+        DetkitError: a user's mistake, found before the first step where that is possible; or the system refuses a file.
         SystemExit: a signal asked for the end; the state is saved.
     """
     said: list[str] = []
@@ -239,7 +239,7 @@ def _fit(training: Training, run_dir: Path, stop_early: Callable[[TrainState], s
     """Train from ``training.state`` on; None where the device has too little memory.
 
     Raises:
-        DetkitError: the disk is full.
+        DetkitError: the system refuses a file: the disk is full, say.
     """
     cfg, step, state, val_set = training.cfg, training.step, training.state, training.val_set
     options = ("epochs", "max_bad_steps", "save_every", "keep_last", "log_every")
@@ -255,11 +255,11 @@ def _fit(training: Training, run_dir: Path, stop_early: Callable[[TrainState], s
     except torch.OutOfMemoryError:
         return None  # and not the error: it holds the tensors of its frames
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        raise DetkitError(
-            f"{run_dir}: {error.strerror}; make room there, then resume={run_dir} goes on from what is saved"
-        ) from None
+        if error.errno is None:
+            raise  # a library's own
+        first = "make room there, then " if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
+        later = f"; {first}resume={run_dir} goes on from what is saved" if (run_dir / STATE).exists() else ""
+        raise DetkitError(f"{error.filename or run_dir}: {error.strerror}{later}") from None
 
 
 def _train_loader(annotations: Annotations, cfg: dict[str, Any], device: torch.device) -> BatchLoader | ShardLoader:
