@@ -46,9 +46,9 @@ def spoil_weights(detector: Detector, value: float) -> None:
 
 
 def spoil_last_bias(detector: Detector, value: float) -> None:
-    """What the head adds at the end, at one level."""
+    """What the head adds at the end, at the last level."""
     last = [m for m in detector.head.modules() if isinstance(m, nn.Conv2d) and m.bias is not None][-1]
-    last.bias.data[0] = value
+    last.bias.data.fill_(value)
 
 
 def spoil_images(detector: Detector, value: float) -> None:
@@ -76,10 +76,11 @@ def test_a_loss_meets_no_index_that_is_not_there(model, value, boxes):
     """Every output alone, all of it or one number: whatever the loss is, it is not finite where all of it is not."""
     detector = detkit.create_model(model, num_classes=3, overrides=SMALL).train()
     loss, batch = build_loss(detector.cfg, detector.head), random_batch(2, (64, 64), boxes, 3)
-    out = detector(batch.images.float() / 255)
+    with torch.no_grad():
+        out = detector(batch.images.float() / 255)
     for name, whole in {name: x for name, x in vars(out).items() if name in ("cls", "reg", "objectness")}.items():
         for k in range(0, whole.numel(), whole.numel() // 7):
-            one = whole.detach().clone()
+            one = whole.clone()
             one.view(-1)[k] = value
             total(loss, replace(out, **{name: one.requires_grad_()}), batch).backward()
         spoilt = total(loss, replace(out, **{name: torch.full_like(whole, value).requires_grad_()}), batch)

@@ -70,6 +70,10 @@ class Workers:
         while (result := self._waited(lambda: next(self.iterator, None))) is not None:
             yield result
 
+    def have_ended(self) -> bool:
+        """Whether one of the processes is no more."""
+        return any(process.exitcode is not None for process in self.processes)
+
     def _start(self) -> None:
         """Start the processes.
 
@@ -110,9 +114,9 @@ class Workers:
             WorkersLost: one has died, or nothing came in time.
         """
         try:
-            if any(process.exitcode is not None for process in self.processes):
+            if self.have_ended():
                 raise ChildProcessError
-            with _raising_sigchld(), _after(self.timeout, self._give_up):
+            with _interrupted(self), _after(self.timeout, self._give_up):
                 return receive()
         except Exception as error:
             sentence = self._explain(error, self._exit_codes())
@@ -226,41 +230,39 @@ def _kill(processes: list[BaseProcess]) -> None:
         multiprocessing.process._children.discard(process)  # one that waits for a dead disk would be waited for
 
 
-_receiving = False  # whether the main thread waits for a process
+_receiving: Workers | None = None  # what the main thread waits for
 
 
 def _tame_sigchld(before: Any) -> None:
-    """Let torch's handler of SIGCHLD raise only where the main thread waits for a worker process.
-
-    It does wherever that is, in the middle of an optimizer step or of a file, too.
+    """Put a handler of SIGCHLD in the place of torch's, which raises wherever the main thread is when a worker dies: in
+    the middle of an optimizer step or of a file, too. This one raises where the thread waits for that worker.
 
     Args:
         before: the handler that was there before torch's.
     """
-    handler = signal.getsignal(SIGCHLD)
-    if handler is before:  # torch's was there already, or this is not the main thread
+    if signal.getsignal(SIGCHLD) is before:  # torch's came earlier, or this is not the main thread
         return
 
-    def tamed(signum: int, frame: FrameType | None) -> None:
+    def handler(signum: int, frame: FrameType | None) -> None:
         global _receiving
-        if _receiving:
-            _receiving = False  # once is enough
-            handler(signum, frame)
-            _receiving = True
-        elif callable(before):
+        if callable(before):
             before(signum, frame)
+        if _receiving is not None and _receiving.have_ended():
+            _receiving = None  # once is enough
+            raise ChildProcessError
 
-    signal.signal(SIGCHLD, tamed)
+    signal.signal(SIGCHLD, handler)
 
 
 @contextmanager
-def _raising_sigchld() -> Iterator[None]:
+def _interrupted(workers: Workers) -> Iterator[None]:
+    """Let the death of a process end what the main thread waits for."""
     global _receiving
-    _receiving = True
+    _receiving = workers
     try:
         yield
     finally:
-        _receiving = False
+        _receiving = None
 
 
 @contextmanager
