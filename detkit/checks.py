@@ -115,6 +115,7 @@ RULES: dict[str, Rule] = {
     "trainer.sync_bn": BOOLEAN,
     "trainer.compile": BOOLEAN,
     "trainer.rank_timeout": POSITIVE,
+    "trainer.loader_timeout": POSITIVE,
     "trainer.log_every": _whole(1),
     "trainer.loggers": (
         "a list of loggers, each once, such as [wandb]",

@@ -21,9 +21,10 @@ from detkit.config import (
     resolve,
 )
 from detkit.engine.distributed import first_to_say, leave, lost_another, mistake_elsewhere
-from detkit.errors import DetkitError, nearest
+from detkit.errors import DetkitError, nearest, printable
+from detkit.ops.files import explain_oserror
 from detkit.ops.image import set_max_pixels
-from detkit.report.console import make_console
+from detkit.report.console import guard_output, make_console
 from detkit.tasks.sweep import finish_sweep, in_sweep, prepare_job, run_job
 
 TASKS = {
@@ -42,6 +43,7 @@ TASKS = {
 
 def launch(task: str) -> None:
     """Run a task with the arguments of the command line; exit status 2 on a user's mistake, 1 on a fault."""
+    guard_output()
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # let errors through to here
     run: Callable[[dict], object] = importlib.import_module(f"detkit.tasks.{task}").run
 
@@ -80,6 +82,10 @@ def launch(task: str) -> None:
         _exit(explain(error, task))
     except KeyboardInterrupt:
         sys.exit(130)
+    except OSError as error:  # of a sweep's folder
+        if not (sentence := explain_oserror(error)):
+            raise
+        _exit(sentence)
     except Exception as error:
         if status is None:
             raise
@@ -91,6 +97,7 @@ def launch(task: str) -> None:
 
 def main() -> None:
     """Entry of the ``detkit`` command: ``detkit TASK key=value ...``."""
+    guard_output()
     task = sys.argv[1] if len(sys.argv) > 1 else "help"
     if task in ("help", "-h", "--help"):
         width = max(map(len, TASKS))
@@ -104,7 +111,11 @@ def main() -> None:
 
 
 def _perform(task: str, run: Callable[[dict], object], cfg: DictConfig) -> object:
-    """Check a composed configuration and run the task with it; return what it returns."""
+    """Check a composed configuration and run the task with it; return what it returns.
+
+    Raises:
+        DetkitError: a user's mistake; or the system refuses a file.
+    """
     resolved = resolve(cfg)
     check_known(resolved, task)
     check_values(resolved)
@@ -112,10 +123,16 @@ def _perform(task: str, run: Callable[[dict], object], cfg: DictConfig) -> objec
     import_plugins(resolved["plugins"])
     if in_sweep():
         prepare_job(resolved)
-    return run(resolved)
+    try:
+        return run(resolved)
+    except OSError as error:
+        if not (sentence := explain_oserror(error)):
+            raise
+        raise DetkitError(sentence) from None
 
 
 def _exit(sentence: str, status: int = 2) -> None:
+    sentence = printable(sentence)
     if first_to_say(sentence):
         make_console(stderr=True).print(f"error: {sentence}")
     sys.exit(status)

@@ -1,12 +1,15 @@
 """Listing folders that may be large, or link to themselves, and working on many files by several processes."""
 
 import codecs
+import multiprocessing
 import os
+import signal
 import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -16,6 +19,7 @@ from rich.progress import track
 from detkit.errors import DetkitError
 from detkit.ops.files import read_regular
 from detkit.ops.image import is_image
+from detkit.ops.processes import end_with_parent
 
 MAX_LIST = 2**28  # bytes of a list of images
 CHUNK = 64  # files that a process is given at a time
@@ -130,13 +134,16 @@ def map_files(
     Raises:
         DetkitError: one of the processes was killed.
     """
+    others = multiprocessing.active_children()
     try:
-        with ProcessPoolExecutor(max(workers, 1), initializer=initializer) as pool:
+        with ProcessPoolExecutor(max(workers, 1), initializer=partial(_begin, initializer)) as pool:
             results = _in_turn(pool, function, iter(paths), 4 * max(workers, 1))
             try:
                 yield from track(results, words, len(paths), transient=True, disable=not sys.stdout.isatty())
             except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
+                for child in multiprocessing.active_children():  # the pool would wait for what they are at
+                    if child not in others:
+                        child.kill()
                 raise
     except BrokenProcessPool:
         raise DetkitError(f"{words}: a process was killed, for want of memory perhaps; try workers=1") from None
@@ -157,6 +164,14 @@ def _in_turn(
 
 def _each(function: Callable[[str], Any], paths: list[str]) -> list[Any]:
     return [function(path) for path in paths]
+
+
+def _begin(initializer: Callable[[], None] | None) -> None:
+    """Prepare a process, which ends with this one and leaves Ctrl-C to it."""
+    end_with_parent()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if initializer is not None:
+        initializer()
 
 
 def cores() -> int:

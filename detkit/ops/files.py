@@ -4,7 +4,8 @@ import errno
 import os
 import stat
 import tempfile
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -115,6 +116,27 @@ def _keep_words(node: yaml.Node) -> None:
     for child in node.value:
         for part in child if isinstance(child, tuple) else (child,):
             _keep_words(part)
+
+
+@contextmanager
+def naming(path: str | Path) -> Iterator[None]:
+    """Name a file in an OSError of the block that names none, such as that of a full disk."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = os.fspath(path)
+        raise
+
+
+def explain_oserror(error: OSError) -> str | None:
+    """Return a sentence on what the system refuses, with the file; None where a library has made up the error."""
+    if error.errno is None:
+        return None
+    if error.filename is None:
+        return f"the system refuses: {error.strerror}"
+    path = error.filename if isinstance(error.filename, int) else os.fsdecode(error.filename)
+    return f"cannot read or write {path}: {error.strerror}"
 
 
 def cache_dir() -> Path:

@@ -18,7 +18,7 @@ def select_boxes(
 
     Args:
         boxes_ba4: (B, A, 4) xyxy.
-        scores_bac: (B, A, C) in 0..1.
+        scores_bac: (B, A, C) in 0..1. What is not finite, score or box, is passed over.
         score: keep scores strictly above this.
         iou: drop a box that overlaps a better one of its class by more than this.
         max_det: at most this many boxes an image, best first.

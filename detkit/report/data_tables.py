@@ -11,6 +11,7 @@ from rich.table import Table
 from detkit.data.annotations import Annotations
 from detkit.data.problems import KINDS, LEFT_OUT, MENDED, NOTE, WRONG, ProblemLog
 from detkit.errors import printable
+from detkit.ops.files import naming
 
 AREAS = (32**2, 96**2)  # pixels: COCO's bounds of small and medium
 SHOWN = 3  # findings of a kind and split
@@ -90,7 +91,7 @@ STYLES = {LEFT_OUT: "bold red", WRONG: "bold red", MENDED: "yellow", NOTE: "dim"
 
 def write_findings(logs: Mapping[str, ProblemLog], file: Path) -> None:
     """Write every finding that was kept, a row each; a last row tells of those beyond the limit."""
-    with file.open("w", newline="", encoding="utf-8") as stream:
+    with naming(file), file.open("w", newline="", encoding="utf-8") as stream:
         writer = csv.writer(stream)
         writer.writerow(("kind", "outcome", "split", "file", "line", "detail"))
         for split, log in logs.items():

@@ -13,12 +13,12 @@ from detkit.data.loader import worker_count
 from detkit.data.problems import LEFT_OUT, MENDED, NOTE, WRONG, ProblemLog
 from detkit.data.splits import TRAINED
 from detkit.data.writers import refuse_full, write_set
-from detkit.errors import DetkitError, printable
+from detkit.errors import DetkitError
 from detkit.registry import WRITERS
 from detkit.report.console import make_console
 from detkit.report.data_plots import plot_set
 from detkit.report.data_tables import print_classes, print_problems, print_splits, write_findings
-from detkit.tasks.common import explain_empty, make_run_dir, read_splits, train_command, writing_to
+from detkit.tasks.common import explain_empty, make_run_dir, read_splits, train_command
 
 KEPT = 100_000  # findings of a kind that are listed; all are counted
 
@@ -49,9 +49,8 @@ def run(cfg: dict[str, Any]) -> dict[str, ProblemLog]:
     keep = inspect_images(splits, logs, worker_count(cfg["workers"]))
 
     try:
-        with writing_to(run_dir):
-            write_findings(logs, run_dir / "findings.csv")
-            plot_set(splits, run_dir / "plots")
+        write_findings(logs, run_dir / "findings.csv")
+        plot_set(splits, run_dir / "plots")
     finally:
         print_splits(splits, console)
         print_classes(splits, console)
@@ -66,7 +65,7 @@ def run(cfg: dict[str, Any]) -> dict[str, ProblemLog]:
     counts = ", ".join(
         f"{count or 'no'} {word}{'' if count == 1 else 's'}" for count, word in ((wrong, "error"), (notes, "note"))
     )
-    console.print(f"{counts}: findings.csv and plots are in {printable(str(run_dir))}")
+    console.print(f"{counts}: findings.csv and plots are in {run_dir}")
     if wrong:
         sys.exit(2)
     return logs
@@ -96,4 +95,4 @@ def _write_copy(splits: dict[str, Annotations], form: str, folder: Path, console
     counts = ", ".join(f"{len(a)} {split} images with {len(a.labels)} boxes" for split, a in splits.items())
     console.print(f"cleaned copy, {form}: {counts}; train on it: {train_command(written.data)}")
     for remark in written.remarks:
-        console.print(f"mind: {printable(remark)}")
+        console.print(f"mind: {remark}")

@@ -12,18 +12,18 @@ from detkit.engine.distributed import from_main, is_main, join, main_first
 from detkit.engine.evaluator import evaluate
 from detkit.engine.logging import show_progress
 from detkit.engine.precision import Precision, make_deterministic
-from detkit.errors import DetkitError, printable
+from detkit.errors import DetkitError
 from detkit.report.console import make_console
 from detkit.report.plots import draw_evaluation, save_figure
 from detkit.report.tables import print_metrics
 from detkit.tasks.common import (
+    check_room,
     checkpoint_name,
     explain_empty,
     make_run_dir,
     read_split,
     tell_split,
     val_loader,
-    writing_to,
 )
 
 RANK_TIMEOUT = 60  # seconds that ranks wait for one another to start
@@ -57,6 +57,7 @@ def run(cfg: dict[str, Any]) -> dict[str, Any]:
     tell_split(cfg["split"], annotations, console)
     run_dir = Path(from_main(lambda: str(make_run_dir(cfg, "eval", checkpoint_name(cfg["ckpt"])))))
 
+    check_room(cfg)
     loader = val_loader(annotations, cfg, device)
     thresholds = {key: cfg[key] for key in ("score", "iou", "max_det")}
     precision = Precision.pick(cfg["amp"] or _amp_of_training(detector.cfg, device), device)
@@ -64,16 +65,15 @@ def run(cfg: dict[str, Any]) -> dict[str, Any]:
         result = evaluate(detector, loader.epoch(0), annotations, precision, **thresholds, advance=bar.advance)
     try:
         if is_main():
-            with writing_to(run_dir):
-                write_atomically(run_dir / "metrics.json", json.dumps(result.metrics, indent=2).encode())
-                write_atomically(run_dir / "predictions.json", json.dumps(result.predictions).encode())
-                for name, figure in draw_evaluation(result, annotations, cfg["score"]).items():
-                    save_figure(figure, run_dir / "plots" / f"{name}.png")
+            write_atomically(run_dir / "metrics.json", json.dumps(result.metrics, indent=2).encode())
+            write_atomically(run_dir / "predictions.json", json.dumps(result.predictions).encode())
+            for name, figure in draw_evaluation(result, annotations, cfg["score"]).items():
+                save_figure(figure, run_dir / "plots" / f"{name}.png")
     finally:
         for sentence in result.problems:
-            console.print(f"skipped, its boxes count as missed: {printable(sentence)}")
+            console.print(f"skipped, its boxes count as missed: {sentence}")
         print_metrics(result.metrics, console)
-    console.print(f"AP {result.metrics['AP']:.6f} on {len(annotations)} images; written to {printable(str(run_dir))}")
+    console.print(f"AP {result.metrics['AP']:.6f} on {len(annotations)} images; written to {run_dir}")
     return result.metrics
 
 

@@ -15,7 +15,7 @@ from detkit.ops.image import read_image
 from detkit.report.console import make_console
 from detkit.report.drawing import draw_boxes, save_picture
 from detkit.structures import Detections
-from detkit.tasks.common import checkpoint_name, make_run_dir, writing_to
+from detkit.tasks.common import checkpoint_name, make_run_dir
 
 
 def run(cfg: dict[str, Any]) -> list[dict[str, Any]]:
@@ -29,7 +29,8 @@ def run(cfg: dict[str, Any]) -> list[dict[str, Any]]:
         with ``box`` (xyxy in pixels), ``score``, ``label`` and ``name``.
 
     Raises:
-        DetkitError: an unreadable checkpoint or picture, or a file that cannot be written.
+        DetkitError: an unreadable checkpoint or picture, or a picture that cannot be written.
+        OSError: ``predictions.json`` cannot be written.
     """
     console = make_console()
     detector = build_from_checkpoint(str(cfg["ckpt"])).to(pick_device(cfg["device"])).fuse()
@@ -46,14 +47,16 @@ def run(cfg: dict[str, Any]) -> list[dict[str, Any]]:
                 records.append(as_record(file, found))
                 console.print(f"{printable(file.name)}: {_count(found)}")
                 boxes, labels, scores = found.boxes.numpy(), found.labels.tolist(), found.scores.tolist()
-                with writing_to(run_dir / name):
-                    save_picture(draw_boxes(image, boxes, labels, detector.class_names, scores), run_dir / name)
+                save_picture(draw_boxes(image, boxes, labels, detector.class_names, scores), run_dir / name)
+                continue
             except DetkitError as error:
                 failures.append(str(error))
-                console.print(printable(failures[-1]))
+            except OSError as error:
+                failures.append(f"cannot write {run_dir / name}: {error.strerror or error}")
+            console.print(failures[-1])
     finally:
         _write_records(records, run_dir)
-        console.print(f"{len(records)} of {len(files)} pictures, and predictions.json: {printable(str(run_dir))}")
+        console.print(f"{len(records)} of {len(files)} pictures, and predictions.json: {run_dir}")
     if failures:
         more = f" (and {len(failures) - 1} more)" if len(failures) > 1 else ""
         raise DetkitError(failures[0] + more)
@@ -64,15 +67,14 @@ def _write_records(records: Sequence[dict[str, Any]], run_dir: Path) -> None:
     """Write ``predictions.json``; on a full disk it takes the place of pictures, which can be drawn again."""
     path, pictures = run_dir / "predictions.json", run_dir.glob("*.jpg")
     content = json.dumps(records, indent=1).encode()
-    with writing_to(path):
-        while True:
-            try:
-                return write_atomically(path, content)
-            except OSError as error:
-                picture = next(pictures, None)
-                if error.errno not in (errno.ENOSPC, errno.EDQUOT) or picture is None:
-                    raise
-                picture.unlink()
+    while True:
+        try:
+            return write_atomically(path, content)
+        except OSError as error:
+            picture = next(pictures, None)
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT) or picture is None:
+                raise
+            picture.unlink()
 
 
 def drawn_names(files: Sequence[Path]) -> list[str]:

@@ -23,6 +23,7 @@ CHANGEABLE_TRAINER = (
     "max_bad_steps",
     "save_every",
     "keep_last",
+    "loader_timeout",
     "log_every",
     "loggers",
     "compile",

@@ -29,7 +29,7 @@ from detkit.engine.memory import choose_batch_size, explain_out_of_memory, trial
 from detkit.engine.optim import Recipe, Schedule, accumulation, describe_factors
 from detkit.engine.parts import freeze
 from detkit.engine.precision import Precision, keep_freed_memory, make_deterministic
-from detkit.engine.state import TrainState, read_state, restore, saved_recipe
+from detkit.engine.state import STATE, TrainState, read_state, restore, saved_recipe
 from detkit.engine.step import TrainStep
 from detkit.engine.trainer import Trainer, no_better
 from detkit.engine.transfer import TransferReport, load_weights
@@ -40,7 +40,7 @@ from detkit.ops.image import set_max_pixels
 from detkit.ops.ranks import rank_count
 from detkit.report.console import make_console
 from detkit.report.tables import print_metrics, print_transfer
-from detkit.tasks.common import AUTO, make_run_dir, model_name, read_training, tell_split, val_loader
+from detkit.tasks.common import AUTO, check_room, make_run_dir, model_name, read_training, tell_split, val_loader
 from detkit.tasks.resume import job_name, restarted_run, resumed_run, tell_progress
 from detkit.tasks.watch import open_log
 
@@ -77,7 +77,7 @@ def run(cfg: dict[str, Any], stop_early: Callable[[TrainState], str | None] = la
         stop_early: gives a reason to stop early, as in ``Trainer``; ``trainer.patience`` is another.
 
     Raises:
-        DetkitError: a user's mistake, found before the first step where that is possible; or the disk is full.
+        DetkitError: a user's mistake, found before the first step where that is possible; or the system refuses a file.
         SystemExit: a signal asked for the end; the state is saved.
     """
     said: list[str] = []
@@ -170,6 +170,7 @@ def _prepare(cfg: dict[str, Any], saved: dict[str, Any] | None, device: torch.de
     if cfg["batch_size"] == "auto":
         cfg["batch_size"] = from_main(lambda: choose_batch_size(attempt, device)) * rank_count()
         console.print(f"batch_size=auto: {cfg['batch_size']} images")
+    check_room(cfg)
     loader = _train_loader(train_set, cfg, device)
     if cfg["trainer"]["sync_bn"] and rank_count() > 1:
         synchronise_norms(detector)
@@ -231,7 +232,7 @@ def _fit(training: Training, run_dir: Path, stop_early: Callable[[TrainState], s
     """Train from ``training.state`` on; None where the device has too little memory.
 
     Raises:
-        DetkitError: the disk is full.
+        DetkitError: the system refuses a file: the disk is full, say.
     """
     cfg, step, state, val_set = training.cfg, training.step, training.state, training.val_set
     options = ("epochs", "max_bad_steps", "save_every", "keep_last", "log_every")
@@ -247,11 +248,11 @@ def _fit(training: Training, run_dir: Path, stop_early: Callable[[TrainState], s
     except torch.OutOfMemoryError:
         return None  # and not the error: it holds the tensors of its frames
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        raise DetkitError(
-            f"{run_dir}: {error.strerror}; make room there, then resume={run_dir} goes on from what is saved"
-        ) from None
+        if error.errno is None:
+            raise  # a library's own
+        first = "make room there, then " if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
+        later = f"; {first}resume={run_dir} goes on from what is saved" if (run_dir / STATE).exists() else ""
+        raise DetkitError(f"{error.filename or run_dir}: {error.strerror}{later}") from None
 
 
 def _train_loader(annotations: Annotations, cfg: dict[str, Any], device: torch.device) -> BatchLoader | ShardLoader:
@@ -266,6 +267,7 @@ def _train_loader(annotations: Annotations, cfg: dict[str, Any], device: torch.d
         images = TiledDataset(images, **tiles)
     expected = expected_draws(images, data)
     options = {"workers": worker_count(cfg["workers"]), "seed": cfg["seed"], "pin": device.type == "cuda"}
+    options["timeout"] = cfg["trainer"]["loader_timeout"]
     streams = expected is None and data.get("cache") is None and not isinstance(images, TiledDataset)
     if data["name"] == "webdataset" and streams:
         augmentation = Augmentation(cfg["image_size"], cfg["augment"], epochs)

@@ -87,6 +87,6 @@ def distribution_focal_loss(logits: Tensor, target: Tensor) -> Tensor:
     target = target.clamp(0, log_p.shape[-1] - 1 - 0.01)
     left = target.floor()
     weight_right = target - left
-    index = left.long()[..., None]
+    index = left.nan_to_num(0).long()[..., None]  # NaN has no index; the weights keep it, and make the term NaN
     log_left, log_right = log_p.gather(-1, index)[..., 0], log_p.gather(-1, index + 1)[..., 0]
     return -(log_left * (1 - weight_right) + log_right * weight_right)
