@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from detkit.data.yolo import label_folders, read_yolo
+from detkit.data.label_files import label_folders
+from detkit.data.yolo import read_yolo
 from detkit.errors import DetkitError
 
 LABELS = {"train/a": "1 0.5 0.5 0.2 0.4\n\n0 0.1 0.2 0.3 0.2 0.2 0.5\n", "train/ü b": "", "val/a": "0 0.5 0.5 1 1\n"}

@@ -6,8 +6,7 @@ yaml has ``kpt_shape`` the box and its keypoints.
 
 import os
 import re
-from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from detkit.data.columns import Columns, check_class_names
 from detkit.data.files import Listings, images_in, is_image, list_images, read_lines, with_slashes
 from detkit.data.image_names import ImageNames
 from detkit.data.index import cached
+from detkit.data.label_files import LabelFiles, label_folders
 from detkit.data.problems import ProblemLog
 from detkit.data.splits import ALIASES, TRAINED, MissingSplit, pick_split
 from detkit.errors import DetkitError, shorten
@@ -24,11 +24,6 @@ from detkit.ops.files import MAX_TEXT, read_regular, read_yaml
 from detkit.registry import DATASETS, SPLIT_NAMES
 
 LARGEST = 1e6  # of a normalised value: beyond, it is nonsense
-# Tools leave these beside the labels.
-NO_LABELS = {
-    *("classes.txt", "labels.txt", "readme.txt", "notes.txt"),
-    *("train.txt", "val.txt", "valid.txt", "test.txt"),
-}
 
 
 @DATASETS.register("yolo")
@@ -80,61 +75,10 @@ def yolo_splits(*, yaml: str | int) -> list[str]:
     return _split_names(_load(file), file)
 
 
-def label_folders(folder: Path) -> list[Path]:
-    """Return where the labels of the images in a folder may be: first where ``images`` in its path is ``labels``.
-
-    Where several parts of the path are called so, the last one counts first. The folder itself comes at the end.
-    """
-    beside: dict[str, Path] = {}
-    for parts in (folder.parts, Path(os.path.abspath(folder)).parts):
-        for k in reversed(range(len(parts))):
-            if parts[k] == "images":
-                place = Path(*parts[:k], "labels", *parts[k + 1 :])
-                beside.setdefault(os.path.abspath(place), place)
-    return [*beside.values(), folder]
-
-
-class _LabelFiles:
-    """Finds the label files of images."""
-
-    def __init__(self) -> None:
-        self.places: dict[Path, list[Path]] = {}  # of each folder of images: the folders where its labels may be
-        self.stems: dict[Path, set[str]] = defaultdict(set)  # names, without suffix, of the images looked for in each
-        self.listings = Listings()
-        self.used: set[Path] = set()  # folders in which labels were found
-
-    def candidates(self, image: Path) -> list[Path]:
-        """Return the text files that may hold the labels of an image, in the order of their claim."""
-        if image.parent not in self.places:
-            self.places[image.parent] = label_folders(image.parent)
-        return [folder / f"{image.stem}.txt" for folder in self.places[image.parent]]
-
-    def find(self, image: Path) -> Path | None:
-        """Return the text file with the labels of an image, the first that is there."""
-        self.stems[image.parent].add(image.stem)
-        file = next((file for file in self.candidates(image) if self.listings.has(str(file))), None)
-        if file is not None:
-            self.used.add(file.parent)
-        return file
-
-    def without_image(self) -> Iterator[Path]:
-        """Yield the text files that belong to no image, in the folders where labels are or should be."""
-        known: dict[Path, set[str]] = defaultdict(set)
-        folders = set(self.used)
-        for image_folder, places in self.places.items():
-            for folder in places:
-                known[folder] |= self.stems[image_folder] | {image.stem for image in images_in(image_folder)}
-            folders |= set(places[: len(places) > 1])
-        for folder in sorted(folders):
-            for name in sorted(self.listings[str(folder)] - NO_LABELS):
-                if name.endswith(".txt") and name[0] != "." and name.removesuffix(".txt") not in known[folder]:
-                    yield folder / name
-
-
 def _read_labels(paths: list[Path], columns: Columns, keypoints: int) -> Annotations:
     """Read the text file of every image, and look for text files without one."""
     log, label_of = columns.log, {category: k for k, category in enumerate(columns.category_ids)}
-    labels = _LabelFiles()
+    labels = LabelFiles()
     seen: set[Path] = set()
     for path in paths:
         if path in seen:
@@ -148,7 +92,7 @@ def _read_labels(paths: list[Path], columns: Columns, keypoints: int) -> Annotat
 
 
 def _read_label_file(
-    path: Path, labels: _LabelFiles, columns: Columns, label_of: Mapping[int, int], keypoints: int
+    path: Path, labels: LabelFiles, columns: Columns, label_of: Mapping[int, int], keypoints: int
 ) -> None:
     """Append an image and its boxes; an image whose labels cannot be read is left out, one without any is not."""
     file = labels.find(path)
