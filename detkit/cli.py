@@ -9,12 +9,12 @@ from pathlib import Path
 import hydra
 from omegaconf import DictConfig
 
-from detkit.checks import check_values
 from detkit.config import (
     CONFIG_ERRORS,
     FLAGS_ERROR,
     GROUP_ERROR,
-    check_known,
+    as_hydra,
+    check_values,
     config_dir,
     explain,
     import_plugins,
@@ -63,6 +63,7 @@ def launch(task: str) -> None:
     status = None
     try:
         try:
+            sys.argv[1:] = as_hydra(sys.argv[1:])
             main()
             leave()
         finally:
@@ -105,8 +106,7 @@ def main() -> None:
 def _perform(task: str, run: Callable[[dict], object], cfg: DictConfig) -> object:
     """Check a composed configuration and run the task with it; return what it returns."""
     resolved = resolve(cfg)
-    check_known(resolved, task)
-    check_values(resolved)
+    check_values(resolved, task)
     import_plugins(resolved["plugins"])
     if in_sweep():
         prepare_job(resolved)
