@@ -9,12 +9,12 @@ from pathlib import Path
 import hydra
 from omegaconf import DictConfig
 
-from detkit.checks import check_values
 from detkit.config import (
     CONFIG_ERRORS,
     FLAGS_ERROR,
     GROUP_ERROR,
-    check_known,
+    as_hydra,
+    check_values,
     config_dir,
     explain,
     import_plugins,
@@ -66,6 +66,7 @@ def launch(task: str) -> None:
     status = None
     try:
         try:
+            sys.argv[1:] = as_hydra(sys.argv[1:])
             main()
             leave()
         finally:
@@ -117,8 +118,7 @@ def _perform(task: str, run: Callable[[dict], object], cfg: DictConfig) -> objec
         DetkitError: a user's mistake; or the system refuses a file.
     """
     resolved = resolve(cfg)
-    check_known(resolved, task)
-    check_values(resolved)
+    check_values(resolved, task)
     set_max_pixels(resolved["max_pixels"])
     import_plugins(resolved["plugins"])
     if in_sweep():

@@ -63,7 +63,7 @@ MISTAKES = [
     ),
     ("train", ["data=coco", "data.root=2024"], "2024 is not a folder"),
     ("train", ["+modle=yolov8n"], "there is no key 'modle'; did you mean 'model'?"),
-    ("eval", ["ckpt=x", "split=test"], "split=test must be train or val"),
+    ("eval", ["ckpt=x", "split=''"], "split= must be the name of a split"),
     ("eval", ["ckpt=x", "score=abc"], "score=abc must be a number from 0 to 1"),
     ("train", ["augment.transforms={Blurr: {p: 1}}"], "cannot set 'augment.transforms': Key 'Blurr' is not in struct"),
     ("train", ["+augment.transforms.Blurr={p: 1}"], "unknown transform 'Blurr'; did you mean 'Blur'?"),

@@ -10,8 +10,7 @@ from torch import Tensor, nn
 
 import detkit
 import detkit.engine.trainer as trainer_module
-from detkit.checks import check_values
-from detkit.config import compose_config, resolve
+from detkit.config import check_values, compose_config, resolve
 from detkit.engine.ema import EMA
 from detkit.engine.evaluator import METRICS, Evaluation
 from detkit.engine.health import Counts, Health

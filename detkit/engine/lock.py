@@ -11,8 +11,10 @@ from typing import IO
 
 from detkit.engine.distributed import from_main
 from detkit.errors import DetkitError
+from detkit.ops.files import read_regular
 
 RELEASE = 90  # seconds after which the lock of a dead machine is gone from a network's disk
+MAX_LOCK = 2**20  # bytes
 LOCK = ".lock"  # of two lines: the host and number of the process, and the job that it belongs to
 
 
@@ -57,7 +59,7 @@ def find_job(folder: Path, job: str) -> Path | None:
     found = []
     for path in folder.glob(f"*/{LOCK}"):
         with suppress(OSError):
-            if os.fsdecode(path.read_bytes()).splitlines()[1:] == [job]:
+            if os.fsdecode(read_regular(path, MAX_LOCK)).splitlines()[1:] == [job]:
                 found.append((path.stat().st_mtime, path.parent))
     return max(found)[1] if found else None
 

@@ -7,6 +7,8 @@ from torch import Tensor, nn
 from detkit.errors import DetkitError
 from detkit.registry import BLOCKS
 
+MAX_POINTS = 1000
+
 
 @BLOCKS.register("akconv")
 class AKConv(nn.Module):
@@ -24,8 +26,8 @@ class AKConv(nn.Module):
 
     def __init__(self, c1: int, c2: int, k: int = 3, s: int = 1, n: int = 3) -> None:
         super().__init__()
-        if n < 1:
-            raise DetkitError(f"akconv samples n={n} points: it needs 1 or more")
+        if not 1 <= n <= MAX_POINTS:
+            raise DetkitError(f"akconv samples n={n} points: it needs 1 or more, and {MAX_POINTS} at most")
         self.n = n
         self.stride = s
         self.p_conv = nn.Conv2d(c1, 2 * n, 3, s, 1)
@@ -87,5 +89,4 @@ def _neighbours(position: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor]:
 def base_grid(n: int) -> Tensor:
     """Return where the N points start, (N, 2) as (row, column), from (0, 0)."""
     side = round(n**0.5)
-    index = torch.arange(n)
-    return torch.stack((index // side, index % side), -1).float()
+    return torch.tensor([(k // side, k % side) for k in range(n)], dtype=torch.float32)

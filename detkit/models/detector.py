@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import detkit.layers  # noqa: F401  (registers the blocks)
 from detkit.errors import DetkitError, shorten
 from detkit.models import backbones, heads, losses, necks  # noqa: F401  (register themselves)
+from detkit.models.budget import sketch
 from detkit.ops.image import IMAGE_SUFFIXES, Letterbox, is_image, read_image
 from detkit.ops.nms import select_boxes
 from detkit.registry import BACKBONES, HEADS, LOSSES, NECKS
@@ -129,14 +130,35 @@ def to_original(xyxy: Tensor, scale: tuple[float, float], offset: tuple[float, f
     return torch.minimum(xyxy.clamp(min=0), limit)
 
 
-def build_detector(cfg: Mapping[str, Any], class_names: Sequence[str]) -> Detector:
+def build_detector(cfg: Mapping[str, Any], class_names: Sequence[str], copies: int = 1) -> Detector:
     """Compose a detector from ``cfg["backbone"]``, ``cfg["neck"]`` and ``cfg["head"]``, channels-last in memory.
 
     Each is ``{name, keyword arguments}``; channels, strides and the number of classes are derived here.
 
+    Args:
+        copies: of its weights that are going to be in memory.
+
     Raises:
-        DetkitError: an unknown name or keyword, or parts that do not fit; the sentence says which.
+        DetkitError: an unknown name or keyword, or parts that do not fit; the sentence says which. Or there is too
+            little memory, which is found out before any is taken.
     """
+    if torch.get_default_device().type != "meta":
+        sketch_detector(cfg, class_names, copies)
+    return _compose(cfg, class_names)
+
+
+def sketch_detector(cfg: Mapping[str, Any], class_names: Sequence[str], copies: int = 1) -> Detector | None:
+    """Compose a detector of shapes alone; None where that is not possible, see ``budget.sketch``."""
+    return sketch(lambda: _compose(without_pretrained(cfg), class_names), copies)
+
+
+def without_pretrained(cfg: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a config whose backbone is built without looking for published weights, as others are at hand."""
+    pretrained = cfg["backbone"].get("pretrained")
+    return {**cfg, "backbone": {**cfg["backbone"], "pretrained": False}} if pretrained else dict(cfg)
+
+
+def _compose(cfg: Mapping[str, Any], class_names: Sequence[str]) -> Detector:
     neck_spec = dict(cfg["neck"])
     in_strides = neck_spec.pop("in_strides", None)
     if in_strides is None:

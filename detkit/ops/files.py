@@ -4,8 +4,7 @@ import errno
 import os
 import stat
 import tempfile
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -116,17 +115,6 @@ def _keep_words(node: yaml.Node) -> None:
     for child in node.value:
         for part in child if isinstance(child, tuple) else (child,):
             _keep_words(part)
-
-
-@contextmanager
-def naming(path: str | Path) -> Iterator[None]:
-    """Name a file in an OSError of the block that names none, such as that of a full disk."""
-    try:
-        yield
-    except OSError as error:
-        if error.filename is None:
-            error.filename = os.fspath(path)
-        raise
 
 
 def explain_oserror(error: OSError) -> str | None:

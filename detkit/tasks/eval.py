@@ -11,8 +11,9 @@ from detkit.engine.checkpoint import build_from_checkpoint, write_atomically
 from detkit.engine.distributed import from_main, is_main, join, main_first
 from detkit.engine.evaluator import evaluate
 from detkit.engine.logging import show_progress
+from detkit.engine.memory import check_batch
 from detkit.engine.precision import Precision, make_deterministic
-from detkit.errors import DetkitError
+from detkit.errors import DetkitError, naming
 from detkit.report.console import make_console
 from detkit.report.plots import draw_evaluation, save_figure
 from detkit.report.tables import print_metrics
@@ -43,11 +44,12 @@ def run(cfg: dict[str, Any]) -> dict[str, Any]:
     make_deterministic(cfg["seed"])
     detector = build_from_checkpoint(str(cfg["ckpt"])).to(device)
     cfg["image_size"] = cfg["image_size"] or detector.cfg["image_size"]
+    check_batch(cfg["batch_size"], cfg["image_size"], device)
     data = cfg.get("data") or detector.cfg.get("data")
     if data is None:
         raise DetkitError(f"{cfg['ckpt']} does not say what it was trained with: add data=coco data.root=DIR")
-    with main_first():  # which leaves an index, or draws the set
-        annotations = read_split(data, str(cfg["split"]))
+    with main_first(), naming(None if cfg.get("data") else cfg["ckpt"]):  # the first leaves an index
+        annotations = read_split(data, cfg["split"])
     if not len(annotations.labels) and not data.get("allow_empty"):
         words = "to see what is found in its images, run predict with source=FOLDER"
         raise DetkitError(f"split={cfg['split']} has no boxes to compare with: {explain_empty(annotations)}; {words}")

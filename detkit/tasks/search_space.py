@@ -3,8 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from detkit.checks import check_values, is_number
-from detkit.config import compose_config, resolve
+from detkit.config import check_values, compose_config, is_number, resolve
 from detkit.errors import DetkitError
 from detkit.tasks.common import numbered_name
 

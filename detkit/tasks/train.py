@@ -19,13 +19,13 @@ from detkit.data.loader import BatchLoader, worker_count
 from detkit.data.sampling import expected_draws
 from detkit.data.stream import ShardLoader
 from detkit.data.tiles import TiledDataset
-from detkit.engine.checkpoint import without_pretrained, write_atomically
+from detkit.engine.checkpoint import write_atomically
 from detkit.engine.compile import compile_network
 from detkit.engine.distributed import from_main, is_main, join, main_first, rank, share_batch
 from detkit.engine.lock import RELEASE, hold
 from detkit.engine.loggers import check_loggers
 from detkit.engine.meeting import remember
-from detkit.engine.memory import choose_batch_size, explain_out_of_memory, trial
+from detkit.engine.memory import COPIES_TRAINED, check_batch, choose_batch_size, explain_out_of_memory, trial
 from detkit.engine.optim import Recipe, Schedule, accumulation, describe_factors
 from detkit.engine.parts import freeze
 from detkit.engine.precision import Precision, keep_freed_memory, make_deterministic
@@ -35,7 +35,7 @@ from detkit.engine.trainer import Trainer, no_better
 from detkit.engine.transfer import TransferReport, load_weights
 from detkit.errors import DetkitError
 from detkit.layers.sync_norm import synchronise_norms
-from detkit.models.detector import Detector, build_detector, build_loss
+from detkit.models.detector import Detector, build_detector, build_loss, without_pretrained
 from detkit.ops.image import set_max_pixels
 from detkit.ops.ranks import rank_count
 from detkit.report.console import make_console
@@ -151,6 +151,7 @@ def _prepare(cfg: dict[str, Any], saved: dict[str, Any] | None, device: torch.de
     """
     if cfg["batch_size"] != "auto":
         share_batch(cfg["batch_size"])
+    check_batch(cfg["batch_size"], cfg["image_size"], device)
     precision = Precision.pick(cfg["amp"], device)
     make_deterministic(cfg["seed"])
     if device.type == "cpu":
@@ -162,7 +163,8 @@ def _prepare(cfg: dict[str, Any], saved: dict[str, Any] | None, device: torch.de
     with main_first():  # which leaves an index, or draws the set
         train_set, val_set = read_training(cfg["data"])
 
-    detector = build_detector(without_pretrained(cfg) if saved else cfg, train_set.class_names).to(device)
+    built_as, copies = without_pretrained(cfg) if saved else cfg, COPIES_TRAINED if device.type == "cpu" else 1
+    detector = build_detector(built_as, train_set.class_names, copies).to(device)
     detector.cfg = cfg
     transfer = load_weights(detector, str(cfg["weights"])) if cfg["weights"] is not None and not saved else None
     frozen = freeze(detector, cfg["trainer"]["freeze"])

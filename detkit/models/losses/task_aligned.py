@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from detkit.errors import DetkitError
 from detkit.models.losses.assigner import assign_task_aligned
 from detkit.ops.boxes import boxes_to_distances, ciou, distances_to_boxes, expected_distances
 from detkit.ops.ranks import sum_over_ranks
@@ -37,6 +38,11 @@ class TaskAlignedLoss(nn.Module):
         beta: float = 6.0,
     ) -> None:
         super().__init__()
+        for key, value in {"box": box, "cls": cls, "dfl": dfl, "alpha": alpha, "beta": beta}.items():
+            if value < 0:
+                raise DetkitError(f"loss.{key}={value} must be a number, 0 or more")
+        if topk < 1:
+            raise DetkitError(f"loss.topk={topk} must be a whole number, 1 or more")
         self.gains = {"box": box, "cls": cls, "dfl": dfl}
         self.assigner = {"topk": topk, "alpha": alpha, "beta": beta}
 

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from detkit.errors import DetkitError
 from detkit.ops.anchors import anchor_boxes
 from detkit.ops.boxes import ciou
 from detkit.ops.ranks import sum_over_ranks
@@ -52,6 +53,11 @@ class YOLOv5Loss(nn.Module):
 
     def __init__(self, box: float = 0.05, cls: float = 0.5, obj: float = 1.0, anchor_ratio: float = 4.0) -> None:
         super().__init__()
+        for key, value in {"box": box, "cls": cls, "obj": obj}.items():
+            if value < 0:
+                raise DetkitError(f"loss.{key}={value} must be a number, 0 or more")
+        if anchor_ratio <= 1:
+            raise DetkitError(f"loss.anchor_ratio={anchor_ratio} must be a number above 1")
         self.gains = {"box": box, "obj": obj, "cls": cls}
         self.anchor_ratio = anchor_ratio
 

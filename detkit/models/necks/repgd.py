@@ -62,6 +62,18 @@ class RepGD(nn.Module):
         super().__init__()
         if tuple(strides) != self.in_strides:
             raise DetkitError(f"neck 'repgd' takes the strides {list(self.in_strides)}, not {list(strides)}")
+        if len(widths) != 3:
+            raise DetkitError(f"neck.widths={list(widths)} must list a number for each of P3, P4 and P5")
+        for key, value, least in (
+            ("low_blocks", low_blocks, 0),
+            ("high_blocks", high_blocks, 0),
+            ("rep_blocks", rep_blocks, 0),
+            ("high_stride", high_stride, 1),
+        ):
+            if value < least:
+                raise DetkitError(f"neck.{key}={value} must be {least} or more")
+        if not 0 <= drop_path < 1:
+            raise DetkitError(f"neck.drop_path={drop_path} must be a number from 0 to below 1")
         c2, c3, c4, c5 = in_channels
         p3, p4, p5 = (scaled_width(base, width, max_channels) for base in widths)
         self.context = nn.Identity()
