@@ -57,6 +57,7 @@ RULES: dict[str, Rule] = {
     "format": ("the name of a format", lambda v: v is None or isinstance(v, str)),
     "fix": _optional(PATH),
     "weights": _optional(PATH),
+    "backbone.weights": _optional(PATH),
     "resume": _optional(PATH),
     "trials": _whole(1),
     "pruner.name": ("median, hyperband or none", lambda v: v in ("median", "hyperband", "none")),

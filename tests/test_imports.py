@@ -8,9 +8,9 @@ import detkit
 PACKAGE = Path(detkit.__file__).parent
 LAYERS = (
     ("errors", "registry", "structures", "ops"),
-    ("layers",),
+    ("layers", "weights"),
     ("models", "data"),
-    ("engine", "report", "weights"),
+    ("engine", "report"),
     ("checks", "config", "api", "benchmarks", "tasks", "cli", "__init__"),
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

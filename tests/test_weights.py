@@ -19,8 +19,8 @@ from detkit.errors import DetkitError
 from detkit.models.backbones.revcol import RevCol
 from detkit.models.detector import build_detector
 from detkit.registry import BACKBONES
+from detkit.tasks.import_weights import make_checkpoint
 from detkit.tasks.import_weights import run as import_weights
-from detkit.weights.importer import make_checkpoint
 from detkit.weights.recognise import recognise
 from detkit.weights.source import Source
 

@@ -33,15 +33,18 @@ class Source:
     image_size: int | None
 
 
-def read_source(path: Path) -> Source:
+def read_source(path: Path, key: str = "src") -> Source:
     """Read a file of ``torch.save`` (its averaged weights where it has both) or of safetensors. Nothing in it is run.
+
+    Args:
+        key: of the configuration, that names the file.
 
     Raises:
         DetkitError: no such file, damaged, without a model in it, or one that would run code.
     """
     if not path.is_file():
         what = "is a folder: name the file in it" if path.is_dir() else "does not exist"
-        raise DetkitError(f"src={path} {what}")
+        raise DetkitError(f"{key}={path} {what}")
     try:
         if path.suffix == ".safetensors":
             return Source(_read_safetensors(path), None, None)
@@ -59,7 +62,11 @@ def read_source(path: Path) -> Source:
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
     try:
         with safe_open(path, "pt") as file:
+            if "detkit" in (file.metadata() or {}):
+                raise DetkitError(f"{path} is a checkpoint of detkit already: start from it with weights={path}")
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (it is no dict)
+    except DetkitError:
+        raise
     except (SafetensorError, ValueError) as error:
         raise DetkitError(f"{path} is not a safetensors file, or is truncated ({error})") from None
     return {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
