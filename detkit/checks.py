@@ -53,6 +53,7 @@ RULES: dict[str, Rule] = {
     "ckpt": PATH,
     "source": PATH,
     "src": PATH,
+    "sampling": ("tutorial, paper or null", lambda v: v in (None, "tutorial", "paper")),
     "dst": PATH,
     "format": ("the name of a format", lambda v: v is None or isinstance(v, str)),
     "fix": _optional(PATH),
