@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -14,7 +15,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from detkit import cli
 from detkit.config import compose_config, resolve
@@ -81,6 +82,37 @@ def coco_set(tmp_path: Path) -> Iterator[Callable[..., Path]]:
         return root
 
     return write
+
+
+@pytest.fixture
+def ultralytics(monkeypatch: pytest.MonkeyPatch) -> Callable[..., nn.Module]:
+    """Return a function that builds a module tree of a class of ``ultralytics``, which exists while it is saved."""
+
+    class DetectionModel(nn.Module):
+        pass
+
+    def build(state: dict[str, torch.Tensor], **attributes) -> nn.Module:
+        module = types.ModuleType("ultralytics.nn.tasks")
+        module.DetectionModel = DetectionModel
+        DetectionModel.__module__, DetectionModel.__qualname__ = module.__name__, "DetectionModel"
+        for name in ("ultralytics", "ultralytics.nn", "ultralytics.nn.tasks"):
+            monkeypatch.setitem(sys.modules, name, module)
+        root = DetectionModel()
+        for name, tensor in state.items():
+            *path, leaf = name.split(".")
+            node = root
+            for step in path:
+                if step not in node._modules:
+                    node.add_module(step, nn.Module())
+                node = node._modules[step]
+            if "running" in leaf or "num_batches" in leaf or leaf == "anchors":
+                node.register_buffer(leaf, tensor)
+            else:
+                node.register_parameter(leaf, nn.Parameter(tensor.detach()))
+        root.__dict__.update(attributes)
+        return root
+
+    return build
 
 
 @pytest.fixture(autouse=True)

@@ -368,6 +368,7 @@ class ImportWeights(Common):
 
     src: Location = path("another project's checkpoint")
     dst: Location = path("a new .safetensors")
+    sampling: Literal["paper", "tutorial"] | None = field("of AKConv layers in the file; null: not said")
     backbone: Part = field("of a file that holds no more", default=None)
     neck: Neck = field("of the model", default=None)
     head: Head = field("of the model", default=None)

@@ -154,8 +154,8 @@ def sketch_detector(cfg: Mapping[str, Any], class_names: Sequence[str], copies: 
 
 def without_pretrained(cfg: Mapping[str, Any]) -> dict[str, Any]:
     """Return a config whose backbone is built without looking for published weights, as others are at hand."""
-    pretrained = cfg["backbone"].get("pretrained")
-    return {**cfg, "backbone": {**cfg["backbone"], "pretrained": False}} if pretrained else dict(cfg)
+    without = {"pretrained": False, "weights": None}
+    return {**cfg, "backbone": {key: without.get(key, value) for key, value in cfg["backbone"].items()}}
 
 
 def _compose(cfg: Mapping[str, Any], class_names: Sequence[str]) -> Detector:

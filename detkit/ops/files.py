@@ -1,6 +1,7 @@
 """Opening files that others made: regular files only, within bounds, and never waiting for one."""
 
 import errno
+import hashlib
 import os
 import stat
 import tempfile
@@ -47,6 +48,16 @@ def read_regular(path: str | Path, limit: int = MAX_TEXT) -> bytes:
     if len(content) > limit:
         raise OSError(errno.EFBIG, f"it is larger than {limit // 2**20} MiB", str(path))
     return content
+
+
+def sha256_of(path: str | Path) -> str:
+    """Return the SHA-256 digest of a regular file, in hexadecimal.
+
+    Raises:
+        OSError: as ``open_regular``.
+    """
+    with open_regular(path) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_yaml(path: str | Path, as_written: Collection[str] = ()) -> Any:

@@ -193,6 +193,8 @@ def _announce(training: Training, name: str, run_dir: Path) -> None:
     parameters = sum(p.numel() for p in step.detector.parameters())
     ranks = f" and {rank_count() - 1} more" if rank_count() > 1 else ""
     console.print(f"{name}: {parameters:,} parameters on {step.precision.device}{ranks}, {step.precision}")
+    if getattr(step.detector.backbone, "loaded", None):
+        console.print(step.detector.backbone.loaded)
     if samples != images:
         console.print(f"an epoch has {samples} samples, by data.tiles or data.sampling")
     mosaic, epochs = cfg["augment"]["mosaic"], cfg["trainer"]["epochs"]
