@@ -85,8 +85,11 @@ def test_a_loss_meets_no_index_that_is_not_there(model, value, boxes):
             total(loss, replace(out, **{name: one.requires_grad_()}), batch).backward()
         spoilt = total(loss, replace(out, **{name: torch.full_like(whole, value).requires_grad_()}), batch)
         spoilt.backward()
-        counts = boxes or name == ("cls" if model == "yolov8n" else "objectness")  # what learns without a box
-        assert not (counts and spoilt.isfinite()), name
+        learns = boxes or name == ("cls" if model == "yolov8n" else "objectness")  # without a box, this alone
+        squashed = (
+            model == "yolov5n" and name == "reg" and abs(value) == torch.inf
+        )  # a box of yolov5's from infinity is finite
+        assert not (learns and spoilt.isfinite()) or squashed, name
 
 
 def total(loss: nn.Module, out: DenseOutput, batch: object) -> Tensor:

@@ -115,7 +115,7 @@ class Trainer:
         row |= self.measured() | self.skipped() | {name: metrics[name] for name in METRICS}
         row["seconds"] = time.perf_counter() - start
         state.history.append(row)
-        state.current = EpochState()
+        state.current = EpochState(grad_norm=self.step.grad_norm)
         if is_main():
             self.record(losses, evaluation)
         wait()  # with patience: writing may take longer than ranks wait in a step
