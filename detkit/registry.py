@@ -5,13 +5,13 @@ import typing
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch
-
 from detkit.errors import DetkitError, nearest, shorten
 from detkit.hints import describe, fits
 
 # What a constructor may raise for arguments that make no sense; others are its own faults.
 REFUSALS = (ArithmeticError, AssertionError, LookupError, MemoryError, RuntimeError, TypeError, ValueError)
+
+GROUPS = ("backbone", "neck", "head", "loss", "data")  # kinds whose arguments are keys of the configuration
 
 
 class Registry:
@@ -89,8 +89,8 @@ class Registry:
         except DetkitError:
             raise
         except REFUSALS as error:
-            if not inspect.isclass(part) or torch.get_default_device().type == "meta":
-                raise  # a function's own fault; or one that looks at values, where there are shapes only
+            if not inspect.isclass(part):
+                raise  # a function does the work: a fault of its own
             reason = shorten((str(error) or type(error).__name__).splitlines()[0])
             raise DetkitError(f"{self.kind} '{name}' cannot be made with {_listed(kwargs)}: {reason}") from error
 
@@ -102,7 +102,7 @@ class Registry:
             return
         for key, value in kwargs.items():
             if key in hints and not fits(value, hints[key]):
-                place = f"block '{name}': {key}" if self.kind == "block" else f"{self.kind}.{key}"
+                place = f"{self.kind}.{key}" if self.kind in GROUPS else f"{self.kind} '{name}': {key}"
                 raise DetkitError(f"{place}={shorten(value)} must be {describe(hints[key])}")
 
 

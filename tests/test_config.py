@@ -267,7 +267,7 @@ def test_a_resumed_run_may_have_another_data_set():
     overrides = ["resume=runs/x", "data.yaml=moved.yaml", "trainer.epochs=9"]
     assert as_hydra(overrides) == ["resume=runs/x", "++data.yaml=moved.yaml", "trainer.epochs=9"]
     assert composed("train", *overrides)["data"]["yaml"] == "moved.yaml"
-    with pytest.raises(DetkitError, match=r"there is no key 'data.yaml'"):
+    with pytest.raises(DetkitError, match=r"there is no key 'data\.yaml'"):
         composed("train", "resume=auto", "data.yaml=moved.yaml")
 
 

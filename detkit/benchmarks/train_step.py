@@ -22,6 +22,7 @@ from detkit.benchmarks.peer import start_peer
 from detkit.config import import_plugins
 from detkit.engine.compile import compile_network
 from detkit.engine.measure import random_batch
+from detkit.engine.memory import check_batch
 from detkit.engine.optim import Recipe, Schedule
 from detkit.engine.precision import Precision, keep_freed_memory, make_deterministic, pick_device
 from detkit.engine.step import TrainStep
@@ -116,6 +117,7 @@ def run(cfg: dict[str, Any]) -> dict[str, Any]:
         DetkitError: the peer does not work, or the network cannot be compiled.
     """
     device = pick_device(cfg["device"])
+    check_batch(cfg["batch_size"], cfg["image_size"], device)
     variants = [v for v in VARIANTS if v.amp != "bf16" or Precision.pick("auto", device).dtype is torch.bfloat16]
     if cfg["compile"]:
         last = variants[-1]

@@ -19,7 +19,7 @@ def sketch(make: Callable[[], nn.Module], copies: int = 1) -> nn.Module | None:
     None: it cannot be made so, as a part looks at values, or is wrong: making it in earnest will tell.
 
     Args:
-        copies: of the weights that are to be in memory.
+        copies: of the weights that are to be in memory; 0: none are.
 
     Raises:
         DetkitError: it has too many modules, or its weights would not fit into the free memory.
