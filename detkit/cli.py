@@ -21,6 +21,7 @@ from detkit.config import (
     resolve,
 )
 from detkit.engine.distributed import first_to_say, leave, lost_another, mistake_elsewhere
+from detkit.engine.precision import is_out_of_memory
 from detkit.errors import DetkitError, nearest
 from detkit.report.console import make_console
 from detkit.tasks.sweep import finish_sweep, in_sweep, prepare_job, run_job
@@ -110,7 +111,12 @@ def _perform(task: str, run: Callable[[dict], object], cfg: DictConfig) -> objec
     import_plugins(resolved["plugins"])
     if in_sweep():
         prepare_job(resolved)
-    return run(resolved)
+    try:
+        return run(resolved)
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+    raise DetkitError(f"device={resolved['device']} has too little memory for this: lower batch_size or image_size")
 
 
 def _exit(sentence: str, status: int = 2) -> None:

@@ -5,6 +5,7 @@ import re
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import DynamicOutputShapeException
 
 from detkit.config import compose_config, group_options, resolve
 from detkit.engine.optim import Recipe, Schedule
@@ -104,7 +105,10 @@ def test_a_step_and_an_evaluation_stay_on_the_device(words):
     ],
 )
 def test_what_would_wait_is_noticed(touch):
-    with fake_cuda(), pytest.raises((WaitError, RuntimeError, torch._subclasses.fake_tensor.DynamicOutputShapeException)):
+    with (
+        fake_cuda(),
+        pytest.raises((WaitError, RuntimeError, DynamicOutputShapeException)),
+    ):
         touch(torch.empty(3, 3, device=CUDA))
 
 
