@@ -21,6 +21,7 @@ from detkit.config import (
     resolve,
 )
 from detkit.engine.distributed import first_to_say, leave, lost_another, mistake_elsewhere
+from detkit.engine.precision import is_out_of_memory
 from detkit.errors import DetkitError, nearest, printable
 from detkit.ops.files import explain_oserror
 from detkit.ops.image import set_max_pixels
@@ -129,6 +130,10 @@ def _perform(task: str, run: Callable[[dict], object], cfg: DictConfig) -> objec
         if not (sentence := explain_oserror(error)):
             raise
         raise DetkitError(sentence) from None
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+    raise DetkitError(f"device={resolved['device']} has too little memory for this: lower batch_size or image_size")
 
 
 def _exit(sentence: str, status: int = 2) -> None:

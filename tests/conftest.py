@@ -22,12 +22,39 @@ from detkit.config import compose_config, resolve
 from detkit.data import shapes
 
 GOLDEN = Path(__file__).parent / "golden"
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--on", default="cuda", help="device of the tests that need a GPU; cpu: to try the tests themselves"
+    )
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip what needs a GPU without one."""
+    if item.get_closest_marker("gpu") and item.config.getoption("--on") == "cuda" and not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
 
 
 @pytest.fixture
-def golden() -> Callable[[str], dict[str, Tensor]]:
-    """Return a function that loads a golden file by name."""
-    return lambda name: load_file(GOLDEN / f"{name}.safetensors")
+def cuda(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> torch.device:
+    """The GPU, or what ``--on`` names in its place; float32 is float32 there."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    return torch.device(request.config.getoption("--on"))
+
+
+@pytest.fixture(params=DEVICES)
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """The CPU, and the GPU where there is one."""
+    return torch.device("cpu") if request.param == "cpu" else request.getfixturevalue("cuda")
+
+
+@pytest.fixture
+def golden(device: torch.device) -> Iterator[Callable[[str], dict[str, Tensor]]]:
+    """A function that loads a golden file by name; all that the test makes is on the same device."""
+    with torch.device(device):
+        yield lambda name: load_file(GOLDEN / f"{name}.safetensors", device=str(device))
 
 
 @pytest.fixture(scope="session", autouse=True)

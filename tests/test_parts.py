@@ -13,7 +13,7 @@ from detkit.errors import DetkitError
 from detkit.layers.akconv import AKConv, base_grid
 from detkit.layers.dynamic import DynamicBnAct, DynamicConv
 from detkit.layers.rep import ConvBN, RepVGG
-from detkit.models.necks.repgd import Inject, LowIFM, LowLAF, TransformerBlock, align_high, align_low
+from detkit.models.necks.repgd import Inject, LowIFM, LowLAF, TransformerBlock, _pool, align_high, align_low
 
 
 def high_ifm() -> nn.Module:
@@ -217,3 +217,15 @@ def test_akconv_offsets_learn_at_a_tenth_of_the_rate():
         id(p) for m in detector.modules() if isinstance(m, AKConv) for p in m.p_conv.parameters()
     }
     assert len(slow) == 8
+
+
+@pytest.mark.parametrize("size", [(3, 4), (6, 8), (4, 3), (1, 1)])
+def test_pooling_by_windows_is_adaptive_pooling(size):
+    """Whether the windows divide the map or not; equal ones have gradients that repeat on a GPU."""
+    x = torch.randn(2, 5, 6, 8, requires_grad=True)
+    expected = torch.nn.functional.adaptive_avg_pool2d(x, size)
+    weights = torch.randn_like(expected)
+    found = _pool(x, size)
+    torch.testing.assert_close(found, expected)
+    gradients = [torch.autograd.grad((y * weights).sum(), x)[0] for y in (found, expected)]
+    torch.testing.assert_close(*gradients)

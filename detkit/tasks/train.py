@@ -28,7 +28,7 @@ from detkit.engine.meeting import remember
 from detkit.engine.memory import COPIES_TRAINED, check_batch, choose_batch_size, explain_out_of_memory, trial
 from detkit.engine.optim import Recipe, Schedule, accumulation, describe_factors
 from detkit.engine.parts import freeze
-from detkit.engine.precision import Precision, keep_freed_memory, make_deterministic
+from detkit.engine.precision import Precision, is_out_of_memory, keep_freed_memory, make_deterministic
 from detkit.engine.state import STATE, TrainState, read_state, restore, saved_recipe
 from detkit.engine.step import TrainStep
 from detkit.engine.trainer import Trainer, no_better
@@ -249,7 +249,9 @@ def _fit(training: Training, run_dir: Path, stop_early: Callable[[TrainState], s
         chosen |= {"run_dir": run_dir, "stop_early": lambda state: waited(state) or stop_early(state)}
         with open_log(cfg, step, training.train_set, run_dir, state, training.console) as log:
             return Trainer(step, *loaders, val_set, state=state, log=log, **chosen).fit()
-    except torch.OutOfMemoryError:
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
         return None  # and not the error: it holds the tensors of its frames
     except OSError as error:
         if error.errno is None:
