@@ -1,0 +1,29 @@
+"""What a trial may run beside commands, in the server's children: ``python server.py`` finds it beside itself."""
+
+import sys
+
+import numpy as np
+
+
+def load(*overrides: str) -> None:
+    """Read the training split that the overrides name, and decode all of its images; as ``train`` does, but sooner.
+
+    Raises:
+        AssertionError: a box is not finite or has no area, or there are more images than were read.
+        SystemExit: with status 2 and a sentence, on a mistake in the files.
+    """
+    from detkit.config import compose_config, resolve
+    from detkit.data.dataset import DetectionDataset, LetterboxDataset
+    from detkit.data.loader import BatchLoader
+    from detkit.errors import DetkitError
+    from detkit.tasks.common import read_split
+
+    try:
+        annotations = read_split(resolve(compose_config("train", list(overrides)))["data"], "train")
+        assert np.isfinite(annotations.boxes).all()
+        assert (annotations.boxes[:, 2:] > annotations.boxes[:, :2]).all()
+        loader = BatchLoader(LetterboxDataset(DetectionDataset(annotations), 64), 2, workers=0)
+        assert sum(len(batch.images) for batch in loader.epoch(0)) <= len(annotations)
+    except DetkitError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
