@@ -10,10 +10,10 @@ from pathlib import Path
 from random import Random
 
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from .binaries import save
 from .pictures import encode
 from .trial import Server
 
@@ -90,9 +90,7 @@ def _write_set(root: Path) -> None:
     (root / "lists.yaml").write_text("path: .\ntrain:\n  - train.txt\nval: val.txt\nnames: [RBC, WBC, Platelets]\n")
 
 
-def _noise(rng: Random):
-    from PIL import Image
-
+def _noise(rng: Random) -> Image.Image:
     return Image.frombytes("RGB", (64, 48), rng.randbytes(64 * 48 * 3))
 
 
@@ -102,11 +100,11 @@ def _write_foreign(root: Path) -> None:
 
     root.mkdir()
     state = yolov8_state(create_model("yolov8n", num_classes=len(CLASSES)).state_dict())
-    save({"model": state, "epoch": 3}, root / "state.pt")
+    torch.save({"model": state, "epoch": 3}, root / "state.pt")
     torch.save({"state_dict": state}, root / "legacy.pth", _use_new_zipfile_serialization=False)
     save_file(state, root / "plain.safetensors")
     with stub_classes() as classes:
-        save(module_checkpoint(state, classes), root / "module.pt")
+        torch.save(module_checkpoint(state, classes), root / "module.pt")
 
 
 def yolov8_state(own: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""Mutations of pictures, and what else may lie where a file should."""
+"""Changes to pictures, and what else may lie where a file should."""
 
 import io
 import os
@@ -7,45 +7,55 @@ import zlib
 from pathlib import Path
 from random import Random
 
-import numpy as np
 from PIL import Image
 
-HUGE = (0, 1, 20_000, 60_000, 65_535, 2**20, 2**31 - 1, 2**31, 2**32 - 1)
+from .values import Change
+
+SIDES = (0, 1, 20_000, 60_000, 65_535, 2**20, 2**31 - 1, 2**31, 2**32 - 1)
+# fmt: off
 NO_PICTURES = (
-    b"",
-    b"\0" * 5000,
-    b"text",
-    b"<html></html>",
-    b"<svg xmlns='http://www.w3.org/2000/svg'/>",
-    b"%PDF-1.4",
-    b"\xff\xd8\xff",
-    b"GIF89a",
-    b"PK\x03\x04",
+    b"", b"\0" * 5000, b"text", b"<html></html>", b"<svg xmlns='http://www.w3.org/2000/svg'/>", b"%PDF-1.4", b"GIF89a",
+    b"\xff\xd8\xff", b"PK\x03\x04", b"\x89PNG\r\n\x1a\n", b"RIFF\xff\xff\xff\xffWEBP", b"II*\0\xff\xff\xff\xff",
+)
+# fmt: on
+# Modes and sizes that decoders know and training sets seldom hold.
+ODD_PICTURES = (
+    *(("PNG", mode, (64, 48)) for mode in ("1", "L", "P", "LA", "I;16", "RGBA")),
+    *(("PNG", "RGB", (1, 1)), ("PNG", "L", (20_000, 1)), ("PNG", "L", (1, 20_000)), ("PNG", "1", (20_000, 20_000))),
+    *(("JPEG", mode, (64, 48)) for mode in ("L", "CMYK")),
+    *(("TIFF", mode, (64, 48)) for mode in ("1", "L", "P", "I;16", "F", "RGBA", "CMYK")),
+    *((form, "RGB", (64, 48)) for form in ("GIF", "WEBP", "BMP", "PPM", "ICO", "TGA", "PCX", "SGI")),
 )
 
 
-def mutate_picture(rng: Random, content: bytes) -> tuple[bytes, str]:
-    """Damage a picture, put one of another kind or of an odd kind in its place, or lie about its size."""
-    kind = rng.randrange(7)
+def mutate_picture(rng: Random, content: bytes) -> Change:
+    """Damage a picture, lie about its size, or put one of another kind or mode in its place."""
+    kind, at = rng.randrange(7), rng.randrange(max(len(content), 1))
     if kind == 0:
-        at = rng.randrange(len(content))
-        return content[:at], f"cut off after {at} of {len(content)} bytes"
+        return Change(content[:at], f"cut off after {at} of {len(content)} bytes")
     if kind == 1:
-        at = rng.randrange(len(content))
-        return content[:at] + rng.randbytes(8) + content[at + 8 :], f"bytes are overwritten at {at}"
+        return Change(content[:at] + rng.randbytes(8) + content[at + 8 :], f"8 bytes are overwritten at {at}")
     if kind < 5:
-        sides = rng.choice(HUGE), rng.choice(HUGE)
-        form = rng.choice(list(_LIARS))
-        return _LIARS[form](encode(form), *sides), f"a {form} that claims to be {sides[0]}x{sides[1]}"
+        form, width, height = rng.choice(list(LIARS)), rng.choice(SIDES), rng.choice(SIDES)
+        return Change(LIARS[form](encode(form), width, height), f"a {form} that claims to be {width}x{height}")
     if kind == 5:
         new = rng.choice(NO_PICTURES)
-        return new, f"its content is {new[:20]!r}"
-    form, image, options = rng.choice(_odd_pictures(rng))
-    return encode(form, image, **options), f"a {form} of mode {image.mode}, {image.width}x{image.height}"
+        return Change(new, f"its content is {new[:20]!r}")
+    form, mode, size = rng.choice(ODD_PICTURES)
+    options, what = {}, f"a {form} of mode {mode}, {size[0]}x{size[1]}"
+    picture = Image.new(mode, size)
+    if rng.random() < 0.3 and form in ("JPEG", "PNG", "WEBP", "TIFF"):
+        options["exif"] = Image.Exif()
+        options["exif"][0x0112] = rng.choice((0, 3, 6, 9, 65_535))
+        what += f", its orientation {options['exif'][0x0112]}"
+    elif rng.random() < 0.3 and form in ("GIF", "WEBP", "TIFF"):
+        options |= {"save_all": True, "append_images": [Image.new(mode, size, 1)] * 3}
+        what += ", of several frames"
+    return Change(encode(form, picture, **options), what)
 
 
 def replace_file(rng: Random, file: Path) -> str:
-    """Put something else in the place of a file."""
+    """Put something else in the place of a file; return what."""
     kind = rng.choice(("pipe", "folder", "link to itself", "link to nowhere", "device", "empty", "sparse", "missing"))
     file.unlink()
     if kind == "pipe":
@@ -66,41 +76,11 @@ def replace_file(rng: Random, file: Path) -> str:
     return f"{file.name} is now: {kind}"
 
 
-def encode(form: str, image: Image.Image | None = None, **options) -> bytes:
-    """Return the file of a picture, by default a small one."""
+def encode(form: str, picture: Image.Image | None = None, **options: object) -> bytes:
+    """Return the file of a picture, by default of a gray one."""
     buffer = io.BytesIO()
-    (image or Image.fromarray(np.full((48, 64, 3), 100, np.uint8))).save(buffer, form, **options)
+    (picture or Image.new("RGB", (64, 48), (100, 100, 100))).save(buffer, form, **options)
     return buffer.getvalue()
-
-
-def _odd_pictures(rng: Random) -> list[tuple[str, Image.Image, dict]]:
-    rgb = Image.fromarray(np.full((48, 64, 3), 100, np.uint8))
-    exif = Image.Exif()
-    exif[0x0112] = rng.choice((0, 3, 6, 9, 65_535))  # orientation
-    return [
-        ("PNG", Image.new("1", (64, 48)), {}),
-        ("PNG", Image.new("L", (64, 48)), {}),
-        ("PNG", Image.new("P", (64, 48)), {}),
-        ("PNG", Image.new("I;16", (64, 48)), {}),
-        ("PNG", Image.new("RGBA", (64, 48)), {}),
-        ("PNG", Image.new("RGB", (1, 1)), {}),
-        ("PNG", Image.new("L", (20_000, 1)), {}),
-        ("PNG", Image.new("L", (1, 20_000)), {}),
-        ("PNG", Image.new("1", (20_000, 20_000)), {}),
-        ("JPEG", Image.new("CMYK", (64, 48)), {}),
-        ("JPEG", rgb, {"exif": exif}),
-        ("JPEG", rgb, {"icc_profile": b"x" * 1000}),
-        ("JPEG", rgb, {"progressive": True}),
-        ("GIF", rgb, {"save_all": True, "append_images": [rgb] * 3}),
-        ("WEBP", rgb, {"save_all": True, "append_images": [rgb.rotate(180)] * 3}),
-        ("TIFF", Image.new("F", (64, 48)), {}),
-        ("TIFF", rgb, {"save_all": True, "append_images": [rgb] * 3}),
-        ("TIFF", Image.new("I;16", (64, 48)), {}),
-        ("BMP", rgb, {}),
-        ("PPM", rgb, {}),
-        ("ICO", rgb, {}),
-        ("TGA", rgb, {}),
-    ]
 
 
 def _jpeg(data: bytes, width: int, height: int) -> bytes:
@@ -139,4 +119,4 @@ def _gif(data: bytes, width: int, height: int) -> bytes:
     return data[:6] + struct.pack("<HH", width & 0xFFFF, height & 0xFFFF) + data[10:]
 
 
-_LIARS = {"JPEG": _jpeg, "PNG": _png, "TIFF": _tiff, "WEBP": _webp, "BMP": _bmp, "GIF": _gif}
+LIARS = {"JPEG": _jpeg, "PNG": _png, "TIFF": _tiff, "WEBP": _webp, "BMP": _bmp, "GIF": _gif}

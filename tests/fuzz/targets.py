@@ -2,80 +2,123 @@
 
 import shutil
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 
 import torch
 
-from . import commands
-from .binaries import mutate_bytes, mutate_safetensors, mutate_saved, mutate_tar, mutate_zip, save
+from .binaries import mutate_bytes, mutate_safetensors, mutate_tar
+from .commands import command_line
 from .documents import mutate_text
 from .material import TRAINING, copy_file, module_checkpoint, stub_classes
 from .pictures import mutate_picture, replace_file
+from .torch_files import mutate_saved, mutate_zip
 from .trial import Trial
 from .values import odd_value
 
 TEXTS = (".json", ".yaml", ".xml", ".txt", ".csv")
 PICTURES = (".jpg", ".png")
+# What other projects' checkpoints may say.
+NAMES = (
+    *(["a", "b", ""], [" ", "b", "c"], ["\x1b[1m", "b", "c"], ["x" * 10_000] * 3, {0: "a", 1: "a", 2: "b"}, {5: "a"}),
+    *(None, 3, [], {}, ["a"], [1, 2, 3], "abc"),
+)
+SIZES = (320, -64, 0, 2**20, 10**30, "x", None, [320, 320], 3.5, True)
 
 
 def change_file(rng: Random, file: Path) -> tuple[str, bool]:
     """Change a file as its kind suggests, or its bytes, or put something else in its place.
 
     Returns:
-        what was done, and whether the file must be refused.
+        what was done, and whether using the file would be wrong.
     """
-    chance, refuse = rng.random(), False
+    chance = rng.random()
     if chance < 0.1:
         return replace_file(rng, file), False
     content = file.read_bytes()
     if chance < 0.2:
-        new, what = mutate_bytes(rng, content)
+        change = mutate_bytes(rng, content)
     elif file.suffix in TEXTS:
-        new, what = mutate_text(rng, file.suffix, content)
+        change = mutate_text(rng, file.suffix, content)
     elif file.suffix in PICTURES:
-        new, what = mutate_picture(rng, content)
+        change = mutate_picture(rng, content)
     elif file.suffix == ".tar":
-        new, what = mutate_tar(rng, content)
+        change = mutate_tar(rng, content)
     elif file.suffix == ".safetensors":
-        new, what = mutate_safetensors(rng, content)
+        change = mutate_safetensors(rng, content)
     elif content.startswith(b"PK"):
-        new, what, refuse = mutate_zip(rng, content)
+        change = mutate_zip(rng, content)
     else:
-        new, what = mutate_bytes(rng, content)
-    file.write_bytes(new)
-    return f"{file.name}: {what}", refuse
+        change = mutate_bytes(rng, content)
+    file.write_bytes(change.content)
+    return f"{file.name}: {change.what}", change.refuse
 
 
 # Image sets
 
 
-def _set_trial(
-    kind: str, files: list[str], data: list[str], needed: list[str]
-) -> Callable[[Random, Path, Path], Trial]:
-    """Return a target: a set of which one of ``files`` (or a training picture) is changed, then read in some way."""
+@dataclass(frozen=True)
+class ImageSet:
+    """A set of which one file is changed.
 
-    def prepare(rng: Random, material: Path, folder: Path) -> Trial:
-        for name in needed:
+    Attributes:
+        options: of the command line, which read it.
+        needed: what of the material's set it consists of.
+        changed: patterns of files that may be changed, each as often as another.
+    """
+
+    options: tuple[str, ...]
+    needed: tuple[str, ...]
+    changed: tuple[str, ...]
+
+    def __call__(self, rng: Random, material: Path, folder: Path) -> Trial:
+        """The set with a changed file, read in one of the ways there are."""
+        for name in self.needed:
             source = material / "set" / name
             (shutil.copytree if source.is_dir() else copy_file)(source, folder / "set" / name)
-        choices = [file for pattern in files for file in sorted((folder / "set").glob(pattern))]
-        file = rng.choice(choices)
-        what, _ = change_file(rng, file)
-        arguments = [f"data={kind}", *(f"data.{option}" for option in data)]
-        strict = ["data.strict=true"] if rng.random() < 0.2 else []
+        file = rng.choice(sorted((folder / "set").glob(rng.choice(self.changed))))
+        what, refuse = change_file(rng, file)
         named = (file.name, file.stem, "the list")
+        strict = ["data.strict=true"] if rng.random() < 0.2 else []
         way = rng.random()
         if way < 0.5:
-            return Trial([*arguments, *strict], what, named, "load")
+            return Trial([*self.options, *strict], what, named, "load", refuse)
         if way < 0.75:
-            return Trial(["check_data", *arguments, "workers=1"], what, named)
+            return Trial(["check_data", *self.options, "workers=1"], what, named, refuse=refuse)
         if way < 0.9:
             form = rng.choice(("coco", "yolo", "voc", "webdataset"))
-            return Trial(["convert_data", *arguments, f"format={form}", "dst=converted"], what, named)
-        return Trial(["train", *TRAINING, *arguments, *strict], what, named)
+            return Trial(["convert_data", *self.options, f"format={form}", "dst=new"], what, named, refuse=refuse)
+        return Trial(["train", *TRAINING, *self.options, *strict], what, named, refuse=refuse)
 
-    return prepare
+
+SETS = {
+    "coco": ImageSet(
+        ("data=coco", "data.root=set"),
+        ("annotations", "images"),
+        (*["annotations/instances_train.json"] * 3, "images/train/*"),
+    ),
+    "yolo": ImageSet(
+        ("data=yolo", "data.yaml=set/data.yaml"),
+        ("labels", "images", "data.yaml"),
+        ("data.yaml", "data.yaml", "labels/train/*.txt", "images/train/*"),
+    ),
+    "yolo_lists": ImageSet(
+        ("data=yolo", "data.yaml=set/lists.yaml"),
+        ("labels", "images", "lists.yaml", "train.txt", "val.txt"),
+        ("lists.yaml", "train.txt", "train.txt"),
+    ),
+    "voc": ImageSet(
+        ("data=voc", "data.root=set"),
+        ("Annotations", "ImageSets", "images"),
+        ("Annotations/train*.xml", "Annotations/train*.xml", "ImageSets/Main/train.txt", "images/train/*"),
+    ),
+    "webdataset": ImageSet(
+        ("data=webdataset", "data.root=set/shards"),
+        ("shards",),
+        ("shards/train.json", "shards/train-000000.tar", "shards/train-000000.tar"),
+    ),
+}
 
 
 # Checkpoints
@@ -98,28 +141,16 @@ def foreign_checkpoint(rng: Random, material: Path, folder: Path) -> Trial:
     elif kind < 8:
         content, what = mutate_saved(rng, torch.load(material / "foreign" / "state.pt"))
         file = folder / "state.pt"
-        save(content, file)
+        torch.save(content, file)
     else:
         state = torch.load(material / "foreign" / "state.pt")["model"]
-        names = rng.choice(
-            (
-                ["a", "b", ""],
-                [" ", "b", "c"],
-                ["\x1b[1m", "b", "c"],
-                {0: "a", 1: "a", 2: "b"},
-                {5: "a"},
-                None,
-                3,
-                ["x" * 10_000] * 3,
-            )
-        )
-        size = rng.choice((320, -64, 0, 2**20, 10**30, "x", None, [320, 320], 3.5, True))
+        names, size = rng.choice(NAMES), rng.choice(SIZES)
         file = folder / "module.pt"
         with stub_classes() as classes:
             content = module_checkpoint(state, classes, names=names)
             content["train_args"]["imgsz"] = size
             content[rng.choice(("ema", "model", "x"))] = rng.choice((content["model"], None, odd_value(rng)))
-            save(content, file)
+            torch.save(content, file)
         what = f"names are {names!r:.60}, imgsz is {size!r}"
     if rng.random() < 0.8:
         return Trial(["import_weights", f"src={file.name}", "dst=new.safetensors"], what, (file.name,), refuse=refuse)
@@ -151,7 +182,7 @@ def run_directory(rng: Random, material: Path, folder: Path) -> Trial:
     file = folder / "run" / name
     if name == "state.pt" and rng.random() < 0.7:
         content, what = mutate_saved(rng, torch.load(file, weights_only=True))
-        save(content, file)
+        torch.save(content, file)
     elif name == ".lock":
         what = replace_file(rng, file) if file.exists() else "nothing"
     else:
@@ -169,8 +200,9 @@ def picture(rng: Random, material: Path, folder: Path) -> Trial:
     source = material / "set" / "images" / "val" / "val ü0.jpg"
     file = copy_file(source, folder / "pictures" / name)
     if rng.random() < 0.85:
-        new, what = mutate_picture(rng, file.read_bytes())
-        file.write_bytes(new)
+        change = mutate_picture(rng, file.read_bytes())
+        file.write_bytes(change.content)
+        what = change.what
     else:
         what = replace_file(rng, file)
     copy_file(source, folder / "pictures" / "sound.jpg")
@@ -180,39 +212,10 @@ def picture(rng: Random, material: Path, folder: Path) -> Trial:
 
 
 TARGETS: dict[str, Callable[[Random, Path, Path], Trial]] = {
-    "coco": _set_trial(
-        "coco",
-        ["annotations/instances_train.json"] * 6 + ["images/train/*"],
-        ["root=set"],
-        ["annotations", "images"],
-    ),
-    "yolo": _set_trial(
-        "yolo",
-        ["labels/train/*.txt"] * 2 + ["data.yaml"] * 6 + ["images/train/*"],
-        ["yaml=set/data.yaml"],
-        ["labels", "images", "data.yaml"],
-    ),
-    "yolo_lists": _set_trial(
-        "yolo",
-        ["train.txt"] * 2 + ["lists.yaml"],
-        ["yaml=set/lists.yaml"],
-        ["labels", "images", "lists.yaml", "train.txt", "val.txt"],
-    ),
-    "voc": _set_trial(
-        "voc",
-        ["Annotations/train*.xml"] * 2 + ["ImageSets/Main/train.txt"] * 3 + ["images/train/*"],
-        ["root=set"],
-        ["Annotations", "ImageSets", "images"],
-    ),
-    "webdataset": _set_trial(
-        "webdataset",
-        ["shards/train.json", "shards/train-000000.tar", "shards/train-000000.tar"],
-        ["root=set/shards"],
-        ["shards"],
-    ),
+    **SETS,
     "checkpoints": own_checkpoint,
     "foreign": foreign_checkpoint,
     "runs": run_directory,
     "pictures": picture,
-    "commands": commands.prepare,
+    "commands": command_line,
 }

@@ -4,7 +4,7 @@ import copy
 import json
 from collections.abc import Callable, Iterator
 from random import Random
-from typing import Any
+from typing import Any, NamedTuple
 
 # What Python objects cannot say, and json and YAML can; ``to_json`` puts it in.
 RAW = {
@@ -13,17 +13,26 @@ RAW = {
     "<deep mapping>": '{"a":' * 20_000 + "1" + "}" * 20_000,
 }
 LONG_TEXT = "long" * 25_000
+# fmt: off
 ODD_TEXT = (
-    *("", " ", "text", "0", "1", "-1", "1.0", "nan", "1e999", "0x10", "true", "None", "a" * 300, "ü", "日本", "\ud800"),
-    *("\x1b[31mred\x1b[0m", "\x00", "a\nb", "a\rb", "\u202e", "\x9b2J", "\x07", "[bold]x[/bold]", "[/x]", ":smile:"),
-    *("%s", "{}", "{0}", "${oc.env:HOME}", "'", '"', "\\", "a/b", "../../etc/passwd", "/dev/zero", "/dev/null", "/"),
-    *(".", "..", "~", "file:///etc/passwd", "http://127.0.0.1:9/x", "pipe:true", "C:\\x\\y.jpg"),
+    "", " ", "text", "0", "1", "-1", "1.0", "nan", "1e999", "0x10", "true", "None", "a" * 300, "ü", "日本", "\ud800",
+    "\x1b[31mred\x1b[0m", "\x00", "a\nb", "a\rb", "\u202e", "\x9b2J", "\x07", "[bold]x[/bold]", "[/x]", ":smile:",
+    "%s", "{}", "{0}", "${oc.env:HOME}", "'", '"', "\\", "a/b", "../../etc/passwd", "/dev/zero", "/dev/null",
+    ".", "..", "~", "file:///etc/passwd", "http://127.0.0.1:9/x", "pipe:true", "C:\\x\\y.jpg",
 )
 NUMBERS = (
-    *(0, 1, -1, 2, 7, 100, 255, 256, 65_536, 10**6, 2**31 - 1, 2**31, 2**32, 2**53, -(2**63), 2**63, 2**64, 10**30),
-    *(-64, 10**400, 0.0, -0.0, 0.5, 3.7, 1e-9, -1e-9, 1e-320, 1e6, 1e308, -1e308),
-    *(float("nan"), float("inf"), float("-inf")),
+    0, 1, -1, 2, 7, 100, 255, 256, 65_536, 10**6, 2**31 - 1, 2**31, 2**32, 2**53, -(2**63), 2**63, 2**64, 10**30, -64,
+    10**400, 0.0, -0.0, 0.5, 3.7, 1e-9, -1e-9, 1e-320, 1e6, 1e308, -1e308, float("nan"), float("inf"), float("-inf"),
 )
+# fmt: on
+
+
+class Change(NamedTuple):
+    """A file's new content, what was done to it, and whether using it would be wrong."""
+
+    content: bytes
+    what: str
+    refuse: bool = False
 
 
 def odd_value(rng: Random) -> Any:
