@@ -86,7 +86,8 @@ def mutate_yaml(rng: Random, text: str) -> Change:
     kind = rng.randrange(10)
     if kind < 4:
         document, what = change_document(rng, yaml.safe_load(text))
-        return Change(to_json(document).encode(), what)
+        text = to_json(document)
+        return Change(text.replace("NaN", ".nan").replace("Infinity", ".inf").encode(), what)
     lines = [k for k, line in enumerate(text.splitlines()) if re.match(r"\s*[\w-]+:", line)]
     if kind < 7:
         return _replace_yaml_value(text, rng.choice(lines), rng.choice(YAML_VALUES))

@@ -1,6 +1,7 @@
-"""What a trial may run beside commands, in the server's children: ``python server.py`` finds it beside itself."""
+"""What a trial may run beside commands, in the server's children: server.py finds it beside itself."""
 
 import sys
+import time
 
 import numpy as np
 
@@ -27,3 +28,15 @@ def load(*overrides: str) -> None:
     except DetkitError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+
+
+def misbehave(how: str) -> None:
+    """Wait for ever, fill the memory, fail, or else print ``how`` and end with status 2."""
+    if how == "wait":
+        time.sleep(3600)
+    if how == "fill":
+        bytearray(2**36)
+    if how == "fail":
+        raise KeyError(how)
+    print(how, file=sys.stderr)
+    sys.exit(2)

@@ -1,4 +1,5 @@
-"""A process that has detkit imported, and forks a child for each trial: ``python server.py`` speaks JSON lines.
+"""A process that has detkit imported, and forks a child for each trial: ``python server.py IDLE_LIMIT`` speaks JSON
+lines.
 
 A request is ``{"call": "cli" or the name of a function in probes.py, "arguments": [...], "folder": DIR}``; the answer
 says how the child ended. A child is watched, not trusted: it has bounds of memory, CPU time and file size, and where
@@ -18,7 +19,7 @@ import traceback
 from pathlib import Path
 
 CPU_LIMIT = 40  # seconds of computing, of a trial's processes together; the slowest sound one takes 20
-IDLE_LIMIT = 20  # seconds without any computing
+IDLE_LIMIT = float(sys.argv[1])  # seconds without any computing
 ADDRESS_LIMIT = 6 * 2**30  # bytes of address space, beyond those that importing detkit took
 PROCESS_LIMIT = 50  # of a trial; a machine may not survive 100,000
 FILE_LIMIT = 2**30  # bytes of a file that is written

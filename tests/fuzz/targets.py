@@ -183,12 +183,13 @@ def run_directory(rng: Random, material: Path, folder: Path) -> Trial:
     if name == "state.pt" and rng.random() < 0.7:
         content, what = mutate_saved(rng, torch.load(file, weights_only=True))
         torch.save(content, file)
+        what = f"{name}: {what}"
     elif name == ".lock":
         what = replace_file(rng, file) if file.exists() else "nothing"
     else:
         what, _ = change_file(rng, file)
     more = rng.choice(([], [], ["trainer.epochs=2"]))
-    return Trial(["train", "resume=run", *more], f"{name}: {what}", (name,))
+    return Trial(["train", "resume=run", *more], what, (name,))
 
 
 # Pictures

@@ -53,9 +53,13 @@ class Outcome:
 
 
 class Server:
-    """The process that forks trials; a context manager. See server.py."""
+    """The process that forks trials, see server.py; a context manager.
 
-    def __init__(self) -> None:
+    Args:
+        idle_limit: seconds after which a trial that does not compute is taken for hanging.
+    """
+
+    def __init__(self, idle_limit: float = 20) -> None:
         package = str(Path(detkit.__file__).parents[1])
         environment = {
             "PYTHONPATH": package,
@@ -64,7 +68,7 @@ class Server:
             "MPLBACKEND": "agg",
         }
         self.process = subprocess.Popen(
-            [sys.executable, str(Path(__file__).with_name("server.py"))],
+            [sys.executable, str(Path(__file__).with_name("server.py")), str(idle_limit)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env=os.environ | environment | {"COLUMNS": "120"},
