@@ -1,5 +1,6 @@
 """Command lines: every key of every task with every kind of nonsense, and arguments that are none."""
 
+import re
 from functools import cache
 from pathlib import Path
 from random import Random
@@ -89,8 +90,8 @@ def command_line(rng: Random, material: Path, folder: Path) -> Trial:
     else:
         odd = f"{key}={rng.choice(SEARCHES if key == 'search' else VALUES)}"
     arguments = [argument for argument in arguments if argument.partition("=")[0] != key]
-    value = odd.partition("=")[2].strip("'")[:20]
-    named = (key, *(part for part in key.split(".") if len(part) > 3), *([value] if len(value) > 2 else []))
+    value = odd.partition("=")[2]
+    named = (key, *(part for part in key.split(".") if len(part) > 3), *re.findall(r"\w{3,20}", value)[:3])
     return Trial([task, *arguments, odd], f"{odd!r:.80}", named if task != "benchmark" else (*named, "peer"))
 
 

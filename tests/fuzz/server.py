@@ -19,7 +19,6 @@ import traceback
 from pathlib import Path
 
 CPU_LIMIT = 40  # seconds of computing, of a trial's processes together; the slowest sound one takes 20
-IDLE_LIMIT = float(sys.argv[1])  # seconds without any computing
 ADDRESS_LIMIT = 6 * 2**30  # bytes of address space, beyond those that importing detkit took
 PROCESS_LIMIT = 50  # of a trial; a machine may not survive 100,000
 FILE_LIMIT = 2**30  # bytes of a file that is written
@@ -28,6 +27,7 @@ TICKS = os.sysconf("SC_CLK_TCK")
 
 def serve() -> None:
     """Answer requests until the input ends."""
+    idle_limit = float(sys.argv[1])  # seconds without any computing
     answers = os.fdopen(os.dup(1), "w")
     requests = os.fdopen(os.dup(0))
     _redirect(Path(os.devnull), Path(os.devnull))
@@ -39,7 +39,7 @@ def serve() -> None:
         pid = os.fork()
         if not pid:
             _be_child(request["call"], request["arguments"], folder)
-        print(json.dumps(_watch(pid)), file=answers, flush=True)
+        print(json.dumps(_watch(pid, idle_limit)), file=answers, flush=True)
 
 
 def _import_detkit() -> None:
@@ -93,7 +93,7 @@ def _be_child(call: str, arguments: list[str], folder: Path) -> None:
         os._exit(status)
 
 
-def _watch(pid: int) -> dict:
+def _watch(pid: int, idle_limit: float) -> dict:
     """Wait for a child; return its exit status (a signal's number negative), and what it took."""
     begin = last_progress = time.monotonic()
     spent, next_look, hanging = 0.0, begin + 1, False
@@ -108,7 +108,7 @@ def _watch(pid: int) -> dict:
             computed = sum(int(fields[11]) + int(fields[12]) for _, fields in members) / TICKS
             if computed > spent:
                 spent, last_progress = computed, now
-            if spent > CPU_LIMIT or now - last_progress > IDLE_LIMIT or len(members) > PROCESS_LIMIT:
+            if spent > CPU_LIMIT or now - last_progress > idle_limit or len(members) > PROCESS_LIMIT:
                 hanging = True
                 _end_session(pid)
         time.sleep(0.01)
