@@ -82,11 +82,11 @@ class ImageSet:
         named = (file.name, file.stem, "the list")
         strict = ["data.strict=true"] if rng.random() < 0.2 else []
         way = rng.random()
-        if way < 0.5:
+        if way < 0.65:
             return Trial([*self.options, *strict], what, named, "load", refuse)
-        if way < 0.75:
+        if way < 0.8:
             return Trial(["check_data", *self.options, "workers=1"], what, named, refuse=refuse)
-        if way < 0.9:
+        if way < 0.93:
             form = rng.choice(("coco", "yolo", "voc", "webdataset"))
             return Trial(["convert_data", *self.options, f"format={form}", "dst=new"], what, named, refuse=refuse)
         return Trial(["train", *TRAINING, *self.options, *strict], what, named, refuse=refuse)
