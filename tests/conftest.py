@@ -37,6 +37,20 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         pytest.skip("needs a GPU")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add the options of the fuzz harness, ``pytest -m fuzz tests/fuzz``."""
+    group = parser.getgroup("fuzz")
+    group.addoption("--fuzz-trials", type=int, default=300, help="trials of each target (300)")
+    group.addoption("--fuzz-seed", type=int, default=1000, help="seed of a target's first trial (1000)")
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Print how many trials of each target ended how."""
+    reports = [report for kind in ("passed", "failed") for report in terminalreporter.getreports(kind)]
+    for line in sorted(value for report in reports for name, value in report.user_properties if name == "fuzz"):
+        terminalreporter.write_line(line)
+
+
 @pytest.fixture
 def cuda(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> torch.device:
     """The GPU, or what ``--on`` names in its place; float32 is float32 there."""
