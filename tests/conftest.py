@@ -25,12 +25,6 @@ GOLDEN = Path(__file__).parent / "golden"
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
-def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption(
-        "--on", default="cuda", help="device of the tests that need a GPU; cpu: to try the tests themselves"
-    )
-
-
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Skip what needs a GPU without one."""
     if item.get_closest_marker("gpu") and item.config.getoption("--on") == "cuda" and not torch.cuda.is_available():
@@ -38,7 +32,10 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Add the options of the fuzz harness, ``pytest -m fuzz tests/fuzz``."""
+    """Add the options of the tests that need a GPU, and of the fuzz harness, ``pytest -m fuzz tests/fuzz``."""
+    parser.addoption(
+        "--on", default="cuda", help="device of the tests that need a GPU; cpu: to try the tests themselves"
+    )
     group = parser.getgroup("fuzz")
     group.addoption("--fuzz-trials", type=int, default=300, help="trials of each target (300)")
     group.addoption("--fuzz-seed", type=int, default=1000, help="seed of a target's first trial (1000)")
