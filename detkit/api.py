@@ -3,11 +3,11 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from detkit.checks import check_values
-from detkit.config import compose_config, group_options, import_plugins, resolve
-from detkit.engine.checkpoint import build_from_checkpoint, read_checkpoint
+from detkit.config import check_values, compose_config, group_options, import_plugins, is_whole, resolve
+from detkit.config.schema import MAX_CLASSES
+from detkit.engine.checkpoint import build_from_checkpoint, read_header
 from detkit.engine.transfer import load_weights
-from detkit.errors import DetkitError
+from detkit.errors import DetkitError, shorten
 from detkit.models.detector import Detector, build_detector
 from detkit.registry import BLOCKS
 
@@ -36,15 +36,16 @@ def create_model(
     """
     groups = {"model": model, "backbone": backbone, "neck": neck, "head": head}
     chosen = [f"{group}={name}" for group, name in groups.items() if name is not None]
-    if not isinstance(num_classes, int) or num_classes < 1:
-        raise DetkitError(f"num_classes={num_classes}: a detector needs one class or more")
+    if not is_whole(num_classes, 1) or num_classes > MAX_CLASSES:
+        words = f"a detector needs one class or more, and {MAX_CLASSES} at most"
+        raise DetkitError(f"num_classes={shorten(num_classes)}: {words}")
     cfg = resolve(compose_config("train", ["~data", *chosen, *overrides]))  # no data set, and so none's preset
-    check_values(cfg)
+    check_values(cfg, partial=True)
     import_plugins(cfg["plugins"])
     detector = build_detector(cfg, [f"class{k}" for k in range(num_classes)])
     if weights is not None:
         load_weights(detector, weights)
-        detector.cfg["image_size"] = read_checkpoint(weights).cfg.get("image_size", detector.cfg["image_size"])
+        detector.cfg["image_size"] = read_header(weights).cfg.get("image_size", detector.cfg["image_size"])
     return detector
 
 

@@ -1,8 +1,9 @@
 """The one exception for a user's mistake."""
 
+import contextlib
 import difflib
 import reprlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 
@@ -15,6 +16,17 @@ class DetkitError(ValueError):
 
 class UnreadableImage(DetkitError):  # noqa: N818  (what it is, not that it is an error)
     """An image file that cannot be read, or is not the one that was labelled: whoever loads many may leave it out."""
+
+
+@contextlib.contextmanager
+def naming(place: object, hint: str = "") -> Iterator[None]:
+    """Begin the sentence of a mistake in the block with the file it lies in, and end it with a hint; None: do not."""
+    try:
+        yield
+    except DetkitError as error:
+        if place is None:
+            raise
+        raise DetkitError(f"{place}: {error}{hint}") from None
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
@@ -48,3 +60,10 @@ class _Repr(reprlib.Repr):
         self.maxlevel = 6
         self.maxstring = self.maxother = self.maxlong = limit
         self.maxlist = self.maxdict = self.maxtuple = self.maxset = self.maxfrozenset = max(limit // 4, 1)
+
+    def repr_int(self, x: int, level: int) -> str:
+        """Return a number's digits, in hexadecimal those that Python refuses to count in tens."""
+        try:
+            return super().repr_int(x, level)
+        except ValueError:
+            return f"{x:#x}"[: self.maxlong]

@@ -1,10 +1,17 @@
 """Names for the parts of a detector, so that a config or the command line can ask for them."""
 
 import inspect
+import typing
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from detkit.errors import DetkitError, nearest
+from detkit.errors import DetkitError, nearest, shorten
+from detkit.hints import describe, fits
+
+# What a constructor may raise for arguments that make no sense; others are its own faults.
+REFUSALS = (ArithmeticError, AssertionError, LookupError, MemoryError, RuntimeError, TypeError, ValueError)
+
+GROUPS = ("backbone", "neck", "head", "loss", "data")  # kinds whose arguments are keys of the configuration
 
 
 class Registry:
@@ -40,9 +47,9 @@ class Registry:
         Raises:
             DetkitError: unknown name; the sentence lists the known ones and the nearest.
         """
-        if name not in self._parts:
-            known = self.names()
-            raise DetkitError(f"unknown {self.kind} '{name}': known are {', '.join(known)}{nearest(str(name), known)}")
+        if not isinstance(name, str) or name not in self._parts:
+            known, word = self.names(), shorten(name, 100)
+            raise DetkitError(f"unknown {self.kind} '{word}': known are {', '.join(known)}{nearest(word, known)}")
         return self._parts[name]
 
     def build(self, spec: Mapping[str, Any], *args: Any, **derived: Any) -> Any:
@@ -54,7 +61,8 @@ class Registry:
             derived: keyword arguments that the caller works out; a config may not set them.
 
         Raises:
-            DetkitError: no or unknown name, unknown or missing keyword, or a derived value in the config.
+            DetkitError: no or unknown name, unknown or missing keyword, a derived value in the config, a value that
+                does not fit the part's type hint, or one that a class refuses.
         """
         kwargs = dict(spec)
         name = kwargs.pop("name", None)
@@ -70,10 +78,36 @@ class Registry:
             parameters = inspect.signature(part).parameters
             for key in kwargs:
                 if key not in parameters:
-                    hint = nearest(key, parameters)
-                    raise DetkitError(f"{self.kind} '{name}' takes no argument '{key}'{hint}") from None
+                    word = shorten(key, 100)
+                    raise DetkitError(
+                        f"{self.kind} '{name}' takes no argument '{word}'{nearest(word, parameters)}"
+                    ) from None
             raise DetkitError(f"{self.kind} '{name}': {error}") from None
-        return part(*args, **kwargs, **derived)
+        self._check_types(name, part, kwargs)
+        try:
+            return part(*args, **kwargs, **derived)
+        except DetkitError:
+            raise
+        except REFUSALS as error:
+            if not inspect.isclass(part):
+                raise  # a function does the work: a fault of its own
+            reason = shorten((str(error) or type(error).__name__).splitlines()[0])
+            raise DetkitError(f"{self.kind} '{name}' cannot be made with {_listed(kwargs)}: {reason}") from error
+
+    def _check_types(self, name: str, part: Callable[..., Any], kwargs: Mapping[str, Any]) -> None:
+        """Check arguments against the part's type hints, as far as it has any."""
+        try:
+            hints = typing.get_type_hints(part.__init__ if inspect.isclass(part) else part)
+        except Exception:  # a plugin's hints may name what is not there at run time
+            return
+        for key, value in kwargs.items():
+            if key in hints and not fits(value, hints[key]):
+                place = f"{self.kind}.{key}" if self.kind in GROUPS else f"{self.kind} '{name}': {key}"
+                raise DetkitError(f"{place}={shorten(value)} must be {describe(hints[key])}")
+
+
+def _listed(kwargs: Mapping[str, Any]) -> str:
+    return ", ".join(f"{key}={shorten(value, 60)}" for key, value in kwargs.items()) or "its defaults"
 
 
 BLOCKS = Registry("block")

@@ -1,10 +1,14 @@
 import json
+import os
+import struct
 
 import pytest
 import torch
+from conftest import run_command
 from safetensors.torch import save_file
 
 import detkit
+from detkit.engine import checkpoint as checkpoint_module
 from detkit.engine.checkpoint import read_checkpoint, save_checkpoint
 from detkit.errors import DetkitError
 
@@ -64,6 +68,117 @@ def test_what_does_not_fit_is_named(checkpoint, change, sentence):
     rewritten(path, change)
     with pytest.raises(DetkitError, match=sentence):
         detkit.load(path)
+
+
+EDITS = [
+    lambda h: h["cfg"].pop("image_size"),
+    lambda h: h["cfg"].update(image_size="x"),
+    lambda h: h["cfg"].update(image_size=-64),
+    lambda h: h["cfg"].update(image_size=2**20),
+    lambda h: h["cfg"].update(image_size=True),
+    lambda h: h["cfg"].pop("neck"),
+    lambda h: h["cfg"].update(backbone=None),
+    lambda h: h["cfg"]["backbone"].update(width="x"),
+    lambda h: h["cfg"]["backbone"].update(width=1e30),
+    lambda h: h["cfg"]["backbone"].update(name=[]),
+    lambda h: h["cfg"]["backbone"].update(block={"name": "c3", "conv": {"name": "akconv", "n": 10**9}}),
+    lambda h: h["cfg"]["backbone"].update(repeats=[10**9, 6, 6, 3]),
+    lambda h: h["cfg"]["backbone"].update({"wid\x1b[31m": 1}),
+    lambda h: h["cfg"]["head"].update(reg_max=10**9),
+    lambda h: h["cfg"]["head"].update(reg_max=float("nan")),
+    lambda h: h["cfg"].update(data="x"),
+    lambda h: h["cfg"].update(data={"name": 3}),
+    lambda h: h["cfg"].update(amp="\x1b[31m"),
+    lambda h: h["cfg"].update(plugins="os"),
+    lambda h: h["cfg"].update(seed=[[[["y" * 5000]]]]),
+    lambda h: h.update(cfg=[]),
+    lambda h: h.update(class_names=[]),
+    lambda h: h.update(class_names=[1, 2]),
+    lambda h: h.update(class_names=["a", "a"]),
+    lambda h: h.update(class_names=["a", " "]),
+    lambda h: h.update(class_names=["a", "\x1b[31mred"]),
+    lambda h: h.update(class_names=[str(k) for k in range(100_000)]),
+    lambda h: h.update(metrics=3),
+    lambda h: h.update(metrics={"AP\0": 1}),
+    lambda h: h.update(part={}),
+    lambda h: h.update(schema_version=True),
+    lambda h: h.update(schema_version={}),
+    lambda h: h.update(cfg={"a": json.loads("[" * 900 + "]" * 900)}),
+]
+
+
+@pytest.mark.parametrize("edit", EDITS)
+def test_an_edited_header_is_refused_before_the_weights_are_read(checkpoint, edit, monkeypatch):
+    _, path = checkpoint
+    rewritten(path, lambda header, weights: edit(header))
+    monkeypatch.setattr(checkpoint_module, "read_weights", lambda *_: pytest.fail("it reads the weights"))
+    with pytest.raises(DetkitError) as error:
+        detkit.load(path)
+    sentence = str(error.value)
+    assert sentence.startswith(str(path))
+    assert sentence.isprintable()
+    assert len(sentence) < 1000
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_refused(checkpoint, value):
+    _, path = checkpoint
+    rewritten(path, lambda h, w: w["backbone.stem.bn.running_var"].fill_(value))
+    for read in (detkit.load, lambda path: detkit.load_weights(detkit.create_model("yolov8n"), path)):
+        with pytest.raises(DetkitError, match=r"not finite: 'backbone\.stem\.bn\.running_var' holds NaN or infinity"):
+            read(path)
+
+
+def test_weights_of_another_type_do_not_fit(checkpoint):
+    _, path = checkpoint
+    rewritten(path, lambda h, w: w.update({"backbone.stem.conv.weight": w["backbone.stem.conv.weight"].int()}))
+    with pytest.raises(DetkitError, match="does not fit the model in its header"):
+        detkit.load(path)
+    rewritten(path, lambda h, w: w.update({name: t.half() for name, t in w.items() if t.is_floating_point()}) or None)
+    with pytest.raises(DetkitError, match="does not fit"):
+        detkit.load(path)  # that of before
+
+
+def test_only_regular_files_of_a_sensible_header_are_opened(tmp_path):
+    path = tmp_path / "x.safetensors"
+    for make, sentence in (
+        (lambda: os.mkfifo(path), "it is not a regular file"),
+        (path.mkdir, "it is a folder"),
+        (lambda: path.symlink_to("/dev/zero"), "it is not a regular file"),
+        (lambda: path.symlink_to(path), "cannot be read"),
+        (lambda: path.write_bytes(struct.pack("<Q", 2**60)), "not a safetensors file, or is truncated"),
+        (lambda: path.write_bytes(struct.pack("<Q", 2**26) + bytes(2**26)), "or is truncated"),
+        (lambda: save_file({"a": torch.zeros(1)}, path, {"detkit": "[" * 9999}), "its header is no json"),
+        (lambda: save_file({"a": torch.zeros(1)}, path, {"detkit": "9" * 9999}), "its header is no json"),
+    ):
+        make()
+        with pytest.raises(DetkitError, match=sentence):
+            detkit.load(path)
+        path.rmdir() if path.is_dir() else path.unlink()
+    for name in ("a\0b", "y" * 300):
+        with pytest.raises(DetkitError, match=r"cannot be read|does not exist"):
+            detkit.load(name)
+
+
+def test_a_checkpoint_larger_than_the_memory_is_not_read(checkpoint, monkeypatch):
+    _, path = checkpoint
+    monkeypatch.setattr(checkpoint_module, "free_memory", lambda: 2**20)
+    with pytest.raises(DetkitError, match=r"of weights, more than the 0\.00 GiB of free memory"):
+        detkit.load(path)
+
+
+def test_the_data_set_of_a_header_that_cannot_be_read_names_the_file(checkpoint, monkeypatch, capsys, tmp_path):
+    _, path = checkpoint
+    monkeypatch.chdir(tmp_path)
+    for data in (
+        {"name": "coco", "root": "/nowhere"},
+        {"name": "coco", "root": "x", "train_images": 3},
+        {"name": "mine"},
+    ):
+        rewritten(path, lambda h, w, data=data: h["cfg"].update(data=data))
+        status, _, error = run_command(monkeypatch, capsys, "eval", f"ckpt={path}", "device=cpu", "workers=0")
+        assert status == 2
+        assert error.startswith(f"error: {path}: ")
 
 
 def test_a_checkpoint_that_does_not_fit_says_so_briefly(checkpoint):

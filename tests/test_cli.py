@@ -63,7 +63,7 @@ MISTAKES = [
     ),
     ("train", ["data=coco", "data.root=2024"], "2024 is not a folder"),
     ("train", ["+modle=yolov8n"], "there is no key 'modle'; did you mean 'model'?"),
-    ("eval", ["ckpt=x", "split="], "split= must be the name of a split"),
+    ("eval", ["ckpt=x", "split=''"], "split= must be the name of a split"),
     ("eval", ["ckpt=x", "score=abc"], "score=abc must be a number from 0 to 1"),
     ("train", ["augment.transforms={Blurr: {p: 1}}"], "cannot set 'augment.transforms': Key 'Blurr' is not in struct"),
     ("train", ["+augment.transforms.Blurr={p: 1}"], "unknown transform 'Blurr'; did you mean 'Blur'?"),
@@ -112,33 +112,6 @@ def test_a_mistake_is_one_sentence(task, arguments, sentence, monkeypatch, capsy
     assert sentence in error
     assert len(error.splitlines()) == 1
     assert {p.name for p in tmp_path.iterdir()} <= {"here", "runs"}
-
-
-def test_predicting_a_broken_picture_loses_no_other(finished_run, tmp_path, monkeypatch, capsys, shapes_root):
-    source = tmp_path / "source"
-    source.mkdir()
-    (source / "a.jpg").write_bytes(b"broken")
-    (source / "b.jpg").write_bytes(next((shapes_root / "images" / "val").iterdir()).read_bytes())
-    out = tmp_path / "out"
-    arguments = [f"ckpt={finished_run / 'best.safetensors'}", f"source={source}", f"run_dir={out}"]
-    monkeypatch.setattr(sys, "argv", ["detkit", "predict", *arguments])
-    with pytest.raises(SystemExit) as stop:
-        cli.main()
-    assert stop.value.code == 2
-    assert "cannot read image" in capsys.readouterr().err
-    assert {p.name for p in out.iterdir()} == {"b.jpg", "predictions.json"}
-
-
-def test_pictures_of_one_stem_are_told_apart(finished_run, tmp_path, shapes_root):
-    from detkit.tasks.predict import run
-
-    source = tmp_path / "source"
-    source.mkdir()
-    for name in ("a.jpg", "a.jpeg", "[b].jpg"):
-        (source / name).write_bytes(next((shapes_root / "images" / "val").iterdir()).read_bytes())
-    overrides = [f"ckpt={finished_run / 'best.safetensors'}", f"source={source}", f"run_dir={tmp_path / 'out'}"]
-    run(resolve(compose_config("predict", overrides)))
-    assert {p.name for p in (tmp_path / "out").iterdir()} == {"a.jpg.jpg", "a.jpeg.jpg", "[b].jpg", "predictions.json"}
 
 
 def test_a_sweep_runs_every_choice_in_a_directory_of_its_own(monkeypatch, tmp_path, shapes_root):

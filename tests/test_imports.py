@@ -7,11 +7,11 @@ import detkit
 
 PACKAGE = Path(detkit.__file__).parent
 LAYERS = (
-    ("errors", "registry", "structures", "ops"),
-    ("layers",),
+    ("errors", "hints", "registry", "structures", "ops", "config"),
+    ("layers", "weights"),
     ("models", "data"),
-    ("engine", "report", "weights"),
-    ("checks", "config", "api", "benchmarks", "tasks", "cli", "__init__"),
+    ("engine", "report"),
+    ("api", "benchmarks", "tasks", "cli", "__init__"),
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 

@@ -5,8 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from detkit.checks import check_values
-from detkit.config import compose_config, resolve
+from detkit.config import check_values, compose_config, resolve
 from detkit.data.dataset import DetectionDataset
 from detkit.data.shapes import read_shapes
 from detkit.data.tiles import TiledDataset

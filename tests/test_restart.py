@@ -15,8 +15,7 @@ import torch.distributed as dist
 import yaml
 from safetensors.torch import load_file
 
-from detkit.checks import check_values
-from detkit.config import compose_config, group_options, resolve
+from detkit.config import check_values, compose_config, group_options, resolve
 from detkit.engine import meeting
 
 ROOT = Path(__file__).parents[1]

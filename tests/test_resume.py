@@ -2,6 +2,7 @@
 
 import csv
 import errno
+import math
 import os
 import random
 import shutil
@@ -30,7 +31,7 @@ from detkit.data.loader import BatchLoader
 from detkit.data.shapes import read_shapes
 from detkit.data.stream import ShardLoader
 from detkit.data.webdataset import read_webdataset, write_webdataset
-from detkit.engine import checkpoint, state, trainer
+from detkit.engine import checkpoint, loggers, state, trainer
 from detkit.engine import lock as lock_module
 from detkit.engine.measure import random_batch
 from detkit.engine.optim import Recipe, Schedule
@@ -106,8 +107,28 @@ def test_killed_at_random_moments(whole_run, overrides, tmp_path):
                 assert process.poll() is None
             time.sleep(rng.uniform(0, 0.5))
             process.kill()
-        assert process.wait(60) in (0, -signal.SIGKILL)
+        assert process.wait(300) in (0, -signal.SIGKILL)
         arguments = [f"resume={run_dir}"]
+    assert_same_run(run_dir, whole_run)
+
+
+@pytest.mark.parametrize("name", ["SIGKILL", "SIGSTOP"])
+def test_a_lost_loader_process_ends_a_run_that_goes_on(whole_run, overrides, tmp_path, name):
+    """One is killed, as the out-of-memory killer does, or stops: saved, one sentence, the same end."""
+    run_dir = tmp_path / "run"
+    arguments = [*overrides, f"run_dir={run_dir}", "workers=2", "trainer.loader_timeout=5", "trainer.save_every=2"]
+    process = subprocess.Popen([sys.executable, TOOL, *arguments], stderr=subprocess.PIPE, text=True)
+    while not (run_dir / "state.pt").exists():
+        time.sleep(0.01)
+        assert process.poll() is None
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill(int(children[0]), getattr(signal, name))
+    _, error = process.communicate(timeout=300)
+    assert (process.returncode, error.count("\n")) == (2, 1), error
+    words = "a data loading process was killed (signal 9" if name == "SIGKILL" else "no batch has come from the 2"
+    assert words in error
+    assert f"resume={run_dir} goes on after" in error
+    go_on(run_dir)
     assert_same_run(run_dir, whole_run)
 
 
@@ -213,6 +234,14 @@ def test_a_full_disk_keeps_what_was_saved(whole_run, tmp_path, monkeypatch, caps
         ({"seed": -1}, [], "seed=-1 must be a whole number"),
         ({"plugins": ["os"]}, [], r"was trained with plugins=\['os'\]: pass the same"),
         (None, [], "config.yaml is not the configuration of a run"),
+        ({"trainer": 3}, [], r"config.yaml: trainer=3 must be one of the options"),
+        ({"trainer": {"epochs": 2}}, [], r"config.yaml: trainer.* is not set"),
+        ({"image_size": "x"}, [], r"config.yaml: image_size=x must be a multiple of 32 pixels"),
+        ({"data": {"name": "coco", "root": "a\0b"}}, [], r"config.yaml: data.root=a\\x00b must not hold control"),
+        ({"backbone": {"name": []}}, [], r"config.yaml: backbone.name=\[\] must be the name of a part"),
+        ({"seed": 10**30}, [], "config.yaml: seed=1000000000000000000000000000000 must be"),
+        ({}, ["data.train_images=x"], "the run's data=shapes has no such key"),
+        ({}, ["data=yolo", "data.yaml=x"], "data cannot change"),
     ],
 )
 def test_what_cannot_change_is_refused(whole_run, tmp_path, edit, arguments, sentence):
@@ -221,6 +250,19 @@ def test_what_cannot_change_is_refused(whole_run, tmp_path, edit, arguments, sen
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(content))
     with pytest.raises(DetkitError, match=sentence):
         go_on(tmp_path, *arguments)
+
+
+def test_a_set_that_has_moved_is_named_anew(tmp_path, monkeypatch):
+    """As a YOLO set's is; what is composed beside ``resume=`` is the default set."""
+    command = [f"resume={tmp_path}", "data.yaml=new/data.yaml"]
+    run = resolve(compose_config("train", ["data=yolo", "data.yaml=old/data.yaml"]))
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(run))
+    for more in ([], ["data=yolo"]):
+        monkeypatch.setattr(
+            resume, "typed_keys", lambda more=more: ["resume", "data.yaml", *(["data"] if more else [])]
+        )
+        own = resume.resumed_config(tmp_path, resolve(compose_config("train", [*command, *more])), run)
+        assert own == run | {"data": run["data"] | {"yaml": "new/data.yaml"}}
 
 
 def test_auto_goes_on_or_begins(whole_run, overrides, tmp_path, monkeypatch, capsys):
@@ -469,6 +511,34 @@ def test_nothing_is_unpickled_freely(tmp_path, monkeypatch):
         (lambda c: c["state"].update(epok=1), "does not fit the run"),
         (lambda c: c["rng"].update(torch=3), "does not fit the run"),
         (lambda c: c.update(batches=7), "the training set now makes 5"),
+        (lambda c: c.update(batches="x"), "batches=x must be a whole number, 1 or more"),
+        (lambda c: c.update(health=[0, 0, 0, 0, 0]), "health=[0, 0, 0, 0, 0] must be a list of four counts"),
+        (lambda c: c.update(pending=-1), "pending=-1 must be"),
+        (lambda c: c.update(ranks=0), "ranks=0 must be"),
+        (lambda c: c.update(schema_version=torch.ones(2)), "has schema version"),
+        (lambda c: c.update(cfg=nested(99)), "nested too deeply"),
+        (lambda c: c["recipe"].update(lr="x"), "recipe.lr=x must be a number above 0"),
+        (lambda c: c["recipe"].pop("name"), "recipe.name is not set"),
+        (lambda c: c["state"].update(epoch=True), "state.epoch=true must be a whole number"),
+        (lambda c: c["state"].update(epoch=2**70, step=0), "state.epoch=1180591620717411303424 must be"),
+        (lambda c: c["state"].update(epoch=1), "state.results lacks the metrics"),
+        (lambda c: c["state"].update(best=math.nan), "state.best=nan must be a number from -1 to 1"),
+        (lambda c: c["state"].update(history=[{"epoch": 1}]), "state.history=[{'epoch': 1}] must be a list of rows"),
+        (lambda c: c["state"].update(results={"best": 3}), "state.results.best=3 must be"),
+        (lambda c: c["state"]["current"].update(position=6), "is beyond the epoch's 5 batches"),
+        (lambda c: c["state"]["current"].update(losses={"box": "x"}), "'box' must be a tensor of one number"),
+        (lambda c: c["state"]["current"].update(grad_norm=torch.zeros(9)), "'grad_norm' must be a tensor of one"),
+        (lambda c: c["model"].update({"backbone.stem.conv.weight": "x"}), "does not fit the run"),
+        (lambda c: c["model"]["head.bins"].fill_(math.nan), "of its 'model', 'head.bins' holds NaN or infinity"),
+        (lambda c: c["ema"]["head.bins"].fill_(math.inf), "of its 'ema', 'head.bins' holds NaN or infinity"),
+        (lambda c: c["optimizer"]["state"].update({9999: {}}), "of a parameter that there is not"),
+        (lambda c: c["optimizer"]["state"][0].update(exp_avg=torch.zeros(2)), "it remembers momentum_buffer, exp_avg"),
+        (lambda c: c["optimizer"]["state"][0]["momentum_buffer"].fill_(math.nan), "that are not finite"),
+        (lambda c: c["rng"].update(python=(3, (1, 2), None)), "does not fit the run"),
+        (lambda c: c["rng"]["numpy"].__setitem__(2, 10**6), "must be the state of an MT19937"),
+        (lambda c: c["rng"].update(torch=torch.zeros(9, dtype=torch.uint8)), "does not fit the run"),
+        (lambda c: c.update(scaler={"scale": 1.0}), "scaler must be a mapping of"),
+        (lambda c: c.update(gradients={"no.such": torch.zeros(1)}), "of its 'gradients', 'no.such'"),
     ],
 )
 def test_a_state_that_does_not_fit_is_named(trained, tmp_path, change, sentence):
@@ -480,7 +550,30 @@ def test_a_state_that_does_not_fit_is_named(trained, tmp_path, change, sentence)
     with pytest.raises(DetkitError) as error:
         restore(read_state(tmp_path, print), step, 5)
     assert sentence in str(error.value)
-    assert len(str(error.value)) < 300
+    assert str(error.value).startswith(str(tmp_path / "state.pt"))
+    assert len(str(error.value)) < 500
+
+
+def nested(depth: int) -> dict:
+    """Mappings within one another."""
+    return {"a": nested(depth - 1)} if depth else {}
+
+
+def test_only_regular_files_of_a_run_are_read(tmp_path):
+    """A pipe would be waited for."""
+    for number in (1, 2):
+        write_state(tmp_path, contents(number), keep=2)
+    (tmp_path / "state.pt").unlink()
+    os.mkfifo(tmp_path / "state.pt")
+    told = []
+    assert read_state(tmp_path, told.append)["pending"] == 1
+    assert "state.pt cannot be read: it is not a regular file" in told[0]
+    for name in ("config.yaml", "loggers.json", ".lock"):
+        os.mkfifo(tmp_path / name)
+    with pytest.raises(DetkitError, match=r"config.yaml: it is not a regular file"):
+        resume.resumed_config(tmp_path, {}, None)
+    assert loggers._read_ids(tmp_path / "loggers.json") == {}
+    assert lock_module.find_job(tmp_path.parent, "job") is None
 
 
 def make_step() -> TrainStep:

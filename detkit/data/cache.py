@@ -18,6 +18,7 @@ from detkit.data.annotations import Annotations
 from detkit.errors import DetkitError
 from detkit.ops.files import cache_dir
 from detkit.ops.image import picture_file, shrunk_sizes
+from detkit.ops.memory import free_memory, gib
 
 KEPT_BYTES = 128 * 2**20  # what a process keeps where there is no cache,
 LAST_IMAGES = 32  # and how many it remembers beside them: more than a window of the order (augment.py) has
@@ -115,22 +116,6 @@ def shared_bytes(annotations: Annotations, longest: int) -> int:
     return len(annotations) + int(_image_bytes(annotations, longest).sum())
 
 
-def free_memory() -> int:
-    """Return the bytes of memory that can still be had: of the machine, or of the container if that is less."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        free = 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
-    except (OSError, StopIteration):
-        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    try:
-        limit, used = (Path(f"/sys/fs/cgroup/memory.{name}").read_text().strip() for name in ("max", "current"))
-        stat = dict(line.split() for line in Path("/sys/fs/cgroup/memory.stat").read_text().splitlines())
-        used = int(used) - int(stat["inactive_file"])  # which the kernel gives back when asked
-        return free if limit == "max" else max(min(free, int(limit) - used), 0)
-    except (OSError, ValueError, KeyError):
-        return free
-
-
 def _image_shapes(annotations: Annotations, longest: int) -> np.ndarray:
     """Return the (N, 2) heights and widths that the images have in a cache."""
     return shrunk_sizes(annotations.sizes, longest)
@@ -146,7 +131,7 @@ def _memory(size: int, what: str) -> mmap.mmap:
     free = free_memory()
     if size > MARGIN * free:
         raise DetkitError(
-            f"data.cache=ram takes {_gib(size)} for {what}, more than {MARGIN:.0%} of the {_gib(free)} of free memory: "
+            f"data.cache=ram takes {gib(size)} for {what}, more than {MARGIN:.0%} of the {gib(free)} of free memory: "
             "use data.cache=disk or data.cache=null"
         )
     return mmap.mmap(-1, size)
@@ -162,7 +147,7 @@ def _file(path: Path, size: int, what: str) -> mmap.mmap:
             free = shutil.disk_usage(path.parent).free
             if size > MARGIN * free:
                 raise DetkitError(
-                    f"data.cache=disk takes {_gib(size)} for {what}, more than {MARGIN:.0%} of the {_gib(free)} free "
+                    f"data.cache=disk takes {gib(size)} for {what}, more than {MARGIN:.0%} of the {gib(free)} free "
                     f"at {path.parent}: make room, point XDG_CACHE_HOME at another disk, or use data.cache=null"
                 )
             _reserve(path, size)
@@ -196,7 +181,3 @@ def _cache_file(annotations: Annotations, longest: int) -> Path:
             raise DetkitError(f"cannot read image {path}: {error.strerror or error}") from None
         digest.update(os.fsencode(path) + b"\0%d %d\n" % (status.st_size, status.st_mtime_ns))
     return cache_dir() / "images" / f"{of_set.hexdigest()}-{digest.hexdigest()}.u8"
-
-
-def _gib(size: int) -> str:
-    return f"{size / 2**30:.2f} GiB"

@@ -10,15 +10,17 @@ from typing import Any
 import numpy as np
 
 from detkit.data.annotations import Annotations
+from detkit.data.coco_fields import LARGEST, NONSENSE, Categories, Ids, box_of, fault, file_name, flag, side
 from detkit.data.columns import Columns
+from detkit.data.foreign import other_format_of
+from detkit.data.image_names import ImageNames
 from detkit.data.index import cached
 from detkit.data.json_stream import read_records
 from detkit.data.problems import ProblemLog
 from detkit.data.splits import ALIASES, TRAINED, pick_split
-from detkit.errors import DetkitError
+from detkit.errors import DetkitError, shorten
 from detkit.registry import DATASETS, SPLIT_NAMES
 
-LARGEST = 1e9  # pixels of a coordinate: beyond, it is nonsense
 ROBOFLOW = "_annotations.coco.json"  # beside the images of a split, as Roboflow exports it
 LISTS = ("images", "annotations", "categories")
 
@@ -100,8 +102,9 @@ def _split_files(root: str | int, keys: Mapping[str, tuple[Any, Any]]) -> dict[s
 def read_coco_json(file: Path, image_dir: Path, log: ProblemLog | None = None, labelled: bool = True) -> Annotations:
     """Read one COCO json whose image files lie under ``image_dir``.
 
-    Category ids may have gaps: labels are their ranks. A record without a ``bbox`` has that of its polygons. Records
-    that make no sense are left out and logged; boxes and images are judged as in data/mending.py.
+    Category ids may have gaps: labels are their ranks. A record without a ``bbox`` has that of its polygons or mask.
+    Ids and sizes may be written as text; an id that is no number gets one of its own. Records that make no sense are
+    left out and logged; boxes and images are judged as in data/mending.py.
 
     Args:
         labelled: whether the lists ``annotations`` and ``categories`` must be there, as those of a test set may not.
@@ -120,9 +123,10 @@ def read_coco_json(file: Path, image_dir: Path, log: ProblemLog | None = None, l
             take[key](position, line, record)
     missing -= set() if labelled else {"annotations", "categories"}
     if missing:
-        raise DetkitError(f"{file} is not a COCO detection file: it has no list '{min(missing)}'")
+        hint = other_format_of(file)
+        raise DetkitError(f"{file} is not a COCO detection file: it has no list '{min(missing)}'{hint}")
     unlabelled = not labelled and not categories and not reader.columns.boxes
-    annotations = reader.finish(*(((), ()) if unlabelled else _categories(categories, file)))
+    annotations = reader.finish(*(((), ()) if unlabelled else reader.categories.ranked(categories, file)))
     annotations.watched = reader.watched
     return annotations
 
@@ -133,23 +137,33 @@ class _Reader:
     def __init__(self, file: Path, image_dir: Path, log: ProblemLog) -> None:
         self.file, self.image_dir, self.log = file, image_dir, log
         self.columns = Columns(file, log)
+        self.images, self.categories = Ids(), Categories()
+        self.names = ImageNames(image_dir)
         self.seen: set[int] = set()
         self.watched = True
 
     def image(self, position: int, line: int, record: Any) -> None:
         """Take images[position]."""
         try:
-            image_id, name = _whole(record["id"]), record["file_name"]
-            stated = _whole(record.get("height") or 0), _whole(record.get("width") or 0)
-            if not (isinstance(name, str) and name and "\0" not in name and 0 <= min(stated) <= max(stated) < 2**31):
-                raise ValueError
-        except (KeyError, TypeError, ValueError, AttributeError):
-            needs = "needs a whole 'id', a 'file_name', and 'height' and 'width' in whole pixels"
-            words = f"images[{position}] {needs}, it is {_short(record)}"
-            self.log.add("malformed_image", self.file, line, words)
+            image_id, given = self.images.number(record["id"]), file_name(record)
+            stated = side(record.get("height")), side(record.get("width"))
+        except NONSENSE:
+            needs = {
+                "id": ("a whole 'id'", self.images.number),
+                "file_name": ("a 'file_name'", lambda _: file_name(record)),
+                "height": ("'height' in whole pixels", side),
+                "width": ("'width' in whole pixels", side),
+            }
+            self.log.add("malformed_image", self.file, line, f"images[{position}] {fault(record, needs)}")
             return
         if image_id in self.seen:
-            self.log.add("repeated_image", self.file, line, f"images[{position}] has the id {image_id}, given before")
+            words = f"images[{position}] has the id {shorten(record['id'])}, given before"
+            self.log.add("repeated_image", self.file, line, words)
+            return
+        name, taken_by = self.names.locate(given)
+        if taken_by:
+            words = f"images[{position}] is {shorten(given)}, but {name} is the image of {shorten(taken_by)}"
+            self.log.add("repeated_image", self.file, line, words)
             return
         self.seen.add(image_id)
         self.columns.add_image(self.image_dir / name, image_id, stated)
@@ -159,20 +173,22 @@ class _Reader:
     def box(self, position: int, line: int, record: Any) -> None:
         """Take annotations[position]."""
         try:
-            image_id, category_id = _whole(record["image_id"]), _whole(record["category_id"])
-            x, y, w, h = _numbers(record["bbox"] if record.get("bbox") else polygon_box(record["segmentation"]))
-            area, crowd = record.get("area"), record.get("iscrowd") or 0
-            sensible = max(abs(x), abs(y), abs(w), abs(h)) < LARGEST and not math.isnan(x + y + w + h)
-            if not sensible or crowd not in (0, 1):
-                raise ValueError
-        except (KeyError, TypeError, ValueError, OverflowError, AttributeError):
-            needs = "needs 'image_id', 'category_id' and 'bbox' [x, y, width, height] as numbers"
-            words = f"annotations[{position}] {needs}, it is {_short(record)}"
-            self.log.add("malformed_box", self.file, line, words)
+            image_id, category_id = self.images.number(record["image_id"]), self.categories.use(record["category_id"])
+            x, y, w, h = box_of(record)
+            area, crowd = record.get("area"), flag(record.get("iscrowd"))
+        except NONSENSE:
+            needs = {
+                "image_id": ("a whole 'image_id'", self.images.number),
+                "category_id": ("a whole 'category_id'", self.categories.number),
+                "bbox": ("'bbox' as [x, y, width, height] in numbers", lambda bbox: bbox and box_of(record)),
+                "segmentation": ("a 'bbox', or a 'segmentation' of polygons or a mask", lambda _: box_of(record)),
+                "iscrowd": ("'iscrowd' to be 0 or 1", flag),
+            }
+            self.log.add("malformed_box", self.file, line, f"annotations[{position}] {fault(record, needs)}")
             return
         area = float(area) if type(area) in (int, float) and abs(area) < LARGEST**2 else math.nan
         corners = (x, y, x + w, y + h)
-        self.columns.add_box(image_id, category_id, corners, line, position, area=area, crowd=bool(crowd))
+        self.columns.add_box(image_id, category_id, corners, line, position, area=area, crowd=crowd)
 
     def finish(self, category_ids: tuple[int, ...], class_names: tuple[str, ...]) -> Annotations:
         """Return the boxes whose image and class exist."""
@@ -184,16 +200,20 @@ class _Reader:
         def translate(rows: np.ndarray) -> np.ndarray:
             image, has_image = image_of(rows["image"])
             label, has_label = label_of(rows["label"])
-            self._log_unknown("labels_without_image", "image_id", rows, rows["image"], ~has_image)
-            self._log_unknown("unknown_class", "category_id", rows, rows["label"], has_image & ~has_label)
+            self._log_unknown("labels_without_image", "image_id", self.images, rows, rows["image"], ~has_image)
+            self._log_unknown(
+                "unknown_class", "category_id", self.categories, rows, rows["label"], has_image & ~has_label
+            )
             rows["image"], rows["label"] = image, label
             return rows[has_image & has_label]
 
         return columns.finish(lambda _, line, position: self._place(line, position), translate)
 
-    def _log_unknown(self, kind: str, key: str, rows: np.ndarray, ids: np.ndarray, mask: np.ndarray) -> None:
+    def _log_unknown(
+        self, kind: str, key: str, known: Ids, rows: np.ndarray, ids: np.ndarray, mask: np.ndarray
+    ) -> None:
         def describe(k: int) -> tuple[Path, int, str]:
-            words = f"has {key} {ids[k]}, which the file does not define"
+            words = f"has {key} {known.word(int(ids[k]))}, which the file does not define"
             return self._place(int(rows["line"][k]), int(rows["position"][k]), words)
 
         self.log.extend(kind, np.flatnonzero(mask), describe)
@@ -216,62 +236,3 @@ class _Positions:
         nearest = np.searchsorted(self.ids, wanted, sorter=self.order).clip(max=len(self.ids) - 1)
         position = self.order[nearest]
         return position, self.ids[position] == wanted
-
-
-def polygon_box(polygons: list[list[float]]) -> tuple[float, float, float, float]:
-    """Return x, y, width and height of the box around polygons [[x, y, x, y, ...], ...].
-
-    Raises:
-        TypeError, ValueError: they are something else, such as a run-length mask.
-    """
-    xs = _numbers([v for polygon in polygons for v in polygon[0::2]])
-    ys = _numbers([v for polygon in polygons for v in polygon[1::2]])
-    return min(xs), min(ys), max(xs) - min(xs), max(ys) - min(ys)
-
-
-def _numbers(values: Any) -> list[float]:
-    """Return a list of numbers as floats; ValueError for anything else, such as text that looks like one."""
-    if not isinstance(values, (list, tuple)) or not all(type(v) in (int, float) for v in values):
-        raise ValueError(values)
-    return [float(v) for v in values]
-
-
-def is_whole(value: Any) -> bool:
-    """Whether ``value`` is an integer that fits 64 bits."""
-    return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63
-
-
-def _whole(value: Any) -> int:
-    """Return a whole number, which may be written as 480.0; ValueError for anything else."""
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)
-    if not is_whole(value):
-        raise ValueError(value)
-    return value
-
-
-def _categories(records: list[Any], file: Path) -> tuple[tuple[int, ...], tuple[str, ...]]:
-    """Return the categories' ids, ascending, and their names."""
-    for k, record in enumerate(records):
-        if not (
-            isinstance(record, Mapping) and is_whole(record.get("id")) and isinstance(record.get("name"), (str, int))
-        ):
-            raise DetkitError(f"{file}: categories[{k}] needs a whole 'id' and a 'name', it is {_short(record)}")
-    ranked = sorted(records, key=lambda c: c["id"])
-    ids, names = tuple(c["id"] for c in ranked), tuple(str(c["name"]) for c in ranked)
-    for what, values in (("id", ids), ("name", names)):
-        if len(set(values)) < len(values):
-            raise DetkitError(f"{file}: 'categories' holds the same {what} twice; give every class one of its own")
-    for name in names:
-        if not name.isprintable():
-            raise DetkitError(
-                f"{file}: 'categories' holds the name {name!r}, which cannot be printed; rename the class"
-            )
-    if not ids:
-        raise DetkitError(f"{file}: 'categories' is empty, so there is nothing to detect")
-    return ids, names
-
-
-def _short(record: Any) -> str:
-    text = repr(record)
-    return text if len(text) <= 100 else f"{text[:97]}..."

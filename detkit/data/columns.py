@@ -12,9 +12,26 @@ from detkit.data.images import MISSING, probe_all
 from detkit.data.mending import judge_boxes, judge_images
 from detkit.data.problems import ProblemLog
 from detkit.data.splits import MissingSplit
-from detkit.errors import DetkitError
+from detkit.errors import DetkitError, shorten
 
 Place = Callable[[int, int, int], tuple[object, int | None, str]]
+
+
+def check_class_names(names: Sequence[str], where: str) -> None:
+    """Check that every class has a name of its own that can be shown.
+
+    Raises:
+        DetkitError: one has none; begins with ``where``, the file and key.
+    """
+    for name in names:
+        if not name.strip():
+            raise DetkitError(f"{where} holds the name {name!r}; give every class a name")
+        if not name.isprintable():
+            raise DetkitError(
+                f"{where} holds the name {shorten(repr(name))}, which cannot be printed; rename the class"
+            )
+    if len(set(names)) < len(names):
+        raise DetkitError(f"{where} holds the same name twice; give every class one of its own")
 
 
 class Columns:

@@ -20,9 +20,10 @@ import numpy as np
 from detkit.data.annotations import Annotations, PathTable
 from detkit.data.files import names_in, walk
 from detkit.data.problems import ProblemLog
-from detkit.ops.files import cache_dir
+from detkit.ops.files import cache_dir, open_regular
+from detkit.ops.image import max_pixels
 
-VERSION = 2  # of the layout, and of the judgement of images and boxes
+VERSION = 3  # of the layout, and of the judgement of images and boxes
 ARRAYS = ("image_ids", "sizes", "offsets", "boxes", "labels", "areas", "crowd")
 PART = 2**18  # elements that are written at a time
 DTYPES = {"I64": np.int64, "I32": np.int32, "F64": np.float64, "BOOL": np.bool_, "U8": np.uint8}
@@ -47,7 +48,7 @@ def cached(
     if log is not None:
         return build(log)
     name = json.dumps(
-        [VERSION, kind, [str(p.absolute()) for p in (*files, *folders, *flat)], arguments], sort_keys=True
+        [VERSION, max_pixels(), kind, [str(p.absolute()) for p in (*files, *folders, *flat)], arguments], sort_keys=True
     )
     prefix = hashlib.blake2b(name.encode(errors="surrogateescape"), digest_size=8).hexdigest()
     index = index_folder() / f"{prefix}-{fingerprint(files, folders, flat)}.safetensors"
@@ -142,8 +143,8 @@ def _unmap_pages(array: np.ndarray) -> None:
 def open_index(file: Path) -> Annotations | None:
     """Map an index into memory; None where it is not there or not whole."""
     try:
-        size = file.stat().st_size
-        with file.open("rb") as stream:
+        with open_regular(file) as stream:
+            size = os.fstat(stream.fileno()).st_size
             length = int.from_bytes(stream.read(8), "little")
             if length > size:
                 return None

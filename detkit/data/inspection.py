@@ -89,7 +89,8 @@ def look_at(path: str) -> Look:
         image = read_image(Path(path))
     except (DetkitError, MemoryError, OSError) as error:
         _complaints()
-        return b"", f"does not decode ({type(error).__name__}): it is damaged, or too large"
+        reason = str(error).partition(f"{path}: ")[2] or type(error).__name__
+        return b"", f"does not decode: {reason}"
     text = _complaints()
     if any(words in text for words in DAMAGE):
         return b"", f"is damaged: {text.splitlines()[0][:200]}"

@@ -16,6 +16,7 @@ from detkit.data.images import (
     TRUNCATED,
     UNREADABLE,
     UNUSABLE,
+    why_unreadable,
 )
 from detkit.data.problems import ProblemLog
 
@@ -24,7 +25,7 @@ BEYOND = 1e-3  # the same of normalised values
 ASPECT_TOLERANCE = 0.02  # relative: a resized image keeps its aspect to within this
 KINDS_OF_FLAGS = {
     MISSING: ("missing_image", "the file does not exist"),
-    UNREADABLE: ("unreadable_image", "empty, not an image, or too large"),
+    UNREADABLE: ("unreadable_image", ""),  # why: see images.why_unreadable
     TRUNCATED: ("truncated_image", "the file ends before the picture does"),
     ROTATED: ("exif_rotated", "turned upright by its EXIF orientation"),
     GRAY: ("gray_image", "gray"),
@@ -78,7 +79,8 @@ def judge_images(paths: Sequence[str], probes: np.ndarray, stated: np.ndarray, l
     """
     sizes, stored, flags = probes[:, :2], probes[:, 2:4], probes[:, 4]
     for bit, (kind, words) in KINDS_OF_FLAGS.items():
-        log.extend(kind, np.flatnonzero(flags & bit), lambda k, words=words: (paths[k], None, words))
+        found = np.flatnonzero(flags & bit)
+        log.extend(kind, found, lambda k, words=words: (paths[k], None, words or why_unreadable(paths[k])))
     first_of = _first_of_each(paths)
     first = first_of == np.arange(len(paths))
     log.extend("repeated_image", np.flatnonzero(~first), lambda k: (paths[k], None, "listed before"))

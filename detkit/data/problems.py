@@ -7,11 +7,12 @@ from typing import Any
 
 import numpy as np
 
-from detkit.errors import DetkitError
+from detkit.errors import DetkitError, shorten
 
 NOTE = "note"  # worth knowing; nothing is lost
 MENDED = "mended"  # used after a correction
 LEFT_OUT = "left out"  # not used
+MAX_DETAIL = 1000  # characters of a finding
 WRONG = "wrong"  # used as it is: only check_data looks for it
 
 
@@ -52,6 +53,7 @@ KINDS: dict[str, Kind] = {
     "deep_image": Kind("images of more than 8 bits a channel, read as 8", NOTE),
     "cmyk_image": Kind("CMYK images, read as RGB", NOTE),
     "alpha_image": Kind("images with transparency, which is dropped", NOTE),
+    "keypoints": Kind("label sets with keypoints, which are not used", NOTE),
     "without_boxes": Kind("images without boxes, background", NOTE),
     "unlabelled_image": Kind("image files without labels", NOTE),
     "equal_image": Kind("images that show the same as another of their split", NOTE),
@@ -94,7 +96,7 @@ class ProblemLog:
     def add(self, kind: str, file: object, line: int | None, detail: str) -> None:
         """Count a problem; keep it while there is room."""
         if self.counts[kind] < self.limit:
-            self.problems.append(Problem(kind, str(file), line, detail))
+            self.problems.append(Problem(kind, str(file), line, shorten(detail, MAX_DETAIL)))
         self.counts[kind] += 1
 
     def extend(self, kind: str, found: np.ndarray, describe: Callable[[int], tuple[object, int | None, str]]) -> None:

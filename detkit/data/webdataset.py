@@ -29,20 +29,20 @@ from typing import Any
 import numpy as np
 
 from detkit.data.annotations import Annotations
-from detkit.data.coco import LARGEST, is_whole
-from detkit.data.columns import Columns
+from detkit.data.coco_fields import LARGEST, is_whole
+from detkit.data.columns import Columns, check_class_names
 from detkit.data.files import names_in
 from detkit.data.index import cached
 from detkit.data.problems import ProblemLog
 from detkit.data.splits import TRAINED, pick_split
 from detkit.errors import DetkitError
-from detkit.ops.files import read_regular
-from detkit.ops.image import IMAGE_SUFFIXES, read_bytes
+from detkit.ops.files import open_regular, read_regular
+from detkit.ops.image import IMAGE_SUFFIXES, MAX_BYTES, read_bytes
 from detkit.registry import DATASETS, SPLIT_NAMES
 
 SHARD_IMAGES = 1000
 MAX_JSON = 2**26  # bytes of one sample's json
-MAX_IMAGE = 2**30  # bytes of one image file
+MAX_LIST = 2**28  # bytes of SPLIT.json
 # What tarfile raises on damaged files, beside OSError; its parsing meets all kinds of nonsense.
 TAR_ERRORS = (tarfile.TarError, EOFError, ValueError, OverflowError, IndexError, KeyError, RecursionError, MemoryError)
 
@@ -167,7 +167,7 @@ def _appearing(path: Path) -> Iterator[Path]:
 def _load(file: Path) -> dict[str, Any]:
     """Read SPLIT.json; names of shards are names of files beside it and nothing else."""
     try:
-        about = json.loads(file.read_text(encoding="utf-8"))
+        about = json.loads(read_regular(file, MAX_LIST).decode("utf-8-sig"))
     except FileNotFoundError:
         raise DetkitError(f"{file} does not exist: it lists the shards, and convert_data writes it") from None
     except OSError as error:
@@ -177,8 +177,9 @@ def _load(file: Path) -> dict[str, Any]:
     about = about if isinstance(about, dict) else {}
     names, shards = about.get("class_names"), about.get("shards")
     ids = about.setdefault("category_ids", list(range(len(names))) if isinstance(names, list) else [])
-    if not (_is_list(names, lambda v: isinstance(v, str)) and names and len(set(names)) == len(names)):
+    if not (_is_list(names, lambda v: isinstance(v, str)) and names):
         raise DetkitError(f"{file}: 'class_names' must be a list of different names")
+    check_class_names(names, f"{file}: 'class_names'")
     if not (_is_list(ids, is_whole) and len(set(ids)) == len(names) == len(ids)):
         raise DetkitError(f"{file}: 'category_ids' must be a list of different whole numbers, one for each class")
     if not (_is_list(shards, _is_shard) and len({shard["file"] for shard in shards}) == len(shards)):
@@ -202,9 +203,7 @@ def _read_shard(shard: Path, listed: int, columns: Columns) -> None:
     """Append the samples of one tar file, of which ``listed`` are expected."""
     found, damage, seen = 0, "", set()
     try:
-        if not os.path.isfile(shard):
-            raise OSError("it is no file")
-        with tarfile.open(shard, "r:") as archive:
+        with open_regular(shard) as file, tarfile.open(fileobj=file, mode="r:") as archive:
             for _, members in itertools.groupby(_members(archive, shard.stat().st_size), lambda m: _split(m.name)[0]):
                 found += _read_sample(archive, shard, list(members), seen, columns)
     except (OSError, *TAR_ERRORS) as error:
@@ -252,8 +251,8 @@ def _read_sample(
         return False
     name = member_name(image.name)
     path = f"{shard}/{image.offset_data}+{image.size}/{name}"
-    if image.size > MAX_IMAGE:
-        log.add("unreadable_image", path, None, f"is larger than {MAX_IMAGE} bytes")
+    if image.size > MAX_BYTES:
+        log.add("unreadable_image", path, None, f"is larger than {MAX_BYTES} bytes")
     elif name in seen:
         log.add("repeated_image", path, None, "another image of the shard has the same name")
     elif label is None:

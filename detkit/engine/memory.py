@@ -7,14 +7,35 @@ import torch
 from torch import nn
 
 from detkit.engine.measure import random_batch
-from detkit.engine.precision import Precision
+from detkit.engine.precision import Precision, is_out_of_memory
 from detkit.errors import DetkitError
 from detkit.models.detector import Detector
+from detkit.ops.memory import free_memory, gib
 from detkit.ops.ranks import alone
 
+COPIES_TRAINED = 4  # of the weights, at least, in a training: with the gradients, the average and the optimizer's
+BYTES = 15  # that a pixel of a batch takes before the network sees it: three of one byte, and as floats
 LARGEST = 1024  # images of a batch that are ever tried
 BOXES = 100  # of an image in a trial: a crowded mosaic
 COPIES = 3  # of the weights, beside the model and its gradient: the average and two of the optimizer
+
+
+def check_batch(batch_size: int | str, image_size: int, device: torch.device) -> None:
+    """Check that a batch of pictures fits into the memory of the CPU, if that is what computes.
+
+    This is a lower bound: what the network itself takes depends on it.
+
+    Raises:
+        DetkitError: it does not.
+    """
+    if device.type != "cpu" or batch_size == "auto":
+        return
+    size, free = batch_size * image_size**2 * BYTES, free_memory()
+    if size > free:
+        raise DetkitError(
+            f"batch_size={batch_size} images of {image_size}x{image_size} pixels take {gib(size)} before the network "
+            f"sees them, more than the {gib(free)} of free memory: lower batch_size or image_size"
+        )
 
 
 def largest_batch(attempt: Callable[[int], object], most: int = LARGEST) -> int:
@@ -27,7 +48,9 @@ def largest_batch(attempt: Callable[[int], object], most: int = LARGEST) -> int:
     while size <= most:
         try:
             attempt(size)
-        except torch.OutOfMemoryError:
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
             full = True  # the error holds the tensors of its frames: they go when this block has ended
         else:
             full = False
@@ -35,6 +58,8 @@ def largest_batch(attempt: Callable[[int], object], most: int = LARGEST) -> int:
         if full:
             break
         fits, size = size, 2 * size
+    if torch.cuda.is_initialized():
+        torch.cuda.reset_peak_memory_stats()  # a run's memory is not that of its trials
     return fits
 
 

@@ -4,6 +4,7 @@ The file is a zip archive; the checksums in it are verified before anything else
 """
 
 import io
+import os
 import random
 import zipfile
 from collections.abc import Callable, Mapping
@@ -16,10 +17,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from detkit.engine.checkpoint import earlier, misfits, write_atomically
+from detkit.engine.checkpoint import earlier, first_not_finite, misfits, write_atomically
 from detkit.engine.optim import Recipe
+from detkit.engine.saved import first_wrong, wrong_memory
 from detkit.engine.step import TrainStep
-from detkit.errors import DetkitError
+from detkit.errors import DetkitError, shorten
+from detkit.ops.files import open_regular
+from detkit.ops.memory import free_memory, gib
 from detkit.ops.ranks import rank_count
 from detkit.structures import Batch
 
@@ -53,7 +57,7 @@ class EpochState:
         batches, images: learned from, by this rank.
         seconds, waited: spent so far, and of these on waiting for the next batch.
         losses: sums over the batches of the loss terms, () tensors on the device.
-        grad_norm: () the latest gradient's, before it was clipped.
+        grad_norm: () the latest gradient's, before it was clipped; at the start that of the epoch before.
     """
 
     position: int = 0
@@ -123,42 +127,52 @@ def capture(step: TrainStep, state: TrainState, batches: int) -> dict[str, Any]:
     }
 
 
-def saved_recipe(content: Mapping[str, Any]) -> Recipe:
-    """Return the recipe that a run began with.
+def check_state(content: Mapping[str, Any]) -> None:
+    """Check the values of what ``read_state`` returned, but the tensors, whose shapes depend on the model.
 
     Raises:
-        DetkitError: it has other fields than this version's.
+        DetkitError: names the first that no training saves.
     """
-    try:
-        return Recipe(**content["recipe"])
-    except TypeError as error:
-        raise DetkitError(f"{STATE} does not fit this version of detkit: {error}") from None
+    if odd := first_wrong({key: value for key, value in content.items() if key != "file"}):
+        raise DetkitError(f"{content.get('file', STATE)} does not fit the run: {odd}")
+
+
+def saved_recipe(content: Mapping[str, Any]) -> Recipe:
+    """Return the recipe that a run began with."""
+    return Recipe(**content["recipe"])
 
 
 def restore(content: Mapping[str, Any], step: TrainStep, batches: int) -> TrainState:
     """Put a run back to where ``content`` was captured; the inverse of ``capture``.
 
     Raises:
-        DetkitError: it is the state of another model, optimizer or training set.
+        DetkitError: it is the state of another model, optimizer or training set, or holds what no training saves.
     """
+    check_state(content)
+    file = content.get("file", STATE)
     if content["batches"] != batches:
         raise DetkitError(
-            f"{STATE} was saved in epochs of {content['batches']} batches, the training set now makes {batches}: "
+            f"{file} was saved in epochs of {content['batches']} batches, the training set now makes {batches}: "
             "it is not the one that the run began with"
         )
     device = step.precision.device
     parameters = dict(step.detector.named_parameters())
     own = step.detector.state_dict()
     gradients = {name: p for name, p in parameters.items() if name in content["gradients"]}
-    for name, mine in (("model", own), ("ema", own), ("gradients", gradients)):
-        if odd := misfits(mine, content[name]):
-            raise DetkitError(f"{STATE} does not fit the run's model: of its '{name}', {odd}")
     try:
+        for name, mine in (("model", own), ("ema", own), ("gradients", gradients)):
+            if odd := misfits(mine, content[name]):
+                raise DetkitError(f"{file} does not fit the run's model: of its '{name}', {odd}")
+        for name in ("model", "ema"):
+            if odd := first_not_finite(content[name]):
+                raise DetkitError(f"{file}: of its '{name}', '{odd}' holds NaN or infinity")
+        if odd := wrong_memory(content["optimizer"], step.optimizer):
+            raise DetkitError(f"{file} does not fit the run's optimizer: {odd}")
         step.detector.load_state_dict(content["model"])
         step.ema.model.load_state_dict(content["ema"])
         step.ema.updates = content["ema_updates"]
-        step.optimizer.load_state_dict(content["optimizer"])
-        _check_optimizer(step.optimizer)
+        groups = step.optimizer.state_dict()["param_groups"]  # their numbers follow from the recipe and the schedule
+        step.optimizer.load_state_dict({"state": content["optimizer"]["state"], "param_groups": groups})
         if content["scaler"] and step.scaler.is_enabled():
             step.scaler.load_state_dict(content["scaler"])
         for name, gradient in content["gradients"].items():
@@ -171,18 +185,14 @@ def restore(content: Mapping[str, Any], step: TrainStep, batches: int) -> TrainS
         state = TrainState(**content["state"])
         state.current = EpochState(**content["state"]["current"])
         state.current.images = state.current.images * content["ranks"] // rank_count()  # each counts its own
+        step.grad_norm = state.current.grad_norm = state.current.grad_norm.to(device)
         state.current.losses = {name: total.to(device) for name, total in state.current.losses.items()}
-    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-        raise DetkitError(f"{STATE} does not fit the run: {str(error).splitlines()[0]}") from None
+    except DetkitError:
+        raise
+    except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError, RuntimeError) as error:
+        reason = shorten((str(error) or type(error).__name__).splitlines()[0])
+        raise DetkitError(f"{file} does not fit the run: {reason}") from None
     return state
-
-
-def _check_optimizer(optimizer: torch.optim.Optimizer) -> None:
-    """Raise a ValueError where the optimizer remembers something of a parameter in another shape than its own."""
-    for parameter, memory in optimizer.state.items():
-        for name, value in memory.items():
-            if isinstance(value, Tensor) and value.ndim and value.shape != parameter.shape:
-                raise ValueError(f"the optimizer's '{name}' is of shape {[*value.shape]}, not {[*parameter.shape]}")
 
 
 def write_state(run_dir: Path, content: Mapping[str, Any], keep: int) -> None:
@@ -199,6 +209,8 @@ def write_state(run_dir: Path, content: Mapping[str, Any], keep: int) -> None:
 def read_state(run_dir: Path, tell: Callable[[str], None]) -> dict[str, Any] | None:
     """Return the newest undamaged content of ``state.pt`` and those before it, on the CPU; None where nothing is saved.
 
+    Its ``file`` is where it was read.
+
     Args:
         tell: is given a sentence about each damaged one.
 
@@ -214,7 +226,7 @@ def read_state(run_dir: Path, tell: Callable[[str], None]) -> dict[str, Any] | N
             tell(str(error))
             continue
         _check_content(content, path)
-        return content
+        return {**content, "file": path}
     if files:
         raise DetkitError(f"nothing saved in {run_dir} is whole: start another run, from its last.safetensors perhaps")
     return None
@@ -227,27 +239,36 @@ def _load(path: Path) -> Any:
         DetkitError: it is damaged.
     """
     try:
-        with zipfile.ZipFile(path) as archive:
-            members = archive.infolist()
-            if any(m.compress_type != zipfile.ZIP_STORED for m in members):  # torch stores; others may be bombs
-                raise DetkitError(f"{path} is damaged, or was not written by detkit: it is compressed")
-            if sum(m.file_size for m in members) > path.stat().st_size:
-                raise DetkitError(f"{path} is damaged: its parts are longer than it is")
-            torn = archive.testzip()
-        if torn is not None:
-            raise DetkitError(f"{path} is damaged: the checksum of {torn} is wrong")
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with open_regular(path) as file:
+            size, free = os.fstat(file.fileno()).st_size, free_memory()
+            if size > free:
+                raise DetkitError(f"{path} holds {gib(size)}, more than the {gib(free)} of free memory")
+            with zipfile.ZipFile(file) as archive:
+                members = archive.infolist()
+                if any(m.compress_type != zipfile.ZIP_STORED for m in members):  # torch stores; others may be bombs
+                    raise DetkitError(f"{path} is damaged, or was not written by detkit: it is compressed")
+                if sum(m.file_size for m in members) > size:
+                    raise DetkitError(f"{path} is damaged: its parts are longer than it is")
+                torn = archive.testzip()
+            if torn is not None:
+                raise DetkitError(f"{path} is damaged: the checksum of {shorten(torn)} is wrong")
+            file.seek(0)
+            return torch.load(file, map_location="cpu", weights_only=True)
     except DetkitError:
         raise
+    except OSError as error:
+        raise DetkitError(f"{path} cannot be read: {error.strerror or error}") from None
     except Exception as error:  # whatever torch and zipfile make of a file of somebody's
-        raise DetkitError(f"{path} is truncated or damaged ({str(error).partition('. ')[0].splitlines()[0]})") from None
+        lines = str(error).partition(". ")[0].splitlines() or [type(error).__name__]
+        raise DetkitError(f"{path} is truncated or damaged ({shorten(lines[0])})") from None
 
 
 def _check_content(content: Any, path: Path) -> None:
     version = content.get("schema_version") if isinstance(content, dict) else None
-    if version != SCHEMA_VERSION:
+    if type(version) is not int or version != SCHEMA_VERSION:
         raise DetkitError(
-            f"{path} has schema version {version}, this detkit reads {SCHEMA_VERSION}: use a matching detkit"
+            f"{path} has schema version {shorten(version, 50)}, this detkit reads {SCHEMA_VERSION}: "
+            "use a matching detkit"
         )
     for key, kind in CONTENT.items():
         if not isinstance(content.get(key), kind):

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from torch import nn
 
-from detkit.engine.checkpoint import read_checkpoint
+from detkit.engine.checkpoint import alike, read_header, read_weights
 from detkit.errors import DetkitError
 
 
@@ -62,32 +62,32 @@ def load_weights(detector: nn.Module, path: str | Path) -> TransferReport:
         DetkitError: an unreadable file, or one of which not a single kernel or matrix fits.
     """
     path = Path(path)
-    checkpoint = read_checkpoint(path)
-    weights = checkpoint.weights
-    own = detector.state_dict()
-    fitting = {name: tensor for name, tensor in weights.items() if name in own and own[name].shape == tensor.shape}
-    if not any(tensor.ndim > 1 for tensor in fitting.values()):
+    header = read_header(path)
+    theirs, own = header.tensors, detector.state_dict()
+    names = [name for name in theirs if name in own and alike(own[name], theirs[name])]
+    if not any(len(theirs[name].shape) > 1 for name in names):
         raise DetkitError(
             f"weights={path}: not a single kernel in it fits this model: name the model it is of, or leave it out"
         )
+    fitting = read_weights(path, names)
     detector.load_state_dict(fitting, strict=False)
 
     def row(part: str) -> TransferRow:
         counts = {"matched": 0, "differs": 0, "missing": 0}
         for name, parameter in detector.named_parameters():
             if name.startswith(f"{part}."):
-                kind = "matched" if name in fitting else "differs" if name in weights else "missing"
+                kind = "matched" if name in fitting else "differs" if name in theirs else "missing"
                 counts[kind] += parameter.numel()
         return TransferRow(part, **counts)
 
     afresh = tuple(name for name in own if name not in fitting)
     rows = tuple(row(part) for part, _ in detector.named_children())
     warnings = [f"the {row.part} starts from noise" for row in rows if row.matched < 0.01 * row.parameters]
-    theirs, ours = checkpoint.class_names, getattr(detector, "class_names", ())
-    if theirs and ours and theirs != ours:
-        known, wanted = (", ".join((*names[:3], "...")) for names in (theirs, ours))
+    known, ours = header.class_names, getattr(detector, "class_names", ())
+    if known and ours and known != ours:
+        few, wanted = (", ".join((*names[:3], "...")) for names in (known, ours))
         warnings.append(
-            f"the file knows {len(theirs)} classes ({known}), this model has {len(ours)} ({wanted}): "
+            f"the file knows {len(known)} classes ({few}), this model has {len(ours)} ({wanted}): "
             "what tells them apart has to be learnt"
         )
-    return TransferReport(path, rows, afresh, sum(name not in own for name in weights), tuple(warnings))
+    return TransferReport(path, rows, afresh, sum(name not in own for name in theirs), tuple(warnings))

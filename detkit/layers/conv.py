@@ -79,6 +79,8 @@ class Conv(nn.Module):
 
     def __init__(self, c1: int, c2: int, k: int = 1, s: int = 1) -> None:
         super().__init__()
+        if k < 1:
+            raise DetkitError(f"a convolution has a kernel of k={k}: it needs 1 or more")
         self.conv = nn.Conv2d(c1, c2, k, s, (k - 1) // 2, bias=False)
         self.bn = nn.BatchNorm2d(c2, eps=1e-3, momentum=0.03)
         self.act = nn.SiLU(inplace=True)

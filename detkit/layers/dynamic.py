@@ -7,7 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from detkit.errors import DetkitError
 from detkit.registry import BLOCKS
+
+MAX_EXPERTS = 256
 
 
 class MixedConv2d(nn.Module):
@@ -56,6 +59,10 @@ class RoutedConv2d(nn.Module):
 
     def __init__(self, c1: int, c2: int, k: int, s: int, groups: int, experts: int) -> None:
         super().__init__()
+        if groups < 1 or c1 % groups or c2 % groups:
+            raise DetkitError(f"dynamic convolution: groups={groups} must divide the channels, here {c1} and {c2}")
+        if not 1 <= experts <= MAX_EXPERTS:
+            raise DetkitError(f"dynamic convolution: experts={experts} must be 1 or more, and {MAX_EXPERTS} at most")
         self.routing = nn.Linear(c1, experts)
         self.cond_conv = MixedConv2d(c1, c2, k, s, groups, experts)
 
@@ -100,6 +107,8 @@ class DynamicBnAct(nn.Module):
         self, c1: int, c2: int, k: int = 1, s: int = 1, groups: int = 1, experts: int = 4, residual: bool = False
     ) -> None:
         super().__init__()
+        if residual and (c1 != c2 or s != 1):
+            raise DetkitError("dynamic_bn_act: residual=true needs a place that keeps size and channels")
         self.conv = DynamicConv(c1, c2, k, s, groups, experts)
         self.bn1 = nn.BatchNorm2d(c2, eps=1e-3, momentum=0.03)
         self.act = nn.ReLU(inplace=True)

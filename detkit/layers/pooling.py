@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from detkit.errors import DetkitError
 from detkit.layers.conv import Conv
 from detkit.registry import BLOCKS
 
@@ -15,6 +16,8 @@ class SPPF(nn.Module):
 
     def __init__(self, c1: int, c2: int, k: int = 5) -> None:
         super().__init__()
+        if k < 1 or k % 2 == 0:
+            raise DetkitError(f"sppf pools over k={k} cells: it needs an odd number, 1 or more")
         self.cv1 = Conv(c1, c1 // 2, 1)
         self.cv2 = Conv(4 * (c1 // 2), c2, 1)
         self.pool = nn.MaxPool2d(k, stride=1, padding=k // 2)

@@ -29,7 +29,7 @@ def run(cfg: dict[str, Any]) -> dict[str, ProblemLog]:
     Prints tables and findings, writes ``findings.csv`` and ``plots/*.png``, and a cleaned copy where ``fix`` is set.
 
     Raises:
-        DetkitError: a split cannot be read at all, or the copy cannot be written.
+        DetkitError: a split cannot be read at all, or what was found or the copy cannot be written.
         SystemExit: with status 2, where anything is wrong with the set.
     """
     console = make_console()
@@ -48,11 +48,13 @@ def run(cfg: dict[str, Any]) -> dict[str, ProblemLog]:
     run_dir = make_run_dir(cfg, "check_data", cfg["data"]["name"])
     keep = inspect_images(splits, logs, worker_count(cfg["workers"]))
 
-    print_splits(splits, console)
-    print_classes(splits, console)
-    print_problems(logs, console)
-    write_findings(logs, run_dir / "findings.csv")
-    plot_set(splits, run_dir / "plots")
+    try:
+        write_findings(logs, run_dir / "findings.csv")
+        plot_set(splits, run_dir / "plots")
+    finally:
+        print_splits(splits, console)
+        print_classes(splits, console)
+        print_problems(logs, console)
     if copy is not None:
         own = cfg["data"]["name"] if cfg["data"]["name"] in WRITERS.names() else "coco"
         _write_copy(_cleaned(splits, keep, console), cfg["format"] or own, copy, console)

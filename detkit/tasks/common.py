@@ -20,10 +20,12 @@ from rich.console import Console
 import detkit.data  # noqa: F401  (registers the formats)
 from detkit.data.annotations import Annotations
 from detkit.data.dataset import DetectionDataset, LetterboxDataset
-from detkit.data.loader import BatchLoader, worker_count
+from detkit.data.loader import BatchLoader, local_ranks, worker_count
 from detkit.data.problems import LEFT_OUT, MENDED, ProblemLog
 from detkit.data.splits import TRAINED, MissingSplit, splits_of
+from detkit.data.workers import TIMEOUT, check_shared_memory
 from detkit.errors import DetkitError
+from detkit.ops.ranks import rank_count
 from detkit.registry import DATASETS
 
 AUTO = "auto"  # resume=auto: go on with the run in the named folder, if there is one
@@ -211,8 +213,24 @@ def tell_split(split: str, annotations: Annotations, console: Console) -> None:
         console.print(f"{split}: {summary}; the first: {first} (check_data lists all, data.strict=true refuses them)")
 
 
+def check_room(cfg: Mapping[str, Any]) -> None:
+    """Check that the loader processes of this node's ranks have the shared memory that their batches take.
+
+    Raises:
+        DetkitError: they have not.
+    """
+    images = -(-cfg["batch_size"] // rank_count())
+    check_shared_memory(3 * images * cfg["image_size"] ** 2, worker_count(cfg["workers"]) * local_ranks())
+
+
 def val_loader(annotations: Annotations, cfg: Mapping[str, Any], device: torch.device) -> BatchLoader:
     """Return every image letterboxed, in order, or each in its own smallest frame where ``rect`` is set."""
     dataset = LetterboxDataset(DetectionDataset(annotations), cfg["image_size"], cfg["rect"])
-    workers, starts = worker_count(cfg["workers"]), dataset.batch_starts(cfg["batch_size"])
-    return BatchLoader(dataset, cfg["batch_size"], workers=workers, pin=device.type == "cuda", starts=starts)
+    return BatchLoader(
+        dataset,
+        cfg["batch_size"],
+        workers=worker_count(cfg["workers"]),
+        pin=device.type == "cuda",
+        starts=dataset.batch_starts(cfg["batch_size"]),
+        timeout=cfg["trainer"]["loader_timeout"] if "trainer" in cfg else TIMEOUT,
+    )

@@ -5,16 +5,15 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
 from hydra.core.hydra_config import HydraConfig
 from rich.console import Console
 
-from detkit.checks import check_values
-from detkit.config import flatten
+from detkit.config import check_values, flatten
 from detkit.engine.lock import LOCK, find_job
 from detkit.engine.meeting import recall
-from detkit.engine.state import TrainState, read_state
-from detkit.errors import DetkitError
+from detkit.engine.state import TrainState, check_state, read_state
+from detkit.errors import DetkitError, naming, shorten
+from detkit.ops.files import read_yaml
 from detkit.tasks.common import AUTO, named_folder
 
 CHANGEABLE_TRAINER = (
@@ -23,17 +22,21 @@ CHANGEABLE_TRAINER = (
     "max_bad_steps",
     "save_every",
     "keep_last",
+    "loader_timeout",
     "log_every",
     "loggers",
     "compile",
 )
+# Where the set lies, which may have moved.
+PLACES = ("root", "yaml", "images", "train_images", "train_annotations", "val_images", "val_annotations")
 CHANGEABLE = (
     *(f"trainer.{name}" for name in CHANGEABLE_TRAINER),
-    *("device", "workers", "data.root"),
+    *("device", "workers"),
+    *(f"data.{name}" for name in PLACES),
 )
 # Of these the file may differ from what was saved, but the command line sets them for other reasons.
 FREE = (
-    *(*CHANGEABLE, "data.yaml", "run_dir", "resume", "plugins"),
+    *(*CHANGEABLE, "run_dir", "resume", "plugins", "max_pixels"),
     *("data.allow_empty", "data.test_images", "data.test_annotations"),  # which a training does not depend on
 )
 
@@ -83,6 +86,8 @@ def resumed_run(
         began = restarted is not None and (restarted / LOCK).exists()
         return restarted if began else None, {**cfg, "resume": AUTO}, None
     saved = read_state(run_dir, tell)
+    if saved is not None:
+        check_state(saved)
     own = resumed_config(run_dir, cfg, saved and saved["cfg"], same_command)
     if saved is None:
         tell(f"nothing is saved in {run_dir} yet: the run begins anew")
@@ -103,31 +108,30 @@ def resumed_config(
         DetkitError: there is no such file, or something else was changed, on the command line or in the file.
     """
     path = run_dir / "config.yaml"
-    own = _read_config(path)
-    for key in cfg:
-        if key not in own:
-            raise DetkitError(f"{path} has no '{key}': it was written by another version of detkit")
-    if isinstance(own["trainer"], dict):  # of an earlier version, some may be missing
-        own["trainer"] = {key: cfg["trainer"][key] for key in CHANGEABLE_TRAINER} | own["trainer"]
+    own = _read_config(path, cfg)
     if same_command:
         _check_same_command(cfg, own, path)
     for key in typed_keys():
         if key not in CHANGEABLE:
             if same_command or key in ("resume", "plugins"):
                 continue
+            if key == "data" and cfg["data"]["name"] == own["data"]["name"]:
+                continue  # the same reader, named once more
             known = ", ".join(CHANGEABLE)
             raise DetkitError(f"{key} cannot change when a run is resumed: only {known} can, the rest is in {path}")
         *groups, name = key.split(".")
         source, target = cfg, own
         for group in groups:
             source, target = source[group], target[group]
+        if name not in target:
+            raise DetkitError(f"{key}: the run's data={own['data']['name']} has no such key; see {path}")
         target[name] = source[name]
     if own["plugins"] != cfg["plugins"]:  # never imported on a file's word
-        raise DetkitError(f"{run_dir} was trained with plugins={own['plugins']}: pass the same")
+        raise DetkitError(f"{run_dir} was trained with plugins={shorten(own['plugins'])}: pass the same")
     check_values(own)
     if saved is not None and (difference := _difference(own, saved)):
         key, _, then = difference
-        raise DetkitError(f"{path} was changed: {key} was {then} when the state was saved")
+        raise DetkitError(f"{path} was changed: {key} was {shorten(then)} when the state was saved")
     return own
 
 
@@ -139,7 +143,8 @@ def _check_same_command(cfg: Mapping[str, Any], own: Mapping[str, Any], path: Pa
     """
     mine = {**cfg, "batch_size": own["batch_size"]} if cfg["batch_size"] == "auto" else cfg
     if difference := _difference(mine, own):
-        key, now, then = difference
+        key, *values = difference
+        now, then = map(shorten, values)
         raise DetkitError(
             f"{path.parent} holds another run: {key} is {then} there, not {now} (resume=auto is for the same command "
             f"once more): name another run_dir, or go on by resume={path.parent}, which takes all from its config.yaml"
@@ -173,15 +178,30 @@ def _overrides() -> list[str]:
     return list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else []
 
 
-def _read_config(path: Path) -> dict[str, Any]:
+def _read_config(path: Path, cfg: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the checked content of a run's ``config.yaml``.
+
+    Args:
+        cfg: has values for those keys of ``trainer`` that an earlier version did not write.
+
+    Raises:
+        DetkitError: it cannot be read, or is not the configuration of a run.
+    """
     try:
-        content = yaml.safe_load(path.read_text())
+        content = read_yaml(path)
     except OSError as error:
-        raise DetkitError(f"resume={path.parent} is not a run's folder: {path.name}: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        raise DetkitError(f"{path} is not YAML: {str(error).splitlines()[0]}") from None
+        words = error.strerror or error
+        raise DetkitError(f"resume={path.parent} is not a run's folder: {path.name}: {words}") from None
     if not isinstance(content, dict):
         raise DetkitError(f"{path} is not the configuration of a run")
+    content = {"max_pixels": cfg["max_pixels"]} | content  # which runs of an earlier version do not have
+    for key in cfg:
+        if key not in content:
+            raise DetkitError(f"{path} has no '{key}': it was written by another version of detkit")
+    if isinstance(content["trainer"], dict):
+        content["trainer"] = {key: cfg["trainer"][key] for key in CHANGEABLE_TRAINER} | content["trainer"]
+    with naming(path):
+        check_values(content)
     return content
 
 

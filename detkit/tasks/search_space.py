@@ -3,9 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from detkit.checks import check_values, is_number
-from detkit.config import compose_config, resolve
-from detkit.errors import DetkitError
+from detkit.config import check_values, compose_config, is_number, resolve
+from detkit.errors import DetkitError, shorten
 from detkit.tasks.common import numbered_name
 
 if TYPE_CHECKING:
@@ -26,8 +25,8 @@ def read_space(search: Any) -> dict[str, "BaseDistribution"]:
         raise DetkitError("search must be a mapping of keys to values, such as {optim.lr: {low: 1e-4, high: 1e-2}}")
     for key in search:
         if str(key).partition(".")[0] in (*TUNING, "run_dir", "resume"):
-            raise DetkitError(f"search: {key} is nothing to search over")
-    return {str(key): _distribution(str(key), values) for key, values in search.items()}
+            raise DetkitError(f"search: {shorten(str(key))} is nothing to search over")
+    return {str(key): _distribution(shorten(str(key)), values) for key, values in search.items()}
 
 
 def check_space(space: Mapping[str, "BaseDistribution"], typed: Sequence[str]) -> None:
@@ -91,8 +90,8 @@ def _distribution(key: str, values: Any) -> "BaseDistribution":
         if isinstance(low, int) and isinstance(high, int) and isinstance(step or 1, int):
             return IntDistribution(low, high, log=bool(log), step=1 if step is None else step)
         return FloatDistribution(float(low), float(high), log=bool(log), step=step)
-    except ValueError as error:
-        raise DetkitError(f"search: {key}: {str(error).splitlines()[0]}") from None
+    except (ValueError, OverflowError) as error:
+        raise DetkitError(f"search: {key}: {shorten(str(error).splitlines()[0])}") from None
 
 
 def _text(value: Any) -> str:

@@ -1,11 +1,10 @@
 """Show what a composition is made of."""
 
+import contextlib
 from typing import Any
 
-import torch
-
 from detkit.engine.precision import pick_device
-from detkit.models.detector import Detector, build_detector
+from detkit.models.detector import build_detector, sketch_detector
 from detkit.report.console import make_console
 from detkit.report.summary import Row, print_summary, summarize
 from detkit.tasks.common import model_name
@@ -19,18 +18,16 @@ def run(cfg: dict[str, Any]) -> list[Row]:
     Raises:
         DetkitError: parts that do not fit.
     """
-    try:
-        rows = _summarize(cfg, torch.device("meta"))
-    except (NotImplementedError, RuntimeError):  # a part that looks at values
-        rows = _summarize(cfg, pick_device(cfg["device"]))
+    class_names = [str(k) for k in range(cfg["num_classes"])]
+    rows = None
+    if (planned := sketch_detector(cfg, class_names, copies=0)) is not None:
+        with contextlib.suppress(NotImplementedError, RuntimeError):  # a part that looks at values
+            rows = summarize(planned, cfg["image_size"], cfg["depth"])
+    if rows is None:
+        detector = build_detector(cfg, class_names).to(pick_device(cfg["device"]))
+        rows = summarize(detector, cfg["image_size"], cfg["depth"])
     console = make_console()
     print_summary(rows, console)
     size = cfg["image_size"]
     console.print(f"{model_name(cfg)}: one image of {size}x{size} pixels, {cfg['num_classes']} classes.")
     return rows
-
-
-def _summarize(cfg: dict[str, Any], device: torch.device) -> list[Row]:
-    with device:
-        detector: Detector = build_detector(cfg, [str(k) for k in range(cfg["num_classes"])]).to(device)
-    return summarize(detector, cfg["image_size"], cfg["depth"])

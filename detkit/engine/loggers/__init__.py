@@ -16,6 +16,7 @@ from detkit.engine.loggers.base import Logger
 from detkit.engine.loggers.channel import BackgroundChannel, Channel
 from detkit.engine.loggers.tensorboard import TensorBoard
 from detkit.errors import DetkitError
+from detkit.ops.files import read_regular
 from detkit.registry import LOGGERS
 
 OPTIONAL = ("wandb", "mlflow")
@@ -82,7 +83,7 @@ def _mlflow(run_dir: Path, run: str | None, tell: Callable[[str], None]) -> Logg
 def _read_ids(path: Path) -> dict[str, str]:
     """Return the ids by logger; of a damaged file none, so that new runs begin."""
     try:
-        content: Any = json.loads(path.read_text())
+        content: Any = json.loads(read_regular(path))
     except (OSError, ValueError, RecursionError):
         return {}
     pairs = content.items() if isinstance(content, dict) else ()

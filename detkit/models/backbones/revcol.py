@@ -13,6 +13,7 @@ from detkit.registry import BACKBONES
 
 STRIDES = (4, 8, 16, 32)
 MIN_ALPHA = 1e-3
+MAX_BLOCKS = 1000  # of a level
 
 
 @BACKBONES.register("revcol")
@@ -45,8 +46,13 @@ class RevCol(nn.Module):
         for key, values in (("channels", channels), ("layers", layers)):
             if not isinstance(values, Sequence) or len(values) != len(STRIDES):
                 raise DetkitError(f"backbone.{key}={values} must list a number for each of the {len(STRIDES)} levels")
+        if min(channels) < 1 or min(layers) < 0 or max(layers) > MAX_BLOCKS:
+            words = f"must be 1 or more, backbone.layers={list(layers)} from 0 to {MAX_BLOCKS}"
+            raise DetkitError(f"backbone.channels={list(channels)} {words}")
         if columns < 1:
             raise DetkitError(f"backbone.columns={columns} must be 1 or more")
+        if not 0 <= drop_path < 1:
+            raise DetkitError(f"backbone.drop_path={drop_path} must be a number from 0 to below 1")
         if keep_every < 0:
             raise DetkitError(f"backbone.keep_every={keep_every} must be 0 or more")
         self.stem = nn.Sequential(nn.Conv2d(3, channels[0], 4, 4), LayerNorm2d(channels[0]))

@@ -6,11 +6,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from detkit.errors import DetkitError
 from detkit.layers.conv import Conv
 from detkit.ops.boxes import distances_to_boxes, expected_distances
 from detkit.ops.points import make_points
 from detkit.registry import HEADS
 from detkit.structures import DenseOutput
+
+MAX_BINS = 1024  # strides to a side of a box: more than any image has
 
 
 @HEADS.register("yolov8")
@@ -27,6 +30,8 @@ class YOLOv8Head(nn.Module):
 
     def __init__(self, in_channels: Sequence[int], strides: Sequence[int], num_classes: int, reg_max: int = 16) -> None:
         super().__init__()
+        if not 2 <= reg_max <= MAX_BINS:
+            raise DetkitError(f"head.reg_max={reg_max} must be a whole number from 2 to {MAX_BINS}")
         self.strides = tuple(strides)
         self.num_classes = num_classes
         self.reg_max = reg_max
@@ -41,7 +46,7 @@ class YOLOv8Head(nn.Module):
             for c in in_channels
         )
         # Fixed, but a parameter: the published parameter counts include these bins.
-        self.bins = nn.Parameter(torch.arange(reg_max, dtype=torch.float32), requires_grad=False)
+        self.bins = nn.Parameter(torch.tensor(range(reg_max), dtype=torch.float32), requires_grad=False)
 
     def init_bias(self) -> None:
         """Start from about 5 objects an image of 640 px, of unknown class, and from small boxes."""

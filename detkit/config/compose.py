@@ -1,4 +1,4 @@
-"""Composing a configuration, and saying in one sentence what is wrong with one."""
+"""Composing a configuration, and saying in one sentence why it does not compose."""
 
 import contextlib
 import importlib
@@ -14,16 +14,17 @@ from hydra.errors import ConfigCompositionException, HydraException, MissingConf
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
-from detkit.errors import DetkitError, nearest
+from detkit.errors import DetkitError, nearest, shorten
 
 CONFIG_ERRORS = (HydraException, OmegaConfBaseException)
 GROUP_ERROR = "Config group override must be"  # Hydra's bare ValueError for model=null and the like
+LONGEST = 1000  # characters of a sentence that quotes Hydra
 FLAGS_ERROR = "Only one of --run, --multirun"  # and its own for -m with --cfg
 
 
 def config_dir() -> Path:
     """Return the folder of the YAML files: inside an installed package, or beside it in a checkout."""
-    package = Path(__file__).resolve().parent
+    package = Path(__file__).resolve().parents[1]
     installed = package / "configs"
     return installed if installed.is_dir() else package.parent / "configs"
 
@@ -36,13 +37,32 @@ def compose_config(name: str, overrides: Sequence[str] = ()) -> DictConfig:
     """
     try:
         with _hydra():
-            return compose(name, list(overrides))
+            return compose(name, as_hydra(overrides))
     except CONFIG_ERRORS as error:
         raise DetkitError(explain(error, name, overrides)) from None
     except ValueError as error:
         if GROUP_ERROR not in str(error):
             raise
         raise DetkitError(explain(error, name)) from None
+
+
+def as_hydra(overrides: Sequence[str]) -> list[str]:
+    """Return override strings as Hydra takes them.
+
+    Beside ``resume=RUN_DIR`` a key of ``data`` is added (``++data.KEY=``): what is composed there is the default set,
+    which need not have the key; the run's own configuration says what it may be.
+
+    Raises:
+        DetkitError: a name or a number so long that Hydra would fail on it.
+    """
+    for override in overrides:
+        key, _, value = override.partition("=")
+        options = group_options(key) if re.fullmatch(r"\w+", key) else []
+        if re.search(r"\d{1000}", value) or (options and any(len(word) > 255 for word in value.split(","))):
+            known = f": known are {', '.join(options)}" if options else ""
+            raise DetkitError(f"{shorten(override, 100)} is too long{known}")
+    resumed = any(o.startswith("resume=") and o not in ("resume=auto", "resume=null") for o in overrides)
+    return [f"++{o}" if resumed and re.match(r"data\.\w+=", o) else o for o in overrides]
 
 
 def group_options(group: str) -> list[str]:
@@ -62,7 +82,8 @@ def resolve(cfg: DictConfig) -> dict[str, Any]:
             raise DetkitError(f"{missing[0]} is not set: add {missing[0]}=VALUE")
         return OmegaConf.to_container(cfg, resolve=True)
     except OmegaConfBaseException as error:
-        raise DetkitError(f"the configuration does not resolve: {str(error).splitlines()[0]}") from None
+        words = shorten(str(error).splitlines()[0], LONGEST)
+        raise DetkitError(f"the configuration does not resolve: {words}") from None
 
 
 def flatten(node: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -86,13 +107,19 @@ def import_plugins(names: Sequence[str]) -> None:
         try:
             importlib.import_module(name)
         except ModuleNotFoundError as error:
-            raise DetkitError(f"plugins: cannot import '{name}' ({error}); is its folder on PYTHONPATH?") from None
+            words = f"'{shorten(name)}' ({shorten(str(error))})"
+            raise DetkitError(f"plugins: cannot import {words}; is its folder on PYTHONPATH?") from None
         except Exception as error:  # whatever somebody's module does when it is run
-            raise DetkitError(f"plugins: cannot import '{name}': {type(error).__name__}: {error}") from error
+            reason = f"{type(error).__name__}: {shorten(str(error))}"
+            raise DetkitError(f"plugins: cannot import '{shorten(name)}': {reason}") from error
 
 
 def explain(error: Exception, name: str, overrides: Sequence[str] = ()) -> str:
     """Say in one sentence what is wrong with the ``overrides`` of ``configs/NAME.yaml``, naming the nearest key."""
+    return shorten(_explain(error, name, overrides), LONGEST)
+
+
+def _explain(error: Exception, name: str, overrides: Sequence[str]) -> str:
     text = str(error)
     if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options:
         group, _, option = str(error.missing_cfg_file).rpartition("/")
@@ -104,7 +131,8 @@ def explain(error: Exception, name: str, overrides: Sequence[str] = ()) -> str:
             return f"head={option} brings no loss of its own (loss/{option}.yaml): add loss=NAME, known are {known}"
         return f"{group}={option} does not exist: known are {', '.join(error.options)}{nearest(option, error.options)}"
     if isinstance(error, OverrideParseException):
-        return f"cannot read the argument '{error.override}': write key=value, and quote a value that has = or , in it"
+        argument = shorten(error.override)
+        return f"cannot read the argument '{argument}': write key=value, and quote a value that has = or , in it"
     if FLAGS_ERROR in text:
         return "-m runs a sweep and --cfg shows one configuration: give one of them"
     if GROUP_ERROR in text:
@@ -119,18 +147,6 @@ def explain(error: Exception, name: str, overrides: Sequence[str] = ()) -> str:
         return f"there is no key '{key}'{nearest(key, known)}"
     cause = error.__cause__ or error
     return f"{text.splitlines()[0]} ({str(cause).splitlines()[0]})" if cause is not error else text.splitlines()[0]
-
-
-def check_known(cfg: Mapping[str, Any], name: str) -> None:
-    """Check that nothing was added (``+key=``) at the top of a configuration, where nobody would read it.
-
-    Raises:
-        DetkitError: names the key and the nearest that exists.
-    """
-    known = _known_keys(name, ())
-    for key in cfg:
-        if key not in known:
-            raise DetkitError(f"there is no key '{key}'{nearest(key, known)}")
 
 
 def _known_keys(name: str, overrides: Sequence[str]) -> list[str]:

@@ -1,0 +1,75 @@
+"""Kinds of fields: what a value may be, and the words for it."""
+
+import math
+import os
+from typing import Annotated, Any
+
+from pydantic import Field, PlainValidator
+from pydantic_core import PydanticUndefined
+
+MOST = 1_000_000_000  # of a count that nothing else bounds: more is a slip of the finger
+LONGEST_PATH, LONGEST_NAME = 4096, 255  # bytes of a path and of a name in it, as Linux has them
+
+
+def is_whole(value: Any, least: int) -> bool:
+    """Whether ``value`` is an integer, and not below ``least``."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def is_number(value: Any, low: float, high: float = math.inf) -> bool:
+    """Whether ``value`` is a number from ``low`` to ``high``."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and low <= value <= high
+
+
+def field(meaning: str, must: str = "", *, most: float | None = None, **limits: Any) -> Any:
+    """Declare a field.
+
+    Args:
+        meaning: of the field.
+        must: what its value must be, in words; by default the words follow from its type.
+        most: the upper bound that its type or ``limits`` set, which a sentence names only where a value is above it.
+        limits: as pydantic's ``Field`` takes them, and ``default``.
+    """
+    limits.setdefault("default", PydanticUndefined)
+    return Field(description=meaning, json_schema_extra={"must": must, "most": most}, **limits)
+
+
+def whole(meaning: str, least: int = 0, most: int = MOST, **limits: Any) -> Any:
+    """Declare a whole number from ``least`` to ``most``."""
+    return field(meaning, f"a whole number, {least} or more", most=most, ge=least, le=most, **limits)
+
+
+def number(meaning: str, low: float = 0, high: float | None = None, **limits: Any) -> Any:
+    """Declare a number from ``low`` to ``high``, or to MOST."""
+    if high is None:
+        return field(meaning, f"a number, {low:g} or more", most=MOST, ge=low, le=MOST, **limits)
+    return field(meaning, f"a number from {low:g} to {high:g}", ge=low, le=high, **limits)
+
+
+def positive(meaning: str, most: float = MOST, **limits: Any) -> Any:
+    """Declare a number above 0."""
+    return field(meaning, "a number above 0", most=most, gt=0, le=most, **limits)
+
+
+def share(meaning: str, **limits: Any) -> Any:
+    """Declare a number above 0, and 1 at most."""
+    return field(meaning, "a number above 0, and 1 at most", gt=0, le=1, **limits)
+
+
+def path(meaning: str, **limits: Any) -> Any:
+    """Declare a ``Location``."""
+    return field(meaning, "a path", **limits)
+
+
+def _check_path(value: Any) -> Any:
+    """Check that a value can name a file; a folder's name may be a number, such as 2024."""
+    if not isinstance(value, (str, int)) or isinstance(value, bool) or value == "":
+        raise ValueError("not a path")
+    name = os.fsencode(str(value))
+    if len(name) > LONGEST_PATH or any(len(part) > LONGEST_NAME for part in name.split(b"/")):
+        raise ValueError("too long")
+    return value
+
+
+# Not pydantic's str, which refuses names of files that are not UTF-8.
+Location = Annotated[str | int, PlainValidator(_check_path)]

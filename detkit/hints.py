@@ -1,0 +1,74 @@
+"""Whether a value fits a type hint, and the hint in words: for arguments that come from a configuration."""
+
+import math
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+LARGEST = 2**31 - 1  # of a whole number: torch counts with 64 bits, and multiplies
+WORDS = {
+    int: ("a whole number", "whole numbers"),
+    float: ("a number", "numbers"),
+    bool: ("true or false", "true and false"),
+    str: ("text", "text"),
+    types.NoneType: ("null", "null"),
+    Sequence: ("a list", "lists"),
+    Mapping: ("a mapping", "mappings"),
+}
+
+
+def fits(value: Any, hint: Any) -> bool:
+    """Whether ``value`` is what ``hint`` asks for: numbers, text, lists, mappings and unions of these.
+
+    A whole number is a number, true and false are not, and numbers are finite. Of other hints (a class) anything fits:
+    whoever takes the value has to see.
+    """
+    members = typing.get_args(hint)
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        return any(fits(value, member) for member in members)
+    if typing.get_origin(hint) is typing.Literal:
+        return value in members
+    kind = _kind(hint)
+    if kind is int:
+        return isinstance(value, int) and not isinstance(value, bool) and abs(value) <= LARGEST
+    if kind is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and _is_finite(value)
+    if kind is Sequence:
+        return isinstance(value, (list, tuple)) and all(fits(v, members[0]) for v in value if members)
+    if kind is Mapping:
+        return isinstance(value, Mapping) and all(fits(v, members[1]) for v in value.values() if members)
+    return isinstance(value, kind) if kind else True
+
+
+def describe(hint: Any, several: bool = False) -> str:
+    """Return a hint in words, such as ``a list of whole numbers, or null``; of ``several`` values in the plural."""
+    members = typing.get_args(hint)
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        words = list(dict.fromkeys(describe(member, several) for member in members))
+        return f"{', '.join(words[:-1])} or {words[-1]}" if len(words) > 1 else words[0]
+    if typing.get_origin(hint) is typing.Literal:
+        return " or ".join(map(str, members))
+    kind = _kind(hint)
+    if kind is Sequence and members:
+        return f"{WORDS[kind][several]} of {describe(members[0], several=True)}"
+    return WORDS[kind][several] if kind else getattr(hint, "__name__", str(hint))
+
+
+def _kind(hint: Any) -> Any:
+    """Return the entry of WORDS that a hint is a form of, or None."""
+    origin = typing.get_origin(hint) or hint
+    if origin in WORDS:
+        return origin
+    if not isinstance(origin, type) or origin is object:
+        return None
+    if issubclass(origin, (list, tuple)):
+        return Sequence
+    return Mapping if issubclass(origin, dict) else None
+
+
+def _is_finite(value: float) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # a whole number too large for a float
+        return False

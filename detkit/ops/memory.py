@@ -1,0 +1,25 @@
+"""How much memory there is."""
+
+import os
+from pathlib import Path
+
+
+def free_memory() -> int:
+    """Return the bytes of memory that can still be had: of the machine, or of the container if that is less."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        free = 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration):
+        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    try:
+        limit, used = (Path(f"/sys/fs/cgroup/memory.{name}").read_text().strip() for name in ("max", "current"))
+        stat = dict(line.split() for line in Path("/sys/fs/cgroup/memory.stat").read_text().splitlines())
+        used = int(used) - int(stat["inactive_file"])  # which the kernel gives back when asked
+        return free if limit == "max" else max(min(free, int(limit) - used), 0)
+    except (OSError, ValueError, KeyError):
+        return free
+
+
+def gib(size: float) -> str:
+    """Return bytes in words."""
+    return f"{size / 2**30:.2f} GiB"
