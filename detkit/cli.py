@@ -21,8 +21,11 @@ from detkit.config import (
     resolve,
 )
 from detkit.engine.distributed import first_to_say, leave, lost_another, mistake_elsewhere
-from detkit.errors import DetkitError, nearest
-from detkit.report.console import make_console
+from detkit.engine.precision import is_out_of_memory
+from detkit.errors import DetkitError, nearest, printable
+from detkit.ops.files import explain_oserror
+from detkit.ops.image import set_max_pixels
+from detkit.report.console import guard_output, make_console
 from detkit.tasks.sweep import finish_sweep, in_sweep, prepare_job, run_job
 
 TASKS = {
@@ -41,6 +44,7 @@ TASKS = {
 
 def launch(task: str) -> None:
     """Run a task with the arguments of the command line; exit status 2 on a user's mistake, 1 on a fault."""
+    guard_output()
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # let errors through to here
     run: Callable[[dict], object] = importlib.import_module(f"detkit.tasks.{task}").run
 
@@ -80,6 +84,10 @@ def launch(task: str) -> None:
         _exit(explain(error, task))
     except KeyboardInterrupt:
         sys.exit(130)
+    except OSError as error:  # of a sweep's folder
+        if not (sentence := explain_oserror(error)):
+            raise
+        _exit(sentence)
     except Exception as error:
         if status is None:
             raise
@@ -91,6 +99,7 @@ def launch(task: str) -> None:
 
 def main() -> None:
     """Entry of the ``detkit`` command: ``detkit TASK key=value ...``."""
+    guard_output()
     task = sys.argv[1] if len(sys.argv) > 1 else "help"
     if task in ("help", "-h", "--help"):
         width = max(map(len, TASKS))
@@ -104,16 +113,31 @@ def main() -> None:
 
 
 def _perform(task: str, run: Callable[[dict], object], cfg: DictConfig) -> object:
-    """Check a composed configuration and run the task with it; return what it returns."""
+    """Check a composed configuration and run the task with it; return what it returns.
+
+    Raises:
+        DetkitError: a user's mistake; or the system refuses a file.
+    """
     resolved = resolve(cfg)
     check_values(resolved, task)
+    set_max_pixels(resolved["max_pixels"])
     import_plugins(resolved["plugins"])
     if in_sweep():
         prepare_job(resolved)
-    return run(resolved)
+    try:
+        return run(resolved)
+    except OSError as error:
+        if not (sentence := explain_oserror(error)):
+            raise
+        raise DetkitError(sentence) from None
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+    raise DetkitError(f"device={resolved['device']} has too little memory for this: lower batch_size or image_size")
 
 
 def _exit(sentence: str, status: int = 2) -> None:
+    sentence = printable(sentence)
     if first_to_say(sentence):
         make_console(stderr=True).print(f"error: {sentence}")
     sys.exit(status)

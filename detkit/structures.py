@@ -172,3 +172,7 @@ class Detections:
 
     def __len__(self) -> int:
         return len(self.scores)
+
+
+for _output in (DenseOutput, AnchorOutput):  # so that torch.export takes a detector, and pytree functions what it gives
+    torch.export.register_dataclass(_output, serialized_type_name=f"detkit.{_output.__name__}")

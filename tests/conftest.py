@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -14,19 +15,57 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from detkit import cli
 from detkit.config import compose_config, resolve
 from detkit.data import shapes
 
 GOLDEN = Path(__file__).parent / "golden"
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip what needs a GPU without one."""
+    if item.get_closest_marker("gpu") and item.config.getoption("--on") == "cuda" and not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add the options of the tests that need a GPU, and of the fuzz harness, ``pytest -m fuzz tests/fuzz``."""
+    parser.addoption(
+        "--on", default="cuda", help="device of the tests that need a GPU; cpu: to try the tests themselves"
+    )
+    group = parser.getgroup("fuzz")
+    group.addoption("--fuzz-trials", type=int, default=300, help="trials of each target (300)")
+    group.addoption("--fuzz-seed", type=int, default=1000, help="seed of a target's first trial (1000)")
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Print how many trials of each target ended how."""
+    reports = [report for kind in ("passed", "failed") for report in terminalreporter.getreports(kind)]
+    for line in sorted(value for report in reports for name, value in report.user_properties if name == "fuzz"):
+        terminalreporter.write_line(line)
 
 
 @pytest.fixture
-def golden() -> Callable[[str], dict[str, Tensor]]:
-    """Return a function that loads a golden file by name."""
-    return lambda name: load_file(GOLDEN / f"{name}.safetensors")
+def cuda(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> torch.device:
+    """The GPU, or what ``--on`` names in its place; float32 is float32 there."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    return torch.device(request.config.getoption("--on"))
+
+
+@pytest.fixture(params=DEVICES)
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """The CPU, and the GPU where there is one."""
+    return torch.device("cpu") if request.param == "cpu" else request.getfixturevalue("cuda")
+
+
+@pytest.fixture
+def golden(device: torch.device) -> Iterator[Callable[[str], dict[str, Tensor]]]:
+    """A function that loads a golden file by name; all that the test makes is on the same device."""
+    with torch.device(device):
+        yield lambda name: load_file(GOLDEN / f"{name}.safetensors", device=str(device))
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -81,6 +120,37 @@ def coco_set(tmp_path: Path) -> Iterator[Callable[..., Path]]:
         return root
 
     return write
+
+
+@pytest.fixture
+def ultralytics(monkeypatch: pytest.MonkeyPatch) -> Callable[..., nn.Module]:
+    """Return a function that builds a module tree of a class of ``ultralytics``, which exists while it is saved."""
+
+    class DetectionModel(nn.Module):
+        pass
+
+    def build(state: dict[str, torch.Tensor], **attributes) -> nn.Module:
+        module = types.ModuleType("ultralytics.nn.tasks")
+        module.DetectionModel = DetectionModel
+        DetectionModel.__module__, DetectionModel.__qualname__ = module.__name__, "DetectionModel"
+        for name in ("ultralytics", "ultralytics.nn", "ultralytics.nn.tasks"):
+            monkeypatch.setitem(sys.modules, name, module)
+        root = DetectionModel()
+        for name, tensor in state.items():
+            *path, leaf = name.split(".")
+            node = root
+            for step in path:
+                if step not in node._modules:
+                    node.add_module(step, nn.Module())
+                node = node._modules[step]
+            if "running" in leaf or "num_batches" in leaf or leaf == "anchors":
+                node.register_buffer(leaf, tensor)
+            else:
+                node.register_parameter(leaf, nn.Parameter(tensor.detach()))
+        root.__dict__.update(attributes)
+        return root
+
+    return build
 
 
 @pytest.fixture(autouse=True)

@@ -4,8 +4,10 @@ import pytest
 import timm
 import torch
 import torchvision
+from safetensors.torch import save_file
 
 import detkit
+from detkit.engine.checkpoint import build_from_checkpoint, save_checkpoint
 from detkit.errors import DetkitError
 from detkit.models.backbones.mobilenetv2 import MobileNetV2
 from detkit.models.backbones.revcol import ConvNextBlock
@@ -93,6 +95,97 @@ def test_timm_passes_pretrained_on(monkeypatch):
     with pytest.raises(DetkitError, match=r"weights of timm model 'resnet18' cannot be had .no route to host."):
         detkit.create_model(backbone="timm", overrides=["backbone.pretrained=true"])
     assert asked[-1] is True
+
+
+def published(name: str) -> torch.nn.Module:
+    """A timm classifier with values of its own everywhere, as one that was trained has."""
+    model = timm.create_model(name).eval()
+    with torch.no_grad():
+        for key, tensor in model.state_dict().items():
+            if tensor.is_floating_point():
+                tensor.copy_(torch.rand_like(tensor) * 0.2 - 0.1 * ("running_var" not in key))
+    return model
+
+
+def with_timm(name: str, *overrides: str) -> torch.nn.Module:
+    return detkit.create_model(backbone="timm", overrides=[f"backbone.model={name}", *overrides]).eval()
+
+
+@pytest.mark.parametrize("name", ["resnet18", "tf_efficientnet_lite0", "convnext_atto", "mobilenetv3_small_100"])
+@pytest.mark.parametrize("form", ["pth", "safetensors", "other names", "no counters", "backbone only", "wrapped"])
+def test_timm_s_weights_come_from_a_file(tmp_path, name, form):
+    classifier = published(name)
+    state, path = classifier.state_dict(), tmp_path / "x.pth"
+    if form == "other names":  # in order, and with a head of another size
+        state = {f"_{k}.{key.rpartition('.')[2]}": tensor for k, (key, tensor) in enumerate(state.items())}
+        last, *_ = (key for key in reversed(state) if key.endswith(".bias"))
+        state[last] = torch.ones(7)
+    elif form == "no counters":
+        state = {key: tensor for key, tensor in state.items() if not key.endswith("num_batches_tracked")}
+    elif form == "backbone only":
+        state = timm.create_model(name, features_only=True).state_dict()
+        flat = {key.replace(".", "_"): tensor for key, tensor in classifier.state_dict().items()}
+        state = {key: flat[key.replace(".", "_")] for key in state}
+    elif form == "wrapped":
+        state = {"state_dict": {f"backbone.{key}": tensor for key, tensor in state.items()} | {"neck.w": torch.ones(1)}}
+    if form == "safetensors":
+        path = tmp_path / "x.safetensors"
+        save_file(state, path)
+    else:
+        torch.save(state, path)
+    backbone = with_timm(name, f"backbone.weights={path}").backbone
+    images = torch.rand(1, 3, 64, 96)
+    strides = list(timm.create_model(name, features_only=True).feature_info.reduction())
+    indices = [len(strides) - 1 - strides[::-1].index(stride) for stride in (8, 16, 32)]
+    body = timm.create_model(
+        name,
+        pretrained=True,
+        features_only=True,
+        out_indices=indices,
+        pretrained_cfg_overlay={"state_dict": classifier.state_dict()},
+    ).eval()  # what timm itself makes of it
+    expected = body((images - backbone.mean) / backbone.std)
+    for found, wanted in zip(backbone(images), expected, strict=True):
+        torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-4)  # with the detector's own eps
+    assert ("in order" in backbone.loaded) == (form == "other names")
+    assert str(path) in backbone.loaded
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (lambda s: s | {"conv1.weight": torch.ones(64, 3, 3, 3)}, r"its 'conv1.weight' \[64, 3, 3, 3\] stands where"),
+        (
+            lambda s: {f"x.{key}_": t for key, t in s.items() if "num_b" not in key},
+            r"its 'x.conv1.weight_' .* stands where",
+        ),
+        (lambda s: {"a.weight": torch.ones(2)}, "it holds 1 tensors where the model has 102"),
+        (lambda s: {"a": 1}, "holds no model"),
+    ],
+)
+def test_timm_refuses_a_file_of_another_model(tmp_path, change, sentence):
+    torch.save(change(timm.create_model("resnet18").state_dict()), tmp_path / "x.pth")
+    with pytest.raises(DetkitError, match=sentence):
+        with_timm("resnet18", f"backbone.weights={tmp_path / 'x.pth'}")
+
+
+def test_timm_wants_one_origin_of_weights(tmp_path):
+    with pytest.raises(DetkitError, match=r"backbone.weights=.*none.pth does not exist"):
+        with_timm("resnet18", f"backbone.weights={tmp_path / 'none.pth'}")
+    with pytest.raises(DetkitError, match="two origins"):
+        with_timm("resnet18", "backbone.weights=x.pth", "backbone.pretrained=true")
+
+
+def test_a_checkpoint_needs_the_file_of_weights_no_more(tmp_path):
+    path = tmp_path / "x.pth"
+    torch.save(published("resnet18").state_dict(), path)
+    detector = with_timm("resnet18", f"backbone.weights={path}")
+    save_checkpoint(detector, tmp_path / "x.safetensors", {})
+    path.unlink()
+    images = torch.rand(1, 3, 64, 64)
+    assert torch.equal(build_from_checkpoint(tmp_path / "x.safetensors")(images).cls, detector(images).cls)
+    with pytest.raises(DetkitError, match="is a checkpoint of detkit already: start from it with weights="):
+        with_timm("resnet18", f"backbone.weights={tmp_path / 'x.safetensors'}")
 
 
 BARE = {"tiny": 29_942_144, "small": 60_054_400, "base": 138_038_256, "large": 272_068_352, "xlarge": 832_010_816}

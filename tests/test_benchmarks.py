@@ -67,6 +67,8 @@ def test_a_training_step_beside_a_peer(monkeypatch, peer, capsys):
     result = last_line("train", capsys, *sizes, f"peer={peer}")
     plain, layout = (variant.name for variant in train_step.VARIANTS)
     assert set(result["images_per_s"]) == {plain, layout, "peer"}
+    assert result["device_name"]
+    assert result["compile"] is False
     assert result["images_per_s"]["peer"] == 4  # 2 images in half a second
     assert result["ratio_to_peer"][plain] == pytest.approx(result["images_per_s"][plain] / 4)
     assert result["memory_mib"]["peer"] == 1

@@ -114,33 +114,6 @@ def test_a_mistake_is_one_sentence(task, arguments, sentence, monkeypatch, capsy
     assert {p.name for p in tmp_path.iterdir()} <= {"here", "runs"}
 
 
-def test_predicting_a_broken_picture_loses_no_other(finished_run, tmp_path, monkeypatch, capsys, shapes_root):
-    source = tmp_path / "source"
-    source.mkdir()
-    (source / "a.jpg").write_bytes(b"broken")
-    (source / "b.jpg").write_bytes(next((shapes_root / "images" / "val").iterdir()).read_bytes())
-    out = tmp_path / "out"
-    arguments = [f"ckpt={finished_run / 'best.safetensors'}", f"source={source}", f"run_dir={out}"]
-    monkeypatch.setattr(sys, "argv", ["detkit", "predict", *arguments])
-    with pytest.raises(SystemExit) as stop:
-        cli.main()
-    assert stop.value.code == 2
-    assert "cannot read image" in capsys.readouterr().err
-    assert {p.name for p in out.iterdir()} == {"b.jpg", "predictions.json"}
-
-
-def test_pictures_of_one_stem_are_told_apart(finished_run, tmp_path, shapes_root):
-    from detkit.tasks.predict import run
-
-    source = tmp_path / "source"
-    source.mkdir()
-    for name in ("a.jpg", "a.jpeg", "[b].jpg"):
-        (source / name).write_bytes(next((shapes_root / "images" / "val").iterdir()).read_bytes())
-    overrides = [f"ckpt={finished_run / 'best.safetensors'}", f"source={source}", f"run_dir={tmp_path / 'out'}"]
-    run(resolve(compose_config("predict", overrides)))
-    assert {p.name for p in (tmp_path / "out").iterdir()} == {"a.jpg.jpg", "a.jpeg.jpg", "[b].jpg", "predictions.json"}
-
-
 def test_a_sweep_runs_every_choice_in_a_directory_of_its_own(monkeypatch, tmp_path, shapes_root):
     from detkit.tasks import train
 

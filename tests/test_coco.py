@@ -2,6 +2,7 @@ import json
 import re
 
 import numpy as np
+import pycocotools.mask
 import pytest
 from PIL import Image
 
@@ -92,12 +93,12 @@ def test_an_image_outside_the_folder_may_come_later(coco_set):
     """The index does not see that folder, so it is not used."""
     root = coco_set(IMAGES, ANNOTATIONS, CATEGORIES)
     file = root / "annotations" / "instances_train.json"
-    file.write_text(file.read_text().replace("b.png", "../other/b.png"))
-    assert len(read_coco("train", root=str(root))) == 2 - 1
-    (root / "images" / "other").mkdir()
-    for name in ("b.png", "ä b.png"):
-        (root / "images" / "train" / name).rename(root / "images" / "other" / name)
+    file.write_text(file.read_text().replace('"b.png', '"../other/b.png'))
+    (root / "images" / "train" / "b.png").rename(root / "b.png")
     assert len(read_coco("train", root=str(root))) == 2
+    (root / "images" / "other").mkdir()
+    (root / "b.png").rename(root / "images" / "other" / "b.png")
+    assert len(read_coco("train", root=str(root))) == 3
 
 
 def test_a_record_without_a_box_has_that_of_its_polygons(coco_set):
@@ -142,7 +143,16 @@ def broken(change):
         ('{"images": {}}', "'images' is no list"),
         (broken(lambda c: c["categories"][0].update(id=4)), "'categories' holds the same id twice"),
         (broken(lambda c: c["categories"][0].update(name="dog")), "'categories' holds the same name twice"),
-        (broken(lambda c: c["categories"][0].pop("name")), r"categories\[0\] needs a whole 'id' and a 'name'"),
+        (broken(lambda c: c["categories"][0].pop("name")), r"categories\[0\] needs a 'name', there is none"),
+        (broken(lambda c: c["categories"][0].update(id=None)), r"categories\[0\] needs a whole 'id', there is none"),
+        (broken(lambda c: c["categories"][0].update(id=1.5)), r"categories\[0\] needs a whole 'id', it is 1\.5"),
+        (broken(lambda c: c["categories"].append("cat")), r"categories\[2\] needs fields such as 'id', it is cat"),
+        (broken(lambda c: c["categories"][0].update(name=" ")), "'categories' holds the name ' '"),
+        (broken(lambda c: c["categories"][0].update(name="")), "'categories' holds the name ''"),
+        (broken(lambda c: c["categories"][0].update(name="a\x1b[2Jb")), "which cannot be printed"),
+        (broken(lambda c: c) + broken(lambda c: c), r"malformed json, line 9 column 27: something follows the end"),
+        (broken(lambda c: c) + "\n]", "something follows the end"),
+        (broken(lambda c: c)[:-1] + ', "images": []}', "another list 'images'"),
         (broken(lambda c: c.pop("categories")), "has no list 'categories'"),
         (broken(lambda c: c["categories"].clear()), "'categories' is empty"),
         (broken(lambda c: c["images"].clear()), "lists no images"),
@@ -164,19 +174,42 @@ def test_what_cannot_be_read_is_refused(coco_set, text, sentence):
 @pytest.mark.parametrize(
     ("change", "kind", "detail"),
     [
-        (lambda c: c["images"][1].update(width=-1), "malformed_image", r"images\[1\] needs"),
+        (
+            lambda c: c["images"][1].update(width="wide"),
+            "malformed_image",
+            r"images\[1\] needs 'width' .*, it is wide$",
+        ),
+        (lambda c: c["images"][1].update(height=2**40), "malformed_image", r"images\[1\] needs 'height'"),
+        (lambda c: c["images"][1].update(id=""), "malformed_image", r"images\[1\] needs a whole 'id', it is $"),
         (lambda c: c["images"][1].update(id=2**70), "malformed_image", r"images\[1\] needs a whole 'id'"),
         (
             lambda c: c["images"][1].pop("file_name"),
             "malformed_image",
-            r"images\[1\] needs a whole 'id', a 'file_name'",
+            r"images\[1\] needs a 'file_name', there is none",
         ),
         (lambda c: c["images"].append("text"), "malformed_image", r"images\[3\] needs"),
         (lambda c: c["images"][1].update(id=7), "repeated_image", r"images\[1\] has the id 7, given before"),
         (lambda c: c["images"][1].update(file_name="b.png"), "repeated_image", "listed before"),
         (lambda c: c["images"][1].update(file_name="x.png"), "missing_image", "does not exist"),
         (lambda c: c["images"][1].update(width=60), "contradicting_size", "is 30x30 pixels, its labels state 60x30"),
-        (lambda c: c["annotations"][0].update(iscrowd="0"), "malformed_box", r"annotations\[0\] needs"),
+        (
+            lambda c: c["annotations"][0].update(iscrowd="?"),
+            "malformed_box",
+            r"needs 'iscrowd' to be 0 or 1, it is \?$",
+        ),
+        (lambda c: c["annotations"][0].update(iscrowd=2), "malformed_box", r"\[0\] needs 'iscrowd' .*, it is 2$"),
+        (
+            lambda c: c["annotations"][0].pop("category_id"),
+            "malformed_box",
+            r"needs a whole 'category_id', there is none",
+        ),
+        (lambda c: c["annotations"][0].update(image_id=[9]), "malformed_box", r"needs a whole 'image_id', it is \[9\]"),
+        (lambda c: c["annotations"][0].update(bbox=None), "malformed_box", "needs a 'bbox', or a 'segmentation'"),
+        (
+            lambda c: c["annotations"][0].update(bbox=[], segmentation={"size": [4, 4], "counts": [16]}),
+            "malformed_box",
+            "needs a 'bbox', or a 'segmentation' of polygons or a mask, it is {'counts'",
+        ),
         (lambda c: c["annotations"][0].update(bbox="1234"), "malformed_box", r"annotations\[0\] needs"),
         (lambda c: c["annotations"][0].update(bbox=["1", 2, 3, 4]), "malformed_box", r"annotations\[0\] needs"),
         (lambda c: c["annotations"][0].update(bbox=[1, 2, 3, 10**400]), "malformed_box", r"annotations\[0\] needs"),
@@ -206,6 +239,198 @@ def test_what_makes_no_sense_is_mended_or_left_out(coco_set, change, kind, detai
         assert problem.line == 1 + before + int(match[2]) or "text" in file.read_text()
     with pytest.raises(DetkitError, match=r"data\.strict=true refuses it"):
         annotations.problems.refuse()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda c: [i.update(height=-1, width=-1) for i in c["images"]],
+        lambda c: [i.update(height=str(i["height"]), width=f"{i['width']}.0") for i in c["images"]],
+        lambda c: [i.update(height=None, width=0) for i in c["images"]],
+        lambda c: [r.update({k: float(v)}) for n in c for r in c[n] for k, v in r.items() if k.endswith("id")],
+        lambda c: [r.update({k: str(v)}) for n in c for r in c[n] for k, v in r.items() if k.endswith("id")],
+        lambda c: [
+            r.update({k: f"{v}.0"}) for n in ("images", "annotations") for r in c[n] for k, v in r.items() if k == "id"
+        ],
+        lambda c: [a.update(iscrowd=str(a["iscrowd"])) for a in c["annotations"]],
+        lambda c: [a.update(iscrowd=bool(a["iscrowd"])) for a in c["annotations"]],
+        lambda c: [a.update(iscrowd=["False", "TRUE"][a["iscrowd"]]) for a in c["annotations"]],
+        lambda c: c["categories"].insert(0, {"id": 0, "name": "cat", "supercategory": "none"}),
+        lambda c: c["categories"].insert(2, {"id": 99, "name": "cat", "supercategory": "none"}),
+        lambda c: [i.update(coco_url=f"http://x.org/train/{i.pop('file_name')}", license=1) for i in c["images"]],
+        lambda c: [i.update(neg_category_ids=[], not_exhaustive_category_ids=[4]) for i in c["images"]],
+        lambda c: [a.update(attributes={"occluded": False}, ignore=0, segmentation=[]) for a in c["annotations"]],
+    ],
+)
+def test_fields_as_all_kinds_of_tools_write_them(coco_set, change):
+    root = coco_set(IMAGES, SOUND, CATEGORIES)
+    expected = read_coco("val", root=str(root))
+    file = root / "annotations" / "instances_train.json"
+    file.write_text(broken(change))
+    found = read_coco("train", root=str(root))
+    for name in ("image_ids", "sizes", "offsets", "boxes", "labels", "areas", "crowd"):
+        np.testing.assert_array_equal(getattr(found, name), getattr(expected, name), name)
+    assert (found.class_names, found.category_ids) == (expected.class_names, expected.category_ids)
+    assert not found.problems.summary()
+
+
+def test_ids_that_are_words_have_numbers_of_their_own(coco_set):
+    def change(content):
+        for k, image in enumerate(content["images"]):
+            image["id"] = ("abc", "9" * 30, "deadbeef")[k]
+        for annotation, image in zip(content["annotations"], ("deadbeef", "abc", "abc"), strict=True):
+            annotation["image_id"] = image
+            annotation["category_id"] = str(annotation["category_id"]) if annotation["category_id"] == 4 else "c90"
+        content["categories"][0]["id"] = "c90"
+        content["annotations"].append({"image_id": "gone", "category_id": "c90", "bbox": [1, 1, 2, 2]})
+
+    root = coco_set(IMAGES, SOUND, CATEGORIES)
+    (root / "annotations" / "instances_train.json").write_text(broken(change))
+    annotations = read_coco("train", root=str(root))
+    assert len(set(annotations.image_ids.tolist())) == 3
+    assert annotations.offsets.tolist() == [0, 2, 2, 3]
+    assert [annotations.class_names[k] for k in annotations.labels] == ["dog", "cat", "cat"]
+    (problem,) = (p for p in annotations.problems.problems if p.kind == "labels_without_image")
+    assert "image_id gone" in problem.detail
+
+
+def test_a_root_category_that_is_used_is_no_root(coco_set):
+    root = coco_set(IMAGES, SOUND, [*CATEGORIES, {"id": 0, "name": "any", "supercategory": "none"}])
+    assert read_coco("train", root=str(root)).class_names == ("any", "dog", "cat")
+    file = root / "annotations" / "instances_train.json"
+    content = json.loads(file.read_text())
+    content["categories"][2]["name"] = "cat"
+    content["annotations"][0]["category_id"] = 0
+    file.write_text(json.dumps(content))
+    with pytest.raises(DetkitError, match="same name twice"):
+        read_coco("train", root=str(root))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        r"images\b.png",
+        r"..\..\images\train\b.png",
+        r"C:\Users\me\b.png",
+        "images/train/b.png",
+        "/home/other/b.png",
+        "../nowhere/b.png",
+        "/data/local-files/?d=some/images/b.png",
+        r"/data/local-files/?d=some%5Cimages%5Cb.png",
+        "http://images.cocodataset.org/train2017/b.png",
+        "s3://bucket/b.png",
+        "%62.png",
+    ],
+)
+def test_images_are_found_by_the_paths_of_other_machines(coco_set, name):
+    root = coco_set(IMAGES, SOUND, CATEGORIES)
+    (root / "annotations" / "instances_train.json").write_text(broken(lambda c: c["images"][0].update(file_name=name)))
+    annotations = read_coco("train", root=str(root))
+    assert [path.name for path in annotations.paths] == ["b.png", "empty.png", "ä b.png"]
+    assert len(annotations.boxes) == 3
+    assert not annotations.problems.summary()
+
+
+def test_folders_within_tell_images_of_the_same_name_apart(coco_set):
+    root = coco_set(IMAGES, SOUND, CATEGORIES)
+    folder = root / "images" / "train"
+    for name in ("x", "y"):
+        (folder / name).mkdir()
+    (folder / "b.png").rename(folder / "x" / "b.png")
+    (folder / "ä b.png").rename(folder / "y" / "b.png")
+    file = root / "annotations" / "instances_train.json"
+
+    def change(content):
+        content["images"][0]["file_name"] = "set/x/b.png"
+        content["images"][2]["file_name"] = "set\\y\\b.png"
+
+    file.write_text(broken(change))
+    annotations = read_coco("train", root=str(root))
+    assert [path.parent.name for path in annotations.paths] == ["x", "train", "y"]
+    assert not annotations.problems.summary()
+    (folder / "y" / "b.png").unlink()
+    (folder / "x" / "b.png").rename(folder / "b.png")
+    annotations = read_coco("train", root=str(root))  # both may be the one that is left
+    assert len(annotations) == 2
+    assert annotations.problems.counts["repeated_image"] == 1
+
+
+def random_mask(seed):
+    return np.random.default_rng(seed).random((7, 9)) < 0.1
+
+
+@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("compressed", (False, True))
+def test_a_record_without_a_box_has_that_of_its_mask(coco_set, seed, compressed):
+    mask = np.zeros((20, 20), np.uint8)
+    mask[3:10, 5:14] = random_mask(seed)
+    if seed == 0:
+        mask[:] = 1
+    rle = pycocotools.mask.encode(np.asfortranarray(mask))
+    box = pycocotools.mask.toBbox(rle).tolist()
+    flat = mask.flatten(order="F")
+    edges = np.flatnonzero(np.diff(flat, prepend=0, append=0 if flat[-1] else flat[-1]))
+    counts = np.diff(edges, prepend=0, append=len(flat)).tolist()
+    segmentation = {"size": [20, 20], "counts": rle["counts"].decode() if compressed else counts}
+    record = {"id": 1, "image_id": 9, "category_id": 4, "bbox": None, "segmentation": segmentation, "iscrowd": 1}
+    annotations = read_coco("train", root=str(coco_set(IMAGES, [record], CATEGORIES)))
+    assert annotations.boxes.tolist() == [[box[0], box[1], box[0] + box[2], box[1] + box[3]]]
+
+
+@pytest.mark.parametrize(
+    "segmentation",
+    [
+        {"size": [20, 20], "counts": "~~~~"},
+        {"size": [20, 20], "counts": "o" * 10_000},
+        {"size": [20, 20], "counts": "ü"},
+        {"size": [20, 20], "counts": [1, 2**70]},
+        {"size": [2**40, 2**40], "counts": [1, 5]},
+        {"size": [0, 0], "counts": [0, 0]},
+        {"size": [20, 20], "counts": []},
+        {"size": [20], "counts": [1, 2]},
+        {"counts": [1, 2]},
+        {},
+        [],
+        [[]],
+        "text",
+        [{"size": [2, 2], "counts": [1, 2]}],
+    ],
+)
+def test_a_mask_that_makes_no_sense_is_named(coco_set, segmentation):
+    record = {"id": 1, "image_id": 9, "category_id": 4, "segmentation": segmentation}
+    annotations = read_coco("train", root=str(coco_set(IMAGES, [record, SOUND[0]], CATEGORIES)))
+    assert (len(annotations.boxes), annotations.problems.counts["malformed_box"]) == (1, 1)
+
+
+def test_a_polygon_may_be_one_flat_list(coco_set):
+    record = {"id": 1, "image_id": 9, "category_id": 4, "segmentation": [1, 2, 9, 3, 4, 11]}
+    annotations = read_coco("train", root=str(coco_set(IMAGES, [record], CATEGORIES)))
+    assert annotations.boxes.tolist() == [[1, 2, 9, 11]]
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ('{"_via_settings": {}, "_via_img_metadata": {}}', r"\(VIA\): export"),
+        ('{"a.jpg1": {"filename": "a.jpg", "size": 1, "regions": []}}', "VGG Image Annotator's own json: export"),
+        (
+            '[{"id": 1, "annotations": [{"result": [{"from_name": "label", "to_name": "image"}]}]}]',
+            "Label Studio's own",
+        ),
+        ('[{"image": "a.jpg", "annotations": [{"label": "x", "coordinates": {"x": 1}}]}]', "CreateML"),
+        ('{"version": "5", "shapes": [], "imagePath": "a.jpg"}', "LabelMe"),
+        ('[{"image_id": 1, "category_id": 1, "bbox": [1, 1, 2, 2], "score": 0.5}]', "COCO results"),
+        ('<?xml version="1.0"?><annotations><image id="0"/></annotations>', "CVAT's own xml"),
+        ("filename,xmin,ymin,xmax,ymax,class\na.jpg,1,2,3,4,dog\n", r"\(CSV\)"),
+        ("<annotation><object></object></annotation>", "data=voc"),
+        ("train: a\nval: b\nnames: [x]\n", "data=yolo"),
+    ],
+)
+def test_files_of_other_tools_are_recognised(coco_set, text, words):
+    root = coco_set(IMAGES, SOUND, CATEGORIES)
+    (root / "annotations" / "instances_train.json").write_text(text)
+    with pytest.raises(DetkitError, match="is not a COCO detection file.*" + words):
+        read_coco("train", root=str(root))
 
 
 def test_a_missing_file_is_named(tmp_path):

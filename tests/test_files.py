@@ -54,6 +54,17 @@ def test_plain_yaml_is_read_with_its_aliases(tmp_path):
     assert read_yaml(tmp_path / "file.yaml") == {"a": {"b": [1, 2.5, "ü"]}, "c": {"b": [1, 2.5, "ü"]}}
 
 
+def test_words_of_a_yaml_file_are_kept_where_that_is_asked_for(tmp_path):
+    text = "n: [no, 1.0, 2024-01-01, 010, 12:30, 0x10, 1_000, ~, null, '', \"on\", =]\n"
+    text += "nc: 1_0\nk: {on: off, 1.0: {y: n}}\n"
+    (tmp_path / "file.yaml").write_text(text)
+    found = read_yaml(tmp_path / "file.yaml", as_written=("n", "k", "nc"))
+    words = ["no", "1.0", "2024-01-01", "010", "12:30", "0x10", "1_000", "~", "null", "", "on", "="]
+    assert found == {"n": words, "nc": 10, "k": {"on": "off", "1.0": {"y": "n"}}}
+    (tmp_path / "file.yaml").write_text("a: &a {0: yes, 1: b}\nn: {<<: *a, 2: off}\n")
+    assert read_yaml(tmp_path / "file.yaml", as_written=("n",))["n"] == {"0": "yes", "1": "b", "2": "off"}
+
+
 def test_values_in_messages_are_cut_and_printable():
     assert shorten("short") == "short"
     assert len(shorten("x" * 10**6)) == 200

@@ -8,9 +8,9 @@ import detkit
 PACKAGE = Path(detkit.__file__).parent
 LAYERS = (
     ("errors", "hints", "registry", "structures", "ops", "config"),
-    ("layers",),
+    ("layers", "weights"),
     ("models", "data"),
-    ("engine", "report", "weights"),
+    ("engine", "report"),
     ("api", "benchmarks", "tasks", "cli", "__init__"),
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

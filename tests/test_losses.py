@@ -26,7 +26,7 @@ def padded(targets: torch.Tensor, images: int, height: int, width: int) -> tuple
 def test_loss_and_gradients_are_golden(golden, name):
     g = golden(name)
     images = len(g["boxes_logits"])
-    points, strides = make_points([g[f"hw{k}"].tolist() for k in range(3)], [8, 16, 32], torch.device("cpu"))
+    points, strides = make_points([g[f"hw{k}"].tolist() for k in range(3)], [8, 16, 32], g["hw0"].device)
     reg = g["boxes_logits"].transpose(1, 2).clone().requires_grad_()
     cls = g["scores_logits"].transpose(1, 2).clone().requires_grad_()
     batch = Batch(torch.empty(0), *padded(g["targets"], images, *g["img_hw"].tolist()))

@@ -1,15 +1,19 @@
 """Images as they come, and what becomes of their boxes."""
 
 import os
+import struct
+from io import BytesIO
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageCms
 
 from detkit.data.files import list_images
-from detkit.data.images import ALPHA, CMYK, DEEP, GRAY, MISSING, ROTATED, TRUNCATED, UNREADABLE, probe
+from detkit.data.images import ALPHA, CMYK, DEEP, GRAY, MISSING, ROTATED, TRUNCATED, UNREADABLE, probe, why_unreadable
 from detkit.data.mending import turn_boxes
-from detkit.ops.image import read_image
+from detkit.errors import UnreadableImage
+from detkit.models.detector import list_pictures
+from detkit.ops.image import read_image, set_max_pixels
 
 PICTURE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (30, 40, 3), dtype=np.uint8))
 
@@ -25,7 +29,7 @@ def exif(orientation):
     return tags
 
 
-@pytest.mark.parametrize("suffix", ["jpg", "png", "tif", "webp"])
+@pytest.mark.parametrize("suffix", ["jpg", "png", "tif", "webp", "avif", "mpo"])
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_a_turned_image_has_the_size_that_training_sees(tmp_path, suffix, orientation):
     path = save(tmp_path / f"a.{suffix}", exif=exif(orientation))
@@ -57,6 +61,12 @@ def test_boxes_turn_with_their_image(tmp_path, orientation):
         ("a.tif", "I;16", GRAY | DEEP),
         ("a.bmp", "RGB", 0),
         ("a.webp", "RGB", 0),
+        ("a.gif", "RGB", 0),
+        ("a.gif", "L", 0),
+        ("a.avif", "RGB", 0),
+        ("a.avif", "L", GRAY),
+        ("a.jfif", "RGB", 0),
+        ("a.mpo", "RGB", 0),
     ],
 )
 def test_kinds_of_images_are_told_and_read(tmp_path, name, mode, flags):
@@ -87,8 +97,100 @@ def test_what_is_no_image(tmp_path):
     os.mkfifo(tmp_path / "pipe.jpg")  # reading it would wait for ever
     found = {path.name: probe(path)[4] for path in list_images(tmp_path)}
     assert found == dict.fromkeys(("empty.jpg", "pipe.jpg", "text.jpg", "x.jpeg"), UNREADABLE) | {"loop.jpg": MISSING}
+    with pytest.raises(UnreadableImage, match=r"pipe\.jpg: it is not a regular file"):
+        read_image(tmp_path / "pipe.jpg")
+
+
+def test_training_and_prediction_list_the_same_files(tmp_path):
+    names = ["a.jpg", "b.JPEG", "c.jfif", "d.mpo", "e.PNG", "f.bmp", "g.webp", "h.tif", "i.tiff", "j.gif", "k.avif"]
+    for name in (*names, ".hidden.jpg", "l.txt", "m.jp2", "jpg"):
+        (tmp_path / name).touch()
+    assert [path.name for path in list_images(tmp_path)] == names
+    assert [path.name for path in list_pictures(tmp_path)] == names
+
+
+OTHERS = {
+    "ppm": "no image of the formats that are read",
+    "jp2": "JPEG 2000 picture, which is not read: convert it",
+    "ico": "no image of the formats that are read",
+    "pdf": "PDF",
+}
+
+
+@pytest.mark.parametrize("form", ["jpg", "png", "bmp", "webp", "tif", "gif", "avif", "mpo", *OTHERS])
+@pytest.mark.parametrize("named", ["jpg", "png", "gif"])
+def test_what_a_file_holds_decides_whatever_it_is_called(tmp_path, form, named):
+    """Training and prediction agree: what is probed as sound is decoded, and nothing else."""
+    path = save(tmp_path / f"a.{form}").rename(tmp_path / f"b.{named}")
+    if form in OTHERS:
+        assert probe(path)[4] == UNREADABLE
+        assert OTHERS[form] in why_unreadable(path)
+        with pytest.raises(UnreadableImage, match=OTHERS[form]):
+            read_image(path)
+    else:
+        assert probe(path)[4] == 0
+        assert np.abs(read_image(path).astype(int) - np.asarray(PICTURE)).mean() < 60  # GIF has 256 colours
+
+
+def test_of_moving_pictures_the_first_frame_is_read(tmp_path):
+    frames = [Image.new("RGB", (40, 30), colour) for colour in ("red", "lime")]
+    for name in ("a.gif", "a.webp", "a.avif", "a.png", "a.tif"):
+        path = save(tmp_path / name, frames[0], save_all=True, append_images=frames[1:])
+        assert np.abs(read_image(path).astype(int) - (255, 0, 0)).max() < 5
+        assert probe(path)[:2] == (30, 40)
+
+
+def test_an_orientation_in_xmp_alone_is_not_heeded_as_opencv_does_not(tmp_path):
+    xmp = b'<x xmlns:tiff="http://ns.adobe.com/tiff/1.0/" tiff:Orientation="6"/>'
+    for name in ("a.jpg", "a.webp", "a.avif"):
+        path = save(tmp_path / name, xmp=xmp)
+        assert probe(path)[:2] == read_image(path).shape[:2] == (30, 40)
+
+
+@pytest.mark.parametrize("mode", ["F", "I"])
+def test_32_bits_a_channel_are_refused_alike(tmp_path, mode):
+    path = save(tmp_path / "a.tif", PICTURE.convert("L").convert(mode))
+    assert probe(path)[4] == UNREADABLE
+    with pytest.raises(UnreadableImage, match="32 bits a channel"):
+        read_image(path)
+
+
+def test_the_colours_of_a_lab_picture(tmp_path):
+    srgb, lab = ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB")
+    path = save(tmp_path / "a.tif", ImageCms.profileToProfile(PICTURE, srgb, lab, outputMode="LAB"))
+    assert np.abs(read_image(path).astype(int) - np.asarray(PICTURE)).mean() < 5
+
+
+def jpeg_of_size(width, height):
+    """The bytes of a small JPEG whose header says another size."""
+    data = BytesIO()
+    PICTURE.save(data, "JPEG")
+    content = bytearray(data.getvalue())
+    at = content.index(b"\xff\xc0") + 5
+    content[at : at + 4] = struct.pack(">HH", height, width)
+    return bytes(content)
+
+
+def test_one_limit_on_pixels_holds_for_all(tmp_path, monkeypatch):
+    monkeypatch.delenv("DETKIT_MAX_PIXELS", raising=False)
     huge = save(tmp_path / "huge.png", Image.new("1", (20000, 20000)))
-    assert probe(huge)[4] == UNREADABLE
+    (tmp_path / "bomb.jpg").write_bytes(jpeg_of_size(20000, 20000))
+    for path in (huge, tmp_path / "bomb.jpg"):
+        assert probe(path)[4] == UNREADABLE
+        words = "20000x20000 pixels, more than the limit max_pixels=178956970"
+        assert words in why_unreadable(path)
+        with pytest.raises(UnreadableImage, match=words):
+            read_image(path)
+    monkeypatch.setenv("DETKIT_MAX_PIXELS", str(400_000_000))
+    assert probe(huge)[4] == GRAY
+    set_max_pixels(30 * 40)
+    sound = save(tmp_path / "a.jpg")
+    assert probe(sound)[4] == 0
+    assert read_image(sound).shape == (30, 40, 3)
+    set_max_pixels(30 * 40 - 1)
+    assert probe(sound)[4] == UNREADABLE
+    with pytest.raises(UnreadableImage, match="40x30 pixels, more than the limit max_pixels=1199"):
+        read_image(sound)
 
 
 @pytest.mark.parametrize("place", ("before", "after"))

@@ -174,6 +174,9 @@ def test_predict_takes_arrays_files_folders_and_lists(tmp_path, shapes_root):
     assert found[1].path == file
     assert (found[0].boxes[:, 2] <= 70).all()
     assert detector.training  # as it was
+    points = 8**2 + 4**2 + 2**2
+    for multi_label, boxes in ((False, points), (True, 5 * points)):
+        assert [len(f) for f in detector.predict(file, 0.0, 1.0, 1000, multi_label=multi_label)] == [boxes]
     for source, sentence in (
         (tmp_path, "holds no images"),
         (tmp_path / "no.jpg", "does not exist"),

@@ -96,6 +96,26 @@ def test_nms_limits():
     assert none.shape == (0, 4)
 
 
+def test_a_box_has_one_label_where_one_is_asked_for():
+    boxes = torch.tensor([[[0, 0, 10, 10], [1, 0, 11, 10], [40, 0, 50, 10.0]]])
+    scores = torch.tensor([[[0.5, 0.6, 0.1], [0.9, 0.8, 0.3], [0.4, 0.3, 0.7]]])
+    limits = {"score": 0.35, "iou": 0.5, "max_det": 9}
+    ((_, confidence, labels),) = select_boxes(boxes, scores, multi_label=True, **limits)
+    assert labels.tolist() == [0, 1, 2, 0]
+    torch.testing.assert_close(confidence, torch.tensor([0.9, 0.8, 0.7, 0.4]))
+    ((_, confidence, labels),) = select_boxes(boxes, scores, multi_label=False, **limits)
+    assert labels.tolist() == [0, 2, 1]
+    torch.testing.assert_close(confidence, torch.tensor([0.9, 0.7, 0.6]))
+
+
+@pytest.mark.parametrize("multi_label", [True, False])
+def test_nms_drops_what_is_not_finite(multi_label):
+    boxes = torch.tensor([[[0, 0, 10, 10], [20, 0, 30, math.nan], [40, 0, math.inf, 10], [60, 0, 70, 10.0]]])
+    scores = torch.tensor([[[0.9, 0.1], [0.8, 0.1], [0.7, 0.1], [math.nan, math.nan]]])
+    ((kept, _, _),) = select_boxes(boxes, scores, score=0.5, iou=0.5, max_det=9, multi_label=multi_label)
+    assert kept.tolist() == [[0, 0, 10, 10]]
+
+
 def letterbox_rows() -> list[dict[str, float]]:
     with open(GOLDEN / "v8_letterbox.csv") as file:
         rows = [{key: float(value) for key, value in row.items()} for row in csv.DictReader(file)]

@@ -1,6 +1,7 @@
 """ParameterNet's convolutions, RepVGG and Gold-YOLO's blocks, AKConv: against the reference and against naive loops."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -8,10 +9,11 @@ from torch import nn
 
 import detkit
 from detkit.engine.optim import parameter_groups
+from detkit.errors import DetkitError
 from detkit.layers.akconv import AKConv, base_grid
 from detkit.layers.dynamic import DynamicBnAct, DynamicConv
 from detkit.layers.rep import ConvBN, RepVGG
-from detkit.models.necks.repgd import Inject, LowIFM, LowLAF, TransformerBlock, align_high, align_low
+from detkit.models.necks.repgd import Inject, LowIFM, LowLAF, TransformerBlock, _pool, align_high, align_low
 
 
 def high_ifm() -> nn.Module:
@@ -126,21 +128,63 @@ def naive_akconv_samples(x: torch.Tensor, offsets: torch.Tensor, n: int, stride:
     return out
 
 
+def naive_tutorial_samples(x: torch.Tensor, offsets: torch.Tensor, n: int, stride: int) -> torch.Tensor:
+    """Sample point by point as tutorials do: meshgrid's "xy" read as rows and columns, both neighbours clamped."""
+    batch, channels, height, width = x.shape
+    h, w = offsets.shape[-2:]
+    out = torch.zeros(batch, channels, h * n, w, dtype=x.dtype)
+    side = round(n**0.5)
+    rows, columns = (g.flatten().tolist() for g in torch.meshgrid(torch.arange(h), torch.arange(w), indexing="xy"))
+    full = torch.meshgrid(torch.arange(n // side), torch.arange(side), indexing="xy")
+    starts = list(zip(*(g.flatten().tolist() for g in full), strict=True)) + [(n // side, k) for k in range(n % side)]
+
+    def between(position: float, size: int) -> list[tuple[int, float]]:
+        first, second = (min(max(math.floor(position) + k, 0), size - 1) for k in (0, 1))
+        position = min(max(position, 0), size - 1)
+        return [(first, 1 + (first - position)), (second, 1 - (second - position))]
+
+    for b in range(batch):
+        for i in range(h):
+            for j in range(w):
+                for k, (row, column) in enumerate(starts):
+                    r = rows[i * w + j] * stride + row + float(offsets[b, k, i, j])
+                    c = columns[i * w + j] * stride + column + float(offsets[b, n + k, i, j])
+                    for y, above in between(r, height):
+                        for z, before in between(c, width):
+                            out[b, :, i * n + k, j] += above * before * x[b, :, y, z]
+    return out
+
+
+NAIVE = {"paper": naive_akconv_samples, "tutorial": naive_tutorial_samples}
+
+
+@pytest.mark.parametrize("sampling", NAIVE)
 @pytest.mark.parametrize("n", [1, 2, 3, 5, 7, 9])
-@pytest.mark.parametrize(("stride", "size"), [(1, (5, 7)), (2, (6, 9)), (2, (1, 4))])
-def test_akconv_samples_equal_a_naive_loop(n, stride, size):
-    block = AKConv(3, 4, 3, stride, n).double()
+@pytest.mark.parametrize(("stride", "size"), [(1, (5, 7)), (2, (6, 9)), (2, (1, 4)), (1, (4, 4))])
+def test_akconv_samples_equal_a_naive_loop(n, stride, size, sampling):
+    block = AKConv(3, 4, 3, stride, n, sampling).double()
     x = torch.randn(2, 3, *size, dtype=torch.float64)
     h, w = block.p_conv(x).shape[-2:]
     offsets = torch.randn(2, 2 * n, h, w, dtype=torch.float64) * 3  # well beyond the borders
-    expected = naive_akconv_samples(x, offsets, n, stride)
+    expected = NAIVE[sampling](x, offsets, n, stride)
     torch.testing.assert_close(block.sample(x, offsets), expected, atol=1e-9, rtol=0)
     assert block(x).shape == (2, 4, h, w)
 
 
+def test_akconv_s_tutorial_sampling_transposes_and_doubles():
+    """Without offsets a square map comes out transposed, and its last row and column count twice."""
+    block = AKConv(1, 1, n=1, sampling="tutorial")
+    x = torch.arange(1.0, 10).view(1, 1, 3, 3)
+    twice = torch.tensor([1.0, 1, 2])
+    assert torch.equal(block.sample(x, torch.zeros(1, 2, 3, 3))[0, 0], (x[0, 0] * twice * twice[:, None]).T)
+    with pytest.raises(DetkitError, match="akconv's sampling is one of paper, tutorial, not 'xy'"):
+        AKConv(1, 1, sampling="xy")
+
+
+@pytest.mark.parametrize("sampling", NAIVE)
 @pytest.mark.parametrize("stride", [1, 2])
-def test_akconv_gradients_are_those_of_finite_differences(stride):
-    block = AKConv(2, 2, 3, stride, 5).double()
+def test_akconv_gradients_are_those_of_finite_differences(stride, sampling):
+    block = AKConv(2, 2, 3, stride, 5, sampling).double()
     x = torch.randn(2, 2, 4, 6, dtype=torch.float64, requires_grad=True)
     h, w = block.p_conv(x).shape[-2:]
     offsets = (torch.randn(2, 10, h, w, dtype=torch.float64) * 2).requires_grad_()
@@ -173,3 +217,15 @@ def test_akconv_offsets_learn_at_a_tenth_of_the_rate():
         id(p) for m in detector.modules() if isinstance(m, AKConv) for p in m.p_conv.parameters()
     }
     assert len(slow) == 8
+
+
+@pytest.mark.parametrize("size", [(3, 4), (6, 8), (4, 3), (1, 1)])
+def test_pooling_by_windows_is_adaptive_pooling(size):
+    """Whether the windows divide the map or not; equal ones have gradients that repeat on a GPU."""
+    x = torch.randn(2, 5, 6, 8, requires_grad=True)
+    expected = torch.nn.functional.adaptive_avg_pool2d(x, size)
+    weights = torch.randn_like(expected)
+    found = _pool(x, size)
+    torch.testing.assert_close(found, expected)
+    gradients = [torch.autograd.grad((y * weights).sum(), x)[0] for y in (found, expected)]
+    torch.testing.assert_close(*gradients)

@@ -2,8 +2,10 @@ import pytest
 import torch
 
 from detkit.engine import precision
-from detkit.engine.precision import Precision, pick_device
+from detkit.engine.precision import Precision, is_out_of_memory, pick_device
 from detkit.errors import DetkitError
+from detkit.tasks import summary
+from tests.conftest import run_command
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -37,3 +39,40 @@ def test_devices(monkeypatch):
     for name, sentence in (("cuda", "torch sees no CUDA device"), ("tpu9", "use auto, cpu or cuda")):
         with pytest.raises(DetkitError, match=sentence):
             pick_device(name)
+
+
+def test_a_gpu_by_number_is_the_current_one(monkeypatch):
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    assert pick_device("cuda:1") == torch.device("cuda", 1)
+    assert chosen == [torch.device("cuda", 1)]
+    with pytest.raises(DetkitError, match=r"device=cuda:2: torch sees 2 CUDA devices, the last is cuda:1"):
+        pick_device("cuda:2")
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (torch.OutOfMemoryError("full"), True),
+        (RuntimeError("CUDA error: out of memory"), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
+        (RuntimeError("FIND was unable to find an engine to execute this computation"), True),
+        (RuntimeError("CUDA error: device-side assert triggered"), False),
+        (RuntimeError("unable to write to file: out of shared memory"), False),
+        (DetkitError("out of memory"), False),
+    ],
+)
+def test_a_full_memory_is_told_from_other_errors(error, expected):
+    assert is_out_of_memory(error) == expected
+
+
+def test_a_task_that_does_not_fit_says_so(monkeypatch, capsys):
+    def run(cfg: dict) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+
+    monkeypatch.setattr(summary, "run", run)
+    status, _, err = run_command(monkeypatch, capsys, "summary", "device=cpu")
+    assert status == 2
+    assert "device=cpu has too little memory for this: lower batch_size or image_size" in " ".join(err.split())

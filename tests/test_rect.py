@@ -1,6 +1,7 @@
 """Rectangular validation: smaller frames, the same pixels, the same images."""
 
 import json
+from itertools import chain
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from PIL import Image
 import detkit
 from detkit.data.coco import read_coco_json
 from detkit.data.dataset import DetectionDataset, LetterboxDataset, rect_frames
-from detkit.data.loader import BatchLoader
+from detkit.data.loader import BatchLoader, BatchSampler, EpochSampler
 from detkit.engine.evaluator import METRICS, evaluate
 from detkit.models.detector import to_original
 
@@ -35,26 +36,30 @@ def images(tmp_path_factory) -> DetectionDataset:
     return DetectionDataset(read_coco_json(root / "boxes.json", root))
 
 
-@pytest.mark.parametrize("batch_size", [1, 2, 4, 100])
-def test_frames_are_the_smallest_that_hold_their_batch(batch_size):
+def test_a_frame_is_the_smallest_that_holds_its_image():
     rng = np.random.default_rng(0)
     sizes = np.concatenate((rng.integers(1, 3000, (200, 2)), SIZES)).astype(np.int32)
-    order, frames = rect_frames(sizes, 640, batch_size)
-    assert sorted(order) == list(range(len(sizes)))
-    aspect = sizes[order, 0] / sizes[order, 1]
-    assert (np.diff(aspect) >= 0).all()
-    for start in range(0, len(order), batch_size):
-        part = slice(start, start + batch_size)
-        scaled = np.array([[h * 640 / max(h, w), w * 640 / max(h, w)] for h, w in sizes[order[part]].tolist()])
-        least = np.ceil(scaled.max(0).round(6) / 32) * 32
-        assert (frames[part] == least).all()
-    assert frames.max() == 640
+    scaled = np.array([[h * 640 / max(h, w), w * 640 / max(h, w)] for h, w in sizes.tolist()])
+    assert (rect_frames(sizes, 640) == np.ceil(scaled.round(6) / 32) * 32).all()
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 4, 100])
+def test_a_batch_has_images_of_one_frame(images, batch_size):
+    dataset = LetterboxDataset(images, 128, rect=True)
+    starts = dataset.batch_starts(batch_size)
+    batches = [*BatchLoader(dataset, batch_size, workers=0, starts=starts).epoch(0)]
+    assert [len(batch.images) for batch in batches] == np.diff([*starts, len(SIZES)]).tolist()
+    assert max(len(batch.images) for batch in batches) <= batch_size
+    assert sorted(origin.index for batch in batches for origin in batch.origins) == list(range(len(SIZES)))
+    if batch_size > len(SIZES):
+        assert len({tuple(batch.images.shape) for batch in batches}) == len(batches)  # of each frame one
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_the_same_pixels_with_less_around_them(images, workers):
     square = {s.origin.index: s for s in (LetterboxDataset(images, 128)[0, k] for k in range(len(images)))}
-    loader = BatchLoader(LetterboxDataset(images, 128, rect_batch=3), 3, workers=workers)
+    dataset = LetterboxDataset(images, 128, rect=True)
+    loader = BatchLoader(dataset, 3, workers=workers, starts=dataset.batch_starts(3))
     seen = []
     for batch in loader.epoch(0):
         assert all(side % 32 == 0 and side <= 128 for side in batch.images.shape[-2:])
@@ -78,15 +83,43 @@ def test_the_same_pixels_with_less_around_them(images, workers):
     assert sorted(seen) == list(range(len(SIZES)))
 
 
-def test_evaluation_takes_every_image_once(images):
-    """An untrained detector: a square image is predicted as before, and every one has its predictions."""
+def predictions(images, detector, rect: bool, batch_size: int) -> dict:
+    """Boxes and scores that are found in each image."""
+    dataset = LetterboxDataset(images, 128, rect)
+    loader = BatchLoader(dataset, batch_size, workers=0, starts=dataset.batch_starts(batch_size))
+    result = evaluate(detector, loader.epoch(0), images.annotations, score=0.0, max_det=20)
+    assert set(METRICS) <= set(result.metrics)
+    found: dict[int, list] = {}
+    for p in result.predictions:
+        found.setdefault(p["image_id"], []).append((*p["bbox"], p["score"]))
+    return found
+
+
+def test_predictions_do_not_depend_on_the_batch_size(images):
+    """An untrained detector: every image has its predictions, a square one those without rect."""
     torch.manual_seed(0)
     detector = detkit.create_model("yolov8n", num_classes=1)
-    results = {}
-    for rect in (None, 1):
-        loader = BatchLoader(LetterboxDataset(images, 128, rect), 1, workers=0)
-        results[rect] = evaluate(detector, loader.epoch(0), images.annotations, score=0.0, max_det=20)
-    assert set(METRICS) <= set(results[1].metrics)
-    assert {p["image_id"] for p in results[1].predictions} == set(range(len(SIZES)))
-    square, rect = ([p for p in results[rect].predictions if p["image_id"] == 2] for rect in (None, 1))
-    assert square == rect
+    first = predictions(images, detector, True, 1)
+    assert set(first) == set(range(len(SIZES)))
+    for batch_size in (3, 8):
+        other = predictions(images, detector, True, batch_size)
+        assert set(first) == set(other)
+        for image, rows in first.items():
+            np.testing.assert_allclose(other[image], rows, atol=1e-4)
+    assert predictions(images, detector, False, 1)[2] == first[2]
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_ranks_share_every_batch(images, monkeypatch, ranks):
+    dataset = LetterboxDataset(images, 128, rect=True)
+    starts = dataset.batch_starts(4)
+    whole = [[key.index for key in keys] for keys in BatchSampler(EpochSampler(len(dataset), shuffle=False), 4, starts)]
+    monkeypatch.setattr("detkit.data.loader.rank_count", lambda: ranks)
+    shares = []
+    for rank in range(ranks):
+        monkeypatch.setattr("torch.distributed.get_rank", lambda rank=rank: rank)
+        sampler = BatchSampler(EpochSampler(len(dataset), shuffle=False), 4, starts)
+        shares.append([[key.index for key in keys] for keys in sampler])
+        sampler.skip = 2
+        assert [[key.index for key in keys] for keys in sampler] == shares[-1][2:]
+    assert [[*chain(*parts)] for parts in zip(*shares, strict=True)] == whole

@@ -107,8 +107,28 @@ def test_killed_at_random_moments(whole_run, overrides, tmp_path):
                 assert process.poll() is None
             time.sleep(rng.uniform(0, 0.5))
             process.kill()
-        assert process.wait(60) in (0, -signal.SIGKILL)
+        assert process.wait(300) in (0, -signal.SIGKILL)
         arguments = [f"resume={run_dir}"]
+    assert_same_run(run_dir, whole_run)
+
+
+@pytest.mark.parametrize("name", ["SIGKILL", "SIGSTOP"])
+def test_a_lost_loader_process_ends_a_run_that_goes_on(whole_run, overrides, tmp_path, name):
+    """One is killed, as the out-of-memory killer does, or stops: saved, one sentence, the same end."""
+    run_dir = tmp_path / "run"
+    arguments = [*overrides, f"run_dir={run_dir}", "workers=2", "trainer.loader_timeout=5", "trainer.save_every=2"]
+    process = subprocess.Popen([sys.executable, TOOL, *arguments], stderr=subprocess.PIPE, text=True)
+    while not (run_dir / "state.pt").exists():
+        time.sleep(0.01)
+        assert process.poll() is None
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill(int(children[0]), getattr(signal, name))
+    _, error = process.communicate(timeout=300)
+    assert (process.returncode, error.count("\n")) == (2, 1), error
+    words = "a data loading process was killed (signal 9" if name == "SIGKILL" else "no batch has come from the 2"
+    assert words in error
+    assert f"resume={run_dir} goes on after" in error
+    go_on(run_dir)
     assert_same_run(run_dir, whole_run)
 
 

@@ -152,10 +152,14 @@ def test_gradients_are_clipped(make_step):
     assert 0 < float(moved) <= 0.01 * 1.9 * 1e-3 * 1.01
 
 
-def test_accumulation_grows_in_the_warm_up(make_step):
-    step = make_step(accumulate=4)
-    step.schedule = replace(step.schedule, warmup=90)
-    assert [step.gathered(k) for k in (0, 13, 14, 44, 45, 75, 1000)] == [1, 1, 2, 2, 3, 4, 4]
+@pytest.mark.parametrize("warmup", [0, 1, 90])
+@pytest.mark.parametrize("accumulate", [1, 4, 7])
+def test_accumulation_grows_in_the_warm_up(make_step, warmup, accumulate):
+    """From 1 in the first batch, number 0, to ``accumulate`` after as many as the warm-up has, on a straight line."""
+    step = make_step(accumulate)
+    step.schedule = replace(step.schedule, warmup=warmup)
+    table = np.interp(range(120), [0, warmup], [1, accumulate]).round() if warmup else [accumulate] * 120
+    assert [step.gathered(k) for k in range(120)] == [int(x) for x in table]
 
 
 def test_best_is_the_latest_of_the_best(tmp_path, monkeypatch, make_step):

@@ -1,7 +1,6 @@
 """Other projects' checkpoints: recognised by their tensors, imported exactly, refused where they differ."""
 
 import sys
-import types
 from pathlib import Path
 
 import pytest
@@ -19,8 +18,8 @@ from detkit.errors import DetkitError
 from detkit.models.backbones.revcol import RevCol
 from detkit.models.detector import build_detector
 from detkit.registry import BACKBONES
+from detkit.tasks.import_weights import make_checkpoint
 from detkit.tasks.import_weights import run as import_weights
-from detkit.weights.importer import make_checkpoint
 from detkit.weights.recognise import recognise
 from detkit.weights.source import Source
 
@@ -77,37 +76,6 @@ def randomised(detector: nn.Module) -> nn.Module:
             if name != "head.bins" and tensor.is_floating_point():
                 tensor.copy_(torch.rand_like(tensor) * 0.2 + ("running_var" in name))
     return detector.eval()
-
-
-@pytest.fixture
-def ultralytics(monkeypatch):
-    """Return a function that builds a module tree of a class of ``ultralytics``, which exists while it is saved."""
-
-    class DetectionModel(nn.Module):
-        pass
-
-    def build(state: dict[str, torch.Tensor], **attributes) -> nn.Module:
-        module = types.ModuleType("ultralytics.nn.tasks")
-        module.DetectionModel = DetectionModel
-        DetectionModel.__module__, DetectionModel.__qualname__ = module.__name__, "DetectionModel"
-        for name in ("ultralytics", "ultralytics.nn", "ultralytics.nn.tasks"):
-            monkeypatch.setitem(sys.modules, name, module)
-        root = DetectionModel()
-        for name, tensor in state.items():
-            *path, leaf = name.split(".")
-            node = root
-            for step in path:
-                if step not in node._modules:
-                    node.add_module(step, nn.Module())
-                node = node._modules[step]
-            if "running" in leaf or "num_batches" in leaf or leaf == "anchors":
-                node.register_buffer(leaf, tensor)
-            else:
-                node.register_parameter(leaf, nn.Parameter(tensor.detach()))
-        root.__dict__.update(attributes)
-        return root
-
-    return build
 
 
 def save_and_forget(content, path: Path, monkeypatch) -> Path:
@@ -331,17 +299,6 @@ def test_what_the_user_names_is_insisted_on(tmp_path):
         imported(src, dst, "backbone=mobilenetv2")
     assert not dst.exists()
     assert imported(src, dst, "model=yolov8n").class_names == ("class0", "class1")
-
-
-def test_a_variant_that_is_named_is_imported(tmp_path):
-    """Its names say YOLOv8, its parts are others: only the user knows."""
-    detector = randomised(detkit.create_model("yolov8n_dynamicconv", num_classes=2))
-    torch.save(foreign(detector.state_dict(), V8), tmp_path / "x.pt")
-    with pytest.raises(DetkitError, match=r"does not fit model=yolov8n: its '.*' is missing"):
-        imported(tmp_path / "x.pt", tmp_path / "x.safetensors")
-    imported(tmp_path / "x.pt", tmp_path / "x.safetensors", "model=yolov8n_dynamicconv")
-    images = torch.rand(1, 3, 64, 64)
-    assert torch.equal(detkit.load(tmp_path / "x.safetensors")(images).cls, detector(images).cls)
 
 
 def test_detkit_s_own_are_imported_too(tmp_path):

@@ -7,7 +7,7 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
-from detkit.benchmarks.common import tell, time_in_turns
+from detkit.benchmarks.common import describe, tell, time_in_turns
 from detkit.engine.precision import make_deterministic, pick_device
 from detkit.layers.akconv import AKConv
 
@@ -51,7 +51,7 @@ def run(cfg: dict[str, Any]) -> dict[str, Any]:
     make_deterministic(cfg["seed"])
     title = f"AKConv, {CHANNELS} channels {SIZE}x{SIZE}, batch {BATCH}, forward and backward"
     table = Table("N", "way", "ms", "times as fast", header_style="bold", title=title)
-    result: dict[str, Any] = {"task": "akconv", "device": str(device), "ms": {}, "ratio": {}}
+    result: dict[str, Any] = {"task": "akconv", **describe(device), "ms": {}, "ratio": {}}
     for n in POINTS:
         seconds = _time(n, cfg["rounds"], device)
         result["ms"][n] = {name: 1000 * value for name, value in seconds.items()}

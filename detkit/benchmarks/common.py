@@ -1,6 +1,7 @@
 """What the benchmarks share: the clock, and how a result is told."""
 
 import json
+import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -27,11 +28,22 @@ def time_in_turns(runs: Mapping[str, Callable[[], object]], rounds: int, device:
 
 def time_once(run: Callable[[], object], device: torch.device) -> float:
     """Return the seconds until what ``run`` started on the device is done."""
+    _finish(device)
     start = time.perf_counter()
     run()
+    _finish(device)
+    return time.perf_counter() - start
+
+
+def describe(device: torch.device) -> dict[str, str]:
+    """Return what a result says of where it was measured."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    return {"device": str(device), "device_name": name, "torch": torch.__version__}
+
+
+def _finish(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    return time.perf_counter() - start
 
 
 def tell(table: Table, result: dict[str, Any]) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import torch
 from rich.table import Table
 from torch import Tensor, nn
 
-from detkit.benchmarks.common import tell, time_in_turns
+from detkit.benchmarks.common import describe, tell, time_in_turns
 from detkit.engine.measure import saved_bytes
 from detkit.engine.precision import make_deterministic, pick_device
 from detkit.models.backbones.revcol import STRIDES, RevCol
@@ -33,7 +33,7 @@ def run(cfg: dict[str, Any]) -> dict[str, Any]:
     caption = f"errors: {ERROR_SIZE} px, {ERROR_CHANNELS} channels, gamma {GAMMA}, alpha 0.5; bf16: autocast"
     columns = ("columns", "keep_every", "MiB saved", *(f"error, {name}" for name in PRECISIONS), "ms")
     table = Table(*columns, header_style="bold", title=f"RevCol, {SIZE} px, batch 1", caption=caption)
-    result: dict[str, Any] = {"task": "reversible", "device": str(device), "image_size": SIZE, "columns": {}}
+    result: dict[str, Any] = {"task": "reversible", **describe(device), "image_size": SIZE, "columns": {}}
     for count in COLUMNS:
         measured = _measure(count, cfg["rounds"], device)
         result["columns"][count] = measured

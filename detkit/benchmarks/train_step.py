@@ -17,14 +17,14 @@ from PIL import Image
 from rich.table import Table
 from torch.utils.flop_counter import FlopCounterMode
 
-from detkit.benchmarks.common import WARMUP, tell, time_once
+from detkit.benchmarks.common import WARMUP, describe, tell, time_once
 from detkit.benchmarks.peer import start_peer
 from detkit.config import import_plugins
 from detkit.engine.compile import compile_network
 from detkit.engine.measure import random_batch
 from detkit.engine.memory import check_batch
 from detkit.engine.optim import Recipe, Schedule
-from detkit.engine.precision import Precision, keep_freed_memory, make_deterministic, pick_device
+from detkit.engine.precision import Precision, is_out_of_memory, keep_freed_memory, make_deterministic, pick_device
 from detkit.engine.step import TrainStep
 from detkit.errors import DetkitError
 from detkit.models.detector import build_detector, build_loss
@@ -42,21 +42,27 @@ import torch
 from ultralytics import YOLO
 data, name, side, batch, device = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4]), sys.argv[5]
 gpu = device != "cpu"
-started = [False]
+started, counts = [False], [gpu]  # on a GPU every other step counts: the one before takes the memory handed back
 def begin(trainer):
     if not started[0]:
         started[0] = True
         print(0, file=answers, flush=True)
-    if not sys.stdin.readline():
+    counts[0] = not (gpu and counts[0])
+    if not (gpu and counts[0]) and not sys.stdin.readline():
         os._exit(0)
     if gpu:
         torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
     begin.time = time.perf_counter()
 def end(trainer):
+    if not counts[0]:
+        return
     if gpu:
         torch.cuda.synchronize()
     seconds = time.perf_counter() - begin.time
     memory = torch.cuda.max_memory_allocated() if gpu else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    if gpu:
+        torch.cuda.empty_cache()
     print(json.dumps({"seconds": seconds, "memory": memory}), file=answers, flush=True)
 model = YOLO(name + ".yaml")
 model.add_callback("on_train_batch_start", begin)
@@ -106,9 +112,10 @@ def run(cfg: dict[str, Any]) -> dict[str, Any]:
     """Time the training step of the configured model in every variant; print a table and one line of JSON.
 
     Each variant lives in a process of its own, as the allocator's settings cannot be taken back; they take turns, so
-    that a busy machine slows all of them alike. bf16 runs only where ``amp=auto`` would choose it. ``compile=true``
-    adds the last variant compiled. ``peer`` is a Python that has ultralytics, which trains its model of the same name
-    in turns with ours, as its defaults are.
+    that a busy machine slows all of them alike. On a GPU a turn is two steps, of which the second counts: the first
+    takes the memory that the process has handed back, so that all of them fit. bf16 runs only where ``amp=auto`` would
+    choose it. ``compile=true`` adds the last variant compiled. ``peer`` is a Python that has ultralytics, which trains
+    its model of the same name in turns with ours, as its defaults are.
 
     The share of the arithmetic limit is the operations of a step, forward and backward, counted by operator, over
     those of products of large matrices in the variant's precision in the same time, measured between the steps.
@@ -119,6 +126,8 @@ def run(cfg: dict[str, Any]) -> dict[str, Any]:
     device = pick_device(cfg["device"])
     check_batch(cfg["batch_size"], cfg["image_size"], device)
     variants = [v for v in VARIANTS if v.amp != "bf16" or Precision.pick("auto", device).dtype is torch.bfloat16]
+    if device.type == "cuda":  # whose memory is not the C library's
+        variants = [v for v in variants if v.amp != "off" or not v.keep_memory]
     if cfg["compile"]:
         last = variants[-1]
         variants.append(replace(last, name="+ compiled", compiled=True))
@@ -136,7 +145,8 @@ def run(cfg: dict[str, Any]) -> dict[str, Any]:
     result = {
         "task": "train",
         "model": cfg["model"]["name"],
-        "device": str(device),
+        **describe(device),
+        "compile": cfg["compile"],
         "image_size": cfg["image_size"],
         "batch_size": cfg["batch_size"],
         "images_per_s": speed,
@@ -214,16 +224,32 @@ def _serve(pipe: Connection, cfg: dict[str, Any], variant: Variant) -> None:
         step = _make_step(cfg, variant, said.append)
         with FlopCounterMode(display=False) as counter:
             step()
+        torch.cuda.empty_cache()  # for those whose turn is next; does nothing without CUDA
         pipe.send(said[-1] if said[1:] else counter.get_total_flops())
-        side, dtype = MATRIX[device.type], Precision.pick(variant.amp, device).dtype
-        matrix = torch.rand(side, side, dtype=dtype, device=device)
+        dtype = Precision.pick(variant.amp, device).dtype
         while pipe.recv():
-            seconds, product = time_once(step, device), time_once(lambda: matrix @ matrix, device)
-            pipe.send({"seconds": seconds, "limit": 2 * side**3 / product, "memory": _peak_memory(device)})
+            if device.type == "cuda":
+                step()  # to have the memory again that was handed back below
+                torch.cuda.reset_peak_memory_stats(device)
+            seconds, memory = time_once(step, device), _peak_memory(device)
+            answer = {"seconds": seconds, "limit": _arithmetic_limit(device, dtype), "memory": memory}
+            torch.cuda.empty_cache()
+            pipe.send(answer)
     except DetkitError as error:
         pipe.send(str(error))
-    except torch.OutOfMemoryError:
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
         pipe.send(f"batch_size={cfg['batch_size']} is too much for the memory of {device}")
+
+
+def _arithmetic_limit(device: torch.device, dtype: torch.dtype | None) -> float:
+    """Return the operations a second of a product of large matrices."""
+    side = MATRIX[device.type]
+    matrix = torch.rand(side, side, dtype=dtype, device=device)
+    if device.type == "cuda":
+        matrix @ matrix  # takes the memory
+    return 2 * side**3 / time_once(lambda: matrix @ matrix, device)
 
 
 def _peak_memory(device: torch.device) -> int:

@@ -154,6 +154,7 @@ class Data(Section):
     images: Location | None = path("folder of the images of a VOC set", default=None)
     one_based: bool = field("pixels of a VOC set count from 1", default=None)
     strict: bool = field("refuse a set with problems", default=False)
+    allow_empty: bool = field("go on with a split that holds no boxes", default=False)
     cache: Literal["ram", "disk"] | None = field("where decoded images are kept", default=None)
     sampling: Literal["repeat_factor", "class_balanced"] | None = field("how often images come", default=None)
     repeat_threshold: float = share("of the images: a class that fewer show is rare", default=None)
@@ -234,6 +235,7 @@ class Trainer(Section):
     multi_scale: float = number("share of image_size by which a batch's size may differ", 0, 0.9)
     sync_bn: bool = field("batch norms count the images of all ranks")
     rank_timeout: float = positive("seconds that ranks wait for one another", 10_000_000)
+    loader_timeout: float = positive("seconds without a batch after which a run ends", 10_000_000)
     freeze: Names = field("parts that do not learn", "a list of parts, such as [backbone.stem]")
     max_bad_steps: int = whole("stop after so many in a row that were not finite", 1)
     patience: int | None = whole("stop after so many epochs without a better AP", 1)
@@ -258,6 +260,12 @@ class Common(Section):
     workers: Workers = field("data loading processes", "auto, or a whole number, 0 or more", most=MAX_WORKERS)
     seed: int = whole("of everything drawn", 0, 2**32 - 1)  # NumPy's largest
     run_dir: Location | None = path("an empty or new folder; null: one under runs/")
+    max_pixels: int = field(
+        "of an image; larger ones are left out",
+        "a whole number from 1 to 2**30",
+        ge=1,
+        le=2**30,  # OpenCV's own limit
+    )
     plugins: Names = field("modules to import", "a list of modules, such as [my_backbone]")
 
 
@@ -323,6 +331,7 @@ class Predict(Common):
     score: float = number("keep boxes above this score", 0, 1)
     iou: float = number("drop boxes that overlap a better one by more", 0, 1)
     max_det: int = whole("boxes of an image at most", 1, 100_000)
+    multi_label: bool = field("a box may come once for each of its classes above the score")
 
 
 class Check(Composed):
@@ -359,6 +368,7 @@ class ImportWeights(Common):
 
     src: Location = path("another project's checkpoint")
     dst: Location = path("a new .safetensors")
+    sampling: Literal["paper", "tutorial"] | None = field("of AKConv layers in the file; null: not said")
     backbone: Part = field("of a file that holds no more", default=None)
     neck: Neck = field("of the model", default=None)
     head: Head = field("of the model", default=None)

@@ -1,6 +1,7 @@
 """The labels of an image set, whatever format they came from."""
 
 import os
+from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -26,9 +27,10 @@ class PathTable(Sequence[Path]):
     @classmethod
     def of(cls, paths: Iterable[str | Path]) -> "PathTable":
         """Return the table of some paths."""
-        names = [os.fsencode(path) for path in paths]
-        ends = np.cumsum([len(name) for name in names], dtype=np.int64)
-        return cls(np.frombuffer(b"".join(names), np.uint8), ends)
+        builder = PathBuilder()
+        for path in paths:
+            builder.append(os.fspath(path))
+        return cls(np.frombuffer(builder.text, np.uint8), np.asarray(builder.ends, np.int64))
 
     def __len__(self) -> int:
         return len(self.ends)
@@ -39,6 +41,35 @@ class PathTable(Sequence[Path]):
         index %= len(self)
         start = self.ends[index - 1] if index else 0
         return Path(os.fsdecode(self.text[start : self.ends[index]].tobytes()))
+
+
+class PathBuilder(Sequence[str]):
+    """File names in the same form, one more with every ``append``."""
+
+    def __init__(self) -> None:
+        self.text = bytearray()
+        self.ends = array("q")
+
+    def append(self, path: str) -> None:
+        """Append a file name; what no file can be called is escaped."""
+        try:
+            self.text += os.fsencode(path)
+        except UnicodeEncodeError:
+            self.text += path.encode(errors="backslashreplace")
+        self.ends.append(len(self.text))
+
+    def __len__(self) -> int:
+        return len(self.ends)
+
+    def __getitem__(self, index: int) -> str:
+        start = self.ends[index - 1] if index else 0
+        return os.fsdecode(bytes(self.text[start : self.ends[index]]))
+
+    def table(self, keep: np.ndarray) -> PathTable:
+        """Return the names where ``keep``, (N,) bool."""
+        if keep.all():
+            return PathTable(np.frombuffer(self.text, np.uint8), np.asarray(self.ends, np.int64))
+        return PathTable.of(self[k] for k in np.flatnonzero(keep).tolist())
 
 
 @dataclass

@@ -1,6 +1,7 @@
 """COCO json: the format most tools write (https://cocodataset.org/#format-data)."""
 
 import math
+import os
 from array import array
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,14 +10,18 @@ from typing import Any
 import numpy as np
 
 from detkit.data.annotations import Annotations
+from detkit.data.coco_fields import LARGEST, NONSENSE, Categories, Ids, box_of, fault, file_name, flag, side
 from detkit.data.columns import Columns
+from detkit.data.foreign import other_format_of
+from detkit.data.image_names import ImageNames
 from detkit.data.index import cached
 from detkit.data.json_stream import read_records
 from detkit.data.problems import ProblemLog
-from detkit.errors import DetkitError
-from detkit.registry import DATASETS
+from detkit.data.splits import ALIASES, TRAINED, pick_split
+from detkit.errors import DetkitError, shorten
+from detkit.registry import DATASETS, SPLIT_NAMES
 
-LARGEST = 1e9  # pixels of a coordinate: beyond, it is nonsense
+ROBOFLOW = "_annotations.coco.json"  # beside the images of a split, as Roboflow exports it
 LISTS = ("images", "annotations", "categories")
 
 
@@ -29,28 +34,80 @@ def read_coco(
     train_annotations: str = "annotations/instances_train.json",
     val_images: str = "images/val",
     val_annotations: str = "annotations/instances_val.json",
+    test_images: str | None = "images/test",
+    test_annotations: str | None = "annotations/instances_test.json",
     log: ProblemLog | None = None,
 ) -> Annotations:
-    """Read the ``"train"`` or ``"val"`` split; the folders and files are relative to ``root``.
+    """Read a split; the folders and files are relative to ``root``.
+
+    Beside train, val and test a set has the splits of which there are ``annotations/instances_NAME.json`` and
+    ``images/NAME``. Where there are no default files, ``NAME/_annotations.coco.json`` with its images beside it does.
 
     Args:
+        test_images, test_annotations: without the default file, there is no such split.
         log: where problems go; given one, the files are read anew instead of the index.
 
     Raises:
-        DetkitError: ``root`` is no folder, or as ``read_coco_json``.
+        DetkitError: ``root`` is no folder, there is no such split, or as ``read_coco_json``.
     """
-    if not Path(str(root)).is_dir():
+    keys = {"train": (train_annotations, train_images), "val": (val_annotations, val_images)}
+    files = _split_files(root, keys | {"test": (test_annotations, test_images)})
+    split = pick_split(split, files, root)
+    file, image_dir = files[split]
+    labelled = split in TRAINED
+    return cached("coco", [file], [image_dir], [], log, lambda log: read_coco_json(file, image_dir, log, labelled))
+
+
+@SPLIT_NAMES.register("coco")
+def coco_splits(*, root: str | int, **keys: str | None) -> list[str]:
+    """Return the splits that ``read_coco`` finds; it takes the same keys."""
+    named = {
+        split: (
+            keys.get(f"{split}_annotations", f"annotations/instances_{split}.json"),
+            keys.get(f"{split}_images", f"images/{split}"),
+        )
+        for split in (*TRAINED, "test")
+    }
+    return [*_split_files(root, named)]
+
+
+def _split_files(root: str | int, keys: Mapping[str, tuple[Any, Any]]) -> dict[str, tuple[Path, Path]]:
+    """Return json and image folder of every split: of the named ones by their ``keys``, then of others found."""
+    base = Path(str(root))
+    if not base.is_dir():
         raise DetkitError(f"data.root={root} is not a folder")
-    images, annotations = {"train": (train_images, train_annotations), "val": (val_images, val_annotations)}[split]
-    file, image_dir = Path(str(root)) / str(annotations), Path(str(root)) / str(images)
-    return cached("coco", [file], [image_dir], [], log, lambda log: read_coco_json(file, image_dir, log))
+    found: dict[str, tuple[Path, Path]] = {}
+    for split, (annotations, images) in keys.items():
+        if annotations is None or images is None:
+            continue
+        place = base / str(annotations), base / str(images)
+        typed = annotations != f"annotations/instances_{split}.json"
+        if not typed and not place[0].exists():
+            names = (split, *(alias for alias, name in ALIASES.items() if name == split))
+            others = [(base / "annotations" / f"instances_{name}.json", base / "images" / name) for name in names]
+            others += [(base / name / ROBOFLOW, base / name) for name in names]
+            place = next((other for other in others if other[0].is_file()), place)
+        if split in TRAINED or typed or place[0].exists():
+            found[split] = place
+    taken = {os.path.realpath(file) for file, _ in found.values()}
+    others = [(file.stem.removeprefix("instances_"), file) for file in base.glob("annotations/instances_*.json")]
+    places = {name: (file, base / "images" / name) for name, file in others}
+    places |= {file.parent.name: (file, file.parent) for file in base.glob(f"*/{ROBOFLOW}")}
+    for name, (file, images) in sorted(places.items()):
+        if name and name not in keys and os.path.realpath(file) not in taken and images.is_dir():
+            found[name] = file, images
+    return found
 
 
-def read_coco_json(file: Path, image_dir: Path, log: ProblemLog | None = None) -> Annotations:
+def read_coco_json(file: Path, image_dir: Path, log: ProblemLog | None = None, labelled: bool = True) -> Annotations:
     """Read one COCO json whose image files lie under ``image_dir``.
 
-    Category ids may have gaps: labels are their ranks. A record without a ``bbox`` has that of its polygons. Records
-    that make no sense are left out and logged; boxes and images are judged as in data/mending.py.
+    Category ids may have gaps: labels are their ranks. A record without a ``bbox`` has that of its polygons or mask.
+    Ids and sizes may be written as text; an id that is no number gets one of its own. Records that make no sense are
+    left out and logged; boxes and images are judged as in data/mending.py.
+
+    Args:
+        labelled: whether the lists ``annotations`` and ``categories`` must be there, as those of a test set may not.
 
     Raises:
         DetkitError: a missing or malformed file, categories that make no sense, or no image left.
@@ -64,9 +121,12 @@ def read_coco_json(file: Path, image_dir: Path, log: ProblemLog | None = None) -
             missing.discard(key)
         else:
             take[key](position, line, record)
+    missing -= set() if labelled else {"annotations", "categories"}
     if missing:
-        raise DetkitError(f"{file} is not a COCO detection file: it has no list '{min(missing)}'")
-    annotations = reader.finish(*_categories(categories, file))
+        hint = other_format_of(file)
+        raise DetkitError(f"{file} is not a COCO detection file: it has no list '{min(missing)}'{hint}")
+    unlabelled = not labelled and not categories and not reader.columns.boxes
+    annotations = reader.finish(*(((), ()) if unlabelled else reader.categories.ranked(categories, file)))
     annotations.watched = reader.watched
     return annotations
 
@@ -77,24 +137,33 @@ class _Reader:
     def __init__(self, file: Path, image_dir: Path, log: ProblemLog) -> None:
         self.file, self.image_dir, self.log = file, image_dir, log
         self.columns = Columns(file, log)
+        self.images, self.categories = Ids(), Categories()
+        self.names = ImageNames(image_dir)
         self.seen: set[int] = set()
         self.watched = True
-        self.positions, self.lines = array("q"), array("q")  # of each box in 'annotations' and in the file
 
     def image(self, position: int, line: int, record: Any) -> None:
         """Take images[position]."""
         try:
-            image_id, name = _whole(record["id"]), record["file_name"]
-            stated = _whole(record.get("height") or 0), _whole(record.get("width") or 0)
-            if not (isinstance(name, str) and name and "\0" not in name and 0 <= min(stated) <= max(stated) < 2**31):
-                raise ValueError
-        except (KeyError, TypeError, ValueError, AttributeError):
-            needs = "needs a whole 'id', a 'file_name', and 'height' and 'width' in whole pixels"
-            words = f"images[{position}] {needs}, it is {_short(record)}"
-            self.log.add("malformed_image", self.file, line, words)
+            image_id, given = self.images.number(record["id"]), file_name(record)
+            stated = side(record.get("height")), side(record.get("width"))
+        except NONSENSE:
+            needs = {
+                "id": ("a whole 'id'", self.images.number),
+                "file_name": ("a 'file_name'", lambda _: file_name(record)),
+                "height": ("'height' in whole pixels", side),
+                "width": ("'width' in whole pixels", side),
+            }
+            self.log.add("malformed_image", self.file, line, f"images[{position}] {fault(record, needs)}")
             return
         if image_id in self.seen:
-            self.log.add("repeated_image", self.file, line, f"images[{position}] has the id {image_id}, given before")
+            words = f"images[{position}] has the id {shorten(record['id'])}, given before"
+            self.log.add("repeated_image", self.file, line, words)
+            return
+        name, taken_by = self.names.locate(given)
+        if taken_by:
+            words = f"images[{position}] is {shorten(given)}, but {name} is the image of {shorten(taken_by)}"
+            self.log.add("repeated_image", self.file, line, words)
             return
         self.seen.add(image_id)
         self.columns.add_image(self.image_dir / name, image_id, stated)
@@ -104,107 +173,66 @@ class _Reader:
     def box(self, position: int, line: int, record: Any) -> None:
         """Take annotations[position]."""
         try:
-            image_id, category_id = _whole(record["image_id"]), _whole(record["category_id"])
-            x, y, w, h = _numbers(record["bbox"] if record.get("bbox") else polygon_box(record["segmentation"]))
-            area, crowd = record.get("area"), record.get("iscrowd") or 0
-            sensible = max(abs(x), abs(y), abs(w), abs(h)) < LARGEST and not math.isnan(x + y + w + h)
-            if not sensible or crowd not in (0, 1):
-                raise ValueError
-        except (KeyError, TypeError, ValueError, OverflowError, AttributeError):
-            needs = "needs 'image_id', 'category_id' and 'bbox' [x, y, width, height] as numbers"
-            words = f"annotations[{position}] {needs}, it is {_short(record)}"
-            self.log.add("malformed_box", self.file, line, words)
+            image_id, category_id = self.images.number(record["image_id"]), self.categories.use(record["category_id"])
+            x, y, w, h = box_of(record)
+            area, crowd = record.get("area"), flag(record.get("iscrowd"))
+        except NONSENSE:
+            needs = {
+                "image_id": ("a whole 'image_id'", self.images.number),
+                "category_id": ("a whole 'category_id'", self.categories.number),
+                "bbox": ("'bbox' as [x, y, width, height] in numbers", lambda bbox: bbox and box_of(record)),
+                "segmentation": ("a 'bbox', or a 'segmentation' of polygons or a mask", lambda _: box_of(record)),
+                "iscrowd": ("'iscrowd' to be 0 or 1", flag),
+            }
+            self.log.add("malformed_box", self.file, line, f"annotations[{position}] {fault(record, needs)}")
             return
         area = float(area) if type(area) in (int, float) and abs(area) < LARGEST**2 else math.nan
         corners = (x, y, x + w, y + h)
-        self.columns.add_box(image_id, category_id, corners, len(self.lines), area=area, crowd=bool(crowd))
-        self.positions.append(position)
-        self.lines.append(line)
+        self.columns.add_box(image_id, category_id, corners, line, position, area=area, crowd=crowd)
 
     def finish(self, category_ids: tuple[int, ...], class_names: tuple[str, ...]) -> Annotations:
         """Return the boxes whose image and class exist."""
         columns = self.columns
         columns.class_names, columns.category_ids = class_names, category_ids
-        image, has_image = _look_up(columns.image_of, columns.image_ids)
-        label, has_label = _look_up(columns.label, category_ids)
-        for kind, key, ids, mask in (
-            ("labels_without_image", "image_id", columns.image_of, ~has_image),
-            ("unknown_class", "category_id", columns.label, has_image & ~has_label),
-        ):
-            words = f"has {key} {{}}, which the file does not define"
-            self.log.extend(kind, np.flatnonzero(mask), lambda k, ids=ids, words=words: self._place(k, words, ids[k]))
-        columns.choose(image, label, has_image & has_label)
-        return columns.finish(lambda _, k: self._place(k, ""))
+        self.seen.clear()
+        image_of, label_of = _Positions(columns.image_ids), _Positions(category_ids)
 
-    def _place(self, k: int, words: str, *values: int) -> tuple[Path, int, str]:
-        """Return file, line and words about box ``k`` of those gathered."""
-        return self.file, self.lines[k], f"annotations[{self.positions[k]}] {words.format(*values)}"
-
-
-def polygon_box(polygons: list[list[float]]) -> tuple[float, float, float, float]:
-    """Return x, y, width and height of the box around polygons [[x, y, x, y, ...], ...].
-
-    Raises:
-        TypeError, ValueError: they are something else, such as a run-length mask.
-    """
-    xs = _numbers([v for polygon in polygons for v in polygon[0::2]])
-    ys = _numbers([v for polygon in polygons for v in polygon[1::2]])
-    return min(xs), min(ys), max(xs) - min(xs), max(ys) - min(ys)
-
-
-def _numbers(values: Any) -> list[float]:
-    """Return a list of numbers as floats; ValueError for anything else, such as text that looks like one."""
-    if not isinstance(values, (list, tuple)) or not all(type(v) in (int, float) for v in values):
-        raise ValueError(values)
-    return [float(v) for v in values]
-
-
-def is_whole(value: Any) -> bool:
-    """Whether ``value`` is an integer that fits 64 bits."""
-    return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63
-
-
-def _whole(value: Any) -> int:
-    """Return a whole number, which may be written as 480.0; ValueError for anything else."""
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)
-    if not is_whole(value):
-        raise ValueError(value)
-    return value
-
-
-def _categories(records: list[Any], file: Path) -> tuple[tuple[int, ...], tuple[str, ...]]:
-    """Return the categories' ids, ascending, and their names."""
-    for k, record in enumerate(records):
-        if not (
-            isinstance(record, Mapping) and is_whole(record.get("id")) and isinstance(record.get("name"), (str, int))
-        ):
-            raise DetkitError(f"{file}: categories[{k}] needs a whole 'id' and a 'name', it is {_short(record)}")
-    ranked = sorted(records, key=lambda c: c["id"])
-    ids, names = tuple(c["id"] for c in ranked), tuple(str(c["name"]) for c in ranked)
-    for what, values in (("id", ids), ("name", names)):
-        if len(set(values)) < len(values):
-            raise DetkitError(f"{file}: 'categories' holds the same {what} twice; give every class one of its own")
-    for name in names:
-        if not name.isprintable():
-            raise DetkitError(
-                f"{file}: 'categories' holds the name {name!r}, which cannot be printed; rename the class"
+        def translate(rows: np.ndarray) -> np.ndarray:
+            image, has_image = image_of(rows["image"])
+            label, has_label = label_of(rows["label"])
+            self._log_unknown("labels_without_image", "image_id", self.images, rows, rows["image"], ~has_image)
+            self._log_unknown(
+                "unknown_class", "category_id", self.categories, rows, rows["label"], has_image & ~has_label
             )
-    if not ids:
-        raise DetkitError(f"{file}: 'categories' is empty, so there is nothing to detect")
-    return ids, names
+            rows["image"], rows["label"] = image, label
+            return rows[has_image & has_label]
+
+        return columns.finish(lambda _, line, position: self._place(line, position), translate)
+
+    def _log_unknown(
+        self, kind: str, key: str, known: Ids, rows: np.ndarray, ids: np.ndarray, mask: np.ndarray
+    ) -> None:
+        def describe(k: int) -> tuple[Path, int, str]:
+            words = f"has {key} {known.word(int(ids[k]))}, which the file does not define"
+            return self._place(int(rows["line"][k]), int(rows["position"][k]), words)
+
+        self.log.extend(kind, np.flatnonzero(mask), describe)
+
+    def _place(self, line: int, position: int, words: str = "") -> tuple[Path, int, str]:
+        """Return file, line and words about ``annotations[position]``."""
+        return self.file, line, f"annotations[{position}] {words}"
 
 
-def _look_up(wanted: array, ids: array | tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
-    """Return the position in ``ids`` of each id wanted, and whether it is there."""
-    known, wanted = np.array(ids, np.int64), np.array(wanted, np.int64)
-    if not known.size:
-        return np.zeros(len(wanted), np.int64), np.zeros(len(wanted), bool)
-    order = np.argsort(known)
-    position = order[np.searchsorted(known, wanted, sorter=order).clip(max=len(known) - 1)]
-    return position, known[position] == wanted
+class _Positions:
+    """Where ids are in a list: ``positions(wanted)`` returns the position of each (T,), and whether it is there."""
 
+    def __init__(self, ids: array | tuple[int, ...]) -> None:
+        self.ids = np.array(ids, np.int64)
+        self.order = np.argsort(self.ids)
 
-def _short(record: Any) -> str:
-    text = repr(record)
-    return text if len(text) <= 100 else f"{text[:97]}..."
+    def __call__(self, wanted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        if not self.ids.size:
+            return np.zeros(len(wanted), np.int64), np.zeros(len(wanted), bool)
+        nearest = np.searchsorted(self.ids, wanted, sorter=self.order).clip(max=len(self.ids) - 1)
+        position = self.order[nearest]
+        return position, self.ids[position] == wanted

@@ -6,11 +6,32 @@ from pathlib import Path
 
 import numpy as np
 
-from detkit.data.annotations import Annotations, PathTable
-from detkit.data.images import probe_all
+from detkit.data.annotations import Annotations, PathBuilder
+from detkit.data.box_table import BoxTable, GrowingArray
+from detkit.data.images import MISSING, probe_all
 from detkit.data.mending import judge_boxes, judge_images
 from detkit.data.problems import ProblemLog
-from detkit.errors import DetkitError
+from detkit.data.splits import MissingSplit
+from detkit.errors import DetkitError, shorten
+
+Place = Callable[[int, int, int], tuple[object, int | None, str]]
+
+
+def check_class_names(names: Sequence[str], where: str) -> None:
+    """Check that every class has a name of its own that can be shown.
+
+    Raises:
+        DetkitError: one has none; begins with ``where``, the file and key.
+    """
+    for name in names:
+        if not name.strip():
+            raise DetkitError(f"{where} holds the name {name!r}; give every class a name")
+        if not name.isprintable():
+            raise DetkitError(
+                f"{where} holds the name {shorten(repr(name))}, which cannot be printed; rename the class"
+            )
+    if len(set(names)) < len(names):
+        raise DetkitError(f"{where} holds the same name twice; give every class one of its own")
 
 
 class Columns:
@@ -36,12 +57,10 @@ class Columns:
         self.category_ids = tuple(category_ids)
         self.log = log
         self.normalised = normalised
-        self.paths: list[str] = []
+        self.paths = PathBuilder()
         self.image_ids = array("q")
         self.stated = array("q")
-        self.image_of, self.label, self.line = array("q"), array("q"), array("q")
-        self.xyxy, self.area = array("d"), array("d")
-        self.crowd = array("b")
+        self.boxes = BoxTable()
 
     def add_image(self, path: str | Path, image_id: int, stated: tuple[int, int] = (0, 0)) -> int:
         """Append an image, of which the labels state (height, width), 0 where they do not; return its position.
@@ -60,37 +79,29 @@ class Columns:
         label: int,
         xyxy: Sequence[float],
         line: int,
+        position: int = 0,
         *,
         area: float = float("nan"),
         crowd: bool = False,
     ) -> None:
         """Append a finite box of the image at position ``image``, found in ``line`` of its label file.
 
-        A reader that meets ids before it knows what they stand for gives these, and calls ``choose``.
+        A reader that meets ids before it knows what they stand for gives these, and a ``translate`` to ``finish``.
 
         Args:
+            position: in a list of the label file.
             area: in pixels; not a number: that of the box.
             crowd: a region of many objects.
         """
-        self.xyxy.extend(xyxy)
-        self.area.append(area)
-        self.image_of.append(image)
-        self.label.append(label)
-        self.line.append(line)
-        self.crowd.append(crowd)
+        self.boxes.append(image, label, line, position, xyxy, area, crowd)
 
-    def choose(self, image_of: np.ndarray, label: np.ndarray, keep: np.ndarray) -> None:
-        """Put positions of images and classes (T,) in place of the boxes' ids; keep the boxes of ``keep`` (T,) bool."""
-        self.image_of, self.label = image_of[keep], label[keep]
-        for name, width in (("line", 1), ("xyxy", 4), ("area", 1), ("crowd", 1)):
-            column = np.asarray(getattr(self, name)).reshape(len(keep), width)
-            setattr(self, name, column[keep].reshape(-1))
-
-    def finish(self, place: Callable[[int, int], tuple[object, int | None, str]]) -> Annotations:
+    def finish(self, place: Place, translate: Callable[[np.ndarray], np.ndarray] = lambda rows: rows) -> Annotations:
         """Look at the image files, clip the boxes, drop what cannot be used.
 
         Args:
-            place: (image, line) of a box -> its file, its line and words that introduce it, for messages.
+            place: (image, line, position) of a box -> its file, its line and words that introduce it, for messages.
+            translate: takes ``box_table.ROW`` arrays, puts positions of images and classes in place of ids, and
+                returns the rows that have any.
 
         Raises:
             DetkitError: no image is left.
@@ -99,48 +110,59 @@ class Columns:
             first = f": {self.log.problems[0]}" if self.log.problems else ""
             raise DetkitError(f"{self.source} lists no images{first}")
         probes = probe_all(self.paths)
-        image_of, lines, labels, boxes, areas = map(
-            np.asarray, (self.image_of, self.line, self.label, self.xyxy, self.area)
-        )
-        boxes = boxes.reshape(-1, 4).astype(np.float64)
-        stated = np.asarray(self.stated).reshape(-1, 2)
-        usable, image_of, boxes, areas = judge_images(self.paths, probes, stated, image_of, boxes, areas, self.log)
+        verdict = judge_images(self.paths, probes, np.asarray(self.stated).reshape(-1, 2), self.log)
+        usable, sizes = verdict.usable, probes[:, :2]
         if not usable.any():
-            raise DetkitError(
+            missing = (probes[:, 4] & MISSING).all()
+            raise (MissingSplit if missing else DetkitError)(
                 f"{self.source} leaves no image to use: {self.log.summary()}; the first is {self.log.problems[0]}"
             )
-        sizes = probes[:, :2]
-        boxes, keep = judge_boxes(
-            boxes,
-            labels,
-            image_of,
-            sizes,
-            usable,
-            self.normalised,
-            lambda k: place(int(image_of[k]), int(lines[k])),
-            self.log,
-        )
-        order = np.flatnonzero(keep)
-        order = order[np.argsort(image_of[order], kind="stable")]  # an image's boxes keep the order of the file
-        boxes = boxes[order]
-        areas = areas[order]
-        own = np.prod(boxes[:, 2:] - boxes[:, :2], axis=1)
-        position = (np.cumsum(usable) - 1)[image_of[order]]
-        offsets = np.searchsorted(position, np.arange(usable.sum() + 1)).astype(np.int64)
-        names = [path for path, good in zip(self.paths, usable, strict=True) if good]
-        empty = np.flatnonzero(np.diff(offsets) == 0)
-        self.log.extend("without_boxes", empty, lambda k: (names[k], None, "has no boxes"))
+
+        def in_upright_image(rows: np.ndarray) -> np.ndarray:
+            rows = translate(rows)
+            rows["xyxy"], rows["area"] = verdict.move(rows["image"], rows["xyxy"], rows["area"])
+            rows["image"] = verdict.first_of[rows["image"]]
+            return rows[usable[rows["image"]]]
+
+        count, large = len(self.paths), self.boxes.on_disk
+        counts = np.zeros(count, np.int64)
+        boxes, labels = GrowingArray(np.float64, (4,), large), GrowingArray(np.int32, (), large)
+        areas, crowd = GrowingArray(np.float64, (), large), GrowingArray(np.bool_, (), large)
+        for rows in self.boxes.by_image(count, in_upright_image):
+            clipped, order = self._judge(rows, sizes, place)
+            rows, stated = rows[order], rows["area"][order]
+            own = np.prod(clipped[:, 2:] - clipped[:, :2], axis=1)
+            boxes.append(clipped)
+            labels.append(rows["label"])
+            areas.append(np.where(np.isfinite(stated) & (stated >= 0), stated, own))
+            crowd.append(rows["crowd"])
+            counts += np.bincount(rows["image"], minlength=count)
+        counts = counts[usable]
+        paths = self.paths.table(usable)
+        self.log.extend("without_boxes", np.flatnonzero(counts == 0), lambda k: (paths[k], None, "has no boxes"))
         return Annotations(
             source=self.source,
-            paths=PathTable.of(names),
+            paths=paths,
             image_ids=np.asarray(self.image_ids, np.int64)[usable],
             sizes=np.ascontiguousarray(sizes[usable]),
-            offsets=offsets,
-            boxes=boxes,
-            labels=labels[order].astype(np.int32),
-            areas=np.where(np.isfinite(areas) & (areas >= 0), areas, own),
-            crowd=np.asarray(self.crowd, np.int8)[order].astype(bool),
+            offsets=np.concatenate(([0], counts.cumsum())),
+            boxes=boxes.whole(),
+            labels=labels.whole(),
+            areas=areas.whole(),
+            crowd=crowd.whole(),
             class_names=self.class_names,
             category_ids=self.category_ids,
             problems=self.log,
         )
+
+    def _judge(self, rows: np.ndarray, sizes: np.ndarray, place: Place) -> tuple[np.ndarray, np.ndarray]:
+        """Return the clipped boxes (K, 4) of the rows to keep, by image, and which rows these are (K,)."""
+
+        def describe(k: int) -> tuple[object, int | None, str]:
+            return place(*(int(rows[name][k]) for name in ("image", "line", "position")))
+
+        boxes, image_of = rows["xyxy"].copy(), rows["image"].copy()
+        boxes, keep = judge_boxes(boxes, rows["label"], image_of, sizes, self.normalised, describe, self.log)
+        order = np.flatnonzero(keep)
+        order = order[np.argsort(image_of[order], kind="stable")]  # an image's boxes keep the order of the file
+        return boxes[order], order

@@ -3,6 +3,8 @@
 A key is ``(epoch, index)`` or a ``Key``: what a sample looks like depends on nothing else but the seed.
 """
 
+from itertools import pairwise
+
 import numpy as np
 from torch.utils.data import Dataset
 
@@ -89,17 +91,24 @@ class DetectionDataset(Dataset):
 class LetterboxDataset(Dataset):
     """Images fitted into a frame with a longer side of ``size`` pixels, aspect kept; the sample remembers how.
 
-    The frame is a square, the order that of the set. Where ``rect_batch`` is given (rectangular validation), items
-    come by aspect ratio instead, and each run of ``rect_batch`` items shares its own smallest frame (``rect_frames``):
-    the same pixels of each image, with less padding around them.
+    The frame is a square, the order that of the set. In rectangular validation (``rect``) the frame is the smallest
+    that holds the image (``rect_frames``), and images of one frame come one after the other.
     """
 
-    def __init__(self, dataset: DetectionDataset, size: int, rect_batch: int | None = None) -> None:
+    def __init__(self, dataset: DetectionDataset, size: int, rect: bool = False) -> None:
         self.dataset = dataset
         self.order = np.arange(len(dataset))
         self.frames = np.full((len(dataset), 2), size)
-        if rect_batch is not None:
-            self.order, self.frames = rect_frames(dataset.annotations.sizes, size, rect_batch)
+        if rect:
+            frames = rect_frames(dataset.annotations.sizes, size)
+            self.order = np.lexsort((-frames[:, 1], frames[:, 0]))  # from wide to high; of one frame, as in the set
+            self.frames = frames[self.order]
+
+    def batch_starts(self, batch_size: int) -> list[int]:
+        """Return the items with which batches of ``batch_size`` begin; one ends early where the next frame differs."""
+        differs = (self.frames[1:] != self.frames[:-1]).any(1)
+        firsts = [0, *(np.flatnonzero(differs) + 1).tolist(), len(self)]
+        return [start for first, last in pairwise(firsts) for start in range(first, last, batch_size)]
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -116,21 +125,14 @@ class LetterboxDataset(Dataset):
         return sample
 
 
-def rect_frames(sizes: np.ndarray, size: int, batch_size: int, stride: int = 32) -> tuple[np.ndarray, np.ndarray]:
-    """Sort images into batches of like aspect and find each batch's smallest frame.
+def rect_frames(sizes: np.ndarray, size: int, stride: int = 32) -> np.ndarray:
+    """Return the smallest frame (height, width) that holds each image, (N, 2): it depends on nothing but the image.
 
     Args:
         sizes: (N, 2) height and width of the images.
         size: the longer side that every image is scaled to, a multiple of ``stride``.
         stride: the sides of a frame divide by it.
-
-    Returns:
-        the order of the images (N,), from wide to high, and the frame (height, width) of each in that order (N, 2).
     """
     sizes = sizes.astype(np.int64)
-    order = np.argsort(sizes[:, 0] / sizes[:, 1], kind="stable")
-    longest = sizes[order].max(1, keepdims=True)
-    fitted = -(-sizes[order] * size // (longest * stride)) * stride  # whole numbers, so that no rounding adds a stride
-    starts = np.arange(0, len(order), batch_size)
-    lengths = np.diff(starts, append=len(order))
-    return order, np.repeat(np.maximum.reduceat(fitted, starts), lengths, axis=0)
+    longest = sizes.max(1, keepdims=True)
+    return -(-sizes * size // (longest * stride)) * stride  # whole numbers, so that no rounding adds a stride

@@ -1,22 +1,28 @@
 """Listing folders that may be large, or link to themselves, and working on many files by several processes."""
 
+import codecs
+import multiprocessing
 import os
+import signal
 import sys
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from rich.progress import track
 
 from detkit.errors import DetkitError
-from detkit.ops.image import IMAGE_SUFFIXES
+from detkit.ops.files import read_regular
+from detkit.ops.image import is_image
+from detkit.ops.processes import end_with_parent
 
-
-def is_image(name: str) -> bool:
-    """Whether a file name is that of an image, and not hidden."""
-    return os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES and not os.path.basename(name).startswith(".")
+MAX_LIST = 2**28  # bytes of a list of images
+CHUNK = 64  # files that a process is given at a time
 
 
 def list_images(folder: Path) -> list[Path]:
@@ -41,21 +47,39 @@ def names_in(folder: str | Path) -> list[str]:
         return []
 
 
+class Listings(dict[str, frozenset[str]]):
+    """What lies in folders, each listed when it is asked for the first time; nothing in one that cannot be listed."""
+
+    def __missing__(self, folder: str) -> frozenset[str]:
+        self[folder] = frozenset(names_in(folder))
+        return self[folder]
+
+    def has(self, path: str) -> bool:
+        """Whether there is something at a path."""
+        folder, name = os.path.split(path)
+        return name in self[folder or "."]
+
+
 def read_lines(file: Path) -> list[str]:
     """Return the lines of a text file that say something, without the space around them.
 
+    A name that is no UTF-8 comes as the file system's functions take it.
+
     Raises:
-        DetkitError: it is missing, no file (a pipe would be waited for), or not UTF-8 text.
+        DetkitError: it is missing, no regular file, or no text.
     """
     try:
-        if os.path.exists(file) and not os.path.isfile(file):
-            raise DetkitError(f"cannot read the list {file}: it is not a file")
-        lines = file.read_text(encoding="utf-8-sig").splitlines()
+        data = read_regular(file, MAX_LIST)
     except OSError as error:
         raise DetkitError(f"cannot read the list {file}: {error.strerror or error}") from None
-    except UnicodeDecodeError:
-        raise DetkitError(f"{file} should list images, a line each, but it is not UTF-8 text") from None
-    return [line.strip() for line in lines if line.strip()]
+    if b"\0" in data:
+        raise DetkitError(f"{file} should list images, a line each, but it is not UTF-8 text")
+    return [line.strip() for line in os.fsdecode(data.removeprefix(codecs.BOM_UTF8)).splitlines() if line.strip()]
+
+
+def with_slashes(name: str) -> str:
+    """Return a path as Windows writes it with slashes for its backslashes."""
+    return name.replace("\\", "/")
 
 
 def walk(folder: Path) -> Iterator[str]:
@@ -110,16 +134,44 @@ def map_files(
     Raises:
         DetkitError: one of the processes was killed.
     """
+    others = multiprocessing.active_children()
     try:
-        with ProcessPoolExecutor(max(workers, 1), initializer=initializer) as pool:
-            results = pool.map(function, paths, chunksize=64)
+        with ProcessPoolExecutor(max(workers, 1), initializer=partial(_begin, initializer)) as pool:
+            results = _in_turn(pool, function, iter(paths), 4 * max(workers, 1))
             try:
                 yield from track(results, words, len(paths), transient=True, disable=not sys.stdout.isatty())
             except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
+                for child in multiprocessing.active_children():  # the pool would wait for what they are at
+                    if child not in others:
+                        child.kill()
                 raise
     except BrokenProcessPool:
         raise DetkitError(f"{words}: a process was killed, for want of memory perhaps; try workers=1") from None
+
+
+def _in_turn(
+    pool: ProcessPoolExecutor, function: Callable[[str], Any], paths: Iterator[str], ahead: int
+) -> Iterator[Any]:
+    """Yield ``function(path)`` in order; no more than ``ahead`` chunks wait (``pool.map`` would keep them all)."""
+    waiting: deque[Future] = deque()
+    while chunk := [*islice(paths, CHUNK)]:
+        waiting.append(pool.submit(_each, function, chunk))
+        if len(waiting) == ahead:
+            yield from waiting.popleft().result()
+    for future in waiting:
+        yield from future.result()
+
+
+def _each(function: Callable[[str], Any], paths: list[str]) -> list[Any]:
+    return [function(path) for path in paths]
+
+
+def _begin(initializer: Callable[[], None] | None) -> None:
+    """Prepare a process, which ends with this one and leaves Ctrl-C to it."""
+    end_with_parent()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if initializer is not None:
+        initializer()
 
 
 def cores() -> int:

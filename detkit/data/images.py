@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import stat
 import struct
 import warnings
 from collections.abc import Sequence
@@ -12,9 +11,9 @@ import numpy as np
 from PIL import Image
 
 from detkit.data.files import cores, map_files
-from detkit.ops.image import open_picture, picture_file
+from detkit.errors import UnreadableImage
+from detkit.ops.image import PILLOW_ERRORS, open_header, open_picture, picture_file
 
-FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "TIFF")  # that OpenCV reads as well
 PARALLEL_FROM = 2000  # images: below, starting processes costs more than it saves
 EXIF_ORIENTATION = 0x0112
 
@@ -31,25 +30,31 @@ def probe(path: str | Path) -> tuple[int, int, int, int, int]:
         height and width turned upright, height and width as stored (0 where unreadable), flags.
     """
     try:
-        if not stat.S_ISREG(os.stat(picture_file(path)).st_mode):  # opening a pipe would wait for ever
-            return 0, 0, 0, 0, UNREADABLE
+        os.stat(picture_file(path))
     except (OSError, ValueError):
         return 0, 0, 0, 0, MISSING
     try:
-        with warnings.catch_warnings(), open_picture(path) as file:
-            warnings.simplefilter("ignore")  # of large images; beyond 179 million pixels Pillow refuses
-            with Image.open(file, formats=FORMATS) as image:
-                return _describe(image, path)
-    except (OSError, ValueError, SyntaxError, TypeError, KeyError, IndexError, OverflowError, struct.error,
-            EOFError, Image.DecompressionBombError, MemoryError, AttributeError, ZeroDivisionError):  # fmt: skip
-        return 0, 0, 0, 0, UNREADABLE  # Pillow's plugins raise what their parsing meets
+        with warnings.catch_warnings(action="ignore"), open_picture(path) as file:  # malformed EXIF is passed over
+            return _describe(open_header(file), path)
+    except PILLOW_ERRORS:  # UnreadableImage is one of them
+        return 0, 0, 0, 0, UNREADABLE
+
+
+def why_unreadable(path: str | Path) -> str:
+    """Say why ``probe`` finds a file unreadable."""
+    try:
+        with open_picture(path) as file:
+            open_header(file)
+    except UnreadableImage as error:
+        return str(error)
+    except (OSError, ValueError) as error:
+        return str(getattr(error, "strerror", None) or error)
+    return "it is damaged"
 
 
 def _describe(image: Image.Image, path: str | Path) -> tuple[int, int, int, int, int]:
     width, height = image.size
     mode, flags = image.mode, 0
-    if not width * height or mode in ("F", "I"):  # OpenCV does not read 32 bits a channel
-        return 0, 0, 0, 0, UNREADABLE
     if mode in ("1", "L", "LA", "La") or mode.startswith("I"):
         flags |= GRAY
     if mode.startswith("I"):
@@ -113,10 +118,10 @@ def _jpeg_ends(path: str | Path) -> bool:
 
 def _decodes(path: str | Path) -> bool:
     try:
-        with open_picture(path) as file, Image.open(file, formats=FORMATS) as image:
-            image.load()
+        with open_picture(path) as file:
+            open_header(file).load()
         return True
-    except (OSError, ValueError, SyntaxError, EOFError, MemoryError, struct.error):
+    except PILLOW_ERRORS:
         return False
 
 

@@ -8,23 +8,24 @@ from: the names, sizes and times of every label file and image.
 import hashlib
 import json
 import math
+import mmap
 import os
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
-from safetensors import SafetensorError
-from safetensors.numpy import save_file
 
 from detkit.data.annotations import Annotations, PathTable
 from detkit.data.files import names_in, walk
 from detkit.data.problems import ProblemLog
-from detkit.ops.files import cache_dir
+from detkit.ops.files import cache_dir, open_regular
+from detkit.ops.image import max_pixels
 
-VERSION = 2  # of the layout, and of the judgement of images and boxes
+VERSION = 3  # of the layout, and of the judgement of images and boxes
 ARRAYS = ("image_ids", "sizes", "offsets", "boxes", "labels", "areas", "crowd")
+PART = 2**18  # elements that are written at a time
 DTYPES = {"I64": np.int64, "I32": np.int32, "F64": np.float64, "BOOL": np.bool_, "U8": np.uint8}
 
 
@@ -47,7 +48,7 @@ def cached(
     if log is not None:
         return build(log)
     name = json.dumps(
-        [VERSION, kind, [str(p.absolute()) for p in (*files, *folders, *flat)], arguments], sort_keys=True
+        [VERSION, max_pixels(), kind, [str(p.absolute()) for p in (*files, *folders, *flat)], arguments], sort_keys=True
     )
     prefix = hashlib.blake2b(name.encode(errors="surrogateescape"), digest_size=8).hexdigest()
     index = index_folder() / f"{prefix}-{fingerprint(files, folders, flat)}.safetensors"
@@ -92,9 +93,8 @@ def _state(path: str) -> bytes:
 
 def write_index(annotations: Annotations, file: Path) -> bool:
     """Write the index in one piece: whole or not at all, whoever else writes it; False where the disk refuses."""
-    table = PathTable.of(annotations.paths)
-    arrays = {name: np.ascontiguousarray(getattr(annotations, name)) for name in ARRAYS}
-    arrays |= {"path_text": table.text, "path_ends": table.ends}
+    table = annotations.paths if isinstance(annotations.paths, PathTable) else PathTable.of(annotations.paths)
+    arrays = {name: getattr(annotations, name) for name in ARRAYS} | {"path_text": table.text, "path_ends": table.ends}
     about = {
         "source": str(annotations.source),
         "class_names": annotations.class_names,
@@ -105,21 +105,46 @@ def write_index(annotations: Annotations, file: Path) -> bool:
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         descriptor, scratch = tempfile.mkstemp(prefix=".index-", dir=file.parent)
-        os.close(descriptor)
-        save_file(arrays, scratch, {"detkit_index": json.dumps(about)})
+        with os.fdopen(descriptor, "wb") as stream:
+            _write_arrays(stream, arrays, {"detkit_index": json.dumps(about)})
         os.replace(scratch, file)
         return True
-    except (OSError, SafetensorError, UnicodeEncodeError):  # a full or read-only disk, a name that is no text
+    except OSError:  # a full or read-only disk
         if scratch is not None:
             Path(scratch).unlink(missing_ok=True)
         return False
 
 
+def _write_arrays(stream: BinaryIO, arrays: dict[str, np.ndarray], metadata: dict[str, str]) -> None:
+    """Write the safetensors layout part by part: its library's ``save_file`` would hold another copy of everything."""
+    header: dict[str, Any] = {"__metadata__": metadata}
+    end = 0
+    for name in sorted(arrays, key=lambda name: -arrays[name].itemsize):  # so that all of them are aligned
+        array = arrays[name]
+        dtype = next(key for key, value in DTYPES.items() if array.dtype == value)
+        header[name] = {"dtype": dtype, "shape": array.shape, "data_offsets": (end, end + array.nbytes)}
+        end += array.nbytes
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    stream.write(len(text).to_bytes(8, "little") + text)
+    for name in [*header][1:]:
+        array = arrays[name]
+        for start in range(0, len(array), PART):
+            stream.write(np.ascontiguousarray(array[start : start + PART]))
+            _unmap_pages(array)
+
+
+def _unmap_pages(array: np.ndarray) -> None:
+    """Take an array that is mapped from a file out of the process' memory until it is read again."""
+    if isinstance(array.base, np.memmap) and hasattr(mmap, "MADV_DONTNEED"):
+        array.base._mmap.madvise(mmap.MADV_DONTNEED)
+
+
 def open_index(file: Path) -> Annotations | None:
     """Map an index into memory; None where it is not there or not whole."""
     try:
-        size = file.stat().st_size
-        with file.open("rb") as stream:
+        with open_regular(file) as stream:
+            size = os.fstat(stream.fileno()).st_size
             length = int.from_bytes(stream.read(8), "little")
             if length > size:
                 return None

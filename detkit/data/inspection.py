@@ -13,6 +13,7 @@ import numpy as np
 from detkit.data.annotations import Annotations
 from detkit.data.files import images_in, map_files
 from detkit.data.problems import ProblemLog
+from detkit.data.splits import held_out_first
 from detkit.errors import DetkitError
 from detkit.ops.image import read_image
 
@@ -23,25 +24,28 @@ Look = tuple[bytes, str]  # the hash of an image's pixels, empty where there are
 def inspect_images(
     splits: Mapping[str, Annotations], logs: Mapping[str, ProblemLog], workers: int
 ) -> dict[str, np.ndarray]:
-    """Decode every image of ``train`` and ``val`` and log what that shows.
+    """Decode every image of every split and log what that shows.
 
     Returns:
-        (N,) bool for each split: the images to keep. Damaged ones are not, nor is a training image that is in val.
+        (N,) bool for each split: the images to keep. Damaged ones are not; one that several splits have is kept in
+        test, else in val, and in train last.
 
     Raises:
         DetkitError: a decoding process was killed, as it is where memory runs out.
     """
     looks = {split: look_at_all(annotations, workers) for split, annotations in splits.items()}
-    first: dict[str, dict[bytes, Path]] = {}
-    for split, annotations in splits.items():
-        first[split] = _log_images(annotations, looks[split], logs[split])
     keep = {split: np.array([not damage for _, damage in looks[split]], bool) for split in splits}
-    for k, (digest, _) in enumerate(looks["train"]):
-        if digest and digest in first["val"]:
-            keep["train"][k] = False
-            path, other = splits["train"].paths[k], first["val"][digest]
-            words = "is in val, too" if path == other else f"shows the same as the val image {other}"
-            logs["train"].add("leaked_image", path, None, words)
+    owner: dict[bytes, tuple[str, Path]] = {}  # split and first image of each hash
+    for split in held_out_first(splits):
+        annotations, log = splits[split], logs[split]
+        first = _log_images(annotations, looks[split], log)
+        for k, (digest, _) in enumerate(looks[split]):
+            if digest in owner:
+                keep[split][k] = False
+                path, (other, image) = annotations.paths[k], owner[digest]
+                words = f"is in {other}, too" if path == image else f"shows the same as the {other} image {image}"
+                log.add("leaked_image", path, None, words)
+        owner |= {digest: (split, path) for digest, path in first.items() if digest not in owner}
     log_unlabelled(splits, logs)
     return keep
 
@@ -78,7 +82,8 @@ def look_at(path: str) -> Look:
         image = read_image(Path(path))
     except (DetkitError, MemoryError, OSError) as error:
         _complaints()
-        return b"", f"does not decode ({type(error).__name__}): it is damaged, or too large"
+        reason = str(error).partition(f"{path}: ")[2] or type(error).__name__
+        return b"", f"does not decode: {reason}"
     text = _complaints()
     if any(words in text for words in DAMAGE):
         return b"", f"is damaged: {text.splitlines()[0][:200]}"
@@ -87,7 +92,7 @@ def look_at(path: str) -> Look:
 
 
 def log_unlabelled(splits: Mapping[str, Annotations], logs: Mapping[str, ProblemLog]) -> None:
-    """Log the images that lie beside those of a split and that neither split names."""
+    """Log the images that lie beside those of a split and that no split names."""
     known = {str(path) for annotations in splits.values() for path in annotations.paths}
     known |= {problem.file for log in logs.values() for problem in log.problems}
     for split, annotations in splits.items():

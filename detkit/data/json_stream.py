@@ -1,18 +1,21 @@
 """Reading a large json file record by record: a COCO file of ten million boxes would not fit into memory as objects."""
 
 import json
-import os
-import stat
+import re
 from collections.abc import Iterator
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Any, TextIO
 
+from detkit.data.foreign import other_format_of
 from detkit.errors import DetkitError
+from detkit.ops.files import open_regular
 
 CHUNK = 2**20  # characters read at a time
 MAX_VALUE = 2**28  # characters of one record
 SPACE = " \t\r\n"
 AFTER = tuple(f"{SPACE},:]}}")  # what may follow a value
+_spaces = re.compile(f"[{SPACE}]*").match
 _decode = json.JSONDecoder().raw_decode
 
 
@@ -26,14 +29,12 @@ def read_records(file: Path, lists: tuple[str, ...]) -> Iterator[tuple[str, int,
         DetkitError: not a file, not an object, malformed (with line and column), or one of the lists is none.
     """
     try:
-        if not stat.S_ISREG(os.stat(file).st_mode):  # a pipe would be waited for
-            raise DetkitError(f"cannot read annotations {file}: it is not a file")
-        with file.open(encoding="utf-8-sig") as stream:
+        with TextIOWrapper(open_regular(file), encoding="utf-8-sig") as stream:
             yield from _Reader(stream, file).records(lists)
     except OSError as error:
         raise DetkitError(f"cannot read annotations {file}: {error.strerror or error}") from None
     except UnicodeDecodeError:
-        raise DetkitError(f"{file} is not a json file: it is not UTF-8 text") from None
+        raise DetkitError(f"{file} is not a json file: it is not UTF-8 text{other_format_of(file)}") from None
 
 
 class _Reader:
@@ -49,8 +50,10 @@ class _Reader:
 
     def records(self, lists: tuple[str, ...]) -> Iterator[tuple[str, int, int, Any]]:
         if self.next_character() != "{":
-            raise DetkitError(f"{self.file} is not a COCO detection file: it is no json object with lists {lists}")
+            words = f"is not a COCO detection file: it is no json object with lists {lists}{other_format_of(self.file)}"
+            raise DetkitError(f"{self.file} {words}")
         self.advance(1)
+        met: set[str] = set()
         while self.next_character() != "}":
             key = self.value()
             if not isinstance(key, str):
@@ -59,12 +62,19 @@ class _Reader:
             if key not in lists:
                 self.pass_over()
             elif self.next_character() != "[":
-                raise DetkitError(f"{self.file} is not a COCO detection file: '{key}' is no list (line {self.line})")
+                words = f"is not a COCO detection file: '{key}' is no list (line {self.line})"
+                raise DetkitError(f"{self.file} {words}{other_format_of(self.file)}")
+            elif key in met:
+                raise self.malformed(f"there is another list '{key}' before this one")
             else:
+                met.add(key)
                 yield key, -1, self.line, None
                 yield from ((key, *element) for element in self.elements())
             if self.next_character() != "}":
                 self.expect(",")
+        self.advance(1)
+        if not self.at_end():
+            raise self.malformed("something follows the end of the object, as where two files were put into one")
 
     def pass_over(self) -> None:
         """Take a value that nobody asks for; a list one element at a time."""
@@ -87,13 +97,18 @@ class _Reader:
 
     def next_character(self) -> str:
         """Pass over white space; return the character that comes then, without taking it."""
+        if self.at < len(self.text) and self.text[self.at] not in SPACE:
+            return self.text[self.at]
+        if self.at_end():
+            raise self.malformed("the file ends too early")
+        return self.text[self.at]
+
+    def at_end(self) -> bool:
+        """Pass over white space; return whether nothing comes after it."""
         while True:
-            while self.at < len(self.text):
-                if self.text[self.at] not in SPACE:
-                    return self.text[self.at]
-                self.advance(1)
-            if not self.more():
-                raise self.malformed("the file ends too early")
+            self.advance(_spaces(self.text, self.at).end() - self.at)
+            if self.at < len(self.text) or not self.more():
+                return self.at == len(self.text)
 
     def expect(self, character: str) -> None:
         if self.next_character() != character:

@@ -1,18 +1,16 @@
 """From a dataset to batches: order, worker processes, stacking."""
 
 import os
-import signal
-import sys
-from collections.abc import Iterable, Iterator
-from itertools import islice
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice, pairwise
 
-import cv2
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from detkit.data.sampling import draw_items, epoch_length
+from detkit.data.workers import TIMEOUT, Workers, init_worker, share, worker_context
 from detkit.errors import DetkitError, UnreadableImage
 from detkit.ops.ranks import rank_count
 from detkit.structures import Batch, Key, Sample
@@ -72,24 +70,27 @@ class BatchSampler(Sampler[list[Key]]):
 
     Args:
         batch_size: of all ranks together.
+        starts: where in the order batches begin; None: every ``batch_size``.
 
     Attributes:
         skip: batches at the start of an epoch that are left out; set it before each pass.
     """
 
-    def __init__(self, sampler: EpochSampler, batch_size: int) -> None:
+    def __init__(self, sampler: EpochSampler, batch_size: int, starts: Sequence[int] | None = None) -> None:
         self.skip = 0
         self.sampler = sampler
-        self.batch_size = batch_size
+        self.starts = range(0, len(sampler), batch_size) if starts is None else starts
         self.ranks = rank_count()
         self.rank = dist.get_rank() if self.ranks > 1 else 0
 
     def __len__(self) -> int:
-        return -(-len(self.sampler) // self.batch_size)
+        return len(self.starts)
 
     def __iter__(self) -> Iterator[list[Key]]:
-        keys = islice(self.sampler, self.skip * self.batch_size, None)
-        while batch := [*islice(keys, self.batch_size)]:
+        bounds = [*self.starts, len(self.sampler)][min(self.skip, len(self)) :]
+        keys = islice(self.sampler, bounds[0], None)
+        for start, stop in pairwise(bounds):
+            batch = [*islice(keys, stop - start)]
             first, last = (-(-len(batch) * rank // self.ranks) for rank in (self.rank, self.rank + 1))
             yield batch[first:last]
 
@@ -101,8 +102,10 @@ class BatchLoader:
         batch_size: of all ranks together.
         workers: number of processes; 0 loads in this one.
         seed, shuffle, expected: of the order; see EpochSampler.
+        starts: where in the order batches begin, if not every ``batch_size``.
         pin: copy batches to page-locked memory, for a GPU.
         window: positions of the order that a key names beside its own; 0: none. See EpochSampler.
+        timeout: seconds to wait for a batch; see ``Workers``.
     """
 
     def __init__(
@@ -116,11 +119,13 @@ class BatchLoader:
         expected: np.ndarray | None = None,
         pin: bool = False,
         window: int = 0,
+        starts: Sequence[int] | None = None,
+        timeout: float = TIMEOUT,
     ) -> None:
         self.sampler = EpochSampler(len(dataset), seed, shuffle, expected, window)
-        self.batches = BatchSampler(self.sampler, batch_size)
+        self.batches = BatchSampler(self.sampler, batch_size, starts)
         self.problems: list[str] = []
-        self.loader = DataLoader(
+        loader = DataLoader(
             _Guarded(dataset),
             batch_sampler=self.batches,
             num_workers=workers,
@@ -131,9 +136,10 @@ class BatchLoader:
             generator=torch.Generator(),  # its own: the model's draws do not depend on the number of workers
             multiprocessing_context=worker_context(workers),
         )
+        self.workers = Workers(loader, timeout)
 
     def __len__(self) -> int:
-        return len(self.loader)
+        return len(self.batches)
 
     @property
     def samples(self) -> int:
@@ -148,9 +154,10 @@ class BatchLoader:
 
         Raises:
             DetkitError: a sample could not be made for another reason, in whatever process that was, or none at all.
+            WorkersLost: a process has died, or there was no batch in time.
         """
         self.sampler.epoch, self.batches.skip = epoch, skip
-        yield from made_batches(self.loader, self.problems, skip)
+        yield from made_batches(self.workers, self.problems, skip)
 
 
 def made_batches(
@@ -173,7 +180,7 @@ def made_batches(
     for position, (batch, sentences) in enumerate(results, 1 + skip):
         problems += sentences
         if isinstance(batch, DetkitError):
-            raise DetkitError(str(batch))  # not itself: a cycle with this frame would make the workers end late
+            raise type(batch)(str(batch))  # not itself: a cycle with this frame would make the workers end late
         empty = empty and batch is None
         if batch is None and rank_count() > 1:
             batch = Batch.empty()
@@ -190,8 +197,12 @@ def worker_count(workers: int | str) -> int:
     """Return the number of loader processes; ``"auto"`` is one a core, 8 at most, shared by a node's ranks."""
     if workers != "auto":
         return int(workers)
-    ranks = int(os.environ.get("LOCAL_WORLD_SIZE") or 1)  # torchrun's
-    return min(8, max((os.cpu_count() or 1) // ranks, 1))
+    return min(8, max((os.cpu_count() or 1) // local_ranks(), 1))
+
+
+def local_ranks() -> int:
+    """Return the number of ranks on this node."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or 1)  # torchrun's
 
 
 def collate(samples: list[Sample]) -> Batch:
@@ -226,18 +237,7 @@ def _collate(items: list[Sample | DetkitError]) -> tuple[Batch | DetkitError | N
     problems = [str(item) for item in items if isinstance(item, UnreadableImage)]
     fault = next((e for e in items if isinstance(e, DetkitError) and not isinstance(e, UnreadableImage)), None)
     samples = [item for item in items if isinstance(item, Sample)]
-    return fault or (collate(samples) if samples else None), problems
-
-
-def worker_context(workers: int) -> str | None:
-    """Return how worker processes are started: forked on Linux, so that they share the index and the image cache."""
-    return "fork" if workers and sys.platform == "linux" else None
-
-
-def init_worker(_: int) -> None:
-    """Prepare a worker process."""
-    cv2.setNumThreads(0)  # one process a core is enough
-    # Sent to all processes of a job: the main one decides when to end.
-    for name in ("SIGTERM", "SIGUSR1", "SIGUSR2", "SIGINT"):
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), signal.SIG_IGN)
+    try:
+        return fault or (share(collate(samples)) if samples else None), problems
+    except DetkitError as error:
+        return error, problems

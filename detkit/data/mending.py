@@ -1,6 +1,7 @@
 """Judging images and boxes, all at once: what is used as it is, what is mended, what is left out."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -15,6 +16,7 @@ from detkit.data.images import (
     TRUNCATED,
     UNREADABLE,
     UNUSABLE,
+    why_unreadable,
 )
 from detkit.data.problems import ProblemLog
 
@@ -23,7 +25,7 @@ BEYOND = 1e-3  # the same of normalised values
 ASPECT_TOLERANCE = 0.02  # relative: a resized image keeps its aspect to within this
 KINDS_OF_FLAGS = {
     MISSING: ("missing_image", "the file does not exist"),
-    UNREADABLE: ("unreadable_image", "empty, not an image, or too large"),
+    UNREADABLE: ("unreadable_image", ""),  # why: see images.why_unreadable
     TRUNCATED: ("truncated_image", "the file ends before the picture does"),
     ROTATED: ("exif_rotated", "turned upright by its EXIF orientation"),
     GRAY: ("gray_image", "gray"),
@@ -33,32 +35,52 @@ KINDS_OF_FLAGS = {
 }
 
 
-def judge_images(
-    paths: Sequence[str],
-    probes: np.ndarray,
-    stated: np.ndarray,
-    image_of: np.ndarray,
-    boxes: np.ndarray,
-    areas: np.ndarray,
-    log: ProblemLog,
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Decide which images can be used, and bring the boxes of those that are of another size than stated along.
+@dataclass
+class ImageVerdict:
+    """What becomes of N images, and of the boxes that were drawn in them.
+
+    Attributes:
+        usable: (N,) bool.
+        first_of: (N,) int64, of a file that is listed twice the first image, which has the boxes of both.
+        scale: (N, 2) x and y by which an image was resized after labelling, 1 for most.
+        turned: (N,) bool: labelled before its EXIF turn.
+        stored: (N, 2) height and width before that turn; orientation: (N,) of EXIF.
+    """
+
+    usable: np.ndarray
+    first_of: np.ndarray
+    scale: np.ndarray
+    turned: np.ndarray
+    stored: np.ndarray
+    orientation: np.ndarray
+
+    def move(self, image_of: np.ndarray, boxes: np.ndarray, areas: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return (T, 4) boxes and (T,) areas, of the images ``image_of`` (T,), in the frame of the upright image."""
+        if (self.scale != 1).any():
+            factors = self.scale[image_of]
+            boxes, areas = boxes * np.tile(factors, 2), areas * factors.prod(1)
+        rows = np.flatnonzero(self.turned[image_of])
+        if rows.size:
+            images = image_of[rows]
+            boxes = boxes.copy()
+            boxes[rows] = turn_boxes(boxes[rows], self.stored[images], self.orientation[images])
+        return boxes, areas
+
+
+def judge_images(paths: Sequence[str], probes: np.ndarray, stated: np.ndarray, log: ProblemLog) -> ImageVerdict:
+    """Decide which images can be used, and how the boxes of those that are of another size than stated come along.
 
     An image whose stated size is that before its EXIF turn has its boxes turned; one that keeps the stated aspect was
-    resized after labelling, and its boxes are scaled; any other cannot be trusted. Of a file that is listed twice the
-    first image has the boxes of both.
+    resized after labelling, and its boxes are scaled; any other cannot be trusted.
 
     Args:
         probes: (N, 5) int32 of ``images.probe``.
         stated: (N, 2) height and width that the labels state, 0 where they do not.
-        image_of: (T,) position of each box's image; boxes: (T, 4) xyxy; areas: (T,) pixels.
-
-    Returns:
-        (N,) bool; and image_of, the boxes in the frame of the upright image, and their areas.
     """
     sizes, stored, flags = probes[:, :2], probes[:, 2:4], probes[:, 4]
     for bit, (kind, words) in KINDS_OF_FLAGS.items():
-        log.extend(kind, np.flatnonzero(flags & bit), lambda k, words=words: (paths[k], None, words))
+        found = np.flatnonzero(flags & bit)
+        log.extend(kind, found, lambda k, words=words: (paths[k], None, words or why_unreadable(paths[k])))
     first_of = _first_of_each(paths)
     first = first_of == np.arange(len(paths))
     log.extend("repeated_image", np.flatnonzero(~first), lambda k: (paths[k], None, "listed before"))
@@ -77,15 +99,8 @@ def judge_images(
 
     log.extend("stated_size", np.flatnonzero(turned | resized), describe)
     log.extend("contradicting_size", np.flatnonzero(contradicting), describe)
-    if resized.any():
-        factors = np.where(resized[:, None], scale[:, ::-1], 1.0)
-        boxes = boxes * np.tile(factors, 2)[image_of]
-        areas = areas * factors.prod(1)[image_of]
-    rows = np.flatnonzero(turned[image_of])
-    if rows.size:
-        images = image_of[rows]
-        boxes[rows] = turn_boxes(boxes[rows], stored[images], flags[images] >> ORIENTATION_SHIFT)
-    return usable & ~contradicting, first_of[image_of], boxes, areas
+    scale = np.where(resized[:, None], scale[:, ::-1], 1.0)
+    return ImageVerdict(usable & ~contradicting, first_of, scale, turned, stored, flags >> ORIENTATION_SHIFT)
 
 
 def turn_boxes(boxes: np.ndarray, stored: np.ndarray, orientation: np.ndarray) -> np.ndarray:
@@ -102,7 +117,6 @@ def judge_boxes(
     labels: np.ndarray,
     image_of: np.ndarray,
     sizes: np.ndarray,
-    usable: np.ndarray,
     normalised: bool,
     place: Callable[[int], tuple[object, int | None, str]],
     log: ProblemLog,
@@ -111,14 +125,13 @@ def judge_boxes(
 
     Args:
         boxes: (T, 4) finite xyxy, in pixels, or in 0..1 where ``normalised``.
-        labels, image_of: (T,); sizes: (N, 2) height and width; usable: (N,) bool, of the images.
+        labels, image_of: (T,); sizes: (N, 2) height and width of the images.
         place: number of a box -> its file, its line and words that introduce it.
 
     Returns:
         the boxes in pixels, clipped; and (T,) bool.
     """
     given = boxes
-    keep = usable[image_of]
 
     def report(kind: str, mask: np.ndarray, words: str) -> None:
         def describe(k: int) -> tuple[object, int | None, str]:
@@ -136,11 +149,11 @@ def judge_boxes(
         np.clip(boxes[:, side], 0, limit, out=clipped[:, side])
     w, h = (boxes[:, 2:] - boxes[:, :2]).T
     visible_w, visible_h = (clipped[:, 2:] - clipped[:, :2]).T
-    flat = keep & ((w <= 0) | (h <= 0))
+    flat = (w <= 0) | (h <= 0)
     report("degenerate_box", flat, "(x1, y1, x2, y2) has no area")
-    outside = keep & ~flat & ((visible_w <= 0) | (visible_h <= 0))
+    outside = ~flat & ((visible_w <= 0) | (visible_h <= 0))
     report("outside_box", outside, "(x1, y1, x2, y2) lies outside its image")
-    keep = keep & ~flat & ~outside
+    keep = ~flat & ~outside
     again = _repeated(clipped, labels, image_of, keep)
     report("duplicate_box", again, "(x1, y1, x2, y2) of the same class was given before")
     keep &= ~again
@@ -167,5 +180,11 @@ def _repeated(boxes: np.ndarray, labels: np.ndarray, image_of: np.ndarray, keep:
 
 def _first_of_each(paths: Sequence[str]) -> np.ndarray:
     """Return (N,) int64, where each file was listed first."""
+    first = np.arange(len(paths))
+    hashes = np.fromiter((hash(path) for path in paths), np.int64, len(paths))  # a dictionary of all would be large
+    order = np.argsort(hashes, kind="stable")
+    equal = np.flatnonzero(hashes[order][1:] == hashes[order][:-1])
     seen: dict[str, int] = {}
-    return np.array([seen.setdefault(path, k) for k, path in enumerate(paths)], np.int64)
+    for k in np.union1d(order[equal], order[equal + 1]).tolist():
+        first[k] = seen.setdefault(paths[k], k)
+    return first

@@ -7,11 +7,12 @@ from typing import Any
 
 import numpy as np
 
-from detkit.errors import DetkitError
+from detkit.errors import DetkitError, shorten
 
 NOTE = "note"  # worth knowing; nothing is lost
 MENDED = "mended"  # used after a correction
 LEFT_OUT = "left out"  # not used
+MAX_DETAIL = 1000  # characters of a finding
 WRONG = "wrong"  # used as it is: only check_data looks for it
 
 
@@ -24,6 +25,7 @@ class Kind:
 
 
 KINDS: dict[str, Kind] = {
+    "empty_split": Kind("splits without any box, which stop a training", WRONG),
     "broken_shard": Kind("tar shards that are damaged or hold less than is listed", LEFT_OUT),
     "missing_image": Kind("images that do not exist", LEFT_OUT),
     "unreadable_image": Kind("images that cannot be read", LEFT_OUT),
@@ -43,12 +45,14 @@ KINDS: dict[str, Kind] = {
     "overhanging_box": Kind("boxes partly outside their image, clipped", MENDED),
     "beyond_one": Kind("boxes with normalised values beyond 0..1, clipped", MENDED),
     "damaged_image": Kind("images damaged within, found by decoding them", WRONG),
-    "leaked_image": Kind("training images that are in val, too", WRONG),
+    "leaked_image": Kind("images that are in another split, too", WRONG),
+    "unlabelled_split": Kind("splits without any box, which cannot be evaluated", NOTE),
     "exif_rotated": Kind("images turned upright by their EXIF orientation", NOTE),
     "gray_image": Kind("gray images", NOTE),
     "deep_image": Kind("images of more than 8 bits a channel, read as 8", NOTE),
     "cmyk_image": Kind("CMYK images, read as RGB", NOTE),
     "alpha_image": Kind("images with transparency, which is dropped", NOTE),
+    "keypoints": Kind("label sets with keypoints, which are not used", NOTE),
     "without_boxes": Kind("images without boxes, background", NOTE),
     "unlabelled_image": Kind("image files without labels", NOTE),
     "equal_image": Kind("images that show the same as another of their split", NOTE),
@@ -91,7 +95,7 @@ class ProblemLog:
     def add(self, kind: str, file: object, line: int | None, detail: str) -> None:
         """Count a problem; keep it while there is room."""
         if self.counts[kind] < self.limit:
-            self.problems.append(Problem(kind, str(file), line, detail))
+            self.problems.append(Problem(kind, str(file), line, shorten(detail, MAX_DETAIL)))
         self.counts[kind] += 1
 
     def extend(self, kind: str, found: np.ndarray, describe: Callable[[int], tuple[object, int | None, str]]) -> None:

@@ -19,7 +19,7 @@ from detkit.data.coco import read_coco
 from detkit.data.problems import ProblemLog
 from detkit.errors import DetkitError
 from detkit.ops.files import cache_dir
-from detkit.registry import DATASETS
+from detkit.registry import DATASETS, SPLIT_NAMES
 
 VERSION = "shapes-v2"  # of the drawings: a change of them is another folder
 SPLITS = {"train": 400, "val": 100}
@@ -47,6 +47,12 @@ def read_shapes(split: str, *, root: str | None = None, log: ProblemLog | None =
                 f"cannot write the shapes to {folder} ({error}): set data.root to a folder you own"
             ) from None
     return read_coco(split, root=str(folder), log=log)
+
+
+@SPLIT_NAMES.register("shapes")
+def shapes_splits(**_: str | None) -> list[str]:
+    """Return the splits of the embedded set, drawn or not."""
+    return [*SPLITS]
 
 
 def _draw_set(folder: Path) -> None:

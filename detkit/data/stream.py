@@ -20,9 +20,11 @@ from webdataset.tariterators import tar_file_iterator
 from webdataset.utils import pytorch_worker_info
 
 from detkit.data.dataset import DetectionDataset
-from detkit.data.loader import collate, init_worker, made_batches, worker_context
+from detkit.data.loader import collate, made_batches
 from detkit.data.webdataset import TAR_ERRORS, member_name
+from detkit.data.workers import TIMEOUT, Workers, init_worker, share, worker_context
 from detkit.errors import DetkitError, UnreadableImage
+from detkit.ops.files import open_regular
 from detkit.ops.image import tar_member
 from detkit.structures import Batch, Sample
 
@@ -40,7 +42,7 @@ class ShardLoader:
     Args:
         augment: makes a training sample of (image, function that draws a partner, generator, epoch).
         batch_size: of one rank.
-        workers, seed, pin: as for BatchLoader.
+        workers, seed, pin, timeout: as for BatchLoader.
 
     Raises:
         DetkitError: there are too few images to give every rank as many batches.
@@ -55,11 +57,12 @@ class ShardLoader:
         workers: int,
         seed: int = 0,
         pin: bool = False,
+        timeout: float = TIMEOUT,
     ) -> None:
         rank, ranks, *_ = pytorch_worker_info()
         self.stream = ShardStream(dataset, augment, batch_size, seed, rank, ranks)
         self.problems: list[str] = []  # not yet handed on with a batch
-        self.loader = DataLoader(
+        loader = DataLoader(
             self.stream,
             batch_size=None,  # the stream makes whole batches
             num_workers=workers,
@@ -69,6 +72,7 @@ class ShardLoader:
             generator=torch.Generator(),  # see BatchLoader
             multiprocessing_context=worker_context(workers),
         )
+        self.workers = Workers(loader, timeout)
 
     def __len__(self) -> int:
         return len(self.stream.cuts) - 1
@@ -87,9 +91,10 @@ class ShardLoader:
 
         Raises:
             DetkitError: a sample could not be made, in whatever process that was, or no image can be read.
+            WorkersLost: a process has died, or there was no batch in time.
         """
         self.stream.place.copy_(torch.tensor([epoch, skip]))
-        yield from made_batches(islice(self.loader, skip, None), self.problems, skip)
+        yield from made_batches(islice(self.workers, skip, None), self.problems, skip)
 
 
 class ShardStream(IterableDataset):
@@ -134,7 +139,7 @@ class ShardStream(IterableDataset):
         for size in np.diff(cuts[skip:]):
             try:
                 batch = [*islice(samples, int(size))]
-                yield collate(batch) if batch else None, problems.copy()
+                yield share(collate(batch)) if batch else None, problems.copy()
             except DetkitError as error:  # raised here, it would arrive wrapped in this process' traceback
                 yield error, problems.copy()
             problems.clear()
@@ -160,7 +165,7 @@ class ShardStream(IterableDataset):
         start = _end(paths[low - 1]) if low > first else 0
         words = "they are not where they were when the set was read"
         try:
-            with open(shard, "rb") as file:
+            with open_regular(shard) as file:
                 window = _Window(file, start, _end(paths[high - 1]))
                 for member in tar_file_iterator(window, select_files=lambda name: member_name(name) in waiting):
                     row, size = waiting[member_name(member["fname"])]

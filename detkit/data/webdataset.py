@@ -6,7 +6,7 @@ A sample is KEY.jpg (or another image) and KEY.json in the same tar file::
      "areas": [...], "crowd": [false, ...]}
 
 with boxes in pixels of the upright image and labels from 0; ``boxes`` and ``labels`` must be there. Beside the shards,
-``train.json`` and ``val.json`` list them::
+``train.json``, ``val.json`` and one of every other split list them::
 
     {"class_names": [...], "category_ids": [...], "shards": [{"file": "train-000000.tar", "images": 1000}, ...]}
 
@@ -29,24 +29,27 @@ from typing import Any
 import numpy as np
 
 from detkit.data.annotations import Annotations
-from detkit.data.coco import LARGEST, is_whole
-from detkit.data.columns import Columns
+from detkit.data.coco_fields import LARGEST, is_whole
+from detkit.data.columns import Columns, check_class_names
+from detkit.data.files import names_in
 from detkit.data.index import cached
 from detkit.data.problems import ProblemLog
+from detkit.data.splits import TRAINED, pick_split
 from detkit.errors import DetkitError
-from detkit.ops.image import IMAGE_SUFFIXES, read_bytes
-from detkit.registry import DATASETS
+from detkit.ops.files import open_regular, read_regular
+from detkit.ops.image import IMAGE_SUFFIXES, MAX_BYTES, read_bytes
+from detkit.registry import DATASETS, SPLIT_NAMES
 
 SHARD_IMAGES = 1000
 MAX_JSON = 2**26  # bytes of one sample's json
-MAX_IMAGE = 2**30  # bytes of one image file
+MAX_LIST = 2**28  # bytes of SPLIT.json
 # What tarfile raises on damaged files, beside OSError; its parsing meets all kinds of nonsense.
 TAR_ERRORS = (tarfile.TarError, EOFError, ValueError, OverflowError, IndexError, KeyError, RecursionError, MemoryError)
 
 
 @DATASETS.register("webdataset")
 def read_webdataset(split: str, *, root: str | int, log: ProblemLog | None = None) -> Annotations:
-    """Read the labels of the ``"train"`` or ``"val"`` split, in the order of the shards.
+    """Read the labels of a split, in the order of the shards.
 
     A damaged shard gives what comes before the damage. Images and boxes are judged as in data/mending.py.
 
@@ -57,9 +60,8 @@ def read_webdataset(split: str, *, root: str | int, log: ProblemLog | None = Non
     Raises:
         DetkitError: no such folder, a missing or malformed SPLIT.json, a missing shard, or no image left.
     """
-    folder = Path(str(root))
-    if not folder.is_dir():
-        raise DetkitError(f"data.root={root} is not a folder; tar shards are read from a local folder only")
+    folder = _folder(root)
+    split = pick_split(split, webdataset_splits(root=root), folder)
     file = folder / f"{split}.json"
     about = _load(file)
     shards = [folder / shard["file"] for shard in about["shards"]]
@@ -74,9 +76,31 @@ def read_webdataset(split: str, *, root: str | int, log: ProblemLog | None = Non
         ids = columns.image_ids
         if min(ids, default=0) < 0 or len(set(ids)) < len(ids):  # some have none, or one that others have
             columns.image_ids = array("q", range(1, len(ids) + 1))
-        return columns.finish(lambda image, k: (columns.paths[image], None, f"boxes[{k}] "))
+        return columns.finish(lambda image, k, _: (columns.paths[image], None, f"boxes[{k}] "))
 
     return cached("webdataset", [file, *shards], [], [], log, build, split=split)
+
+
+@SPLIT_NAMES.register("webdataset")
+def webdataset_splits(*, root: str | int) -> list[str]:
+    """Return train, val, and the names of the other json files that list shards."""
+    folder = _folder(root)
+    others = [folder / name for name in names_in(folder) if name.endswith(".json") and not name.startswith(".")]
+    return [*TRAINED, *(file.stem for file in others if file.stem not in TRAINED and _lists_shards(file))]
+
+
+def _folder(root: str | int) -> Path:
+    folder = Path(str(root))
+    if not folder.is_dir():
+        raise DetkitError(f"data.root={root} is not a folder; tar shards are read from a local folder only")
+    return folder
+
+
+def _lists_shards(file: Path) -> bool:
+    try:
+        return {"class_names", "shards"} <= json.loads(read_regular(file, MAX_JSON)).keys()
+    except (OSError, ValueError, AttributeError, RecursionError):
+        return False
 
 
 def write_webdataset(annotations: Annotations, folder: Path, split: str, shard_images: int = SHARD_IMAGES) -> None:
@@ -143,7 +167,7 @@ def _appearing(path: Path) -> Iterator[Path]:
 def _load(file: Path) -> dict[str, Any]:
     """Read SPLIT.json; names of shards are names of files beside it and nothing else."""
     try:
-        about = json.loads(file.read_text(encoding="utf-8"))
+        about = json.loads(read_regular(file, MAX_LIST).decode("utf-8-sig"))
     except FileNotFoundError:
         raise DetkitError(f"{file} does not exist: it lists the shards, and convert_data writes it") from None
     except OSError as error:
@@ -153,8 +177,9 @@ def _load(file: Path) -> dict[str, Any]:
     about = about if isinstance(about, dict) else {}
     names, shards = about.get("class_names"), about.get("shards")
     ids = about.setdefault("category_ids", list(range(len(names))) if isinstance(names, list) else [])
-    if not (_is_list(names, lambda v: isinstance(v, str)) and names and len(set(names)) == len(names)):
+    if not (_is_list(names, lambda v: isinstance(v, str)) and names):
         raise DetkitError(f"{file}: 'class_names' must be a list of different names")
+    check_class_names(names, f"{file}: 'class_names'")
     if not (_is_list(ids, is_whole) and len(set(ids)) == len(names) == len(ids)):
         raise DetkitError(f"{file}: 'category_ids' must be a list of different whole numbers, one for each class")
     if not (_is_list(shards, _is_shard) and len({shard["file"] for shard in shards}) == len(shards)):
@@ -178,9 +203,7 @@ def _read_shard(shard: Path, listed: int, columns: Columns) -> None:
     """Append the samples of one tar file, of which ``listed`` are expected."""
     found, damage, seen = 0, "", set()
     try:
-        if not os.path.isfile(shard):
-            raise OSError("it is no file")
-        with tarfile.open(shard, "r:") as archive:
+        with open_regular(shard) as file, tarfile.open(fileobj=file, mode="r:") as archive:
             for _, members in itertools.groupby(_members(archive, shard.stat().st_size), lambda m: _split(m.name)[0]):
                 found += _read_sample(archive, shard, list(members), seen, columns)
     except (OSError, *TAR_ERRORS) as error:
@@ -228,8 +251,8 @@ def _read_sample(
         return False
     name = member_name(image.name)
     path = f"{shard}/{image.offset_data}+{image.size}/{name}"
-    if image.size > MAX_IMAGE:
-        log.add("unreadable_image", path, None, f"is larger than {MAX_IMAGE} bytes")
+    if image.size > MAX_BYTES:
+        log.add("unreadable_image", path, None, f"is larger than {MAX_BYTES} bytes")
     elif name in seen:
         log.add("repeated_image", path, None, "another image of the shard has the same name")
     elif label is None:

@@ -117,6 +117,8 @@ def _coco_categories(annotations: Annotations) -> Iterator[dict]:
 @WRITERS.register("yolo")
 def write_yolo(splits: Mapping[str, Annotations], folder: Path) -> Written:
     """Write ``data.yaml``, ``images/SPLIT`` and ``labels/SPLIT``; crowds are left out, classes count from 0."""
+    for split in {"path", "names", "nc"} & splits.keys():
+        raise DetkitError(f"YOLO's data.yaml cannot hold a split named '{split}': rename it, or write coco or voc")
     for (split, annotations), names in zip(splits.items(), _file_names(splits), strict=True):
         _place_images(annotations, names, folder / "images" / split)
         labels = folder / "labels" / split
@@ -133,7 +135,7 @@ def write_yolo(splits: Mapping[str, Annotations], folder: Path) -> Written:
             ]
             (labels / f"{Path(name).stem}.txt").write_text("".join(lines))
     names = dict(enumerate(next(iter(splits.values())).class_names))
-    content = {"path": ".", **{split: f"images/{split}" for split in splits}, "names": names}
+    content = {split: f"images/{split}" for split in splits} | {"names": names}  # no path: from the yaml's folder
     file = folder / "data.yaml"
     file.write_text(yaml.safe_dump(content, sort_keys=False, allow_unicode=True), encoding="utf-8")
     remarks = _area_remark(splits)

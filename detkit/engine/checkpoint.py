@@ -248,7 +248,7 @@ def write_atomically(path: Path, data: bytes | memoryview, keep: int = 1) -> Non
         keep: how many there are to be: ``path`` itself and those that it was before, see ``earlier``.
 
     Raises:
-        OSError: it cannot be written; what was there is as it was.
+        OSError: it cannot be written, with ``path`` as its file; what was there is as it was.
     """
     temporary = path.with_name(f".{path.name}.tmp")
     try:
@@ -256,14 +256,15 @@ def write_atomically(path: Path, data: bytes | memoryview, keep: int = 1) -> Non
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-    except OSError:
+        for age in range(keep - 1, 0, -1):
+            with suppress(FileNotFoundError):
+                os.replace(earlier(path, age - 1), earlier(path, age))
+        os.replace(temporary, path)
+    except OSError as error:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)  # a full disk needs the room
+        error.filename, error.filename2 = str(path), None
         raise
-    for age in range(keep - 1, 0, -1):
-        with suppress(FileNotFoundError):
-            os.replace(earlier(path, age - 1), earlier(path, age))
-    os.replace(temporary, path)
 
 
 def earlier(path: Path, age: int) -> Path:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from detkit.engine.meeting import Place, current_store, first_of_node, meet, part
 from detkit.engine.precision import pick_device
-from detkit.errors import DetkitError
+from detkit.errors import DetkitError, printable
 from detkit.ops.ranks import rank_count
 
 PATIENCE = timedelta(hours=2)  # for rank 0: it may read a large set for the first time
@@ -178,8 +178,8 @@ def gather(data: bytes) -> list[bytes]:
 
 
 def gather_lines(lines: Sequence[str]) -> list[str]:
-    """Return the sentences of all ranks on rank 0, elsewhere none; alone, ``lines``."""
-    return [line for text in gather("\n".join(lines).encode()) for line in text.decode().splitlines()]
+    """Return the sentences of all ranks on rank 0, elsewhere none; names in them that are not UTF-8 are escaped."""
+    return [line for text in gather("\n".join(map(printable, lines)).encode()) for line in text.decode().splitlines()]
 
 
 def first_to_say(sentence: str) -> bool:

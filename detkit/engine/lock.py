@@ -58,8 +58,8 @@ def find_job(folder: Path, job: str) -> Path | None:
     """Return the run directory under ``folder`` that a process of ``job`` was the last to hold; None if none is."""
     found = []
     for path in folder.glob(f"*/{LOCK}"):
-        with suppress(OSError, UnicodeDecodeError):
-            if read_regular(path, MAX_LOCK).decode().splitlines()[1:] == [job]:
+        with suppress(OSError):
+            if os.fsdecode(read_regular(path, MAX_LOCK)).splitlines()[1:] == [job]:
                 found.append((path.stat().st_mtime, path.parent))
     return max(found)[1] if found else None
 
@@ -116,7 +116,7 @@ def _lock(run_dir: Path, job: str) -> IO[bytes] | None:
         raise DetkitError(f"{words}: wait until that ends, or name another folder") from None
     with suppress(OSError):  # the disk is full
         file.truncate(0)
-        file.write(f"{socket.gethostname()} {os.getpid()}\n{job}\n".encode())
+        file.write(os.fsencode(f"{socket.gethostname()} {os.getpid()}\n{job}\n"))
     return file
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from detkit.engine.measure import random_batch
-from detkit.engine.precision import Precision
+from detkit.engine.precision import Precision, is_out_of_memory
 from detkit.errors import DetkitError
 from detkit.models.detector import Detector
 from detkit.ops.memory import free_memory, gib
@@ -48,7 +48,9 @@ def largest_batch(attempt: Callable[[int], object], most: int = LARGEST) -> int:
     while size <= most:
         try:
             attempt(size)
-        except torch.OutOfMemoryError:
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
             full = True  # the error holds the tensors of its frames: they go when this block has ended
         else:
             full = False
@@ -56,6 +58,8 @@ def largest_batch(attempt: Callable[[int], object], most: int = LARGEST) -> int:
         if full:
             break
         fits, size = size, 2 * size
+    if torch.cuda.is_initialized():
+        torch.cuda.reset_peak_memory_stats()  # a run's memory is not that of its trials
     return fits
 
 

@@ -14,7 +14,7 @@ from detkit.errors import DetkitError
 
 
 def pick_device(name: str) -> torch.device:
-    """Return the device called ``"auto"``, ``"cpu"``, ``"cuda"`` or ``"cuda:N"``.
+    """Return the device called ``"auto"``, ``"cpu"``, ``"cuda"`` or ``"cuda:N"``, which is then the current one.
 
     Raises:
         DetkitError: a CUDA device was asked for and there is none, or the name is no device.
@@ -29,6 +29,11 @@ def pick_device(name: str) -> torch.device:
         raise DetkitError(
             "device=cuda, but torch sees no CUDA device: use device=cpu or install a CUDA build and driver"
         )
+    if device.type == "cuda" and device.index is not None:
+        devices = torch.cuda.device_count()
+        if device.index >= devices:
+            raise DetkitError(f"device={name}: torch sees {devices} CUDA devices, the last is cuda:{devices - 1}")
+        torch.cuda.set_device(device)  # page-locked memory, say, would else belong to the first
     return device
 
 
@@ -83,7 +88,16 @@ def make_deterministic(seed: int) -> None:
     torch.backends.cudnn.benchmark = False
     torch.backends.cudnn.allow_tf32 = False  # amp is the way to be faster than float32
     torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.backends.cuda.enable_mem_efficient_sdp(False)  # attention whose gradients are summed in any order
+    torch.backends.cuda.enable_cudnn_sdp(False)
     torch.utils.deterministic.fill_uninitialized_memory = False  # else every torch.empty is
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether an error says that a GPU's memory is full: torch's own, or that of a library that allocates beside it."""
+    phrases = ("out of memory", "_alloc_failed", "unable to find an engine", "valid cudnn algorithm")
+    found = isinstance(error, RuntimeError) and any(phrase in str(error).lower() for phrase in phrases)
+    return found or isinstance(error, torch.OutOfMemoryError)
 
 
 def keep_freed_memory() -> None:

@@ -57,7 +57,7 @@ class EpochState:
         batches, images: learned from, by this rank.
         seconds, waited: spent so far, and of these on waiting for the next batch.
         losses: sums over the batches of the loss terms, () tensors on the device.
-        grad_norm: () the latest gradient's, before it was clipped.
+        grad_norm: () the latest gradient's, before it was clipped; at the start that of the epoch before.
     """
 
     position: int = 0
@@ -185,6 +185,7 @@ def restore(content: Mapping[str, Any], step: TrainStep, batches: int) -> TrainS
         state = TrainState(**content["state"])
         state.current = EpochState(**content["state"]["current"])
         state.current.images = state.current.images * content["ranks"] // rank_count()  # each counts its own
+        step.grad_norm = state.current.grad_norm = state.current.grad_norm.to(device)
         state.current.losses = {name: total.to(device) for name, total in state.current.losses.items()}
     except DetkitError:
         raise

@@ -121,8 +121,8 @@ class TrainStep:
 
     def gathered(self, step: int) -> int:
         """Return how many batches make an optimizer step at batch ``step``: from 1 to ``accumulate`` in the warm-up."""
-        warm = min((step + 1) / max(self.schedule.warmup, 1), 1.0)
-        return max(round(1 + (self.accumulate - 1) * warm), 1)
+        warmup = self.schedule.warmup
+        return round(1 + (self.accumulate - 1) * min(step / warmup, 1)) if warmup else self.accumulate
 
     def update(self) -> None:
         """Clip the gathered gradients, step the optimizer, move the average along: the last two if all is finite."""

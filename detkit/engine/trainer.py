@@ -12,6 +12,7 @@ import torch
 from detkit.data.annotations import Annotations
 from detkit.data.loader import BatchLoader
 from detkit.data.stream import ShardLoader
+from detkit.data.workers import WorkersLost
 from detkit.engine.checkpoint import save_checkpoint, write_atomically
 from detkit.engine.distributed import from_main, gather_lines, is_main, largest_of_ranks, wait
 from detkit.engine.evaluator import METRICS, Evaluation, evaluate
@@ -85,12 +86,17 @@ class Trainer:
 
         Raises:
             SystemExit: a signal asked for the end; the state is saved.
+            DetkitError: the batches do not come any more; the state is saved.
         """
         with self.stop.watch():
-            while not self.is_over():
-                self.fit_epoch(self.state.epoch)
+            try:
+                while not self.is_over():
+                    self.fit_epoch(self.state.epoch)
+                    self.save()
+                    self.obey()
+            except WorkersLost as error:
                 self.save()
-                self.obey()
+                raise DetkitError(f"{error}; resume={self.run_dir} goes on after {self.state.step} batches") from None
         return self.state.results
 
     def fit_epoch(self, epoch: int) -> None:
@@ -109,7 +115,7 @@ class Trainer:
         row |= self.measured() | self.skipped() | {name: metrics[name] for name in METRICS}
         row["seconds"] = time.perf_counter() - start
         state.history.append(row)
-        state.current = EpochState()
+        state.current = EpochState(grad_norm=self.step.grad_norm)
         if is_main():
             self.record(losses, evaluation)
         wait()  # with patience: writing may take longer than ranks wait in a step

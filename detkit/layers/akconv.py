@@ -4,10 +4,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from detkit.errors import DetkitError
+from detkit.errors import DetkitError, shorten
 from detkit.registry import BLOCKS
 
 MAX_POINTS = 1000
+SAMPLINGS = ("paper", "tutorial")
 
 
 @BLOCKS.register("akconv")
@@ -17,25 +18,36 @@ class AKConv(nn.Module):
     The points start on a compact grid (rows of round(sqrt N), the rest in one more row), anchored at the position;
     a 3x3 convolution moves each. Points beyond the border take the value at the border.
 
+    ``sampling="tutorial"`` reproduces the code that tutorials patch into YOLO, for the weights trained with it. That
+    code makes its two grids with ``torch.meshgrid(rows, columns, indexing="xy")``, which counts down the columns, and
+    reads them as if it counted along the rows: the positions of an h x w map are transposed where h = w and scrambled
+    where not, and the full rows of the N points come in another order. It also weighs a point between its neighbours
+    after both were clamped to the map: at and beyond a border both are the same pixel, which counts twice.
+
     Args:
         k: of the convolution that this stands in for; the number of points takes its place.
         n: N, the number of points.
+        sampling: "paper", or "tutorial" as above.
     """
 
     slot = "conv"
 
-    def __init__(self, c1: int, c2: int, k: int = 3, s: int = 1, n: int = 3) -> None:
+    def __init__(self, c1: int, c2: int, k: int = 3, s: int = 1, n: int = 3, sampling: str = "paper") -> None:
         super().__init__()
         if not 1 <= n <= MAX_POINTS:
             raise DetkitError(f"akconv samples n={n} points: it needs 1 or more, and {MAX_POINTS} at most")
+        if sampling not in SAMPLINGS:
+            raise DetkitError(f"akconv's sampling is one of {', '.join(SAMPLINGS)}, not {shorten(sampling)!r}")
         self.n = n
         self.stride = s
+        self.sampling = sampling
         self.p_conv = nn.Conv2d(c1, 2 * n, 3, s, 1)
         self.p_conv.lr_factor = 0.1  # engine/optim.py gives it a parameter group of its own
         nn.init.zeros_(self.p_conv.weight)
         norm = nn.BatchNorm2d(c2, eps=1e-3, momentum=0.03)
         self.conv = nn.Sequential(nn.Conv2d(c1, c2, (n, 1), (n, 1), bias=False), norm, nn.SiLU(inplace=True))
-        self.register_buffer("base_n2", base_grid(n), persistent=False)
+        grid = transposed_grid(n) if sampling == "tutorial" else base_grid(n)
+        self.register_buffer("base_n2", grid, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, c1, H, W) -> (B, c2, H / s, W / s), rounded up."""
@@ -59,14 +71,14 @@ class AKConv(nn.Module):
         values = x.to(torch.promote_types(x.dtype, torch.float32))
         rows_bhnw, columns_bhnw = offsets.to(values.dtype).view(batch, 2, self.n, h, w).transpose(2, 3).unbind(1)
         base_n2 = self.base_n2.to(values.dtype)
-        y = torch.arange(h, device=x.device, dtype=values.dtype) * self.stride
-        z = torch.arange(w, device=x.device, dtype=values.dtype) * self.stride
-        upper, lower, down = _neighbours(rows_bhnw + base_n2[:, :1] + y.view(-1, 1, 1), height)
-        left, right, across = _neighbours(columns_bhnw + base_n2[:, 1:] + z, width)
+        y_h1w, x_h1w = (self.stride * axis for axis in self._positions(h, w, values))
+        neighbours = _doubled_neighbours if self.sampling == "tutorial" else _neighbours
+        upper, lower, above, below = neighbours(rows_bhnw + base_n2[:, :1] + y_h1w, height)
+        left, right, before, behind = neighbours(columns_bhnw + base_n2[:, 1:] + x_h1w, width)
         image = torch.arange(batch, device=x.device).view(-1, 1, 1, 1) * height
         upper, lower = (image + upper) * width, (image + lower) * width
         corners_p4 = torch.stack((upper + left, upper + right, lower + left, lower + right), -1).view(-1, 4)
-        shares = ((1 - down) * (1 - across), (1 - down) * across, down * (1 - across), down * across)
+        shares = (above * before, above * behind, below * before, below * behind)
         # A sample is a weighted sum of four pixels, each a row of C numbers: nothing larger is ever made.
         pixels = values.permute(0, 2, 3, 1).reshape(-1, channels)
         shares_p4 = torch.stack(shares, -1).view(-1, 4)
@@ -74,19 +86,42 @@ class AKConv(nn.Module):
         # A position's N samples stand in one column.
         return sampled.view(batch, h * self.n, w, channels).permute(0, 3, 1, 2).to(x.dtype)
 
+    def _positions(self, h: int, w: int, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Row and column of every position of an h x w map, each of a shape that broadcasts to (h, 1, w)."""
+        if self.sampling == "tutorial":  # the k-th position has the place of the k-th, counted down the columns
+            index = torch.arange(h * w, device=like.device).view(h, 1, w)
+            return (index % h).to(like.dtype), (index // h).to(like.dtype)
+        rows = torch.arange(h, device=like.device, dtype=like.dtype)
+        return rows.view(h, 1, 1), torch.arange(w, device=like.device, dtype=like.dtype)
 
-def _neighbours(position: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the indices of the pixels before and after a position, and how far it lies from the first to the second.
+
+def _neighbours(position: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the indices of the pixels before and after a position, and the share of each in its value.
 
     Positions beyond the first and the last pixel are theirs.
     """
     position = position.clamp(0, size - 1)
     before = position.detach().floor()
     first = before.long().clamp(0, size - 1)  # NaN has no index, and an index beyond the image would be a crash
-    return first, (first + 1).clamp(max=size - 1), position - before
+    return first, (first + 1).clamp(max=size - 1), 1 - (position - before), position - before
+
+
+def _doubled_neighbours(position: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The same as tutorials have it: at and beyond a border both pixels are the last one, with a share of 1 each."""
+    before = position.detach().floor()
+    first, second = before.long().clamp(0, size - 1), (before + 1).long().clamp(0, size - 1)
+    position = position.clamp(0, size - 1)
+    return first, second, 1 - (position - first), 1 - (second - position)
 
 
 def base_grid(n: int) -> Tensor:
     """Return where the N points start, (N, 2) as (row, column), from (0, 0)."""
     side = round(n**0.5)
     return torch.tensor([(k // side, k % side) for k in range(n)], dtype=torch.float32)
+
+
+def transposed_grid(n: int) -> Tensor:
+    """Return the same points in tutorials' order: the full rows counted down the columns, then the last row."""
+    side = round(n**0.5)
+    full = base_grid(n)[: n // side * side].view(n // side, side, 2)
+    return torch.cat((full.transpose(0, 1).reshape(-1, 2), base_grid(n)[n // side * side :]))

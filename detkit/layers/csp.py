@@ -86,7 +86,13 @@ class C3(nn.Module):
 
 @BLOCKS.register("c3_akconv")
 class C3AKConv(C3):
-    """C3 whose bottlenecks end in an AKConv of N points (arXiv 2311.11587) instead of a 3x3 convolution."""
+    """C3 whose bottlenecks end in an AKConv (arXiv 2311.11587) of N ``points`` instead of a 3x3 convolution.
 
-    def __init__(self, c1: int, c2: int, n: int = 1, shortcut: bool = False, points: int = 3) -> None:
-        super().__init__(c1, c2, n, shortcut, {"name": "akconv", "n": points})
+    Args:
+        sampling: AKConv's, "paper" or "tutorial".
+    """
+
+    def __init__(
+        self, c1: int, c2: int, n: int = 1, shortcut: bool = False, points: int = 3, sampling: str = "paper"
+    ) -> None:
+        super().__init__(c1, c2, n, shortcut, {"name": "akconv", "n": points, "sampling": sampling})

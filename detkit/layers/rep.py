@@ -62,7 +62,7 @@ class RepVGG(nn.Module):
             if self.rbr_identity is not None:
                 bn = self.rbr_identity
                 scale = bn.weight / torch.sqrt(bn.running_var + bn.eps)
-                index = torch.arange(len(scale))
+                index = torch.arange(len(scale), device=scale.device)
                 merged.weight[index, index, 1, 1] += scale
                 merged.bias += bn.bias - bn.running_mean * scale
         self.rbr_deployed = merged

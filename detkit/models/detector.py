@@ -1,6 +1,7 @@
 """The detector: backbone, neck and head, and how they are built from a config."""
 
 import copy
+import stat
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 import detkit.layers  # noqa: F401  (registers the blocks)
-from detkit.errors import DetkitError
+from detkit.errors import DetkitError, shorten
 from detkit.models import backbones, heads, losses, necks  # noqa: F401  (register themselves)
 from detkit.models.budget import sketch
-from detkit.ops.image import IMAGE_SUFFIXES, Letterbox, read_image
+from detkit.ops.image import IMAGE_SUFFIXES, Letterbox, is_image, read_image
 from detkit.ops.nms import select_boxes
 from detkit.registry import BACKBONES, HEADS, LOSSES, NECKS
 from detkit.structures import DenseOutput, Detections
@@ -60,7 +61,13 @@ class Detector(nn.Module):
 
     @torch.inference_mode()
     def predict(
-        self, source: Source, score: float = 0.25, iou: float = 0.7, max_det: int = 300, image_size: int | None = None
+        self,
+        source: Source,
+        score: float = 0.25,
+        iou: float = 0.7,
+        max_det: int = 300,
+        image_size: int | None = None,
+        multi_label: bool = False,
     ) -> list[Detections]:
         """Find objects in pictures, one after another, each letterboxed to a square.
 
@@ -70,30 +77,39 @@ class Detector(nn.Module):
             iou: suppress a box that overlaps a better one of its class by more than this.
             max_det: at most this many objects a picture.
             image_size: side of the square in pixels; by default the one of the training.
+            multi_label: a box may be reported once for each of its classes above ``score``; by default it has its
+                best class only.
 
         Returns:
             One Detections a picture, boxes in the picture's own pixels.
+
+        Raises:
+            DetkitError: a source or value that is not allowed.
+            UnreadableImage: a file that is not a readable picture.
         """
         for name, value in (("score", score), ("iou", iou)):
             if not isinstance(value, (int, float)) or not 0 <= value <= 1:
-                raise DetkitError(f"{name}={value} must be a number from 0 to 1")
+                raise DetkitError(f"{name}={shorten(value)} must be a number from 0 to 1")
+        if not isinstance(max_det, int) or max_det < 1:
+            raise DetkitError(f"max_det={shorten(max_det)} must be a whole number, 1 or more")
+        thresholds = {"score": score, "iou": iou, "max_det": max_det, "multi_label": multi_label}
         size = image_size or self.cfg.get("image_size", 640)
         was_training = self.training
         self.eval()
         try:
-            return [self._predict_one(path, image, size, score, iou, max_det) for path, image in _pictures(source)]
+            return [self._predict_one(path, image, size, thresholds) for path, image in _pictures(source)]
         finally:
             self.train(was_training)
 
     def _predict_one(
-        self, path: Path | None, image: np.ndarray, size: int, score: float, iou: float, max_det: int
+        self, path: Path | None, image: np.ndarray, size: int, thresholds: Mapping[str, Any]
     ) -> Detections:
         parameter = next(self.parameters())
         height, width = image.shape[:2]
         box = Letterbox.fit((height, width), (size, size))
         pixels = torch.from_numpy(box.apply(image)).to(parameter.device).permute(2, 0, 1)[None]
         boxes, scores = self.decode(self(pixels.to(parameter.dtype) / 255))
-        ((xyxy, confidence, labels),) = select_boxes(boxes, scores, score=score, iou=iou, max_det=max_det)
+        ((xyxy, confidence, labels),) = select_boxes(boxes, scores, **thresholds)
         xyxy = to_original(xyxy, box.scale, box.offset, (height, width))
         return Detections(xyxy.cpu(), confidence.cpu(), labels.cpu(), self.class_names, (height, width), path)
 
@@ -138,8 +154,8 @@ def sketch_detector(cfg: Mapping[str, Any], class_names: Sequence[str], copies: 
 
 def without_pretrained(cfg: Mapping[str, Any]) -> dict[str, Any]:
     """Return a config whose backbone is built without looking for published weights, as others are at hand."""
-    pretrained = cfg["backbone"].get("pretrained")
-    return {**cfg, "backbone": {**cfg["backbone"], "pretrained": False}} if pretrained else dict(cfg)
+    without = {"pretrained": False, "weights": None}
+    return {**cfg, "backbone": {key: without.get(key, value) for key, value in cfg["backbone"].items()}}
 
 
 def _compose(cfg: Mapping[str, Any], class_names: Sequence[str]) -> Detector:
@@ -196,15 +212,24 @@ def list_pictures(path: Path) -> list[Path]:
     """Return the images of a folder by name, or the one file.
 
     Raises:
-        DetkitError: neither is there, or the folder holds no images.
+        DetkitError: neither is there or can be read, or the folder holds no images.
     """
-    if not path.is_dir():
-        if not path.exists():
-            raise DetkitError(f"source {path} does not exist")
+    try:
+        mode = path.stat().st_mode
+        listed = path.iterdir() if stat.S_ISDIR(mode) else ()
+        files = sorted(file for file in listed if is_image(file.name))
+    except FileNotFoundError:
+        raise DetkitError(f"source {shorten(str(path))} does not exist") from None
+    except (OSError, ValueError) as error:  # no permission, links in a circle, a NUL character
+        reason = getattr(error, "strerror", None) or error
+        raise DetkitError(f"cannot read source {shorten(str(path))}: {reason}") from None
+    if stat.S_ISREG(mode):
         return [path]
-    files = sorted(file for file in path.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES)
+    if not stat.S_ISDIR(mode):
+        raise DetkitError(f"source {shorten(str(path))} is neither a regular file nor a folder")
     if not files:
-        raise DetkitError(f"folder {path} holds no images (looked for {', '.join(sorted(IMAGE_SUFFIXES))})")
+        suffixes = ", ".join(sorted(IMAGE_SUFFIXES))
+        raise DetkitError(f"folder {shorten(str(path))} holds no images (looked for {suffixes})")
     return files
 
 

@@ -1,9 +1,11 @@
 """Opening files that others made: regular files only, within bounds, and never waiting for one."""
 
 import errno
+import hashlib
 import os
 import stat
 import tempfile
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -14,6 +16,7 @@ from detkit.errors import DetkitError, shorten
 MAX_TEXT = 2**26  # bytes of a text file that is read whole
 MAX_YAML_NODES = 1_000_000  # values of a YAML file, counted as often as aliases repeat them
 MAX_YAML_DEPTH = 100  # of mappings and lists within one another
+WORD_TAGS = {f"tag:yaml.org,2002:{kind}" for kind in ("bool", "int", "float", "null", "timestamp", "value")}
 
 
 def open_regular(path: str | Path) -> BinaryIO:
@@ -47,8 +50,22 @@ def read_regular(path: str | Path, limit: int = MAX_TEXT) -> bytes:
     return content
 
 
-def read_yaml(path: str | Path) -> Any:
+def sha256_of(path: str | Path) -> str:
+    """Return the SHA-256 digest of a regular file, in hexadecimal.
+
+    Raises:
+        OSError: as ``open_regular``.
+    """
+    with open_regular(path) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_yaml(path: str | Path, as_written: Collection[str] = ()) -> Any:
     """Return the content of a YAML file: mappings, lists, text, numbers. Nothing in it is constructed freely.
+
+    Args:
+        as_written: keys of the file below which keys and values are the words of the file: ``no`` is not False, ``1.0``
+            and ``2024-01-01`` are text.
 
     Raises:
         OSError: as ``read_regular``.
@@ -64,6 +81,10 @@ def read_yaml(path: str | Path) -> Any:
                 return None
             if _expanded_size(root, {}, 0) > MAX_YAML_NODES:
                 raise DetkitError(f"{path} is refused: its aliases grow to more than {MAX_YAML_NODES:,} values")
+            if isinstance(root, yaml.MappingNode):
+                for key, value in root.value:
+                    if key.value in as_written and isinstance(value, yaml.CollectionNode):
+                        _keep_words(value)
             return loader.construct_document(root)
         finally:
             loader.dispose()
@@ -94,6 +115,27 @@ def _expanded_size(node: yaml.Node, known: dict[int, int], depth: int) -> int:
         flat = [n for child in children for n in (child if isinstance(child, tuple) else (child,))]
         known[id(node)] = 1 + sum(_expanded_size(child, known, depth + 1) for child in flat)
     return known[id(node)]
+
+
+def _keep_words(node: yaml.Node) -> None:
+    """Make text of every plain scalar below a node."""
+    if isinstance(node, yaml.ScalarNode):
+        if node.tag in WORD_TAGS:
+            node.tag = "tag:yaml.org,2002:str"
+        return
+    for child in node.value:
+        for part in child if isinstance(child, tuple) else (child,):
+            _keep_words(part)
+
+
+def explain_oserror(error: OSError) -> str | None:
+    """Return a sentence on what the system refuses, with the file; None where a library has made up the error."""
+    if error.errno is None:
+        return None
+    if error.filename is None:
+        return f"the system refuses: {error.strerror}"
+    path = error.filename if isinstance(error.filename, int) else os.fsdecode(error.filename)
+    return f"cannot read or write {path}: {error.strerror}"
 
 
 def cache_dir() -> Path:

@@ -3,18 +3,38 @@
 A picture's path may lead into a tar file: SHARD.tar/OFFSET+SIZE/NAME, bytes counted from the start of the shard.
 """
 
+import errno
 import io
+import os
 import re
+import struct
+import warnings
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import cv2
 import numpy as np
+from PIL import Image, ImageOps
 
 from detkit.errors import UnreadableImage
+from detkit.ops.files import open_regular
 
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
+# Pillow's names of the formats that are read, by training and prediction alike; of moving pictures the first frame.
+FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "TIFF", "GIF", "AVIF")
+IMAGE_SUFFIXES = {
+    *(".jpg", ".jpeg", ".jpe", ".jfif", ".mpo"),
+    *(".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".avif"),
+}
+# These are decoded by Pillow: OpenCV reads them since 4.11, and leaves out the orientation of an AVIF.
+BY_PILLOW = ("GIF", "AVIF")
+# What Pillow's plugins raise when they parse nonsense.
+PILLOW_ERRORS = (OSError, ValueError, SyntaxError, TypeError, KeyError, IndexError, AttributeError, OverflowError,
+                 ZeroDivisionError, EOFError, MemoryError, struct.error, Image.DecompressionBombError)  # fmt: skip
+MAX_PIXELS = 178_956_970  # of a picture, where max_pixels says nothing else: 537 MB decoded
+MAX_BYTES = 2**30  # of a picture's file
+_MAX_PIXELS_VARIABLE = "DETKIT_MAX_PIXELS"  # in the environment, which processes started later inherit
 FILL = 114  # the gray that YOLO models see around an image
 # OpenCV's flags for a reduced decoding carry no order of colours: IMREAD_COLOR_RGB is added to them.
 _REDUCED = {
@@ -24,7 +44,31 @@ _REDUCED = {
     8: cv2.IMREAD_REDUCED_GRAYSCALE_8,
 }
 
+_CONVERT = "which is not read: convert it to JPEG or PNG"
+_OTHER_FILES = {  # first bytes, and what a file is that begins with them
+    b"\xff\x0a": f"a JPEG XL picture, {_CONVERT}",
+    b"\0\0\0\x0cJXL": f"a JPEG XL picture, {_CONVERT}",
+    b"\0\0\0\x0cjP": f"a JPEG 2000 picture, {_CONVERT}",
+    b"%PDF": f"a PDF, {_CONVERT}",
+    b"<": "a web page or xml",
+    b"version https://git-lfs": "a pointer of Git LFS: fetch the picture with git lfs pull",
+}
 _IN_TAR = re.compile(r"(.+\.tar)/([0-9]{1,18})\+([0-9]{1,18})/[^/]+", re.DOTALL)
+
+
+def is_image(name: str) -> bool:
+    """Whether a file name is that of an image, and not hidden."""
+    return os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES and not os.path.basename(name).startswith(".")
+
+
+def max_pixels() -> int:
+    """Return how many pixels a picture may have at most: MAX_PIXELS, or what ``set_max_pixels`` set."""
+    return int(os.environ.get(_MAX_PIXELS_VARIABLE, MAX_PIXELS))
+
+
+def set_max_pixels(count: int) -> None:
+    """Set how many pixels a picture may have at most, for this process and those that it starts from now on."""
+    os.environ[_MAX_PIXELS_VARIABLE] = str(count)
 
 
 def tar_member(path: str | Path) -> tuple[str, int, int] | None:
@@ -43,38 +87,97 @@ def open_picture(path: str | Path) -> BinaryIO:
     """Open a picture's bytes for reading, wherever they are.
 
     Raises:
-        OSError: the file cannot be opened.
+        OSError: the file cannot be opened, or is no regular file.
     """
     member = tar_member(path)
     if member is None:
-        return open(path, "rb")
+        return open_regular(path)
     shard, offset, size = member
-    with open(shard, "rb") as file:
+    with open_regular(shard) as file:
         file.seek(offset)
-        return io.BytesIO(file.read(size))
+        return io.BytesIO(file.read(min(size, MAX_BYTES)))
+
+
+def open_header(file: BinaryIO) -> Image.Image:
+    """Read a picture's format, size and mode from its first bytes, whatever it is called; nothing is decoded.
+
+    Raises:
+        UnreadableImage: it is not of FORMATS, larger than ``max_pixels()``, or broken; says which, without a name.
+    """
+    try:
+        start = file.read(32)
+        file.seek(0)
+        opener = next((opener for opener, accepts in _openers() if accepts(start) is True), None)
+        with warnings.catch_warnings(action="ignore"):
+            image = opener and opener(file, "")
+    except PILLOW_ERRORS:
+        raise UnreadableImage("it is truncated or damaged") from None
+    if image is None:
+        raise UnreadableImage(_what_else(start))
+    _check_header(image)
+    return image
+
+
+def _check_header(image: Image.Image) -> None:
+    """Check that the picture can be decoded, and make Pillow find the orientation where OpenCV does: in EXIF alone.
+
+    Raises:
+        UnreadableImage: it cannot.
+    """
+    width, height = image.size
+    if not width * height:
+        raise UnreadableImage("it has no pixels")
+    if width * height > max_pixels():
+        raise UnreadableImage(
+            f"it has {width}x{height} pixels, more than the limit max_pixels={max_pixels()}: shrink it, or raise that"
+        )
+    if image.mode in ("F", "I"):
+        raise UnreadableImage("it has 32 bits a channel: convert it to 8 or 16")
+    for key in ("xmp", "XML:com.adobe.xmp"):
+        image.info.pop(key, None)
+
+
+@cache
+def _openers() -> list[tuple[Any, Any]]:
+    """Return Pillow's readers of FORMATS, each with the function that knows its first bytes.
+
+    ``Image.open`` would refuse large pictures by a limit of its own, which belongs to all of the process.
+    """
+    Image.init()
+    return [Image.OPEN[name] for name in FORMATS if name in Image.OPEN]
+
+
+def _what_else(start: bytes) -> str:
+    """Say what the first 32 bytes of a file are that are none of FORMATS."""
+    if not start:
+        return "it is empty"
+    if start[4:8] == b"ftyp" and start[8:11] in (b"hei", b"hev", b"mif"):
+        return f"it is a HEIC picture, {_CONVERT}"
+    kind = next((kind for magic, kind in _OTHER_FILES.items() if start.startswith(magic)), None)
+    return f"it is {kind or 'no image of the formats that are read (' + ', '.join(FORMATS) + ')'}"
 
 
 def read_bytes(path: Path) -> np.ndarray:
-    """Return a picture's bytes as they are stored, (K,) uint8.
+    """Return a picture's bytes as they are stored, (K,) uint8, read-only.
 
     Raises:
-        UnreadableImage: the file is missing.
+        UnreadableImage: the file is missing, no regular file, or larger than MAX_BYTES.
     """
-    member = tar_member(path)
     try:
-        if member is None:
-            return np.fromfile(path, np.uint8)
-        shard, offset, size = member
-        return np.fromfile(shard, np.uint8, size, offset=offset)
+        with open_picture(path) as file:
+            data = file.read(MAX_BYTES + 1)
+        if len(data) > MAX_BYTES:
+            raise OSError(errno.EFBIG, f"it is larger than {MAX_BYTES // 2**20} MiB")
     except OSError as error:
         raise UnreadableImage(f"cannot read image {path}: {error.strerror or error}") from None
+    return np.frombuffer(data, np.uint8)
 
 
 def read_image(path: Path) -> np.ndarray:
     """Decode a file to (H, W, 3) uint8 RGB, turned upright by its EXIF orientation.
 
     Raises:
-        UnreadableImage: the file is missing or is no image that OpenCV can read.
+        UnreadableImage: the file is missing or no image, or larger than ``max_pixels()``.
     """
     return decode_image(read_bytes(path), path)
 
@@ -87,18 +190,20 @@ def decode_image(data: np.ndarray, path: Path, reduce: int = 1) -> np.ndarray:
             of other kinds come as they are.
 
     Raises:
-        UnreadableImage: they are no image that OpenCV can read.
+        UnreadableImage: they are no image of FORMATS, or one larger than ``max_pixels()``.
     """
     try:
-        is_jpeg = data[:2].tobytes() == b"\xff\xd8"
-        flags = cv2.IMREAD_COLOR_RGB | (_REDUCED[reduce] if is_jpeg else 0)
-        image = cv2.imdecode(data, flags) if data.size else None
-    except cv2.error:  # a declared size beyond OpenCV's limit
+        header = open_header(io.BytesIO(data.data))
+        if header.format in BY_PILLOW or header.mode == "LAB":  # whose colours OpenCV shifts
+            return np.array(ImageOps.exif_transpose(header).convert("RGB"))
+        flags = cv2.IMREAD_COLOR_RGB | (_REDUCED[reduce] if header.format in ("JPEG", "MPO") else 0)
+        image = cv2.imdecode(data, flags)
+    except UnreadableImage as error:
+        raise UnreadableImage(f"cannot read image {path}: {error}") from None
+    except (cv2.error, *PILLOW_ERRORS):
         image = None
     if image is None:
-        raise UnreadableImage(
-            f"cannot read image {path}: it is empty, truncated, too large or not an image; replace or remove it"
-        )
+        raise UnreadableImage(f"cannot read image {path}: it is truncated or damaged; replace or remove it")
     return image
 
 

@@ -1,20 +1,28 @@
-"""From dense boxes and scores to the few that stand."""
+"""Non-maximum suppression."""
 
 import torch
 from torch import Tensor
 
 
 def select_boxes(
-    boxes_ba4: Tensor, scores_bac: Tensor, *, score: float, iou: float, max_det: int, max_candidates: int = 30_000
+    boxes_ba4: Tensor,
+    scores_bac: Tensor,
+    *,
+    score: float,
+    iou: float,
+    max_det: int,
+    multi_label: bool = True,
+    max_candidates: int = 30_000,
 ) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """Class-aware non-maximum suppression, several labels a box allowed, image by image.
+    """Class-aware non-maximum suppression, image by image; NaN scores and boxes that are not finite are dropped.
 
     Args:
         boxes_ba4: (B, A, 4) xyxy.
-        scores_bac: (B, A, C) in 0..1.
+        scores_bac: (B, A, C) in 0..1. What is not finite, score or box, is passed over.
         score: keep scores strictly above this.
         iou: drop a box that overlaps a better one of its class by more than this.
         max_det: at most this many boxes an image, best first.
+        multi_label: a box may be kept once for each of its classes above ``score``; False: for its best class only.
         max_candidates: at most this many enter the suppression, best first.
 
     Returns:
@@ -24,7 +32,13 @@ def select_boxes(
 
     selected = []
     for boxes_a4, scores_ac in zip(boxes_ba4.float(), scores_bac.float(), strict=True):
-        point, label = torch.nonzero(scores_ac > score, as_tuple=True)
+        finite_a = boxes_a4.isfinite().all(-1)
+        if multi_label:
+            point, label = torch.nonzero((scores_ac > score) & finite_a[:, None], as_tuple=True)
+        else:
+            best_a, label_a = scores_ac.max(-1)
+            (point,) = torch.nonzero((best_a > score) & finite_a, as_tuple=True)
+            label = label_a[point]
         confidence = scores_ac[point, label]
         if len(confidence) > max_candidates:
             confidence, best = confidence.topk(max_candidates)

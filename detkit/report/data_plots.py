@@ -9,9 +9,9 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 
 from detkit.data.annotations import Annotations
-from detkit.data.problems import printable
+from detkit.errors import shorten
 from detkit.report.data_tables import AREAS, class_counts
-from detkit.report.plots import new_figure
+from detkit.report.plots import new_figure, save_figure
 
 BINS = 60
 SHOWN = 30  # classes on the page of a training set
@@ -19,7 +19,6 @@ SHOWN = 30  # classes on the page of a training set
 
 def plot_set(splits: Mapping[str, Annotations], folder: Path) -> None:
     """Draw what a set holds, a panel a split: classes, box sizes, box centres, image sizes, boxes an image."""
-    folder.mkdir(parents=True, exist_ok=True)
     plot_classes(splits, folder / "classes.png")
     for name, draw in (
         ("box_sizes", draw_box_sizes),
@@ -31,9 +30,10 @@ def plot_set(splits: Mapping[str, Annotations], folder: Path) -> None:
         for axes, (split, annotations) in zip(
             np.atleast_1d(figure.subplots(1, len(splits))), splits.items(), strict=True
         ):
-            axes.set_title(f"{split}: {len(annotations)} images, {len(annotations.labels)} boxes")
+            title = f"{shorten(split, 40)}: {len(annotations)} images, {len(annotations.labels)} boxes"
+            axes.set_title(title, parse_math=False)
             draw(axes, annotations)
-        figure.savefig(folder / f"{name}.png", dpi=100)
+        save_figure(figure, folder / f"{name}.png")
 
 
 def draw_labels(annotations: Annotations) -> Figure:
@@ -45,7 +45,7 @@ def draw_labels(annotations: Annotations) -> Figure:
     order = np.argsort(-counts, kind="stable")[:SHOWN]
     bars = classes.barh(np.arange(len(order)), counts[order])
     classes.bar_label(bars, [str(count) for count in counts[order]], padding=2, fontsize=7)
-    names = [printable(annotations.class_names[c])[:25] for c in order]
+    names = [shorten(annotations.class_names[c], 25) for c in order]
     classes.set_yticks(np.arange(len(order)), names, fontsize=8, parse_math=False)
     more = f", {SHOWN} of {len(counts)}" if len(counts) > SHOWN else ""
     classes.set(title=f"boxes of each class{more}", ylim=(len(order) - 0.5, -0.5))
@@ -58,19 +58,21 @@ def draw_labels(annotations: Annotations) -> Figure:
 
 def plot_classes(splits: Mapping[str, Annotations], path: Path) -> None:
     """Draw the share of every class in each split, as bars side by side: a set is split well where they are alike."""
-    names = [printable(name)[:40] for name in next(iter(splits.values())).class_names]
+    names = [shorten(name, 40) for name in next(iter(splits.values())).class_names]
     figure = new_figure(8, min(max(0.22 * len(names) * len(splits), 3), 200))
     axes = figure.subplots()
     height = 0.8 / len(splits)
     for k, (split, annotations) in enumerate(splits.items()):
         counts = class_counts(annotations)
-        bars = axes.barh(np.arange(len(names)) + k * height, 100 * counts / max(counts.sum(), 1), height, label=split)
+        bars = axes.barh(np.arange(len(names)) + k * height, 100 * counts / max(counts.sum(), 1), height)
+        bars.set_label(shorten(split, 40))
         axes.bar_label(bars, [str(count) for count in counts], padding=2, fontsize=7)
     axes.set_yticks(np.arange(len(names)) + 0.4 - height / 2, names, parse_math=False)
     axes.set(title="boxes of each class", xlabel="percent of the split's boxes", ylim=(len(names), -0.6))
     axes.grid(axis="x", alpha=0.3)
-    axes.legend()
-    figure.savefig(path, dpi=100)
+    for text in axes.legend().get_texts():
+        text.set_parse_math(False)
+    save_figure(figure, path)
 
 
 def draw_box_sizes(axes: Axes, annotations: Annotations) -> None:

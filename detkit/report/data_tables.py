@@ -1,6 +1,7 @@
 """What an image set holds and what is wrong with it, for the terminal and as csv."""
 
 import csv
+import io
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -9,7 +10,9 @@ from rich.console import Console
 from rich.table import Table
 
 from detkit.data.annotations import Annotations
-from detkit.data.problems import KINDS, LEFT_OUT, MENDED, NOTE, WRONG, ProblemLog, printable
+from detkit.data.problems import KINDS, LEFT_OUT, MENDED, NOTE, WRONG, ProblemLog
+from detkit.engine.checkpoint import write_atomically
+from detkit.errors import printable
 
 AREAS = (32**2, 96**2)  # pixels: COCO's bounds of small and medium
 SHOWN = 3  # findings of a kind and split
@@ -36,9 +39,9 @@ def _describe(annotations: Annotations) -> dict[str, str]:
         "without boxes": _share((np.diff(annotations.offsets) == 0).sum(), images),
         "boxes": str(boxes),
         "boxes an image": f"{boxes / images:.1f}",
-        "small, below 32²": _share(small, boxes),
+        "small, below 32x32": _share(small, boxes),
         "medium": _share(medium, boxes),
-        "large, from 96²": _share(large, boxes),
+        "large, from 96x96": _share(large, boxes),
         "crowds": str(annotations.crowd.sum()),
     }
 
@@ -57,8 +60,9 @@ def print_classes(splits: Mapping[str, Annotations], console: Console) -> None:
         for split, annotations in splits.items():
             boxes = counts[split][k]
             cells += [_share(boxes, counts[split].sum()), f"{boxes / len(annotations):.2f}"]
-        absent = [split for split in splits if not counts[split][k]]
-        remark = f"none in {absent[0]}" if len(absent) == 1 else "none" if absent else ""
+        labelled = [split for split in splits if counts[split].any()]
+        absent = [split for split in labelled if not counts[split][k]]
+        remark = "" if not absent else "none" if absent == labelled else f"none in {', '.join(absent)}"
         table.add_row(printable(name), *cells, remark, style="yellow" if absent else None)
     console.print(table, soft_wrap=False)
 
@@ -88,16 +92,16 @@ STYLES = {LEFT_OUT: "bold red", WRONG: "bold red", MENDED: "yellow", NOTE: "dim"
 
 def write_findings(logs: Mapping[str, ProblemLog], file: Path) -> None:
     """Write every finding that was kept, a row each; a last row tells of those beyond the limit."""
-    with file.open("w", newline="", encoding="utf-8") as stream:
-        writer = csv.writer(stream)
-        writer.writerow(("kind", "outcome", "split", "file", "line", "detail"))
-        for split, log in logs.items():
-            for p in log.problems:
-                row = (p.kind, KINDS[p.kind].outcome, split, printable(p.file), p.line, printable(p.detail))
-                writer.writerow(row)
-            for name, count in log.counts.items():
-                if count > log.limit:
-                    writer.writerow((name, KINDS[name].outcome, split, "", "", f"{count - log.limit} more, not listed"))
+    text = io.StringIO(newline="")
+    writer = csv.writer(text)
+    writer.writerow(("kind", "outcome", "split", "file", "line", "detail"))
+    for split, log in logs.items():
+        for p in log.problems:
+            writer.writerow((p.kind, KINDS[p.kind].outcome, split, printable(p.file), p.line, printable(p.detail)))
+        for name, count in log.counts.items():
+            if count > log.limit:
+                writer.writerow((name, KINDS[name].outcome, split, "", "", f"{count - log.limit} more, not listed"))
+    write_atomically(file, text.getvalue().encode())
 
 
 def _share(count: int, whole: int) -> str:

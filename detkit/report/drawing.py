@@ -2,6 +2,7 @@
 
 import io
 import math
+import warnings
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -10,6 +11,8 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
+
+from detkit.errors import shorten
 
 PALETTE = (  # told apart on light and dark pictures alike; classes take them in turn
     (230, 25, 75), (60, 180, 75), (0, 130, 200), (245, 130, 48), (145, 30, 180), (70, 240, 240), (240, 50, 230),
@@ -37,7 +40,7 @@ def draw_boxes(
         colour = PALETTE[int(labels[k]) % len(PALETTE)]
         x1, y1, x2, y2 = (float(v) for v in boxes[k])
         draw.rectangle((x1, y1, max(x1, x2 - 1), max(y1, y2 - 1)), outline=colour, width=line)
-        text = class_names[int(labels[k])] + ("" if scores is None else f" {float(scores[k]):.2f}")
+        text = shorten(class_names[int(labels[k])], 40) + ("" if scores is None else f" {float(scores[k]):.2f}")
         left, top, right, bottom = draw.textbbox((0, 0), text, font=font)
         width, height = right - left + 4, bottom - top + 4
         x = min(max(x1, 0), max(picture.width - width, 0))
@@ -68,9 +71,17 @@ def grid(pictures: Sequence[np.ndarray], columns: int = 4, side: int = 320, titl
 
 
 def save_picture(image: np.ndarray, path: Path) -> None:
-    """Write an (H, W, 3) uint8 RGB image as the suffix of ``path`` says."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(image).save(path, quality=92)
+    """Write an (H, W, 3) uint8 RGB image as JPEG.
+
+    Raises:
+        OSError: it cannot be written, or has a side of more than 65,500 pixels; no part of it is left.
+    """
+    data = encode_picture(image)
+    try:
+        path.write_bytes(data)
+    except OSError:
+        path.unlink(missing_ok=True)
+        raise
 
 
 def encode_picture(image: np.ndarray) -> bytes:
@@ -83,7 +94,9 @@ def encode_picture(image: np.ndarray) -> bytes:
 def encode_figure(figure: Figure) -> bytes:
     """Return a figure as PNG."""
     data = io.BytesIO()
-    figure.savefig(data, dpi=100)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from")  # of a class's name; a box is drawn in its place
+        figure.savefig(data, dpi=100)
     return data.getvalue()
 
 

@@ -9,10 +9,10 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from detkit.data.annotations import Annotations
-from detkit.data.problems import printable
 from detkit.engine.checkpoint import write_atomically
 from detkit.engine.curves import RECALLS, THRESHOLDS, Curves, confusion_matrix
 from detkit.engine.evaluator import Evaluation
+from detkit.errors import shorten
 from detkit.report.drawing import encode_figure
 
 NAMED = 20  # classes with a line of their own
@@ -87,7 +87,7 @@ def _draw_classes(
     labelled, named = curves.labelled(), curves.labelled(NAMED)
     axes.plot(x, y_xc[:, sorted({*labelled} - {*named})], color="0.8", linewidth=0.5)
     lines = [axes.plot(x, y_xc[:, c], color=f"C{k}" if k < 10 else None, linewidth=1)[0] for k, c in enumerate(named)]
-    names = [f"{printable(class_names[c])[:30]} {figures[c]}" for c in named]
+    names = [f"{shorten(class_names[c], 30)} {figures[c]}" for c in named]
     axes.plot(x, y_xc[:, labelled].mean(1), color="black", linewidth=2.5)
     legend = axes.legend(lines, names, fontsize=8, loc=loc)
     for text in legend.get_texts():
@@ -101,7 +101,7 @@ def draw_confusion(counts: np.ndarray, class_names: Sequence[str], score: float 
     Colours are shares of a row, numbers are counts; the last row and column are the background. The title names the
     smallest ``score`` that was counted.
     """
-    names = [*(printable(name)[:25] for name in class_names), "background"]
+    names = [*(shorten(name, 25) for name in class_names), "background"]
     side = min(max(0.42 * len(names) + 2.5, 5), 24)
     figure = new_figure(side + 1, side)
     axes = figure.subplots()

@@ -8,6 +8,7 @@ from rich.table import Table
 
 from detkit.engine.properties import Finding
 from detkit.engine.transfer import TransferReport
+from detkit.errors import printable
 
 STYLES = {"pass": "green", "fail": "bold red", "-": "dim"}
 
@@ -16,14 +17,14 @@ def print_metrics(metrics: Mapping[str, Any], console: Console) -> None:
     """Print COCO metrics, 0 to 1: the whole set in the first row, then every class."""
     names = [name for name in metrics if name.startswith(("AP", "AR"))]
     table = Table(header_style="bold")
-    table.add_column("class")
+    table.add_column("class", overflow="fold")
     for name in ("boxes", *names):
         table.add_column(name, justify="right")
     per_class = metrics["per_class"]
     boxes = sum(row["boxes"] for row in per_class.values())
     table.add_row("all", str(boxes), *(_number(metrics[name]) for name in names), style="bold")
     for name, row in per_class.items():
-        table.add_row(name, str(row["boxes"]), _number(row["AP"]), _number(row["AP50"]))
+        table.add_row(printable(name), str(row["boxes"]), _number(row["AP"]), _number(row["AP50"]))
     console.print(table, soft_wrap=False)
 
 
@@ -71,7 +72,7 @@ def print_rows(rows: Sequence[Mapping[str, Any]], columns: Sequence[str], consol
 
 def _cell(value: object) -> str:
     """Floats to four digits; nothing for None."""
-    return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
+    return "" if value is None else f"{value:.4g}" if isinstance(value, float) else printable(str(value))
 
 
 def _percent(count: int, whole: int) -> str:

@@ -4,19 +4,21 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich.console import Console
 
 from detkit.data.annotations import Annotations
 from detkit.data.inspection import inspect_images
 from detkit.data.loader import worker_count
 from detkit.data.problems import LEFT_OUT, MENDED, NOTE, WRONG, ProblemLog
+from detkit.data.splits import TRAINED
 from detkit.data.writers import refuse_full, write_set
 from detkit.errors import DetkitError
 from detkit.registry import WRITERS
 from detkit.report.console import make_console
 from detkit.report.data_plots import plot_set
 from detkit.report.data_tables import print_classes, print_problems, print_splits, write_findings
-from detkit.tasks.common import check_classes, make_run_dir, read_split, train_command
+from detkit.tasks.common import explain_empty, make_run_dir, read_splits, train_command
 
 KEPT = 100_000  # findings of a kind that are listed; all are counted
 
@@ -27,7 +29,7 @@ def run(cfg: dict[str, Any]) -> dict[str, ProblemLog]:
     Prints tables and findings, writes ``findings.csv`` and ``plots/*.png``, and a cleaned copy where ``fix`` is set.
 
     Raises:
-        DetkitError: a split cannot be read at all, or the copy cannot be written.
+        DetkitError: a split cannot be read at all, or what was found or the copy cannot be written.
         SystemExit: with status 2, where anything is wrong with the set.
     """
     console = make_console()
@@ -36,21 +38,26 @@ def run(cfg: dict[str, Any]) -> dict[str, ProblemLog]:
         WRITERS.get(cfg["format"])
     if copy is not None:
         refuse_full(copy)
-    logs = {split: ProblemLog(KEPT) for split in ("train", "val")}
-    splits = {split: read_split(cfg["data"], split, log) for split, log in logs.items()}
-    check_classes(splits["train"], splits["val"])
+    splits = read_splits(cfg["data"], console, KEPT)
+    logs = {split: annotations.problems for split, annotations in splits.items()}
+    for split, annotations in splits.items():
+        if not len(annotations.labels):
+            fault = split in TRAINED and not cfg["data"].get("allow_empty")
+            kind = "empty_split" if fault else "unlabelled_split"
+            logs[split].add(kind, annotations.source, None, f"holds no boxes: {explain_empty(annotations)}")
     run_dir = make_run_dir(cfg, "check_data", cfg["data"]["name"])
     keep = inspect_images(splits, logs, worker_count(cfg["workers"]))
 
-    print_splits(splits, console)
-    print_classes(splits, console)
-    print_problems(logs, console)
-    write_findings(logs, run_dir / "findings.csv")
-    plot_set(splits, run_dir / "plots")
+    try:
+        write_findings(logs, run_dir / "findings.csv")
+        plot_set(splits, run_dir / "plots")
+    finally:
+        print_splits(splits, console)
+        print_classes(splits, console)
+        print_problems(logs, console)
     if copy is not None:
         own = cfg["data"]["name"] if cfg["data"]["name"] in WRITERS.names() else "coco"
-        cleaned = {split: _without(annotations, keep[split], split) for split, annotations in splits.items()}
-        _write_copy(cleaned, cfg["format"] or own, copy, console)
+        _write_copy(_cleaned(splits, keep, console), cfg["format"] or own, copy, console)
     wrong, notes = (
         sum(sum(log.of(*outcomes).values()) for log in logs.values())
         for outcomes in ((LEFT_OUT, MENDED, WRONG), (NOTE,))
@@ -64,16 +71,28 @@ def run(cfg: dict[str, Any]) -> dict[str, ProblemLog]:
     return logs
 
 
-def _without(annotations: Annotations, keep: Any, split: str) -> Annotations:
-    if not keep.any():
-        raise DetkitError(f"nothing of {split} would be left in a cleaned copy: every image is damaged, or is in val")
-    return annotations.subset(keep)
+def _cleaned(splits: dict[str, Annotations], keep: dict[str, np.ndarray], console: Console) -> dict[str, Annotations]:
+    """Return the images to keep of every split that has any.
+
+    Raises:
+        DetkitError: train or val has none.
+    """
+    cleaned: dict[str, Annotations] = {}
+    for split, annotations in splits.items():
+        words = "would be left in a cleaned copy: every image is damaged, or in another split"
+        if keep[split].any():
+            cleaned[split] = annotations.subset(keep[split])
+        elif split in TRAINED:
+            raise DetkitError(f"nothing of {split} {words}")
+        else:
+            console.print(f"{split} is left out, as nothing of it {words}", style="bold red")
+    return cleaned
 
 
 def _write_copy(splits: dict[str, Annotations], form: str, folder: Path, console: Console) -> None:
     """Write what is left, and say so."""
     written = write_set(form, splits, folder)
-    counts = " and ".join(f"{len(a)} {split} images with {len(a.labels)} boxes" for split, a in splits.items())
+    counts = ", ".join(f"{len(a)} {split} images with {len(a.labels)} boxes" for split, a in splits.items())
     console.print(f"cleaned copy, {form}: {counts}; train on it: {train_command(written.data)}")
     for remark in written.remarks:
         console.print(f"mind: {remark}")

@@ -6,6 +6,7 @@ import re
 import shlex
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +20,17 @@ from rich.console import Console
 import detkit.data  # noqa: F401  (registers the formats)
 from detkit.data.annotations import Annotations
 from detkit.data.dataset import DetectionDataset, LetterboxDataset
-from detkit.data.loader import BatchLoader, worker_count
+from detkit.data.loader import BatchLoader, local_ranks, worker_count
 from detkit.data.problems import LEFT_OUT, MENDED, ProblemLog
+from detkit.data.splits import TRAINED, MissingSplit, splits_of
+from detkit.data.workers import TIMEOUT, check_shared_memory
 from detkit.errors import DetkitError
+from detkit.ops.ranks import rank_count
 from detkit.registry import DATASETS
 
 AUTO = "auto"  # resume=auto: go on with the run in the named folder, if there is one
 # Keys of data that are no arguments of its reader.
-DATA_OPTIONS = ("preset", "strict", "cache", "sampling", "repeat_threshold", "tiles")
+DATA_OPTIONS = ("preset", "strict", "allow_empty", "cache", "sampling", "repeat_threshold", "tiles")
 
 
 def make_run_dir(cfg: Mapping[str, Any], task: str, name: str) -> Path:
@@ -114,23 +118,80 @@ def read_split(data: Mapping[str, Any], split: str, log: ProblemLog | None = Non
     Raises:
         DetkitError: it cannot be read, or has problems where ``data.strict`` is set.
     """
-    arguments = {key: value for key, value in data.items() if key not in DATA_OPTIONS}
     if log is not None:
-        return DATASETS.build(arguments, split, log=log)
-    annotations = DATASETS.build(arguments, split)
+        return DATASETS.build(_reader_arguments(data), split, log=log)
+    annotations = DATASETS.build(_reader_arguments(data), split)
     if data.get("strict"):
         annotations.problems.refuse()
     return annotations
 
 
-def check_classes(train_set: Annotations, val_set: Annotations) -> None:
-    """Check that both splits define the same classes.
+def read_splits(data: Mapping[str, Any], console: Console, kept: int | None = None) -> dict[str, Annotations]:
+    """Read every split of the configured data set; say which are left out, as their files are not there.
+
+    Args:
+        kept: read the files anew and keep so many problems of a kind.
+
+    Raises:
+        DetkitError: one cannot be read, train or val are not there, or the splits have different classes.
+    """
+    splits: dict[str, Annotations] = {}
+    for split in splits_of(_reader_arguments(data)):
+        try:
+            splits[split] = read_split(data, split, None if kept is None else ProblemLog(kept))
+        except MissingSplit as error:
+            if split in TRAINED:
+                raise
+            console.print(f"{split} is left out: {error}", style="bold red")
+    train_set = splits["train"]
+    for split, annotations in splits.items():
+        if not annotations.class_names:  # images alone
+            ids = train_set.category_ids
+            splits[split] = replace(annotations, class_names=train_set.class_names, category_ids=ids)
+        check_classes(train_set, splits[split])
+    return splits
+
+
+def read_training(data: Mapping[str, Any]) -> tuple[Annotations, Annotations]:
+    """Read the splits that a training takes, train and val.
+
+    Raises:
+        DetkitError: one cannot be read, their classes differ, or one has no boxes and ``data.allow_empty`` is not set.
+    """
+    train_set, val_set = (read_split(data, split) for split in TRAINED)
+    check_classes(train_set, val_set)
+    for split, annotations in zip(TRAINED, (train_set, val_set), strict=True):
+        if not len(annotations.labels) and not data.get("allow_empty"):
+            words = "correct that, or train all the same with data.allow_empty=true (check_data lists what is wrong)"
+            raise DetkitError(f"{split} has no boxes: {explain_empty(annotations)}; {words}")
+    return train_set, val_set
+
+
+def explain_empty(annotations: Annotations) -> str:
+    """Say where the boxes of a split without any were looked for, and what was found there."""
+    problems, count = annotations.problems, len(annotations)
+    without = problems.counts["unlabelled_image"]
+    words = [f"{count} images in {annotations.source}"]
+    if without:
+        first = next(problem for problem in problems.problems if problem.kind == "unlabelled_image")
+        words += [f"label files found: {max(count - without, 0)} of {count}", f"the first missing: {first}"]
+    if problems.summary():
+        words += [problems.summary(), f"the first: {problems.first(LEFT_OUT, MENDED)}"]
+    return "; ".join(words)
+
+
+def _reader_arguments(data: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in data.items() if key not in DATA_OPTIONS}
+
+
+def check_classes(train_set: Annotations, other: Annotations) -> None:
+    """Check that two splits define the same classes.
 
     Raises:
         DetkitError: they do not.
     """
-    if train_set.class_names != val_set.class_names:
-        raise DetkitError(f"{val_set.source} has other classes than {train_set.source}: give both the same")
+    if train_set.class_names != other.class_names:
+        raise DetkitError(f"{other.source} has other classes than {train_set.source}: give both the same")
 
 
 def train_command(data: Mapping[str, str]) -> str:
@@ -152,9 +213,24 @@ def tell_split(split: str, annotations: Annotations, console: Console) -> None:
         console.print(f"{split}: {summary}; the first: {first} (check_data lists all, data.strict=true refuses them)")
 
 
+def check_room(cfg: Mapping[str, Any]) -> None:
+    """Check that the loader processes of this node's ranks have the shared memory that their batches take.
+
+    Raises:
+        DetkitError: they have not.
+    """
+    images = -(-cfg["batch_size"] // rank_count())
+    check_shared_memory(3 * images * cfg["image_size"] ** 2, worker_count(cfg["workers"]) * local_ranks())
+
+
 def val_loader(annotations: Annotations, cfg: Mapping[str, Any], device: torch.device) -> BatchLoader:
-    """Return every image letterboxed, in order, or by aspect ratio where ``rect`` is set."""
-    rect_batch = cfg["batch_size"] if cfg["rect"] else None
-    dataset = LetterboxDataset(DetectionDataset(annotations), cfg["image_size"], rect_batch)
-    workers = worker_count(cfg["workers"])
-    return BatchLoader(dataset, cfg["batch_size"], workers=workers, pin=device.type == "cuda")
+    """Return every image letterboxed, in order, or each in its own smallest frame where ``rect`` is set."""
+    dataset = LetterboxDataset(DetectionDataset(annotations), cfg["image_size"], cfg["rect"])
+    return BatchLoader(
+        dataset,
+        cfg["batch_size"],
+        workers=worker_count(cfg["workers"]),
+        pin=device.type == "cuda",
+        starts=dataset.batch_starts(cfg["batch_size"]),
+        timeout=cfg["trainer"]["loader_timeout"] if "trainer" in cfg else TIMEOUT,
+    )

@@ -6,7 +6,7 @@ from typing import Any
 from detkit.data.writers import Written, refuse_full, write_set
 from detkit.registry import WRITERS
 from detkit.report.console import make_console
-from detkit.tasks.common import check_classes, read_split, tell_split, train_command
+from detkit.tasks.common import read_splits, tell_split, train_command
 
 
 def run(cfg: dict[str, Any]) -> Written:
@@ -19,8 +19,7 @@ def run(cfg: dict[str, Any]) -> Written:
     folder = Path(str(cfg["dst"]))
     WRITERS.get(cfg["format"])
     refuse_full(folder)
-    splits = {split: read_split(cfg["data"], split) for split in ("train", "val")}
-    check_classes(splits["train"], splits["val"])
+    splits = read_splits(cfg["data"], console)
     for split, annotations in splits.items():
         tell_split(split, annotations, console)
     written = write_set(cfg["format"], splits, folder)

@@ -17,7 +17,15 @@ from detkit.errors import DetkitError, naming
 from detkit.report.console import make_console
 from detkit.report.plots import draw_evaluation, save_figure
 from detkit.report.tables import print_metrics
-from detkit.tasks.common import checkpoint_name, make_run_dir, read_split, tell_split, val_loader
+from detkit.tasks.common import (
+    check_room,
+    checkpoint_name,
+    explain_empty,
+    make_run_dir,
+    read_split,
+    tell_split,
+    val_loader,
+)
 
 RANK_TIMEOUT = 60  # seconds that ranks wait for one another to start
 
@@ -42,25 +50,31 @@ def run(cfg: dict[str, Any]) -> dict[str, Any]:
         raise DetkitError(f"{cfg['ckpt']} does not say what it was trained with: add data=coco data.root=DIR")
     with main_first(), naming(None if cfg.get("data") else cfg["ckpt"]):  # the first leaves an index
         annotations = read_split(data, cfg["split"])
+    if not len(annotations.labels) and not data.get("allow_empty"):
+        words = "to see what is found in its images, run predict with source=FOLDER"
+        raise DetkitError(f"split={cfg['split']} has no boxes to compare with: {explain_empty(annotations)}; {words}")
     if annotations.class_names != detector.class_names:
         ours, theirs = ", ".join(detector.class_names), ", ".join(annotations.class_names)
         raise DetkitError(f"{cfg['ckpt']} knows the classes {ours}; {annotations.source} has {theirs}")
     tell_split(cfg["split"], annotations, console)
     run_dir = Path(from_main(lambda: str(make_run_dir(cfg, "eval", checkpoint_name(cfg["ckpt"])))))
 
+    check_room(cfg)
     loader = val_loader(annotations, cfg, device)
     thresholds = {key: cfg[key] for key in ("score", "iou", "max_det")}
     precision = Precision.pick(cfg["amp"] or _amp_of_training(detector.cfg, device), device)
     with show_progress("evaluation", len(loader), console) as bar:
         result = evaluate(detector, loader.epoch(0), annotations, precision, **thresholds, advance=bar.advance)
-    for sentence in result.problems:
-        console.print(f"skipped, its boxes count as missed: {sentence}")
-    if is_main():
-        write_atomically(run_dir / "metrics.json", json.dumps(result.metrics, indent=2).encode())
-        write_atomically(run_dir / "predictions.json", json.dumps(result.predictions).encode())
-        for name, figure in draw_evaluation(result, annotations, cfg["score"]).items():
-            save_figure(figure, run_dir / "plots" / f"{name}.png")
-    print_metrics(result.metrics, console)
+    try:
+        if is_main():
+            write_atomically(run_dir / "metrics.json", json.dumps(result.metrics, indent=2).encode())
+            write_atomically(run_dir / "predictions.json", json.dumps(result.predictions).encode())
+            for name, figure in draw_evaluation(result, annotations, cfg["score"]).items():
+                save_figure(figure, run_dir / "plots" / f"{name}.png")
+    finally:
+        for sentence in result.problems:
+            console.print(f"skipped, its boxes count as missed: {sentence}")
+        print_metrics(result.metrics, console)
     console.print(f"AP {result.metrics['AP']:.6f} on {len(annotations)} images; written to {run_dir}")
     return result.metrics
 

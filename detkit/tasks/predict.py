@@ -1,13 +1,15 @@
 """Find objects in pictures."""
 
+import errno
 import json
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from detkit.engine.checkpoint import build_from_checkpoint, write_atomically
 from detkit.engine.precision import pick_device
-from detkit.errors import DetkitError
+from detkit.errors import DetkitError, printable, shorten
 from detkit.models.detector import list_pictures
 from detkit.ops.image import read_image
 from detkit.report.console import make_console
@@ -19,38 +21,69 @@ from detkit.tasks.common import checkpoint_name, make_run_dir
 def run(cfg: dict[str, Any]) -> list[dict[str, Any]]:
     """Predict ``cfg["source"]``, a picture or a folder; write each with its boxes, and ``predictions.json``.
 
+    A picture that cannot be read, or not be written with its boxes, does not keep the others from it; whatever ends
+    the task early, ``predictions.json`` holds what was found until then.
+
     Returns:
         what ``predictions.json`` holds: for each picture ``file``, ``height``, ``width`` and ``detections``, each
         with ``box`` (xyxy in pixels), ``score``, ``label`` and ``name``.
 
     Raises:
-        DetkitError: an unreadable checkpoint or picture.
+        DetkitError: an unreadable checkpoint or picture, or a picture that cannot be written.
+        OSError: ``predictions.json`` cannot be written.
     """
     console = make_console()
     detector = build_from_checkpoint(str(cfg["ckpt"])).to(pick_device(cfg["device"])).fuse()
     files = list_pictures(Path(str(cfg["source"])))
-    stems = Counter(file.stem for file in files)
     run_dir = make_run_dir(cfg, "predict", checkpoint_name(cfg["ckpt"]))
-    settings = {key: cfg[key] for key in ("score", "iou", "max_det", "image_size")}
-    records, unreadable = [], []
-    for file in files:
-        try:
-            image = read_image(file)
-        except DetkitError as error:
-            unreadable.append(str(error))
-            continue
-        (found,) = detector.predict(image, **settings)
-        name = file.stem if stems[file.stem] == 1 else file.name  # a.jpg beside a.png
-        boxes, labels, scores = found.boxes.numpy(), found.labels.tolist(), found.scores.tolist()
-        save_picture(draw_boxes(image, boxes, labels, detector.class_names, scores), run_dir / f"{name}.jpg")
-        records.append(as_record(file, found))
-        console.print(f"{file.name}: {_count(found)}")
-    write_atomically(run_dir / "predictions.json", json.dumps(records, indent=1).encode())
-    console.print(f"{len(records)} of {len(files)} pictures, and predictions.json: {run_dir}")
-    if unreadable:
-        more = f" (and {len(unreadable) - 1} more)" if len(unreadable) > 1 else ""
-        raise DetkitError(unreadable[0] + more)
+    settings = {key: cfg[key] for key in ("score", "iou", "max_det", "image_size", "multi_label")}
+    records: list[dict[str, Any]] = []
+    failures: list[str] = []
+    try:
+        for file, name in zip(files, drawn_names(files), strict=True):
+            try:
+                image = read_image(file)
+                (found,) = detector.predict(image, **settings)
+                records.append(as_record(file, found))
+                console.print(f"{printable(file.name)}: {_count(found)}")
+                boxes, labels, scores = found.boxes.numpy(), found.labels.tolist(), found.scores.tolist()
+                save_picture(draw_boxes(image, boxes, labels, detector.class_names, scores), run_dir / name)
+                continue
+            except DetkitError as error:
+                failures.append(str(error))
+            except OSError as error:
+                failures.append(f"cannot write {run_dir / name}: {error.strerror or error}")
+            console.print(failures[-1])
+    finally:
+        _write_records(records, run_dir)
+        console.print(f"{len(records)} of {len(files)} pictures, and predictions.json: {run_dir}")
+    if failures:
+        more = f" (and {len(failures) - 1} more)" if len(failures) > 1 else ""
+        raise DetkitError(failures[0] + more)
     return records
+
+
+def _write_records(records: Sequence[dict[str, Any]], run_dir: Path) -> None:
+    """Write ``predictions.json``; on a full disk it takes the place of pictures, which can be drawn again."""
+    path, pictures = run_dir / "predictions.json", run_dir.glob("*.jpg")
+    content = json.dumps(records, indent=1).encode()
+    while True:
+        try:
+            return write_atomically(path, content)
+        except OSError as error:
+            picture = next(pictures, None)
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT) or picture is None:
+                raise
+            picture.unlink()
+
+
+def drawn_names(files: Sequence[Path]) -> list[str]:
+    """Return a name for each picture with its boxes: ``a.jpg``, or ``a.png.jpg`` where another ``a`` is among them."""
+    stems, names = Counter(file.stem for file in files), {file.name for file in files}
+    return [
+        f"{file.name if stems[file.stem] > 1 or file.stem in names else file.stem}.jpg"  # each once
+        for file in files
+    ]
 
 
 def as_record(file: Path, found: Detections) -> dict[str, Any]:
@@ -64,5 +97,5 @@ def as_record(file: Path, found: Detections) -> dict[str, Any]:
 
 def _count(found: Detections) -> str:
     """Return such as ``2 circle, 1 star``."""
-    labels = found.labels.tolist()
-    return ", ".join(f"{labels.count(k)} {found.class_names[k]}" for k in sorted(set(labels))) or "nothing"
+    counts = Counter(found.labels.tolist())
+    return ", ".join(f"{counts[k]} {shorten(found.class_names[k], 40)}" for k in sorted(counts)) or "nothing"

@@ -22,6 +22,7 @@ CHANGEABLE_TRAINER = (
     "max_bad_steps",
     "save_every",
     "keep_last",
+    "loader_timeout",
     "log_every",
     "loggers",
     "compile",
@@ -34,7 +35,10 @@ CHANGEABLE = (
     *(f"data.{name}" for name in PLACES),
 )
 # Of these the file may differ from what was saved, but the command line sets them for other reasons.
-FREE = (*CHANGEABLE, "run_dir", "resume", "plugins")
+FREE = (
+    *(*CHANGEABLE, "run_dir", "resume", "plugins", "max_pixels"),
+    *("data.allow_empty", "data.test_images", "data.test_annotations"),  # which a training does not depend on
+)
 
 
 def job_name() -> str:
@@ -190,6 +194,7 @@ def _read_config(path: Path, cfg: Mapping[str, Any]) -> dict[str, Any]:
         raise DetkitError(f"resume={path.parent} is not a run's folder: {path.name}: {words}") from None
     if not isinstance(content, dict):
         raise DetkitError(f"{path} is not the configuration of a run")
+    content = {"max_pixels": cfg["max_pixels"]} | content  # which runs of an earlier version do not have
     for key in cfg:
         if key not in content:
             raise DetkitError(f"{path} has no '{key}': it was written by another version of detkit")

@@ -5,7 +5,6 @@ Every job leaves a record in ``SWEEP/.jobs``, wherever its launcher runs it; ``s
 
 import contextlib
 import csv
-import ctypes
 import functools
 import io
 import json
@@ -29,7 +28,8 @@ from detkit.engine.checkpoint import write_atomically
 from detkit.engine.distributed import first_to_say, mistake_elsewhere
 from detkit.engine.lock import lock_file
 from detkit.errors import DetkitError
-from detkit.report.console import make_console
+from detkit.ops.processes import end_with_parent
+from detkit.report.console import Output, make_console
 from detkit.report.tables import print_rows
 from detkit.tasks.common import AUTO, sweep_folder
 
@@ -103,7 +103,7 @@ def prepare_job(cfg: dict[str, Any]) -> None:
     """
     jobs = _parallel_jobs()
     if jobs > 1:
-        _end_with_parent()
+        end_with_parent(signal.SIGTERM)  # a training saves
     if jobs > 1 and cfg["workers"] == "auto":
         cfg["workers"] = max(worker_count("auto") // jobs, 1)
     gpus = torch.cuda.device_count() if cfg["device"] in ("auto", "cuda") else 0
@@ -184,15 +184,10 @@ def _output(folder: Path) -> Iterator[Callable[[str], None]]:
         yield make_console().print
         return
     terminal = make_console(file=sys.stdout)
-    log = open(f"{folder}.log", "a", buffering=1)  # noqa: SIM115
-    with log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
+    file = open(f"{folder}.log", "a", buffering=1)  # noqa: SIM115
+    log = Output(file)
+    with file, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
         yield terminal.print
-
-
-def _end_with_parent() -> None:
-    """Have this process told to end (SIGTERM: a training saves) when the one that began the sweep does, on Linux."""
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).prctl(1, int(signal.SIGTERM))  # PR_SET_PDEATHSIG
 
 
 def _parallel_jobs() -> int:

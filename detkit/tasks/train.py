@@ -2,6 +2,7 @@
 
 import errno
 import math
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,18 +28,19 @@ from detkit.engine.meeting import remember
 from detkit.engine.memory import COPIES_TRAINED, check_batch, choose_batch_size, explain_out_of_memory, trial
 from detkit.engine.optim import Recipe, Schedule, accumulation, describe_factors
 from detkit.engine.parts import freeze
-from detkit.engine.precision import Precision, keep_freed_memory, make_deterministic
-from detkit.engine.state import TrainState, read_state, restore, saved_recipe
+from detkit.engine.precision import Precision, is_out_of_memory, keep_freed_memory, make_deterministic
+from detkit.engine.state import STATE, TrainState, read_state, restore, saved_recipe
 from detkit.engine.step import TrainStep
 from detkit.engine.trainer import Trainer, no_better
 from detkit.engine.transfer import TransferReport, load_weights
 from detkit.errors import DetkitError
 from detkit.layers.sync_norm import synchronise_norms
 from detkit.models.detector import Detector, build_detector, build_loss, without_pretrained
+from detkit.ops.image import set_max_pixels
 from detkit.ops.ranks import rank_count
 from detkit.report.console import make_console
 from detkit.report.tables import print_metrics, print_transfer
-from detkit.tasks.common import AUTO, check_classes, make_run_dir, model_name, read_split, tell_split, val_loader
+from detkit.tasks.common import AUTO, check_room, make_run_dir, model_name, read_training, tell_split, val_loader
 from detkit.tasks.resume import job_name, restarted_run, resumed_run, tell_progress
 from detkit.tasks.watch import open_log
 
@@ -75,7 +77,7 @@ def run(cfg: dict[str, Any], stop_early: Callable[[TrainState], str | None] = la
         stop_early: gives a reason to stop early, as in ``Trainer``; ``trainer.patience`` is another.
 
     Raises:
-        DetkitError: a user's mistake, found before the first step where that is possible; or the disk is full.
+        DetkitError: a user's mistake, found before the first step where that is possible; or the system refuses a file.
         SystemExit: a signal asked for the end; the state is saved.
     """
     said: list[str] = []
@@ -84,6 +86,7 @@ def run(cfg: dict[str, Any], stop_early: Callable[[TrainState], str | None] = la
     started_again = cfg["resume"] == AUTO or restarted is not None  # what the command says, not the run's own file
     if cfg["resume"] is not None or restarted is not None:
         run_dir, cfg, saved = resumed_run(cfg, restarted, said.append)
+    set_max_pixels(cfg["max_pixels"])
     check_loggers(cfg["trainer"]["loggers"])
     device = join(cfg["device"], cfg["trainer"]["rank_timeout"])
     _agree(run_dir, saved)
@@ -156,10 +159,9 @@ def _prepare(cfg: dict[str, Any], saved: dict[str, Any] | None, device: torch.de
     cfg["workers"] = worker_count(cfg["workers"])
     for key in ("root", "yaml"):
         if cfg["data"].get(key) is not None:  # made absolute, so that a checkpoint finds it from anywhere
-            cfg["data"][key] = str(Path(str(cfg["data"][key])).resolve())
+            cfg["data"][key] = os.path.realpath(str(cfg["data"][key]))  # of a link to itself, too
     with main_first():  # which leaves an index, or draws the set
-        train_set, val_set = read_split(cfg["data"], "train"), read_split(cfg["data"], "val")
-    check_classes(train_set, val_set)
+        train_set, val_set = read_training(cfg["data"])
 
     built_as, copies = without_pretrained(cfg) if saved else cfg, COPIES_TRAINED if device.type == "cpu" else 1
     detector = build_detector(built_as, train_set.class_names, copies).to(device)
@@ -170,6 +172,7 @@ def _prepare(cfg: dict[str, Any], saved: dict[str, Any] | None, device: torch.de
     if cfg["batch_size"] == "auto":
         cfg["batch_size"] = from_main(lambda: choose_batch_size(attempt, device)) * rank_count()
         console.print(f"batch_size=auto: {cfg['batch_size']} images")
+    check_room(cfg)
     loader = _train_loader(train_set, cfg, device)
     if cfg["trainer"]["sync_bn"] and rank_count() > 1:
         synchronise_norms(detector)
@@ -190,6 +193,8 @@ def _announce(training: Training, name: str, run_dir: Path) -> None:
     parameters = sum(p.numel() for p in step.detector.parameters())
     ranks = f" and {rank_count() - 1} more" if rank_count() > 1 else ""
     console.print(f"{name}: {parameters:,} parameters on {step.precision.device}{ranks}, {step.precision}")
+    if getattr(step.detector.backbone, "loaded", None):
+        console.print(step.detector.backbone.loaded)
     if samples != images:
         console.print(f"an epoch has {samples} samples, by data.tiles or data.sampling")
     mosaic, epochs = cfg["augment"]["mosaic"], cfg["trainer"]["epochs"]
@@ -231,7 +236,7 @@ def _fit(training: Training, run_dir: Path, stop_early: Callable[[TrainState], s
     """Train from ``training.state`` on; None where the device has too little memory.
 
     Raises:
-        DetkitError: the disk is full.
+        DetkitError: the system refuses a file: the disk is full, say.
     """
     cfg, step, state, val_set = training.cfg, training.step, training.state, training.val_set
     options = ("epochs", "max_bad_steps", "save_every", "keep_last", "log_every")
@@ -244,14 +249,16 @@ def _fit(training: Training, run_dir: Path, stop_early: Callable[[TrainState], s
         chosen |= {"run_dir": run_dir, "stop_early": lambda state: waited(state) or stop_early(state)}
         with open_log(cfg, step, training.train_set, run_dir, state, training.console) as log:
             return Trainer(step, *loaders, val_set, state=state, log=log, **chosen).fit()
-    except torch.OutOfMemoryError:
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
         return None  # and not the error: it holds the tensors of its frames
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        raise DetkitError(
-            f"{run_dir}: {error.strerror}; make room there, then resume={run_dir} goes on from what is saved"
-        ) from None
+        if error.errno is None:
+            raise  # a library's own
+        first = "make room there, then " if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
+        later = f"; {first}resume={run_dir} goes on from what is saved" if (run_dir / STATE).exists() else ""
+        raise DetkitError(f"{error.filename or run_dir}: {error.strerror}{later}") from None
 
 
 def _train_loader(annotations: Annotations, cfg: dict[str, Any], device: torch.device) -> BatchLoader | ShardLoader:
@@ -266,6 +273,7 @@ def _train_loader(annotations: Annotations, cfg: dict[str, Any], device: torch.d
         images = TiledDataset(images, **tiles)
     expected = expected_draws(images, data)
     options = {"workers": worker_count(cfg["workers"]), "seed": cfg["seed"], "pin": device.type == "cuda"}
+    options["timeout"] = cfg["trainer"]["loader_timeout"]
     streams = expected is None and data.get("cache") is None and not isinstance(images, TiledDataset)
     if data["name"] == "webdataset" and streams:
         augmentation = Augmentation(cfg["image_size"], cfg["augment"], epochs)

@@ -28,7 +28,7 @@ from detkit.errors import DetkitError
 from detkit.report.console import make_console
 from detkit.report.tables import print_rows
 from detkit.tasks import train
-from detkit.tasks.common import AUTO, check_classes, model_name, read_split
+from detkit.tasks.common import AUTO, model_name, read_training
 from detkit.tasks.search_space import (
     TUNING,
     as_overrides,
@@ -64,8 +64,7 @@ def run(cfg: dict[str, Any]) -> list[dict[str, Any]]:
     typed = list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else []
     space = read_space(cfg["search"])
     check_space(space, typed)
-    train_set, val_set = (read_split(cfg["data"], split) for split in ("train", "val"))
-    check_classes(train_set, val_set)
+    read_training(cfg["data"])  # a set that cannot be trained on would fail every trial
 
     folder = Path(str(cfg["run_dir"] or Path("runs") / "tune" / f"{model_name(cfg)}_{cfg['data']['name']}"))
     study = _open_study(folder, cfg)

@@ -25,7 +25,7 @@ SUMMARY_DEPTH = 2  # as configs/summary.yaml
 KEYS = ("image_size", "batch_size", "amp", "seed", "weights")
 GROUPS = ("model", "backbone", "neck", "head", "loss", "data", "optim", "augment", "trainer")
 IGNORED = {
-    "trainer": ("rank_timeout", "max_bad_steps", "save_every", "keep_last", "log_every", "loggers"),
+    "trainer": ("rank_timeout", "loader_timeout", "max_bad_steps", "save_every", "keep_last", "log_every", "loggers"),
     "data": ("root", "yaml", "preset", "strict", "cache"),
 }
 

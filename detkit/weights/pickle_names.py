@@ -120,6 +120,13 @@ def _tensor(storage: Any, offset: Any, size: Any, stride: Any, *_: Any) -> Tenso
     return TensorRef(storage.dtype, storage.key, offset, tuple(size), tuple(stride))
 
 
+def _tensor_of_type(function: Any, _kind: Any, arguments: Any, *_: Any) -> TensorRef:
+    """A tensor with attributes, such as a torch.nn.Buffer, or of a subclass is that tensor."""
+    if function != Global("torch._utils", "_rebuild_tensor_v2"):
+        raise ValueError("not a tensor")
+    return _tensor(*arguments)
+
+
 def _first(value: Any = (), *_: Any) -> Any:
     """What wraps a tensor (a parameter) is that tensor; for a torch.Size or a set, the tuple or list in it will do."""
     return value
@@ -169,6 +176,7 @@ _STORAGES = {
 _KNOWN: dict[Global, Callable[..., Any]] = {
     Global("torch._utils", "_rebuild_tensor"): _tensor,
     Global("torch._utils", "_rebuild_tensor_v2"): _tensor,
+    Global("torch._tensor", "_rebuild_from_type_v2"): _tensor_of_type,
     Global("torch._utils", "_rebuild_parameter"): _first,
     Global("torch._utils", "_rebuild_parameter_with_state"): _first,
     Global("torch", "Size"): _first,

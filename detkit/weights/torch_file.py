@@ -5,20 +5,33 @@ import math
 import os
 import struct
 import zipfile
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import torch
 from torch import Tensor
 
-from detkit.errors import DetkitError
+from detkit.errors import DetkitError, shorten
+from detkit.ops.files import open_regular
 from detkit.weights.pickle_names import StorageRef, TensorRef
 from detkit.weights.pickle_reader import MAX_BYTES, read_pickle
 
 ZIP_MAGIC = b"PK\x03\x04"
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
+MAX_INDEX = 8 << 20  # bytes of a zip's index; 4,000 tensors take 0.4 MiB
+MAX_TAIL = 1 << 17  # bytes at the end of a zip among which its index is looked for
+CHUNK = 1 << 20
+
+
+class Extent(NamedTuple):
+    """Where bytes stand in a file, and their CRC-32; 0 where it is not known, as with torch's ``set_crc32_options``."""
+
+    start: int
+    length: int
+    crc: int = 0
 
 
 @dataclass(frozen=True)
@@ -27,21 +40,23 @@ class TorchFile:
 
     Attributes:
         content: the saved object; its tensors are ``TensorRef``, objects of other people's classes ``Record``.
-        extents: start and length in bytes of every storage.
+        extents: where every storage stands.
     """
 
     path: Path
     content: Any
-    extents: Mapping[str, tuple[int, int]]
+    extents: Mapping[str, Extent]
 
     def read_tensors(self, refs: Mapping[str, TensorRef]) -> dict[str, Tensor]:
         """Read tensors: floating-point ones as float32, contiguous.
 
         Raises:
-            DetkitError: a tensor that claims more than its storage holds, or all of them more than the file does.
+            DetkitError: a storage that is not as it was written, a tensor that claims more than its storage holds, or
+                all of them more than the file does.
         """
         tensors = {}
-        with open(self.path, "rb") as file:
+        with open_regular(self.path) as file:
+            self._check_storages(file, {ref.key for ref in refs.values()})
             left = os.fstat(file.fileno()).st_size
             for name, ref in refs.items():
                 span = self._span(name, ref)
@@ -51,24 +66,32 @@ class TorchFile:
                 tensors[name] = self._read(file, name, ref, span)
         return tensors
 
+    def _check_storages(self, file: BinaryIO, keys: set[str]) -> None:
+        left = os.fstat(file.fileno()).st_size
+        for key in sorted(keys & self.extents.keys()):
+            left -= self.extents[key].length
+            if left < 0:
+                raise DetkitError(f"{self.path} is refused: its storages overlap")
+            _check_crc(self.path, file, f"storage {shorten(key, 40)!r}", self.extents[key])
+
     def _span(self, name: str, ref: TensorRef) -> int:
         """Return how many elements of its storage a tensor reaches over, having checked that they are there."""
         count = math.prod(ref.size)
         span = 1 + sum((n - 1) * step for n, step in zip(ref.size, ref.stride, strict=True)) if count else 0
-        _, length = self.extents.get(ref.key, (0, 0))
+        length = self.extents[ref.key].length if ref.key in self.extents else 0
         if count > span or (ref.offset + span) * ref.dtype.itemsize > length:
             raise DetkitError(
-                f"{self.path} is refused: its tensor {name[:100]!a} claims more elements than the file holds"
+                f"{self.path} is refused: its tensor {shorten(name)!r} claims more elements than the file holds"
             )
         return span
 
     def _read(self, file: BinaryIO, name: str, ref: TensorRef, span: int) -> Tensor:
         if not span:
             return torch.empty(0)
-        file.seek(self.extents[ref.key][0] + ref.offset * ref.dtype.itemsize)
+        file.seek(self.extents[ref.key].start + ref.offset * ref.dtype.itemsize)
         data = bytearray(file.read(span * ref.dtype.itemsize))
         if len(data) < span * ref.dtype.itemsize:
-            raise DetkitError(f"{self.path} is truncated: its tensor {name[:100]!a} is incomplete")
+            raise DetkitError(f"{self.path} is truncated: its tensor {shorten(name)!r} is incomplete")
         tensor = torch.frombuffer(data, dtype=ref.dtype).as_strided(ref.size, ref.stride)
         return tensor.to(torch.float32 if ref.dtype.is_floating_point else ref.dtype).contiguous()
 
@@ -79,7 +102,7 @@ def open_torch_file(path: Path) -> TorchFile:
     Raises:
         DetkitError: no such file, truncated or damaged, not one of ``torch.save``, or one that would run code.
     """
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         start = file.read(len(ZIP_MAGIC))
         file.seek(0)
         if start == ZIP_MAGIC:
@@ -93,7 +116,8 @@ def open_torch_file(path: Path) -> TorchFile:
 def _open_zip(path: Path, file: BinaryIO) -> TorchFile:
     """A zip, nothing in it compressed: ROOT/data.pkl, and a storage each in ROOT/data/KEY."""
     try:
-        entries = {entry.filename: entry for entry in zipfile.ZipFile(file).infolist()}
+        with _IndexReader(open_regular(path).detach()) as index:
+            entries = {entry.filename: entry for entry in zipfile.ZipFile(index).infolist()}
     except (zipfile.BadZipFile, NotImplementedError, OSError, ValueError, LookupError, OverflowError, struct.error):
         raise DetkitError(f"{path} is truncated or damaged: it begins as a zip, but has no index at its end") from None
     pickles = [name for name in entries if name.count("/") == 1 and name.endswith("/data.pkl")]
@@ -104,19 +128,30 @@ def _open_zip(path: Path, file: BinaryIO) -> TorchFile:
         raise DetkitError(f"{path} is a TorchScript program, not a checkpoint: import the .pt it was exported from")
     size = os.fstat(file.fileno()).st_size
     extents = {name: _entry_extent(path, file, entry, size) for name, entry in entries.items()}
-    start, length = extents.get(f"{root}byteorder", (0, 0))
-    if _read_extent(file, (start, min(length, 16))) not in (b"", b"little"):
+    order = extents.get(f"{root}byteorder", Extent(0, 0))
+    if _read_extent(file, order._replace(length=min(order.length, 16))) not in (b"", b"little"):
         raise DetkitError(f"{path} was written by a big-endian machine: load and save it again with torch on that one")
-    if extents[pickles[0]][1] > MAX_BYTES:
+    extent = extents[pickles[0]]
+    if extent.length > MAX_BYTES:
         raise DetkitError(f"{path} is refused: its pickle has more than {MAX_BYTES >> 20} MiB, no checkpoint's has")
-    content, _ = read_pickle(io.BytesIO(_read_extent(file, extents[pickles[0]])), str(path))
+    _check_crc(path, file, "pickle", extent)
+    content, _ = read_pickle(io.BytesIO(_read_extent(file, extent)), str(path))
     prefix = f"{root}data/"
     storages = {name.removeprefix(prefix): e for name, e in extents.items() if name.startswith(prefix)}
     return TorchFile(path, content, storages)
 
 
-def _entry_extent(path: Path, file: BinaryIO, entry: zipfile.ZipInfo, size: int) -> tuple[int, int]:
-    """Return start and length of a zip entry's bytes.
+class _IndexReader(io.BufferedReader):
+    """A zip whose index has a bounded size: zipfile reads it whole, then takes ten times as much memory."""
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        if size is not None and size > MAX_INDEX:
+            raise zipfile.BadZipFile
+        return super().read(MAX_TAIL if size is None or size < 0 else size)
+
+
+def _entry_extent(path: Path, file: BinaryIO, entry: zipfile.ZipInfo, size: int) -> Extent:
+    """Return where a zip entry's bytes stand.
 
     Raises:
         DetkitError: it is compressed (a small file could unpack to any size), or reaches beyond the file.
@@ -130,12 +165,29 @@ def _entry_extent(path: Path, file: BinaryIO, entry: zipfile.ZipInfo, size: int)
     start = entry.header_offset + 30 + sum(struct.unpack_from("<HH", header, 26))  # behind name and padding
     if start + entry.file_size > size:
         raise DetkitError(f"{path} is truncated or damaged: a part of it reaches beyond the end of the file")
-    return start, entry.file_size
+    return Extent(start, entry.file_size, entry.CRC)
 
 
-def _read_extent(file: BinaryIO, extent: tuple[int, int]) -> bytes:
-    file.seek(extent[0])
-    return file.read(extent[1])
+def _read_extent(file: BinaryIO, extent: Extent) -> bytes:
+    file.seek(extent.start)
+    return file.read(extent.length)
+
+
+def _check_crc(path: Path, file: BinaryIO, what: str, extent: Extent) -> None:
+    """Check that a part of a zip is as it was written.
+
+    Raises:
+        DetkitError: its checksum says that it is not.
+    """
+    if not extent.crc:
+        return
+    file.seek(extent.start)
+    left, crc = extent.length, 0
+    while left > 0 and (chunk := file.read(min(CHUNK, left))):
+        left -= len(chunk)
+        crc = zlib.crc32(chunk, crc)
+    if crc != extent.crc:
+        raise DetkitError(f"{path} is damaged: the checksum of its {what} is wrong; copy or download it again")
 
 
 def _open_legacy(path: Path, file: BinaryIO) -> TorchFile:
@@ -155,7 +207,7 @@ def _open_legacy(path: Path, file: BinaryIO) -> TorchFile:
 
 def _legacy_extents(
     path: Path, file: BinaryIO, position: int, keys: Any, storages: Mapping[str, StorageRef]
-) -> dict[str, tuple[int, int]]:
+) -> dict[str, Extent]:
     """Each storage, in the order of ``keys``: its count of elements (8 bytes), then these."""
     if not isinstance(keys, list) or not all(isinstance(key, str) and key in storages for key in keys):
         raise DetkitError(f"{path} is damaged: its list of storages does not fit its tensors")
@@ -165,7 +217,7 @@ def _legacy_extents(
         file.seek(position)
         count, length = file.read(8), storages[key].count * storages[key].dtype.itemsize
         if len(count) < 8 or int.from_bytes(count, "little") != storages[key].count or position + 8 + length > size:
-            raise DetkitError(f"{path} is truncated or damaged: storage {key[:40]!a} is incomplete")
-        extents[key] = (position + 8, length)
+            raise DetkitError(f"{path} is truncated or damaged: storage {shorten(key, 40)!r} is incomplete")
+        extents[key] = Extent(position + 8, length)
         position += 8 + length
     return extents

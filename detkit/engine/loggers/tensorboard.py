@@ -25,7 +25,8 @@ class TensorBoard:
 
     def __init__(self, run_dir: Path, step: int) -> None:
         self.run_dir = run_dir
-        self.writer: SummaryWriter | None = SummaryWriter(run_dir, purge_step=step + 1)
+        self.writer: SummaryWriter | None = None  # opened by the first call, which may fail
+        self.purge_step: int | None = step + 1
         self.end: Summary | None = None  # of the session that the HParams tab shows
 
     def scalars(self, values: Mapping[str, float], step: int) -> None:
@@ -73,7 +74,8 @@ class TensorBoard:
     def _write(self, summaries: Iterable[Summary], step: int) -> None:
         """Write to the disk, before a state is saved that counts this step as done."""
         try:
-            self.writer = self.writer or SummaryWriter(self.run_dir)
+            if self.writer is None:
+                self.writer, self.purge_step = SummaryWriter(self.run_dir, purge_step=self.purge_step), None
             for summary in summaries:
                 self.writer.file_writer.add_summary(summary, step)
             self.writer.flush()

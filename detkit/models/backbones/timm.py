@@ -3,14 +3,17 @@
 timm is imported where it is needed: every command would wait for it otherwise.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from detkit.errors import DetkitError, nearest
+from detkit.errors import DetkitError, nearest, shorten
+from detkit.ops.files import sha256_of
 from detkit.registry import BACKBONES
+from detkit.weights.source import read_source
 
 PROBE = (64, 96)  # height, width: neither square nor what any model was made for
 
@@ -24,20 +27,33 @@ class TimmBackbone(nn.Module):
     Args:
         model: timm's name, such as resnet18 or convnext_atto.
         pretrained: start from the published weights; timm downloads them on first use.
+        weights: start from the weights of this file instead: a state dict of the classifier or of its backbone, with
+            timm's names, or with others in the same order.
         out_strides: strides of the features to return, ascending; derived by the builder.
+
+    Attributes:
+        loaded: what was taken from ``weights``, in a sentence; None without.
 
     Raises:
         DetkitError: no such model, no features at these strides (a plain ViT), a model for one image size only, or
-            weights that cannot be had.
+            weights that cannot be had or do not fit.
     """
 
     def __init__(
-        self, model: str = "resnet18", pretrained: bool = False, out_strides: Sequence[int] = (8, 16, 32)
+        self,
+        model: str = "resnet18",
+        pretrained: bool = False,
+        weights: str | Path | None = None,
+        out_strides: Sequence[int] = (8, 16, 32),
     ) -> None:
         import timm
         from timm.layers import Format
 
         super().__init__()
+        if pretrained and weights is not None:
+            raise DetkitError(
+                "backbone.pretrained=true and backbone.weights=FILE are two origins: leave one of them out"
+            )
         arguments, strides = _survey(model)
         missing = [stride for stride in out_strides if stride not in strides]
         if missing:
@@ -55,12 +71,16 @@ class TimmBackbone(nn.Module):
                 f"the weights of timm model '{model}' cannot be had ({str(error).splitlines()[0]}): "
                 "connect to the internet, or set backbone.pretrained=false"
             ) from None
-        if pretrained:
+        published = timm.get_pretrained_cfg(model)
+        self.loaded = None
+        if weights is not None:
+            how = _load_file(self.body, model, Path(weights))
+            self.loaded = f"{how}; images are normalised by mean {published.mean} and std {published.std}"
+        if pretrained or weights is not None:
             _keep_outputs_with_eps(self.body, 1e-3)
         self.strides = tuple(out_strides)
         self.out_channels = tuple(self.body.feature_info.channels())
         self.channels_first = getattr(self.body, "output_fmt", None) is not Format.NHWC
-        published = timm.get_pretrained_cfg(model)
         self.register_buffer("mean", torch.tensor(published.mean).view(-1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(published.std).view(-1, 1, 1), persistent=False)
         self._probe(model)
@@ -101,6 +121,72 @@ def _keep_outputs_with_eps(body: nn.Module, eps: float) -> None:
         if isinstance(norm, nn.BatchNorm2d) and norm.affine:
             norm.weight *= ((norm.running_var + eps) / (norm.running_var + norm.eps)).sqrt()
             norm.eps = eps
+
+
+def _load_file(body: nn.Module, model: str, path: Path) -> str:
+    """Give ``body`` the tensors of a file, matched by name or else by order; return what was done, in a sentence.
+
+    Raises:
+        DetkitError: no such file, or one that does not fit.
+    """
+    own = {name: tensor for name, tensor in body.state_dict().items() if not name.endswith("num_batches_tracked")}
+    theirs = read_source(path, "backbone.weights").tensors
+    theirs = {name: tensor for name, tensor in theirs.items() if not name.endswith("num_batches_tracked")}
+    found, how = _by_name(own, theirs), "by name"
+    if not found:
+        found, how = _by_order(own, theirs, model, path), "in order"
+    body.load_state_dict(found, strict=False)
+    return (
+        f"backbone: all {len(own)} tensors of timm's {model} are taken {how} from the {len(theirs)} of {path} "
+        f"(sha256 {sha256_of(path)})"
+    )
+
+
+def _by_name(own: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the file's tensor for each of one's own, by name; nothing where one is missing or has another shape.
+
+    timm joins steps of a features-only model's names by ``_`` where the classifier has dots; the file's may all stand
+    below a prefix, such as ``backbone.``.
+    """
+    flat = {name.replace(".", "_"): tensor for name, tensor in theirs.items()}
+    wanted = {name: name.removeprefix("model.").replace(".", "_") for name in own}
+    first = next(iter(wanted.values()))
+    for prefix in {name.removesuffix(first) for name in flat if name.endswith(first)}:
+        found = {name: flat.get(f"{prefix}{flattened}") for name, flattened in wanted.items()}
+        if all(tensor is not None and tensor.shape == own[name].shape for name, tensor in found.items()):
+            return found
+    return {}
+
+
+def _by_order(own: Mapping[str, Tensor], theirs: Mapping[str, Tensor], model: str, path: Path) -> dict[str, Tensor]:
+    """Return the file's tensor for each of one's own, both in the order of their modules.
+
+    That of a file with other names than timm's is taken only where it has as many tensors as the whole model, with or
+    without its classifier, and each of the backbone's has its kind (weight, bias, ...) and shape.
+
+    Raises:
+        DetkitError: it is not so.
+    """
+    import timm
+
+    with torch.device("meta"):
+        whole = [name for name in timm.create_model(model).state_dict() if not name.endswith("num_batches_tracked")]
+    classifiers = timm.get_pretrained_cfg(model).classifier
+    classifiers = (classifiers,) if isinstance(classifiers, str) else tuple(classifiers or ())
+    headless = [name for name in whole if name.rpartition(".")[0] not in classifiers]
+    start = f"backbone.weights={path} does not fit timm model '{model}', neither by its names nor in order"
+    if len(theirs) not in (len(whole), len(headless)):
+        raise DetkitError(f"{start}: it holds {len(theirs)} tensors where the model has {len(whole)}")
+    found = {}
+    for (name, tensor), (their_name, their_tensor) in zip(own.items(), theirs.items(), strict=False):
+        kind, their_kind = name.rpartition(".")[2], their_name.rpartition(".")[2]
+        if kind != their_kind or tensor.shape != their_tensor.shape:
+            raise DetkitError(
+                f"{start}: its {shorten(their_name)!r} {list(their_tensor.shape)} stands where "
+                f"the model has '{name}' {list(tensor.shape)}"
+            )
+        found[name] = their_tensor
+    return found
 
 
 def _survey(model: str) -> tuple[dict[str, Any], list[int]]:

@@ -64,8 +64,8 @@ def assign_task_aligned(
     alignment_bma = label_scores_bma.pow(alpha) * overlaps_bma.pow(beta)
 
     best = alignment_bma.topk(min(topk, num_points), dim=-1)
-    wanted = gt_valid_bm[..., None].expand_as(best.indices)
-    positive_bma = torch.zeros_like(inside_bma).scatter_(-1, best.indices, wanted) & inside_bma
+    # Scattering a number, not a tensor: that would make a GPU wait where algorithms are deterministic.
+    positive_bma = torch.zeros_like(inside_bma).scatter_(-1, best.indices, True) & inside_bma
 
     contested_ba = positive_bma.sum(1) > 1
     closest_bma = torch.zeros_like(inside_bma).scatter_(1, overlaps_bma.argmax(1, keepdim=True), True)
@@ -77,5 +77,6 @@ def assign_task_aligned(
     strength_ba = (alignment_bma * best_overlap / (best_alignment + EPS)).amax(1)
     foreground_ba, box_index_ba = positive_bma.any(1), positive_bma.int().argmax(1)
     labels_ba = gt_labels_bm.gather(1, box_index_ba)
-    scores = torch.zeros_like(scores_bac).scatter_(2, labels_ba[..., None], (strength_ba * foreground_ba)[..., None])
+    own_class_bac = labels_ba[..., None] == torch.arange(scores_bac.shape[2], device=labels_ba.device)
+    scores = torch.where(own_class_bac, (strength_ba * foreground_ba)[..., None], 0.0)
     return Assignment(foreground_ba, box_index_ba, scores)

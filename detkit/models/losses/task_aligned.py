@@ -91,8 +91,8 @@ def distribution_focal_loss(logits: Tensor, target: Tensor) -> Tensor:
     """
     log_p = logits.unflatten(-1, (4, -1)).log_softmax(-1)
     target = target.clamp(0, log_p.shape[-1] - 1 - 0.01)
-    left = target.floor()
-    weight_right = target - left
-    index = left.long()[..., None]
-    log_left, log_right = log_p.gather(-1, index)[..., 0], log_p.gather(-1, index + 1)[..., 0]
-    return -(log_left * (1 - weight_right) + log_right * weight_right)
+    # A weight for each bin, 0 for all but two: picking these by an index would sort the gradients on a GPU and make
+    # it wait, where algorithms are deterministic, and a target that is NaN has no index.
+    bins = torch.arange(log_p.shape[-1], device=log_p.device, dtype=log_p.dtype)
+    nearness = (1 - (bins - target[..., None]).abs()).clamp(min=0)
+    return -(log_p * nearness).sum(-1)

@@ -124,15 +124,16 @@ def _level_terms(
     weight_bk = matches.valid_bk.float()
     counts = torch.stack((weight_bk.sum(), weight_bk.new_full((), objectness.numel())))
     count, anchors = sum_over_ranks(counts).clamp(min=1).unbind()
-    index = matches.index_bk[..., None]
-    found_bk4 = boxes.gather(1, index.expand(-1, -1, 4))
+    image_b1 = torch.arange(len(boxes), device=boxes.device)[:, None]
+    # By two indices, not by gather: its gradients would make a GPU wait where algorithms are deterministic.
+    found_bk4 = boxes[image_b1, matches.index_bk]
     # A pair that does not count gets its own box as target: a finite term that weighs nothing.
     wanted_bk4 = torch.where(matches.valid_bk[..., None], batch.boxes_bm4[:, matches.box_k], found_bk4.detach())
     overlap_bk = ciou(found_bk4, wanted_bk4)
     box = ((1 - overlap_bk) * weight_bk).sum() / count
 
     labels = F.one_hot(batch.labels_bm[:, matches.box_k], cls.shape[-1]).float()
-    logits = cls.gather(1, index.expand(-1, -1, cls.shape[-1]))
+    logits = cls[image_b1, matches.index_bk]
     classes = F.binary_cross_entropy_with_logits(logits, labels, reduction="none").mean(-1)
 
     # An anchor that answers for several boxes is as much an object as it fits the best of them.

@@ -154,11 +154,10 @@ class Inject(nn.Module):
         self.global_act = ConvBN(global_, c2)
 
     def forward(self, local: Tensor, global_: Tensor) -> Tensor:
-        """(B, local, h, w) and the global feature at any size -> (B, c2, h, w)."""
+        """(B, local, h, w) and the global feature at this size or a smaller one -> (B, c2, h, w)."""
         size = local.shape[-2:]
         gate, embedding = F.hardsigmoid(self.global_act(global_)), self.global_embedding(global_)
-        resize = _pool if size[0] < global_.shape[-2] else _resize
-        return self.local_embedding(local) * resize(gate, size) + resize(embedding, size)
+        return self.local_embedding(local) * _resize(gate, size) + _resize(embedding, size)
 
 
 class Attention(nn.Module):
@@ -244,11 +243,39 @@ def align_high(features: Sequence[Tensor], stride: int) -> Tensor:
     """High_FAM: P3, P4 and P5 pooled to ((h5 - 1) // stride + 1, (w5 - 1) // stride + 1) and concatenated."""
     h, w = features[-1].shape[-2:]
     size = ((h - 1) // stride + 1, (w - 1) // stride + 1)
+    if stride > 1 and any(isinstance(n, torch.SymInt) for n in size):  # torch.export, the image's sides left open
+        size = (_unassumed(size[0]), _unassumed(size[1]))
+        return torch.cat([pool_by_products(x, size) for x in features], 1)
     return torch.cat([_pool(x, size) for x in features], 1)
 
 
+def pool_by_products(x: Tensor, size: tuple[int, int]) -> Tensor:
+    """Adaptive average pooling of (B, C, h, w) to ``size`` as matrix products, which take a size not known yet."""
+    rows, columns = (_window_shares(n, length, x) for n, length in zip(size, x.shape[-2:], strict=True))
+    return rows @ x @ columns.T
+
+
+def _window_shares(windows: int, length: int, like: Tensor) -> Tensor:
+    """Return (windows, length): the share of each position in each window's average."""
+    window, position = torch.arange(windows, device=like.device)[:, None], torch.arange(length, device=like.device)
+    start, end = window * length // windows, ((window + 1) * length + windows - 1) // windows
+    return ((position >= start) & (position < end)).to(like.dtype) / (end - start)
+
+
+def _unassumed(size: int) -> int:
+    """Return a size about which torch.export assumes nothing: one that is 1 for the example would have to stay 1."""
+    if not isinstance(size, torch.SymInt):
+        return size
+    size = torch.scalar_tensor(size, dtype=torch.int64).item()
+    torch._check(size >= 1)
+    return size
+
+
 def _pool(x: Tensor, size: tuple[int, int]) -> Tensor:
-    return F.adaptive_avg_pool2d(x, size)
+    (height, width), (h, w) = x.shape[-2:], size
+    if torch.compiler.is_exporting() or height % h or width % w:
+        return F.adaptive_avg_pool2d(x, size)
+    return F.avg_pool2d(x, (height // h, width // w))  # the same, with deterministic gradients on a GPU
 
 
 def _resize(x: Tensor, size: tuple[int, int]) -> Tensor:

@@ -1,0 +1,51 @@
+"""Recognising label files of formats that detkit does not read, to say what to export instead."""
+
+import re
+from pathlib import Path
+
+from detkit.ops.files import open_regular
+
+LOOKED_AT = 2**16  # bytes of a file
+_EXPORT = "export COCO json, YOLO or Pascal VOC there"
+# What a file is whose beginning holds all of these words.
+KINDS: tuple[tuple[str, tuple[bytes, ...]], ...] = (
+    (f"a project of the VGG Image Annotator (VIA): {_EXPORT}", (b'"_via_',)),
+    (f"the VGG Image Annotator's own json: {_EXPORT}", (b'"regions"', b'"shape_attributes"')),
+    (f"the VGG Image Annotator's own json: {_EXPORT}", (b'"regions"', b'"filename"')),
+    (f"Label Studio's own json: {_EXPORT}", (b'"from_name"', b'"to_name"')),
+    (f"Label Studio's own json: {_EXPORT}", (b'"rectanglelabels"',)),
+    (f"Label Studio's own json: {_EXPORT}", (b'"annotations"', b'"result"')),
+    ("CreateML json: save the labels as YOLO or Pascal VOC", (b'"coordinates"', b'"annotation')),
+    ("LabelMe's json of one image: convert the set to COCO json", (b'"shapes"', b'"imagePath"')),
+    ("BDD100K json: convert it to COCO json", (b'"box2d"',)),
+    ("GeoJSON: convert it to COCO json", (b'"FeatureCollection"',)),
+    ("COCO panoptic json: take the file of instances", (b'"segments_info"',)),
+    ("a list of COCO results, not of labels", (b'"image_id"', b'"score"')),
+    (f"CVAT's own xml: {_EXPORT}", (b"<annotations>", b"<image ")),
+    (f"CVAT's own xml: {_EXPORT}", (b"<annotations>", b"<track ")),
+    ("Pascal VOC xml: read it by data=voc", (b"<annotation", b"<object>")),
+    ("a YOLO data.yaml: read it by data=yolo", (b"\nnames:", b"train:")),
+)
+
+
+def other_format(start: bytes) -> str:
+    """Return ``: it is ...``, which format the beginning of a label file is of and what to do; nothing if unknown."""
+    start = start[:LOOKED_AT]
+    for words, signs in KINDS:
+        if all(sign in start for sign in signs):
+            return f": it is {words}"
+    first, _, rest = start.partition(b"\n")
+    if rest and first.count(b",") >= 3 and re.fullmatch(rb"[^{}\[\]<>]+", first):
+        return ": it is a table (CSV): convert it to COCO json, YOLO or Pascal VOC"
+    if start.lstrip().startswith(b"<"):
+        return ": it is xml or a web page"
+    return ""
+
+
+def other_format_of(file: Path) -> str:
+    """Return what ``other_format`` says of a file."""
+    try:
+        with open_regular(file) as stream:
+            return other_format(stream.read(LOOKED_AT))
+    except OSError:
+        return ""

@@ -1,0 +1,68 @@
+"""torch.export takes a detector with the batch and the image's sides left open."""
+
+import io
+
+import pytest
+import torch
+from torch import nn
+from torch.export import Dim
+from torch.nn import functional as F
+from torch.utils._pytree import tree_leaves, tree_map
+
+import detkit
+from detkit.models.necks.repgd import pool_by_products
+from detkit.structures import AnchorOutput, DenseOutput
+
+COMPOSITIONS = {
+    "yolov8n": {"overrides": ["model.depth=0.1"]},
+    "yolov5n": {"model": "yolov5n", "overrides": ["model.depth=0.1"]},
+    "revcol": {
+        "backbone": "revcol_tiny",
+        "overrides": ["backbone.channels=[8,16,24,32]", "backbone.layers=[1,1,1,1]", "backbone.columns=2"],
+    },
+    "goldyolo_n": {
+        "model": "goldyolo_n",
+        "overrides": ["model.depth=0.1", *(f"neck.{part}_blocks=1" for part in ("low", "high", "rep"))],
+    },
+    "mobilenetv2": {"backbone": "mobilenetv2", "overrides": ["model.depth=0.1"]},
+}
+
+
+@pytest.mark.parametrize("name", COMPOSITIONS)
+def test_an_exported_detector_gives_the_same_at_other_sizes(name):
+    detector = detkit.create_model(num_classes=3, **COMPOSITIONS[name])
+    for module in detector.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.weight, 0.5, 1.5)  # of a new one some are 0, and hide what comes before
+    detector = detector.fuse()
+    sides = {2: 32 * Dim("rows", min=2, max=20), 3: 32 * Dim("columns", min=2, max=20)}
+    with torch.no_grad():
+        program = torch.export.export(
+            detector, (torch.rand(2, 3, 64, 96),), dynamic_shapes=({0: Dim("batch", max=8), **sides},)
+        )
+    if name == "yolov5n":  # what it gives holds tensors and numbers
+        file = io.BytesIO()
+        torch.export.save(program, file)
+        program = torch.export.load(file)
+    exported = program.module()
+    for shape in ((1, 3, 64, 64), (3, 3, 160, 96)):
+        images = torch.rand(shape)
+        with torch.no_grad():
+            found, expected = exported(images), detector(images)
+        assert type(found) is type(expected)
+        torch.testing.assert_close(tree_leaves(found), tree_leaves(expected), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (4, 6), (5, 12), (7, 12)])
+def test_pooling_by_products_is_adaptive_average_pooling(size):
+    x = torch.rand(2, 3, 7, 12)
+    torch.testing.assert_close(pool_by_products(x, size), F.adaptive_avg_pool2d(x, size))
+
+
+def test_outputs_of_heads_are_trees():
+    dense = (torch.rand(2, 6, 3), torch.rand(2, 6, 64), torch.rand(6, 2), torch.rand(6, 1))
+    for output in (DenseOutput(*dense), AnchorOutput(*dense, torch.rand(2, 6, 1), torch.rand(6, 2), ((1, 2, 3),))):
+        doubled = tree_map(lambda leaf: 2 * leaf if isinstance(leaf, torch.Tensor) else leaf, output)
+        assert type(doubled) is type(output)
+        assert torch.equal(doubled.cls, 2 * output.cls)
+        assert getattr(doubled, "levels", None) == getattr(output, "levels", None)
