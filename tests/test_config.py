@@ -10,7 +10,7 @@ import torch
 
 from detkit.config import as_hydra, check_values, compose_config, group_options, resolve
 from detkit.config.check import first_odd_value
-from detkit.config.schema import TASKS
+from detkit.config.commands import TASKS
 from detkit.data import transforms  # noqa: F401  (the readers and transforms register themselves)
 from detkit.errors import DetkitError
 from detkit.models.budget import TooLarge

@@ -511,7 +511,7 @@ def test_nothing_is_unpickled_freely(tmp_path, monkeypatch):
         (lambda c: c["state"].update(epok=1), "does not fit the run"),
         (lambda c: c["rng"].update(torch=3), "does not fit the run"),
         (lambda c: c.update(batches=7), "the training set now makes 5"),
-        (lambda c: c.update(batches="x"), "batches=x must be a whole number, 1 or more"),
+        (lambda c: c.update(batches=0), "batches=0 must be a whole number, 1 or more"),
         (lambda c: c.update(health=[0, 0, 0, 0, 0]), "health=[0, 0, 0, 0, 0] must be a list of four counts"),
         (lambda c: c.update(pending=-1), "pending=-1 must be"),
         (lambda c: c.update(ranks=0), "ranks=0 must be"),

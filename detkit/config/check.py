@@ -8,7 +8,8 @@ from typing import Any
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
-from detkit.config.schema import TASKS, Section
+from detkit.config.commands import TASKS
+from detkit.config.schema import Section
 from detkit.errors import DetkitError, nearest, shorten
 
 MAX_DEPTH = 50  # of mappings and lists within one another
