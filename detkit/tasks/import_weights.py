@@ -62,7 +62,7 @@ def run(cfg: dict[str, Any]) -> Checkpoint:
 
 def _tell(src: Path, dst: Path, found: Recognised, named: str, checkpoint: Checkpoint, place: str) -> str:
     """Say what was imported, and what to do with it."""
-    told = f"{src} is {found.what} ({named}{f', its {shorten(place)!r}' if place else ''})"
+    told = f"{src}{f', in its {shorten(place)!r},' if place else ''} is {found.what} ({named})"
     if checkpoint.part:
         left_out = f", without {len(found.left_out)} other tensors" if found.left_out else ""
         model = "" if named.startswith("model=") else "model=yolov8n "
