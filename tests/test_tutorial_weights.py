@@ -139,6 +139,8 @@ def test_akconv_s_sampling_has_to_be_said(tmp_path, capsys, ultralytics):
 
 
 def test_sampling_is_for_akconv(tmp_path):
+    torch.save(detkit.create_model("yolov5n_akconv").state_dict(), tmp_path / "own.pt")  # which samples as its model
+    imported(tmp_path / "own.pt", tmp_path / "own.safetensors", "model=yolov5n_akconv")
     torch.save(foreign(detkit.create_model("yolov8n").state_dict(), V8), tmp_path / "x.pt")
     with pytest.raises(DetkitError, match="sampling=paper is for files with AKConv layers"):
         imported(tmp_path / "x.pt", tmp_path / "x.safetensors", "sampling=paper")

@@ -104,7 +104,7 @@ def _with_sampling(src: Path, found: Recognised, cfg: Mapping[str, Any], samplin
     Raises:
         DetkitError: it is not said of a file with AKConvs, or said of one without.
     """
-    if not found.has_akconv:
+    if not found.akconv:
         if sampling is not None:
             raise DetkitError(f"sampling={sampling} is for files with AKConv layers: {src} has none")
         return cfg
