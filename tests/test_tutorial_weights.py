@@ -121,11 +121,11 @@ def test_a_tutorial_s_pickled_module_comes_back_as_it_was(tmp_path, monkeypatch,
         assert torch.equal(ours, theirs)
 
 
-def test_akconv_s_sampling_has_to_be_said(tmp_path, capsys):
+def test_akconv_s_sampling_has_to_be_said(tmp_path, capsys, ultralytics):
     """The tutorial's tensors fit the paper's AKConv, but mean other boxes."""
     own = ["backbone.block=[c3,c3,c3,{name: c3_akconv, sampling: tutorial}]"]
     detector = randomised(detkit.create_model("yolov5n_akconv", num_classes=2, overrides=own))
-    torch.save(tutorial_state(detector, V5), tmp_path / "x.pt")
+    torch.save({"model": ultralytics(tutorial_state(detector, V5)), "ema": None}, tmp_path / "x.pt")
     with pytest.raises(DetkitError, match="add sampling=tutorial for weights trained with that code, sampling=paper"):
         imported(tmp_path / "x.pt", tmp_path / "x.safetensors")
     images, outputs = torch.rand(1, 3, 64, 96), {}
@@ -139,6 +139,8 @@ def test_akconv_s_sampling_has_to_be_said(tmp_path, capsys):
 
 
 def test_sampling_is_for_akconv(tmp_path):
+    torch.save(detkit.create_model("yolov5n_akconv").state_dict(), tmp_path / "own.pt")  # which samples as its model
+    imported(tmp_path / "own.pt", tmp_path / "own.safetensors", "model=yolov5n_akconv")
     torch.save(foreign(detkit.create_model("yolov8n").state_dict(), V8), tmp_path / "x.pt")
     with pytest.raises(DetkitError, match="sampling=paper is for files with AKConv layers"):
         imported(tmp_path / "x.pt", tmp_path / "x.safetensors", "sampling=paper")

@@ -62,7 +62,7 @@ def run(cfg: dict[str, Any]) -> Checkpoint:
 
 def _tell(src: Path, dst: Path, found: Recognised, named: str, checkpoint: Checkpoint, place: str) -> str:
     """Say what was imported, and what to do with it."""
-    told = f"{src} is {found.what} ({named}{f', its {shorten(place)!r}' if place else ''})"
+    told = f"{src}{f', in its {shorten(place)!r},' if place else ''} is {found.what} ({named})"
     if checkpoint.part:
         left_out = f", without {len(found.left_out)} other tensors" if found.left_out else ""
         model = "" if named.startswith("model=") else "model=yolov8n "
@@ -104,7 +104,7 @@ def _with_sampling(src: Path, found: Recognised, cfg: Mapping[str, Any], samplin
     Raises:
         DetkitError: it is not said of a file with AKConvs, or said of one without.
     """
-    if not found.has_akconv:
+    if not found.akconv:
         if sampling is not None:
             raise DetkitError(f"sampling={sampling} is for files with AKConv layers: {src} has none")
         return cfg

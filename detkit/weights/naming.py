@@ -18,6 +18,7 @@ class Recognised:
         left_out: names of the file's tensors that are not among them.
         part: "backbone" where the file holds no whole detector that detkit knows, else None.
         head: keys of the head's config that the file decides.
+        akconv: whether it has AKConv layers, of which the tensors do not tell how they sample.
         notes: sentences on what else the user should know.
     """
 
@@ -27,6 +28,7 @@ class Recognised:
     left_out: tuple[str, ...] = ()
     part: str | None = None
     head: Mapping[str, Any] | None = None
+    akconv: bool = False
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -35,11 +37,6 @@ class Recognised:
         if "head.cls_branches.0.2.bias" in self.tensors:
             return rows(self.tensors["head.cls_branches.0.2.bias"])
         return rows(self.tensors.get("head.predictions.0.bias")) // 3 - 5
-
-    @property
-    def has_akconv(self) -> bool:
-        """Return whether one of its layers is an AKConv."""
-        return any(name.endswith(".p_conv.weight") for name in self.tensors)
 
 
 def rows(tensor: Tensor | None) -> int:

@@ -46,7 +46,8 @@ def yolov8(tensors: Mapping[str, Tensor]) -> Recognised | None:
     if not {"model.0.conv.weight", "model.22.dfl.conv.weight"} <= set(tensors):
         return None
     taken, left_out = _renamed(tensors, _BACKBONE | _V8_NECK | _v8_head(22))
-    return Recognised("YOLOv8", _csp_choices("yolov8", "c2f", tensors, taken), taken, left_out)
+    choices = _csp_choices("yolov8", "c2f", tensors, taken)
+    return Recognised("YOLOv8", choices, taken, left_out, akconv=_has_akconv(taken))
 
 
 def yolov5u(tensors: Mapping[str, Tensor]) -> Recognised | None:
@@ -55,7 +56,8 @@ def yolov5u(tensors: Mapping[str, Tensor]) -> Recognised | None:
         return None
     taken, left_out = _renamed(tensors, _BACKBONE | _V5_NECK | _v8_head(24))
     choices = _csp_choices("yolov5", "c3", tensors, taken)
-    return Recognised("YOLOv5u", (*choices, "head=yolov8") if choices else (), taken, left_out)
+    choices = (*choices, "head=yolov8") if choices else ()
+    return Recognised("YOLOv5u", choices, taken, left_out, akconv=_has_akconv(taken))
 
 
 def yolov5(tensors: Mapping[str, Tensor]) -> Recognised | None:
@@ -70,7 +72,7 @@ def yolov5(tensors: Mapping[str, Tensor]) -> Recognised | None:
     taken, left_out = _renamed(rest, _BACKBONE | _V5_NECK | {"24.m": "head.predictions"})
     taken["head.anchors_la2"] = torch.tensor([pixels[stride] for stride in STRIDES]).view(anchors.shape)
     choices = _csp_choices("yolov5", "c3", tensors, taken)
-    return Recognised("YOLOv5", choices, taken, left_out, head={"anchors": pixels})
+    return Recognised("YOLOv5", choices, taken, left_out, head={"anchors": pixels}, akconv=_has_akconv(taken))
 
 
 def yolov8_with_backbone(tensors: Mapping[str, Tensor]) -> Recognised | None:
@@ -127,6 +129,10 @@ def _renamed(tensors: Mapping[str, Tensor], places: Mapping[str, str]) -> tuple[
     if "head.bins" in taken:
         taken["head.bins"] = taken["head.bins"].flatten()
     return taken, left_out
+
+
+def _has_akconv(taken: Mapping[str, Tensor]) -> bool:
+    return any(name.endswith(".p_conv.weight") for name in taken)
 
 
 def _csp_choices(model: str, csp: str, tensors: Mapping[str, Tensor], taken: Mapping[str, Tensor]) -> tuple[str, ...]:
