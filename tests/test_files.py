@@ -56,11 +56,19 @@ def test_plain_yaml_is_read_with_its_aliases(tmp_path):
 
 def test_words_of_a_yaml_file_are_kept_where_that_is_asked_for(tmp_path):
     text = "n: [no, 1.0, 2024-01-01, 010, 12:30, 0x10, 1_000, ~, null, '', \"on\", =]\n"
-    text += "nc: 1_0\nk: {on: off, 1.0: {y: n}}\n"
+    text += "nc: 1_0\nk: {on: off, 1.0: {y: n}}\nz: ~\ne:\nw: ''\no: 1_0\n"
     (tmp_path / "file.yaml").write_text(text)
-    found = read_yaml(tmp_path / "file.yaml", as_written=("n", "k", "nc"))
+    found = read_yaml(tmp_path / "file.yaml", as_written=("n", "k", "nc", "z", "e", "w"))
     words = ["no", "1.0", "2024-01-01", "010", "12:30", "0x10", "1_000", "~", "null", "", "on", "="]
-    assert found == {"n": words, "nc": 10, "k": {"on": "off", "1.0": {"y": "n"}}}
+    assert found == {
+        "n": words,
+        "nc": "1_0",
+        "k": {"on": "off", "1.0": {"y": "n"}},
+        "z": None,
+        "e": None,
+        "w": "",
+        "o": 10,
+    }
     (tmp_path / "file.yaml").write_text("a: &a {0: yes, 1: b}\nn: {<<: *a, 2: off}\n")
     assert read_yaml(tmp_path / "file.yaml", as_written=("n",))["n"] == {"0": "yes", "1": "b", "2": "off"}
 

@@ -87,7 +87,8 @@ def test_class_ids_may_have_gaps(yolo_set):
         ("names: [a]\n", "needs 'train'"),
         ("train: {}\nnames: [a]\n", "needs 'train'"),
         ("train: nowhere\nnames: [a]\n", "there is no .*nowhere"),
-        ("path: 3\ntrain: nowhere\nnames: [a]\n", "'path' must be a folder"),
+        ("path: [3]\ntrain: nowhere\nnames: [a]\n", "'path' must be a folder"),
+        ("path: 3\ntrain: nowhere\nnames: [a]\n", "there is no .*3/nowhere"),
         ("train: labels\nnames: [a]\n", "lists no images"),
         ("train: \ud800", "not UTF-8"),
     ],
@@ -312,3 +313,12 @@ def test_splits_that_share_a_folder_have_no_labels_without_image(tmp_path):
     (tmp_path / "data.yaml").write_text("train: train.txt\nval: val.txt\nnames: [cat]\n")
     (problem,) = read_yolo("train", yaml=str(tmp_path / "data.yaml")).problems.problems
     assert (problem.kind, Path(problem.file).name) == ("labels_without_image", "c.txt")
+
+
+def test_folders_may_be_called_as_numbers_and_truth_values_are(yolo_set, tmp_path):
+    yaml = yolo_set("path: 2024\ntrain: on\nval: 010\nnames: [cat, dog]\n")
+    for folder in ("images", "labels"):
+        (tmp_path / "2024" / folder).mkdir(parents=True)
+    (tmp_path / "images" / "train").rename(tmp_path / "2024" / "on")
+    (tmp_path / "images" / "val").rename(tmp_path / "2024" / "010")
+    assert [len(read_yolo(split, yaml=str(yaml))) for split in ("train", "val")] == [2, 1]

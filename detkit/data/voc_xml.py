@@ -14,7 +14,7 @@ from detkit.ops.files import read_regular
 
 SIDES = ("xmin", "ymin", "xmax", "ymax")
 FIELDS = {"name", "difficult", *SIDES}  # of an object that are kept
-MAX_XML = 2**26  # bytes of one file
+MAX_XML = 2**25  # bytes of one file
 MAX_DEPTH = 100  # elements within one another
 MAX_OBJECTS = 100_000
 MAX_VALUE = 1000  # characters of a field that are kept

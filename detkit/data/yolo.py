@@ -23,6 +23,7 @@ from detkit.errors import DetkitError, shorten
 from detkit.ops.files import MAX_TEXT, read_regular, read_yaml
 from detkit.registry import DATASETS, SPLIT_NAMES
 
+WORDS = ("names", "path", "train", "val", "valid", "validation", "test")  # keys of a data.yaml that hold no numbers
 LARGEST = 1e6  # of a normalised value: beyond, it is nonsense
 
 
@@ -112,8 +113,8 @@ def _read_label_file(
             continue
         xyxy = _box(fields, keypoints)
         if xyxy is None:
-            shape = f"{keypoints} numbers of keypoints" if keypoints else "a polygon of 3 points or more in their place"
-            words = f"needs a class and 4 numbers, or {shape}, it is '{shorten(line, 80)}'"
+            rest = f", and {keypoints} of keypoints or none" if keypoints else ", or a polygon of 3 points or more"
+            words = f"needs a class and 4 numbers{rest}, it is '{shorten(line, 80)}'"
             columns.log.add("malformed_box", file, number, words)
             continue
         category = int(float(fields[0]))
@@ -150,7 +151,7 @@ def _box(fields: list[str], keypoints: int) -> tuple[float, float, float, float]
 def _load(file: Path) -> dict[str, Any]:
     """Parse the data.yaml."""
     try:
-        content = read_yaml(file, as_written=("names",))
+        content = read_yaml(file, as_written=WORDS)
     except OSError as error:
         raise DetkitError(f"cannot read data.yaml={file}: {error.strerror or error}") from None
     if not isinstance(content, dict):

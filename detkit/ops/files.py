@@ -16,7 +16,8 @@ from detkit.errors import DetkitError, shorten
 MAX_TEXT = 2**26  # bytes of a text file that is read whole
 MAX_YAML_NODES = 1_000_000  # values of a YAML file, counted as often as aliases repeat them
 MAX_YAML_DEPTH = 100  # of mappings and lists within one another
-WORD_TAGS = {f"tag:yaml.org,2002:{kind}" for kind in ("bool", "int", "float", "null", "timestamp", "value")}
+NULL_TAG = "tag:yaml.org,2002:null"
+WORD_TAGS = {NULL_TAG, *(f"tag:yaml.org,2002:{kind}" for kind in ("bool", "int", "float", "timestamp", "value"))}
 
 
 def open_regular(path: str | Path) -> BinaryIO:
@@ -64,8 +65,8 @@ def read_yaml(path: str | Path, as_written: Collection[str] = ()) -> Any:
     """Return the content of a YAML file: mappings, lists, text, numbers. Nothing in it is constructed freely.
 
     Args:
-        as_written: keys of the file below which keys and values are the words of the file: ``no`` is not False, ``1.0``
-            and ``2024-01-01`` are text.
+        as_written: keys of the file whose values, and all below them, are the words of the file: ``no`` is not False,
+            ``1.0`` and ``2024-01-01`` are text. One without a value is None all the same.
 
     Raises:
         OSError: as ``read_regular``.
@@ -83,7 +84,7 @@ def read_yaml(path: str | Path, as_written: Collection[str] = ()) -> Any:
                 raise DetkitError(f"{path} is refused: its aliases grow to more than {MAX_YAML_NODES:,} values")
             if isinstance(root, yaml.MappingNode):
                 for key, value in root.value:
-                    if key.value in as_written and isinstance(value, yaml.CollectionNode):
+                    if key.value in as_written and value.tag != NULL_TAG:
                         _keep_words(value)
             return loader.construct_document(root)
         finally:
