@@ -96,7 +96,7 @@ class Trainer:
                     self.obey()
             except WorkersLost as error:
                 self.save()
-                raise DetkitError(f"{error}; resume={self.run_dir} goes on after {self.state.step} batches") from None
+                raise DetkitError(f"{error}; resume={self.run_dir} goes on from what is saved") from None
         return self.state.results
 
     def fit_epoch(self, epoch: int) -> None:

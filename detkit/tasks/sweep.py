@@ -10,7 +10,6 @@ import io
 import json
 import os
 import platform
-import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping
@@ -103,7 +102,7 @@ def prepare_job(cfg: dict[str, Any]) -> None:
     """
     jobs = _parallel_jobs()
     if jobs > 1:
-        end_with_parent(signal.SIGTERM)  # a training saves
+        end_with_parent("SIGTERM")  # a training saves
     if jobs > 1 and cfg["workers"] == "auto":
         cfg["workers"] = max(worker_count("auto") // jobs, 1)
     gpus = torch.cuda.device_count() if cfg["device"] in ("auto", "cuda") else 0
