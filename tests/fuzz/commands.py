@@ -77,8 +77,7 @@ def command_line(rng: Random, material: Path, folder: Path) -> Trial:
     arguments = commands[task]
     if rng.random() < 0.12:
         odd = rng.choice(BROKEN)
-        name = odd.lstrip("+~-").partition("=")[0].strip()[:12]
-        return Trial([task, *arguments, odd], f"{odd!r:.60}", (name,) if name.isprintable() else ())
+        return Trial([task, *arguments, odd], f"{odd!r:.60}", tuple(re.findall(r"[\w%]{1,12}", odd)))
     key = rng.choice(_keys(task, tuple(arguments)))
     chance = rng.random()
     if chance < 0.1:
@@ -90,8 +89,7 @@ def command_line(rng: Random, material: Path, folder: Path) -> Trial:
     else:
         odd = f"{key}={rng.choice(SEARCHES if key == 'search' else VALUES)}"
     arguments = [argument for argument in arguments if argument.partition("=")[0] != key]
-    value = odd.partition("=")[2]
-    named = (key, *(part for part in key.split(".") if len(part) > 3), *re.findall(r"\w{3,20}", value)[:3])
+    named = (*re.findall(r"\w{4,20}", odd), *re.findall(r"\w+", odd.partition("=")[2])[:3])  # of the key or the value
     return Trial([task, *arguments, odd], f"{odd!r:.80}", named if task != "benchmark" else (*named, "peer"))
 
 

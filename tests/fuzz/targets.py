@@ -189,7 +189,8 @@ def run_directory(rng: Random, material: Path, folder: Path) -> Trial:
     else:
         what, _ = change_file(rng, file)
     more = rng.choice(([], [], ["trainer.epochs=2"]))
-    return Trial(["train", "resume=run", *more], what, (name,))
+    alike = {"config.yaml", "state.pt"}  # both hold the configuration
+    return Trial(["train", "resume=run", *more], what, tuple({name, *alike} if name in alike else {name}))
 
 
 # Pictures
