@@ -120,7 +120,7 @@ class RunLog:
         self.close(finished=error is None)
 
     def _keep(self, name: str, path: Path, data: bytes, step: int) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(exist_ok=True)  # but not a run directory that somebody has removed
         write_atomically(path, data)
         self._send(lambda logger: logger.picture(name, path, step))
 
