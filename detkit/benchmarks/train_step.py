@@ -282,9 +282,11 @@ def _make_step(cfg: dict[str, Any], variant: Variant, tell: Callable[[str], None
         network = compile_network(detector, precision, cfg["image_size"], images, tell)
     loss, options = build_loss(cfg, detector.head), {"accumulate": 1, "clip": 10.0, "network": network}
     step = TrainStep(detector, loss, recipe, schedule, precision, **options)
-    batch = _noise(cfg, images).to(device)
+    batch = _noise(cfg, images)
     batch.images = batch.images.to(memory_format=layout)
-    return lambda: step(batch, 0, 0)
+    if device.type == "cuda":
+        batch = batch.pin_memory()  # as a loader's, and the peer's: moving it is part of a step
+    return lambda: step(batch.to(device), 0, 0)
 
 
 def _noise(cfg: dict[str, Any], images: int) -> Batch:

@@ -162,8 +162,8 @@ def test_evaluating_and_predicting(finished_run, shapes_root, cuda, tmp_path):
     metrics = eval_task.run(resolve(compose_config("eval", words)))
     assert set(METRICS) <= metrics.keys()
     found = []
-    for device in (cuda, "cpu"):
-        out = tmp_path / f"predict-{device}"
+    for k, device in enumerate((cuda, "cpu")):
+        out = tmp_path / f"predict{k}"
         words = [ckpt, f"source={shapes_root / 'images' / 'val'}", f"run_dir={out}", "score=0.001", "max_det=3"]
         predict.run(resolve(compose_config("predict", [*words, f"device={device}"])))
         found.append(json.loads((out / "predictions.json").read_text()))

@@ -17,6 +17,7 @@ from detkit.report.console import make_console
 from detkit.structures import Batch
 from tests.gpu.conftest import SMALL, make_step, noise, nothing_waits
 
+pytestmark = pytest.mark.gpu
 MODELS = [  # one of every backbone, neck, head and block that is no other's twin
     "model=yolov8n",
     "model=yolov5n",
@@ -27,12 +28,10 @@ MODELS = [  # one of every backbone, neck, head and block that is no other's twi
     "backbone=timm",
 ]
 REVCOL = "backbone=revcol_tiny backbone.columns=3 backbone.layers=[1,1,1,1] backbone.channels=[16,32,48,64]"
-GPU = pytest.mark.gpu
 
 
 @pytest.mark.parametrize("amp", ["off", "bf16", "fp16"])
 @pytest.mark.parametrize("words", ["model=yolov8n", "model=yolov5n", REVCOL])
-@GPU
 def test_a_batch_is_learnt(words, amp, cuda):
     """In thirty steps: a loss that grows with the overlaps rises first, then falls."""
     step, batch = make_step(f"{words} {SMALL}", cuda, amp), noise(cuda)
@@ -52,7 +51,6 @@ def test_a_batch_is_learnt(words, amp, cuda):
         ("model=yolov8n", "adamw", "off"),
     ],
 )
-@GPU
 def test_a_step_never_waits(words, optimizer, amp, cuda, deterministic):
     step = make_step(f"{words} {SMALL}", cuda, amp, optimizer)
     batches = [noise(cuda) for _ in range(4)]
@@ -62,7 +60,6 @@ def test_a_step_never_waits(words, optimizer, amp, cuda, deterministic):
             step(batches[k], k, 0)
 
 
-@GPU
 def test_revcol_waits_once_a_forward_pass(cuda, deterministic):
     """For its alphas: what it remembers for the backward pass is the host's decision."""
     if cuda.type != "cuda":
@@ -98,7 +95,6 @@ class Watched(list):
         return next(k for k, other in enumerate(self) if other is batch)
 
 
-@GPU
 def test_the_loop_waits_only_where_a_line_is_due(cuda, deterministic, tmp_path, monkeypatch):
     step = make_step(f"model=yolov8n {SMALL}", cuda, "bf16")
     batches = [noise(torch.device("cpu")) for _ in range(7)]
@@ -115,14 +111,14 @@ def test_the_loop_waits_only_where_a_line_is_due(cuda, deterministic, tmp_path, 
 
 
 @pytest.mark.parametrize("words", [*MODELS, REVCOL])
-def test_nan_in_the_weights_is_skipped_steps(words, device):
+def test_nan_in_the_weights_is_skipped_steps(words, cuda):
     """And no index that a GPU would not survive: what comes after still computes."""
-    step = make_step(f"{words} {SMALL}", device, "off")
+    step = make_step(f"{words} {SMALL}", cuda, "off")
     with torch.no_grad():
         next(step.detector.parameters()).fill_(torch.nan)
     before = [p.clone() for p in step.detector.parameters()]
     for k in range(2):
-        terms = step(noise(device, images=2), k, 0)
+        terms = step(noise(cuda, images=2), k, 0)
         assert all(term == 0 for term in terms.values())
     counts = step.health.read()
     assert (counts.bad_losses, counts.skipped_steps, counts.in_a_row) == (2, 2, 2)
@@ -132,7 +128,6 @@ def test_nan_in_the_weights_is_skipped_steps(words, device):
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw", "muon"])
 @pytest.mark.parametrize("amp", ["off", "fp16"])
-@GPU
 def test_a_bad_batch_changes_nothing(optimizer, amp, cuda):
     step = make_step(f"model=yolov8n {SMALL}", cuda, amp, optimizer)
     step.scaler = torch.amp.GradScaler(cuda.type, init_scale=1.0, enabled=step.scaler.is_enabled())
@@ -160,7 +155,6 @@ def learnt(words: str, device: torch.device) -> TrainStep:
 
 
 @pytest.mark.parametrize("words", [*MODELS, REVCOL])
-@GPU
 def test_training_twice_gives_the_same_bits(words, cuda, deterministic, monkeypatch):
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.backends.cuda.enable_mem_efficient_sdp(False)  # as make_deterministic does
