@@ -1,12 +1,18 @@
 """TensorBoard, which every run writes: ``tensorboard --logdir runs``."""
 
+import io
+import os
+import socket
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from PIL import Image
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
-from torch.utils.tensorboard import SummaryWriter
+from tensorboard.summary.writer.record_writer import RecordWriter
 from torch.utils.tensorboard.summary import hparams, pr_curve_raw, scalar
 from torch.utils.tensorboard.summary import text as as_text
 
@@ -25,8 +31,9 @@ class TensorBoard:
 
     def __init__(self, run_dir: Path, step: int) -> None:
         self.run_dir = run_dir
-        self.writer: SummaryWriter | None = None  # opened by the first call, which may fail
-        self.purge_step: int | None = step + 1
+        self.next_step: int | None = step + 1  # to be said once
+        self.file: BinaryIO | None = None  # opened by the first call
+        self.files = 0
         self.end: Summary | None = None  # of the session that the HParams tab shows
 
     def scalars(self, values: Mapping[str, float], step: int) -> None:
@@ -68,17 +75,34 @@ class TensorBoard:
     def close(self, finished: bool) -> None:
         if finished and self.end is not None:
             self._write([self.end], 0)
-        if self.writer is not None:
-            self.writer.close()
+        if self.file is not None:
+            self.file.close()
 
     def _write(self, summaries: Iterable[Summary], step: int) -> None:
         """Write to the disk, before a state is saved that counts this step as done."""
         try:
-            if self.writer is None:
-                self.writer, self.purge_step = SummaryWriter(self.run_dir, purge_step=self.purge_step), None
+            if self.file is None:
+                self._open()
             for summary in summaries:
-                self.writer.file_writer.add_summary(summary, step)
-            self.writer.flush()
+                self._append(Event(wall_time=time.time(), step=step, summary=summary))
         except OSError:
-            self.writer = None  # it would raise this for ever; the next call begins another file
+            self.file = None  # half a record ends it; the next call begins another
             raise
+
+    def _open(self) -> None:
+        """Begin a file, as SummaryWriter does; that one writes in a thread, where an error is a traceback."""
+        now, self.files = time.time(), self.files + 1
+        name = f"events.out.tfevents.{int(now):010}.{socket.gethostname()}.{os.getpid()}.{self.files}"
+        self.file = open(self.run_dir / name, "wb", buffering=0)  # noqa: SIM115
+        self._append(Event(wall_time=now, file_version="brain.Event:2"))
+        if self.next_step is not None:
+            session = SessionLog(status=SessionLog.START)
+            self._append(Event(wall_time=now, step=self.next_step, session_log=session))
+            self.next_step = None
+
+    def _append(self, event: Event) -> None:
+        record = io.BytesIO()
+        RecordWriter(record).write(event.SerializeToString())
+        rest = record.getbuffer()
+        while rest:
+            rest = rest[self.file.write(rest) :]
