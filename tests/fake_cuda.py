@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 CUDA = torch.device("cuda")
 # Operators of which the result, or its size, is read by the host. Most have no fake form and raise by themselves.
 WAITING = ("_local_scalar_dense", "item", "nonzero", "masked_select", "unique", "_unique2", "equal")
-# With deterministic algorithms, these copy strides to the device (up to torch 2.10 at least), and sort their indices.
+# With deterministic algorithms these sort their indices; in older releases of torch they wait for the device, too.
 SORTING = ("scatter.src", "scatter_.src", "scatter_add", "scatter_add_", "scatter_reduce.sum", "scatter_reduce.mean")
 
 
