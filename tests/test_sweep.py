@@ -12,13 +12,13 @@ from pathlib import Path
 
 import pytest
 import torch.distributed as dist
-from conftest import run_command
 
 from detkit import cli
 from detkit.config import explain
 from detkit.engine import distributed, meeting
 from detkit.engine.checkpoint import write_atomically
 from detkit.tasks import sweep as sweep_task
+from tests.conftest import run_command
 
 TOOL = str(Path(__file__).parents[1] / "tools" / "train.py")
 TINY = ["model.width=0.0625", "trainer.epochs=1", "amp=off"]

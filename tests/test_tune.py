@@ -9,7 +9,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import run_command
 from hydra.core.global_hydra import GlobalHydra
 
 from detkit.engine.state import TrainState
@@ -17,6 +16,7 @@ from detkit.engine.trainer import Trainer
 from detkit.errors import DetkitError
 from detkit.tasks import train, tune
 from detkit.tasks.search_space import as_overrides, check_space, folder_name, read_space, trial_config
+from tests.conftest import run_command
 
 optuna = pytest.importorskip("optuna")
 

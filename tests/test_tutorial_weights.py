@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_weights import V5, V8, foreign, imported, on_meta, randomised, save_and_forget
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
@@ -15,6 +14,7 @@ from detkit.errors import DetkitError
 from detkit.tasks.import_weights import make_checkpoint
 from detkit.weights.recognise import recognise
 from detkit.weights.source import Source
+from tests.test_weights import V5, V8, foreign, imported, on_meta, randomised, save_and_forget
 
 NECK = {
     "neck.context": "model.1",

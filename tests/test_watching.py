@@ -14,12 +14,10 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import run_command
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams import plugin_data_pb2
 from tensorboard.summary.writer.record_writer import RecordWriter
-from test_evaluator import random_predictions, random_set
 from torchvision.ops import box_iou
 
 from detkit.config import compose_config, resolve
@@ -40,6 +38,8 @@ from detkit.report.console import make_console
 from detkit.report.plots import draw_confusion, draw_curves, draw_evaluation, save_figure
 from detkit.structures import Batch
 from detkit.tasks import resume, train, watch
+from tests.conftest import run_command
+from tests.test_evaluator import random_predictions, random_set
 
 CPU = torch.device("cpu")
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
@@ -43,7 +44,7 @@ def compose_config(name: str, overrides: Sequence[str] = ()) -> DictConfig:
     except ValueError as error:
         if GROUP_ERROR not in str(error):
             raise
-        raise DetkitError(explain(error, name)) from None
+        raise DetkitError(explain(error, name, overrides)) from None
 
 
 def as_hydra(overrides: Sequence[str]) -> list[str]:
@@ -136,7 +137,7 @@ def _explain(error: Exception, name: str, overrides: Sequence[str]) -> str:
     if FLAGS_ERROR in text:
         return "-m runs a sweep and --cfg shows one configuration: give one of them"
     if GROUP_ERROR in text:
-        return "a group was set to null or to a number: give it the name of one of its options, such as model=yolov8n"
+        return _no_name([o for o in overrides if "=" in o and not o.startswith("-")])
     if isinstance(error, MissingMandatoryValue):
         return f"a value is missing: {text.splitlines()[0]}"
     match = re.search(r"Could not (?:override|append to|delete from config\.?)[^']*'([^'@]+)[^']*'", text)
@@ -147,6 +148,16 @@ def _explain(error: Exception, name: str, overrides: Sequence[str]) -> str:
         return f"there is no key '{key}'{nearest(key, known)}"
     cause = error.__cause__ or error
     return f"{text.splitlines()[0]} ({str(cause).splitlines()[0]})" if cause is not error else text.splitlines()[0]
+
+
+def _no_name(overrides: Sequence[str]) -> str:
+    """Say which of the overrides sets a group to what Hydra reads as something else than text."""
+    for override in OverridesParser.create().parse_overrides(list(overrides)):
+        key, value = override.key_or_group, override.value()
+        if isinstance(value, (bool, int, float, type(None))) and (options := group_options(key)):
+            shown = shorten(override.get_value_element_as_str())
+            return f"{key}={shown} is no name of an option: known are {', '.join(options)}"
+    return "a group was set to null or to a number: give it the name of one of its options, such as model=yolov8n"
 
 
 def _known_keys(name: str, overrides: Sequence[str]) -> list[str]:

@@ -7,12 +7,12 @@ from typing import Any
 
 import numpy as np
 
-from detkit.errors import DetkitError, shorten
+from detkit.errors import DetkitError, printable, shorten
 
 NOTE = "note"  # worth knowing; nothing is lost
 MENDED = "mended"  # used after a correction
 LEFT_OUT = "left out"  # not used
-MAX_DETAIL = 1000  # characters of a finding
+MAX_DETAIL = 1000  # characters of a finding, and of the file's name in it
 WRONG = "wrong"  # used as it is: only check_data looks for it
 
 
@@ -74,12 +74,6 @@ class Problem:
         return printable(f"{place}: {self.detail}")
 
 
-def printable(text: str) -> str:
-    """Return text that any terminal and file takes: names that are no Unicode, and line breaks, as escapes."""
-    text = text.encode(errors="backslashreplace").decode()
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-
-
 class ProblemLog:
     """Counts every problem and keeps the first ``limit`` of a kind, so that a bad set cannot fill the memory.
 
@@ -96,7 +90,10 @@ class ProblemLog:
     def add(self, kind: str, file: object, line: int | None, detail: str) -> None:
         """Count a problem; keep it while there is room."""
         if self.counts[kind] < self.limit:
-            self.problems.append(Problem(kind, str(file), line, shorten(detail, MAX_DETAIL)))
+            name = str(file)
+            if len(name) > MAX_DETAIL:  # longer than most systems have them: not a name, or not of this machine
+                name = shorten(name, MAX_DETAIL)
+            self.problems.append(Problem(kind, name, line, shorten(detail, MAX_DETAIL)))
         self.counts[kind] += 1
 
     def extend(self, kind: str, found: np.ndarray, describe: Callable[[int], tuple[object, int | None, str]]) -> None:

@@ -131,7 +131,7 @@ def read_weights(path: str | Path, names: Iterable[str]) -> dict[str, Tensor]:
             raise DetkitError(f"{path} holds {gib(size)} of weights, more than the {gib(free)} of free memory")
         with safe_open(path, "pt") as file:
             weights = {name: file.get_tensor(name) for name in names}
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, MemoryError) as error:
         raise DetkitError(f"{path} is truncated or damaged ({shorten(str(error))})") from None
     if name := first_not_finite(weights):
         raise DetkitError(f"{path}: its weights are not finite: '{shorten(name)}' holds NaN or infinity")
@@ -200,7 +200,7 @@ def _metadata(path: Path) -> tuple[dict[str, str], dict[str, TensorInfo]]:
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118  (it is no dict)
             tensors = {name: TensorInfo(tuple(s.get_shape()), s.get_dtype()) for name, s in slices.items()}
             return file.metadata() or {}, tensors
-    except SafetensorError as error:
+    except (SafetensorError, MemoryError) as error:  # MemoryError: a sparse file, larger than what can be mapped
         reason = shorten(str(error))
         raise DetkitError(f"{path} is not a safetensors file, or is truncated ({reason})") from None
 

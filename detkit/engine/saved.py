@@ -57,9 +57,9 @@ class Current(Section):
     batches: int = whole("learned from")
     images: int = whole("learned from")
     seconds: float = number("spent")
-    waited: float = number("of these")
+    waited: float = number("of these; the first versions did not save it", default=0.0)
     losses: dict[str, Any] = field("sums of the loss terms", "a mapping of terms to tensors")
-    grad_norm: Any = field("of the latest gradient")
+    grad_norm: Any = field("of the latest gradient; likewise", default=None)
 
 
 class ClassResult(Section):
@@ -161,7 +161,8 @@ def first_wrong(content: Mapping[str, Any]) -> str:
         return odd
     state = content["state"]
     current = state["current"]
-    for name, tensor in {**current["losses"], "grad_norm": current["grad_norm"]}.items():
+    numbers = current["losses"] | {"grad_norm": current["grad_norm"]} if "grad_norm" in current else current["losses"]
+    for name, tensor in numbers.items():
         if not _is_plain(tensor) or tensor.ndim:
             return f"state.current: '{name}' must be a tensor of one number"
     if state["epoch"] and not all(state["results"].get(key) for key in ("best", "last")):

@@ -11,6 +11,24 @@ SIGNALS = ("SIGTERM", "SIGUSR1", "SIGINT")
 FOREIGN = "SIGUSR2"  # noted only where somebody's handler waits for it: submitit's requeues the job and exits
 
 
+@contextmanager
+def ignore_hangup() -> Iterator[None]:
+    """Ignore SIGHUP, which says that the terminal is gone, unless somebody's handler waits for it.
+
+    Only the main thread can; in another one nothing happens.
+    """
+    hangup = getattr(signal, "SIGHUP", None)
+    main = threading.current_thread() is threading.main_thread()
+    ends = main and hangup is not None and signal.getsignal(hangup) is signal.SIG_DFL
+    if ends:
+        signal.signal(hangup, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        if ends:
+            signal.signal(hangup, signal.SIG_DFL)
+
+
 class StopRequest:
     """Whether signals have asked for the end."""
 
@@ -26,7 +44,7 @@ class StopRequest:
     @contextmanager
     def watch(self) -> Iterator[None]:
         """Note SIGTERM, SIGUSR1 and SIGINT, and SIGUSR2 where there is a handler for it; the same signal again has its
-        usual effect. SIGHUP, which says that the terminal is gone, is ignored unless there is a handler for it.
+        usual effect.
 
         Only the main thread can; in another one nothing is noted.
         """
@@ -38,17 +56,11 @@ class StopRequest:
         self.before = {k: h for k, h in handlers.items() if signal.Signals(k).name in SIGNALS or callable(h)}
         for signum in self.before:
             signal.signal(signum, self._note)
-        hangup = getattr(signal, "SIGHUP", None)
-        closes = hangup is not None and signal.getsignal(hangup) is signal.SIG_DFL
-        if closes:
-            signal.signal(hangup, signal.SIG_IGN)
         try:
             yield
         finally:
             for signum, handler in self.before.items():
                 signal.signal(signum, handler)
-            if closes:
-                signal.signal(hangup, signal.SIG_DFL)
 
     def obey(self, signum: int) -> None:
         """End the process with the status that schedulers know: 128 and the signal's number.

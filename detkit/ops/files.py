@@ -93,7 +93,7 @@ def read_yaml(path: str | Path, as_written: Collection[str] = ()) -> Any:
         raise DetkitError(f"{path} is not a yaml file: it is not UTF-8 text") from None
     except RecursionError:
         raise DetkitError(f"{path} is refused: its values are nested too deeply, or within themselves") from None
-    except (yaml.YAMLError, ValueError, TypeError, OverflowError) as error:
+    except (yaml.YAMLError, ValueError, TypeError, OverflowError, AttributeError) as error:  # of "!!timestamp x"
         if isinstance(error, DetkitError):
             raise
         mark = getattr(error, "problem_mark", None)

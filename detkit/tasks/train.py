@@ -29,6 +29,7 @@ from detkit.engine.memory import COPIES_TRAINED, check_batch, choose_batch_size,
 from detkit.engine.optim import Recipe, Schedule, accumulation, describe_factors
 from detkit.engine.parts import freeze
 from detkit.engine.precision import Precision, is_out_of_memory, keep_freed_memory, make_deterministic
+from detkit.engine.signals import ignore_hangup
 from detkit.engine.state import STATE, TrainState, read_state, restore, saved_recipe
 from detkit.engine.step import TrainStep
 from detkit.engine.trainer import Trainer, no_better
@@ -70,6 +71,7 @@ class Training:
     console: Console
 
 
+@ignore_hangup()  # a training goes on without its terminal
 def run(cfg: dict[str, Any], stop_early: Callable[[TrainState], str | None] = lambda state: None) -> dict[str, Any]:
     """Train what ``cfg`` (configs/train.yaml, resolved) describes; return the best and the last metrics.
 
