@@ -89,6 +89,18 @@ def test_two_records_of_one_file_are_one_image(coco_set):
     assert annotations.problems.summary() == "left out: images listed twice (1)"
 
 
+def test_each_record_of_one_file_has_a_size_of_its_own(coco_set):
+    """The boxes of one that was labelled larger shrink with it; those of one of another shape cannot be trusted."""
+    image = IMAGES[2]
+    larger = image | {"id": 5, "height": 2 * image["height"], "width": 2 * image["width"]}
+    odd = image | {"id": 6, "height": 3 * image["height"]}
+    records = [image, larger, odd, image | {"id": 8}]  # the file is of the size that the last one states
+    boxes = [ANNOTATIONS[0] | {"image_id": 5, "bbox": [10, 10, 10, 10]}, ANNOTATIONS[0] | {"image_id": 6}]
+    annotations = read_coco("train", root=str(coco_set(records, boxes, CATEGORIES)))
+    assert annotations.boxes.tolist() == [[5, 5, 10, 10]]
+    assert annotations.problems.counts["contradicting_size"] == 1
+
+
 def test_an_image_outside_the_folder_may_come_later(coco_set):
     """The index does not see that folder, so it is not used."""
     root = coco_set(IMAGES, ANNOTATIONS, CATEGORIES)

@@ -81,12 +81,12 @@ def judge_images(paths: Sequence[str], probes: np.ndarray, stated: np.ndarray, l
     for bit, (kind, words) in KINDS_OF_FLAGS.items():
         found = np.flatnonzero(flags & bit)
         log.extend(kind, found, lambda k, words=words: (paths[k], None, words or why_unreadable(paths[k])))
-    first_of = _first_of_each(paths)
-    first = first_of == np.arange(len(paths))
+    positions, first_of = np.arange(len(paths)), _first_of_each(paths)
+    first = first_of == positions
     log.extend("repeated_image", np.flatnonzero(~first), lambda k: (paths[k], None, "listed before"))
-    usable = ((flags & UNUSABLE) == 0) & first
+    readable = (flags & UNUSABLE) == 0
 
-    differs = usable & (stated > 0).all(1) & (stated != sizes).any(1)
+    differs = readable & (stated > 0).all(1) & (stated != sizes).any(1)
     turned = differs & (flags & ROTATED > 0) & (stated == stored).all(1)
     with np.errstate(divide="ignore", invalid="ignore"):
         scale = sizes / stated
@@ -100,7 +100,9 @@ def judge_images(paths: Sequence[str], probes: np.ndarray, stated: np.ndarray, l
     log.extend("stated_size", np.flatnonzero(turned | resized), describe)
     log.extend("contradicting_size", np.flatnonzero(contradicting), describe)
     scale = np.where(resized[:, None], scale[:, ::-1], 1.0)
-    return ImageVerdict(usable & ~contradicting, first_of, scale, turned, stored, flags >> ORIENTATION_SHIFT)
+    usable = readable & first & ~contradicting
+    first_of = np.where(contradicting, positions, first_of)  # boxes that cannot be trusted are not given to the first
+    return ImageVerdict(usable, first_of, scale, turned, stored, flags >> ORIENTATION_SHIFT)
 
 
 def turn_boxes(boxes: np.ndarray, stored: np.ndarray, orientation: np.ndarray) -> np.ndarray:
