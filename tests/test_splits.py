@@ -1,6 +1,7 @@
 """Every split of a set is known by its name, read, checked, converted and evaluated."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -254,9 +255,24 @@ def test_a_split_under_a_second_name_is_a_note(tmp_path, monkeypatch, capsys):
     run = [f"fix={tmp_path / 'copy'}", f"run_dir={tmp_path / 'run'}", "workers=1"]
     status, out, _ = run_command(monkeypatch, capsys, "check_data", "data=yolo", f"data.yaml={file}", *run)
     assert status == 0, out
-    assert "note: splits that are another one under a second name: 1 in val" in out
+    assert "note: splits without an image of their own: 1 in val" in out
     copy = {"name": "yolo", "yaml": str(tmp_path / "copy/data.yaml")}
     assert [len(DATASETS.build(copy, split)) for split in splits_of(copy)] == [1, 2, 2]
+
+
+def test_a_list_of_all_images_or_of_a_few_takes_none_from_train(sets, tmp_path, monkeypatch, capsys):
+    root = tmp_path / "set"
+    shutil.copytree(sets["voc"]["root"], root)
+    lists = root / "ImageSets" / "Main"
+    (lists / "all.txt").write_text((lists / "train.txt").read_text() + (lists / "val.txt").read_text())
+    (lists / "few.txt").write_text((lists / "train.txt").read_text().partition("\n")[0])
+    run = [f"fix={tmp_path / 'copy'}", f"run_dir={tmp_path / 'run'}", "workers=1"]
+    status, out, _ = run_command(monkeypatch, capsys, "check_data", "data=voc", f"data.root={root}", *run)
+    assert status == 0, out
+    assert "note: splits without an image of their own: 1 in all, 1 in few" in out
+    copy = {"name": "voc", "root": str(tmp_path / "copy")}
+    counts = {split: len(DATASETS.build(copy, split)) for split in splits_of(copy)}
+    assert counts == {"train": 2, "val": 2, "test": 2, "holdout": 2, "all": 4, "few": 1}
 
 
 def test_a_split_of_which_nothing_is_left_is_dropped_from_a_cleaned_copy(tmp_path, monkeypatch, capsys):

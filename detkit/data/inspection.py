@@ -13,7 +13,7 @@ import numpy as np
 from detkit.data.annotations import Annotations
 from detkit.data.files import images_in, map_files
 from detkit.data.problems import ProblemLog
-from detkit.data.splits import held_out_first
+from detkit.data.splits import HELD_OUT_FIRST, held_out_first
 from detkit.errors import DetkitError
 from detkit.ops.image import read_image
 
@@ -28,7 +28,8 @@ def inspect_images(
 
     Returns:
         (N,) bool for each split: the images to keep. Damaged ones are not; one that several splits have is kept in
-        test, else in val, and in train last.
+        test, else in val, and in train last. A split that only picks among the images of these three keeps what they
+        keep.
 
     Raises:
         DetkitError: a decoding process was killed, as it is where memory runs out.
@@ -37,9 +38,13 @@ def inspect_images(
     keep = {split: np.array([not damage for _, damage in looks[split]], bool) for split in splits}
     owner: dict[bytes, tuple[str, Path]] = {}  # split and first image of each hash
     seen: list[str] = []
+    picks = _selections(splits)
     for split in held_out_first(splits):
         annotations, log = splits[split], logs[split]
         first = _log_images(annotations, looks[split], log)
+        if split in picks:
+            log.add("same_split", annotations.source, None, "lists images of train, val and test alone")
+            continue
         twin = next((other for other in seen if splits[other].paths == annotations.paths), None)
         if twin is not None:
             log.add("same_split", annotations.source, None, f"lists the images of {twin}")
@@ -53,8 +58,18 @@ def inspect_images(
                 words = f"is in {other}, too" if path == image else f"shows the same as the {other} image {image}"
                 log.add("leaked_image", path, None, words)
         owner |= {digest: (split, path) for digest, path in first.items() if digest not in owner}
+    if picks:
+        kept = {path for split in seen for path, good in zip(splits[split].paths, keep[split], strict=True) if good}
+        keep |= {split: np.array([path in kept for path in splits[split].paths], bool) for split in picks}
     log_unlabelled(splits, logs)
     return keep
+
+
+def _selections(splits: Mapping[str, Annotations]) -> list[str]:
+    """Return the splits beside train, val and test without an image of their own, as lists of all or of a few have."""
+    others = splits.keys() - HELD_OUT_FIRST
+    known = {path for split in splits.keys() - others for path in splits[split].paths} if others else set()
+    return [split for split in sorted(others) if known.issuperset(splits[split].paths)]
 
 
 def _log_images(annotations: Annotations, looks: list[Look], log: ProblemLog) -> dict[bytes, Path]:

@@ -47,7 +47,7 @@ KINDS: dict[str, Kind] = {
     "damaged_image": Kind("images damaged within, found by decoding them", WRONG),
     "leaked_image": Kind("images that are in another split, too", WRONG),
     "unlabelled_split": Kind("splits without any box, which cannot be evaluated", NOTE),
-    "same_split": Kind("splits that are another one under a second name", NOTE),
+    "same_split": Kind("splits without an image of their own", NOTE),
     "exif_rotated": Kind("images turned upright by their EXIF orientation", NOTE),
     "gray_image": Kind("gray images", NOTE),
     "deep_image": Kind("images of more than 8 bits a channel, read as 8", NOTE),
