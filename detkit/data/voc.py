@@ -146,7 +146,7 @@ def _read_split(
         for obj in objects:
             xyxy = _box(obj, one_based)
             if xyxy is None:
-                words = f"<object> needs a name and a <bndbox> of numbers, it has {shorten(obj.fields, 100)}"
+                words = f"<object> needs a printable name and a <bndbox> of numbers, it has {shorten(obj.fields, 100)}"
                 log.add("malformed_box", file, obj.line, words)
                 continue
             label = classes.setdefault(obj.fields["name"], len(classes))
