@@ -83,6 +83,7 @@ def test_class_ids_may_have_gaps(yolo_set):
         ("train: images/train\nnames: [a]\nkpt_shape: 17\n", "'kpt_shape' must be .*, it is 17"),
         ("train: images/train\nnames: [a]\nkpt_shape: [17, 4]\n", "'kpt_shape' must be"),
         ("train: images/train\nnames: [a, a]\n", "same name twice"),
+        ("train: images/train\nnames: [a, 'a ']\n", "same name twice"),
         ("train: images/train\nnames: [a, b]\nnc: 3\n", "'nc' is 3, but 'names' holds 2"),
         ("names: [a]\n", "needs 'train'"),
         ("train: {}\nnames: [a]\n", "needs 'train'"),
