@@ -186,6 +186,13 @@ def test_of_labels_with_keypoints_the_first_four_numbers_are_the_box(yolo_set, t
     np.testing.assert_allclose(read_yolo("train", yaml=str(yaml)).boxes, [[10, 5, 20, 15]])
 
 
+@pytest.mark.parametrize("shape", ["'[3, 3]'", "(3, 3)", "'3 3'", "[3.0, '3']"])
+def test_the_shape_of_keypoints_may_be_text(yolo_set, tmp_path, shape):
+    yaml = yolo_set(f"train: images/train\nnames: [cat, dog]\nkpt_shape: {shape}\n")
+    (tmp_path / "labels" / "train" / "a.txt").write_text(POSE)
+    np.testing.assert_allclose(read_yolo("train", yaml=str(yaml)).boxes, [[40, 15, 60, 35]])
+
+
 def test_pipes_in_place_of_files_are_not_waited_for(yolo_set, tmp_path):
     yaml = yolo_set()
     (tmp_path / "labels" / "train" / "a.txt").unlink()
