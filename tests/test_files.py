@@ -36,6 +36,7 @@ def test_only_regular_files_are_opened(tmp_path):
         + "".join(f"l{k}: &a{k} [{', '.join([f'*a{k - 1}'] * 10)}]\n" for k in range(1, 9)),
         "a: 2001-99-99\n",
         "? [1, 2]\n: 3\n",
+        "names: {0: a, 1: b, 1: c}\n",
     ],
 )
 def test_a_yaml_file_that_is_no_plain_data_is_refused_by_name(tmp_path, text):
@@ -49,17 +50,25 @@ def test_a_yaml_file_that_is_no_plain_data_is_refused_by_name(tmp_path, text):
     assert len(str(error.value)) < 400 + len(str(file))
 
 
+def test_a_key_that_stands_twice_in_a_yaml_file_is_named_with_its_line(tmp_path):
+    (tmp_path / "file.yaml").write_text("names: [a]\ntrain: x\nnames: [b]\n")
+    with pytest.raises(DetkitError, match="line 3: the key 'names' is given twice"):
+        read_yaml(tmp_path / "file.yaml")
+    (tmp_path / "file.yaml").write_text("a: &a {x: 1}\nb: &b {y: 2}\nc: {<<: *a, <<: *b, x: 3}\n")
+    assert read_yaml(tmp_path / "file.yaml")["c"] == {"x": 3, "y": 2}
+
+
 def test_plain_yaml_is_read_with_its_aliases(tmp_path):
     (tmp_path / "file.yaml").write_bytes("\ufeffa: &x {b: [1, 2.5, ü]}\nc: *x\n".encode())
     assert read_yaml(tmp_path / "file.yaml") == {"a": {"b": [1, 2.5, "ü"]}, "c": {"b": [1, 2.5, "ü"]}}
 
 
 def test_words_of_a_yaml_file_are_kept_where_that_is_asked_for(tmp_path):
-    text = "n: [no, 1.0, 2024-01-01, 010, 12:30, 0x10, 1_000, ~, null, '', \"on\", =]\n"
+    text = "n: [no, 1.0, 2024-01-01, 010, 12:30, 0x10, 1_000, ~, null, '', \"on\", =, <<]\n"
     text += "nc: 1_0\nk: {on: off, 1.0: {y: n}}\nz: ~\ne:\nw: ''\no: 1_0\n"
     (tmp_path / "file.yaml").write_text(text)
     found = read_yaml(tmp_path / "file.yaml", as_written=("n", "k", "nc", "z", "e", "w"))
-    words = ["no", "1.0", "2024-01-01", "010", "12:30", "0x10", "1_000", "~", "null", "", "on", "="]
+    words = ["no", "1.0", "2024-01-01", "010", "12:30", "0x10", "1_000", "~", "null", "", "on", "=", "<<"]
     assert found == {
         "n": words,
         "nc": "1_0",

@@ -119,14 +119,19 @@ def test_half_precision_becomes_float32(tmp_path, ultralytics):
 
 
 @pytest.mark.parametrize(
-    "names", [None, ["a", "b"], {0: "a", 1: "a", 2: "c"}, {0: "a", 1: "\x1b[2J", 2: "c"}, {5: "a"}]
+    "names",
+    [
+        *(None, ["a", "b"], ["a", " ", "c"], ["a", "a ", "c"], {5: "a"}),
+        *({0: "a", 1: "a", 2: "c"}, {0: "a", 1: "\x1b[2J", 2: "c"}),
+    ],
 )
-def test_names_that_do_not_fit_are_replaced(tmp_path, ultralytics, names):
+def test_names_that_do_not_fit_are_replaced_with_a_word(tmp_path, ultralytics, capsys, names):
     state = detkit.create_model("yolov8n", num_classes=3).state_dict()
     content = {"model": ultralytics(foreign(state, V8), names=names), "train_args": {"imgsz": 333}}
     torch.save(content, tmp_path / "x.pt")
     checkpoint = imported(tmp_path / "x.pt", tmp_path / "x.safetensors")
     assert checkpoint.class_names == ("class0", "class1", "class2")
+    assert "no list of their names that can be shown" in capsys.readouterr().out
     assert checkpoint.cfg["image_size"] == 640
 
 

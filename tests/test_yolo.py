@@ -83,6 +83,7 @@ def test_class_ids_may_have_gaps(yolo_set):
         ("train: images/train\nnames: [a]\nkpt_shape: 17\n", "'kpt_shape' must be .*, it is 17"),
         ("train: images/train\nnames: [a]\nkpt_shape: [17, 4]\n", "'kpt_shape' must be"),
         ("train: images/train\nnames: [a, a]\n", "same name twice"),
+        ("train: images/train\nnames: [a, 'a ']\n", "same name twice"),
         ("train: images/train\nnames: [a, b]\nnc: 3\n", "'nc' is 3, but 'names' holds 2"),
         ("names: [a]\n", "needs 'train'"),
         ("train: {}\nnames: [a]\n", "needs 'train'"),
@@ -183,6 +184,13 @@ def test_of_labels_with_keypoints_the_first_four_numbers_are_the_box(yolo_set, t
     yaml.write_text("train: images/train\nnames: [cat, dog]\n")
     (tmp_path / "labels" / "train" / "a.txt").write_text("1 0.1 0.1 0.2 0.1 0.2 0.3 0.1 0.3\n")  # four corners
     np.testing.assert_allclose(read_yolo("train", yaml=str(yaml)).boxes, [[10, 5, 20, 15]])
+
+
+@pytest.mark.parametrize("shape", ["'[3, 3]'", "(3, 3)", "'3 3'", "[3.0, '3']"])
+def test_the_shape_of_keypoints_may_be_text(yolo_set, tmp_path, shape):
+    yaml = yolo_set(f"train: images/train\nnames: [cat, dog]\nkpt_shape: {shape}\n")
+    (tmp_path / "labels" / "train" / "a.txt").write_text(POSE)
+    np.testing.assert_allclose(read_yolo("train", yaml=str(yaml)).boxes, [[40, 15, 60, 35]])
 
 
 def test_pipes_in_place_of_files_are_not_waited_for(yolo_set, tmp_path):

@@ -30,7 +30,7 @@ def check_class_names(names: Sequence[str], where: str) -> None:
             raise DetkitError(
                 f"{where} holds the name {shorten(repr(name))}, which cannot be printed; rename the class"
             )
-    if len(set(names)) < len(names):
+    if len({name.strip() for name in names}) < len(names):  # nobody sees, and not every format keeps, the space around
         raise DetkitError(f"{where} holds the same name twice; give every class one of its own")
 
 

@@ -199,7 +199,8 @@ def _keypoints(content: Mapping[str, Any], file: Path) -> int:
     shape = content.get("kpt_shape")
     if shape is None:
         return 0
-    numbers = [_whole(value) for value in shape] if isinstance(shape, list) else []
+    values = re.findall(r"[^\s,()\[\]]+", shape) if isinstance(shape, str) else shape  # "(17, 3)" as well
+    numbers = [_whole(value) for value in values] if isinstance(values, list) else []
     if len(numbers) != 2 or not numbers[0] or numbers[1] not in (2, 3):
         raise DetkitError(f"{file}: 'kpt_shape' must be [keypoints, 2 or 3 numbers of each], it is {shorten(shape)}")
     return numbers[0] * numbers[1]

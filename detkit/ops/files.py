@@ -16,7 +16,7 @@ from detkit.errors import DetkitError, shorten
 MAX_TEXT = 2**26  # bytes of a text file that is read whole
 MAX_YAML_NODES = 1_000_000  # values of a YAML file, counted as often as aliases repeat them
 MAX_YAML_DEPTH = 100  # of mappings and lists within one another
-NULL_TAG = "tag:yaml.org,2002:null"
+NULL_TAG, MERGE_TAG, TEXT_TAG = (f"tag:yaml.org,2002:{kind}" for kind in ("null", "merge", "str"))
 WORD_TAGS = {NULL_TAG, *(f"tag:yaml.org,2002:{kind}" for kind in ("bool", "int", "float", "timestamp", "value"))}
 
 
@@ -70,8 +70,8 @@ def read_yaml(path: str | Path, as_written: Collection[str] = ()) -> Any:
 
     Raises:
         OSError: as ``read_regular``.
-        DetkitError: malformed (with the line), not UTF-8, nested deeper than MAX_YAML_DEPTH, or with aliases that
-            repeat themselves or grow to more than MAX_YAML_NODES values.
+        DetkitError: malformed (with the line), a key given twice, not UTF-8, nested deeper than MAX_YAML_DEPTH, or
+            with aliases that repeat themselves or grow to more than MAX_YAML_NODES values.
     """
     try:
         text = read_regular(path).decode("utf-8-sig")
@@ -112,20 +112,42 @@ def _expanded_size(node: yaml.Node, known: dict[int, int], depth: int) -> int:
         raise RecursionError
     if id(node) not in known:
         known[id(node)] = 0
+        if isinstance(node, yaml.MappingNode):
+            _check_keys(node)
         children = node.value if isinstance(node, yaml.CollectionNode) else ()
         flat = [n for child in children for n in (child if isinstance(child, tuple) else (child,))]
         known[id(node)] = 1 + sum(_expanded_size(child, known, depth + 1) for child in flat)
     return known[id(node)]
 
 
+def _check_keys(node: yaml.MappingNode) -> None:
+    """Check that no key stands twice in a mapping: PyYAML would take the last one without a word.
+
+    Raises:
+        yaml.YAMLError: one does.
+    """
+    seen = set()
+    for key, _ in node.value:
+        if not isinstance(key, yaml.ScalarNode) or key.tag == MERGE_TAG:
+            continue
+        if (key.tag, key.value) in seen:
+            raise yaml.constructor.ConstructorError(
+                problem=f"the key '{shorten(key.value)}' is given twice", problem_mark=key.start_mark
+            )
+        seen.add((key.tag, key.value))
+
+
 def _keep_words(node: yaml.Node) -> None:
-    """Make text of every plain scalar below a node."""
+    """Make text of every plain scalar below a node; only as a key does ``<<`` mean anything."""
     if isinstance(node, yaml.ScalarNode):
         if node.tag in WORD_TAGS:
-            node.tag = "tag:yaml.org,2002:str"
+            node.tag = TEXT_TAG
         return
     for child in node.value:
-        for part in child if isinstance(child, tuple) else (child,):
+        *keys, value = child if isinstance(child, tuple) else (child,)
+        if value.tag == MERGE_TAG:
+            value.tag = TEXT_TAG
+        for part in (*keys, value):
             _keep_words(part)
 
 

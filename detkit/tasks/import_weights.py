@@ -157,6 +157,8 @@ def make_checkpoint(path: Path, source: Source, found: Recognised, cfg: Mapping[
         kept["image_size"] = source.image_size or 640
         told = source.class_names or ()
         names = told if len(told) == found.num_classes else tuple(f"class{k}" for k in range(found.num_classes))
+        if names != told:
+            found.notes.append("it has no list of their names that can be shown, one for each: they are numbered")
     shapes = _shapes(kept, names)
     fused = 0 if found.part else unfuse(found.tensors, shapes)
     if fused:

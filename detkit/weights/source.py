@@ -201,13 +201,15 @@ def _class_names(holder: Any) -> tuple[str, ...] | None:
     table = holder.state if isinstance(holder, Record) else holder
     names = table.get("names") if isinstance(table, Mapping) else None
     values = [names.get(k) for k in range(len(names))] if isinstance(names, Mapping) else names
-    if not isinstance(values, list) or not all(map(_is_label, values)) or len(set(values)) < len(values):
+    if not isinstance(values, list) or not all(map(_is_label, values)):
+        return None
+    if len({value.strip() for value in values}) < len(values):
         return None
     return tuple(values)
 
 
 def _is_label(value: Any) -> bool:
-    return isinstance(value, str) and 0 < len(value) <= 100 and value.isprintable()
+    return isinstance(value, str) and len(value) <= 100 and value.isprintable() and bool(value.strip())
 
 
 def _image_size(content: Any) -> int | None:
