@@ -254,7 +254,7 @@ def test_values_without_end_are_refused():
     laughs: list[Any] = ["ha"]
     for _ in range(60):
         laughs = [laughs] * 10
-    for value in (endless, laughs, {"a": {"b\0": 1}}, {"a": object()}):
+    for value in (endless, laughs, {"a": {"b\0": 1}}, {"a": object()}, {"a": 10**5000}, {10**5000: 1}):
         assert first_odd_value({"x": value})
     assert not first_odd_value({"a": [1, "ü", None, {"b": 1.5, 3: True}]})
 

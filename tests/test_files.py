@@ -35,6 +35,8 @@ def test_only_regular_files_are_opened(tmp_path):
         + "l0: &a0 [x, x, x, x, x, x, x, x, x, x]\n"
         + "".join(f"l{k}: &a{k} [{', '.join([f'*a{k - 1}'] * 10)}]\n" for k in range(1, 9)),
         "a: 2001-99-99\n",
+        f"a: 0x{'f' * 5000}\n",
+        f"{':'.join(['59'] * 3000)}: a\n",
         "? [1, 2]\n: 3\n",
     ],
 )

@@ -16,7 +16,10 @@ from detkit.errors import DetkitError, shorten
 MAX_TEXT = 2**26  # bytes of a text file that is read whole
 MAX_YAML_NODES = 1_000_000  # values of a YAML file, counted as often as aliases repeat them
 MAX_YAML_DEPTH = 100  # of mappings and lists within one another
+MAX_DIGITS = 300  # characters of a number: Python takes ever longer to read more, and refuses to write 4,300
+MAX_SHOWN = 1000  # characters of a path in a sentence
 NULL_TAG = "tag:yaml.org,2002:null"
+INT_TAG = "tag:yaml.org,2002:int"
 WORD_TAGS = {NULL_TAG, *(f"tag:yaml.org,2002:{kind}" for kind in ("bool", "int", "float", "timestamp", "value"))}
 
 
@@ -70,8 +73,8 @@ def read_yaml(path: str | Path, as_written: Collection[str] = ()) -> Any:
 
     Raises:
         OSError: as ``read_regular``.
-        DetkitError: malformed (with the line), not UTF-8, nested deeper than MAX_YAML_DEPTH, or with aliases that
-            repeat themselves or grow to more than MAX_YAML_NODES values.
+        DetkitError: malformed (with the line), not UTF-8, nested deeper than MAX_YAML_DEPTH, with a number of more than
+            MAX_DIGITS characters, or with aliases that repeat themselves or grow to more than MAX_YAML_NODES values.
     """
     try:
         text = read_regular(path).decode("utf-8-sig")
@@ -107,7 +110,10 @@ def _expanded_size(node: yaml.Node, known: dict[int, int], depth: int) -> int:
 
     Raises:
         RecursionError: it lies within itself, or deeper than MAX_YAML_DEPTH.
+        ValueError: it is a number of more than MAX_DIGITS characters.
     """
+    if node.tag == INT_TAG and len(node.value) > MAX_DIGITS:
+        raise ValueError(f"line {node.start_mark.line + 1} has a number of {len(node.value)} characters")
     if known.get(id(node)) == 0 or depth > MAX_YAML_DEPTH:  # 0: still being counted
         raise RecursionError
     if id(node) not in known:
@@ -136,7 +142,7 @@ def explain_oserror(error: OSError) -> str | None:
     if error.filename is None:
         return f"the system refuses: {error.strerror}"
     path = error.filename if isinstance(error.filename, int) else os.fsdecode(error.filename)
-    return f"cannot read or write {path}: {error.strerror}"
+    return f"cannot read or write {shorten(path, MAX_SHOWN)}: {error.strerror}"
 
 
 def cache_dir() -> Path:
