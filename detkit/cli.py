@@ -11,7 +11,7 @@ from omegaconf import DictConfig
 
 from detkit.config import (
     CONFIG_ERRORS,
-    FLAGS_ERROR,
+    FLAGS_ERRORS,
     GROUP_ERROR,
     as_hydra,
     check_values,
@@ -79,7 +79,7 @@ def launch(task: str) -> None:
     except CONFIG_ERRORS as error:
         _exit(explain(error, task, sys.argv[1:]))
     except ValueError as error:
-        if GROUP_ERROR not in str(error) and FLAGS_ERROR not in str(error):
+        if not any(start in str(error) for start in (GROUP_ERROR, *FLAGS_ERRORS)):
             raise
         _exit(explain(error, task, sys.argv[1:]))
     except KeyboardInterrupt:
