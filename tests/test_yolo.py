@@ -90,6 +90,7 @@ def test_class_ids_may_have_gaps(yolo_set):
         ("path: [3]\ntrain: nowhere\nnames: [a]\n", "'path' must be a folder"),
         ("path: 3\ntrain: nowhere\nnames: [a]\n", "there is no .*3/nowhere"),
         ("train: labels\nnames: [a]\n", "lists no images"),
+        ("train: /dev/zero\nnames: [a]\n", "/dev/zero is neither a folder nor a regular file"),
         ("train: \ud800", "not UTF-8"),
     ],
 )
