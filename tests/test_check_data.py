@@ -261,6 +261,17 @@ def test_a_clean_set_is_status_0(shapes_root, tmp_path, monkeypatch, capsys):
     assert "│ images │ 24" in " ".join(out.split())
 
 
+def test_names_without_end_are_cut_where_they_are_printed(coco_set, tmp_path, monkeypatch, capsys):
+    images = [{"id": 1, "file_name": "a.png", "height": 20, "width": 20}]
+    boxes = [{"id": 1, "image_id": 1, "category_id": 1, "bbox": [2, 2, 9, 9]}]
+    root = coco_set(images, boxes, [{"id": 1, "name": "long" * 100_000}])
+    arguments = ("data=coco", f"data.root={root}", f"run_dir={tmp_path / 'run'}")
+    status, out, err = check_data(monkeypatch, capsys, *arguments)
+    assert (status, err) == (2, "")  # train and val show the same image
+    assert "longlong" in out
+    assert len(out) < 20_000
+
+
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
