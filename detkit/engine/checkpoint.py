@@ -252,6 +252,8 @@ def write_atomically(path: Path, data: bytes | memoryview, keep: int = 1) -> Non
     """
     temporary = path.with_name(f".{path.name}.tmp")
     try:
+        with suppress(OSError):
+            temporary.unlink()  # opening a pipe would be waited for, and a link may lead anywhere
         with open(temporary, "wb") as file:
             file.write(data)
             file.flush()
