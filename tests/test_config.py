@@ -263,6 +263,11 @@ def test_names_of_files_need_not_be_utf8():
     check_values(with_value(composed("predict"), ("source",), "caf\udce9.jpg"), "predict")
 
 
+@pytest.mark.parametrize("path", ["/data/caf\udce9/x", "/data/ü 中/x", '"/data/ü"', "plain"])
+def test_a_path_beyond_ascii_needs_no_quotes(path):
+    assert composed("predict", f"source={path}")["source"] == path.strip('"')
+
+
 def test_a_resumed_run_may_have_another_data_set():
     overrides = ["resume=runs/x", "data.yaml=moved.yaml", "trainer.epochs=9"]
     assert as_hydra(overrides) == ["resume=runs/x", "++data.yaml=moved.yaml", "trainer.epochs=9"]

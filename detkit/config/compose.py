@@ -55,8 +55,8 @@ def compose_config(name: str, overrides: Sequence[str] = ()) -> DictConfig:
 def as_hydra(overrides: Sequence[str]) -> list[str]:
     """Return override strings as Hydra takes them.
 
-    Beside ``resume=RUN_DIR`` a key of ``data`` is added (``++data.KEY=``): what is composed there is the default set,
-    which need not have the key; the run's own configuration says what it may be.
+    Values beyond ASCII are quoted. Beside ``resume=RUN_DIR`` a key of ``data`` is added (``++data.KEY=``): what is
+    composed there is the default set, which need not have the key; the run's own configuration says what it may be.
 
     Raises:
         DetkitError: a name or a number so long that Hydra would fail on it, or so many brackets.
@@ -70,7 +70,16 @@ def as_hydra(overrides: Sequence[str]) -> list[str]:
         if max(accumulate((c in "[{(") - (c in "]})") for c in override), default=0) > MAX_NESTING:
             raise DetkitError(f"{shorten(override, 100)} has more than {MAX_NESTING} brackets within one another")
     resumed = any(o.startswith("resume=") and o not in ("resume=auto", "resume=null") for o in overrides)
-    return [f"++{o}" if resumed and re.match(r"data\.\w+=", o) else o for o in overrides]
+    quoted = [_quote(override) for override in overrides]
+    return [f"++{o}" if resumed and re.match(r"data\.\w+=", o) else o for o in quoted]
+
+
+def _quote(override: str) -> str:
+    """Quote a value with a character beyond ASCII, such as a folder's name may have: Hydra reads those no other way."""
+    key, is_pair, value = override.partition("=")
+    if not is_pair or key.startswith("-") or value.isascii() or re.search(r"""[][{}(),='"\\$]""", value):
+        return override
+    return f'{key}="{value}"'
 
 
 def group_options(group: str) -> list[str]:
