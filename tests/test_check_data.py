@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import os
+import signal
 from pathlib import Path
 
 import cv2
@@ -321,6 +322,14 @@ def test_a_killed_process_is_one_sentence(shapes_root, monkeypatch):
     a = read_coco("val", root=str(shapes_root))
     monkeypatch.setattr("detkit.data.inspection.read_image", lambda path: os._exit(9))
     with pytest.raises(DetkitError, match="was killed, for want of memory perhaps"):
+        look_at_all(a, 1)
+
+
+def test_a_stopped_process_is_one_sentence(shapes_root, monkeypatch):
+    a = read_coco("val", root=str(shapes_root))
+    monkeypatch.setattr("detkit.data.files.TIMEOUT", 2.0)
+    monkeypatch.setattr("detkit.data.inspection.read_image", lambda path: os.kill(os.getpid(), signal.SIGSTOP))
+    with pytest.raises(DetkitError, match=r"nothing has come for 2 seconds: .* were stopped"):
         look_at_all(a, 1)
 
 
