@@ -11,7 +11,7 @@ from omegaconf import DictConfig
 
 from detkit.config import (
     CONFIG_ERRORS,
-    FLAGS_ERROR,
+    FLAGS_ERRORS,
     GROUP_ERROR,
     as_hydra,
     check_values,
@@ -79,7 +79,7 @@ def launch(task: str) -> None:
     except CONFIG_ERRORS as error:
         _exit(explain(error, task, sys.argv[1:]))
     except ValueError as error:
-        if GROUP_ERROR not in str(error) and FLAGS_ERROR not in str(error):
+        if not any(start in str(error) for start in (GROUP_ERROR, *FLAGS_ERRORS)):
             raise
         _exit(explain(error, task, sys.argv[1:]))
     except KeyboardInterrupt:
@@ -133,7 +133,9 @@ def _perform(task: str, run: Callable[[dict], object], cfg: DictConfig) -> objec
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
-    raise DetkitError(f"device={resolved['device']} has too little memory for this: lower batch_size or image_size")
+    keys = " or ".join(key for key in ("batch_size", "image_size") if key in resolved)
+    words = f"lower {keys}, or use device=cpu" if keys else "use device=cpu"
+    raise DetkitError(f"device={resolved['device']} has too little memory for this: {words}")
 
 
 def _exit(sentence: str, status: int = 2) -> None:

@@ -3,8 +3,12 @@
 import contextlib
 import difflib
 import reprlib
+import unicodedata
 from collections.abc import Iterable, Iterator
 from typing import Any
+
+JOINERS = "\u200c\u200d"
+UNSEEN = ("Cc", "Cf", "Cs", "Zl", "Zp")  # categories of Unicode: control, format, lone surrogates, ends of lines
 
 
 class DetkitError(ValueError):
@@ -50,6 +54,16 @@ def printable(text: str) -> str:
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() or c == " " else c.encode("unicode_escape").decode("ascii") for c in text)
+
+
+def is_name(text: object) -> bool:
+    """Whether something is text that can name a class: not blank, and without characters that nobody sees.
+
+    The joiners of Persian letters and of emoji are seen by what they do.
+    """
+    if not isinstance(text, str) or not text.strip():
+        return False
+    return all(c in JOINERS or unicodedata.category(c) not in UNSEEN for c in text)
 
 
 class _Repr(reprlib.Repr):

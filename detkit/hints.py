@@ -35,7 +35,11 @@ def fits(value: Any, hint: Any) -> bool:
     if kind is float:
         return isinstance(value, (int, float)) and not isinstance(value, bool) and _is_finite(value)
     if kind is Sequence:
-        return isinstance(value, (list, tuple)) and all(fits(v, members[0]) for v in value if members)
+        if not isinstance(value, (list, tuple)) or not members:
+            return isinstance(value, (list, tuple))
+        if typing.get_origin(hint) is tuple and members[-1] is not Ellipsis:
+            return len(value) == len(members) and all(map(fits, value, members))
+        return all(fits(v, members[0]) for v in value)
     if kind is Mapping:
         return isinstance(value, Mapping) and all(fits(v, members[1]) for v in value.values() if members)
     return isinstance(value, kind) if kind else True

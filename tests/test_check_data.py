@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import os
+import signal
 from pathlib import Path
 
 import cv2
@@ -261,6 +262,17 @@ def test_a_clean_set_is_status_0(shapes_root, tmp_path, monkeypatch, capsys):
     assert "│ images │ 24" in " ".join(out.split())
 
 
+def test_names_without_end_are_cut_where_they_are_printed(coco_set, tmp_path, monkeypatch, capsys):
+    images = [{"id": 1, "file_name": "a.png", "height": 20, "width": 20}]
+    boxes = [{"id": 1, "image_id": 1, "category_id": 1, "bbox": [2, 2, 9, 9]}]
+    root = coco_set(images, boxes, [{"id": 1, "name": "long" * 100_000}])
+    arguments = ("data=coco", f"data.root={root}", f"run_dir={tmp_path / 'run'}")
+    status, out, err = check_data(monkeypatch, capsys, *arguments)
+    assert (status, err) == (2, "")  # train and val show the same image
+    assert "longlong" in out
+    assert len(out) < 20_000
+
+
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
@@ -310,6 +322,14 @@ def test_a_killed_process_is_one_sentence(shapes_root, monkeypatch):
     a = read_coco("val", root=str(shapes_root))
     monkeypatch.setattr("detkit.data.inspection.read_image", lambda path: os._exit(9))
     with pytest.raises(DetkitError, match="was killed, for want of memory perhaps"):
+        look_at_all(a, 1)
+
+
+def test_a_stopped_process_is_one_sentence(shapes_root, monkeypatch):
+    a = read_coco("val", root=str(shapes_root))
+    monkeypatch.setattr("detkit.data.files.TIMEOUT", 2.0)
+    monkeypatch.setattr("detkit.data.inspection.read_image", lambda path: os.kill(os.getpid(), signal.SIGSTOP))
+    with pytest.raises(DetkitError, match=r"nothing has come for 2 seconds: .* were stopped"):
         look_at_all(a, 1)
 
 

@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 
 import detkit
 from detkit.engine import checkpoint as checkpoint_module
-from detkit.engine.checkpoint import read_checkpoint, save_checkpoint
+from detkit.engine.checkpoint import read_checkpoint, save_checkpoint, write_atomically
 from detkit.errors import DetkitError
 from tests.conftest import run_command
 
@@ -212,3 +212,13 @@ def test_other_files_are_refused(checkpoint, tmp_path):
         detkit.load(path)
     with pytest.raises(DetkitError, match="does not exist"):
         detkit.load(tmp_path / "none.safetensors")
+
+
+def test_what_lies_at_the_temporary_name_is_neither_waited_for_nor_followed(tmp_path):
+    (tmp_path / "other").write_bytes(b"kept")
+    for make in (os.mkfifo, lambda path: path.symlink_to(tmp_path / "other")):
+        make(tmp_path / ".file.tmp")
+        write_atomically(tmp_path / "file", b"new")
+        assert (tmp_path / "file").read_bytes() == b"new"
+        assert not (tmp_path / "file").is_symlink()
+    assert (tmp_path / "other").read_bytes() == b"kept"

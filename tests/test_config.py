@@ -13,6 +13,7 @@ from detkit.config.check import first_odd_value
 from detkit.config.commands import TASKS
 from detkit.data import transforms  # noqa: F401  (the readers and transforms register themselves)
 from detkit.errors import DetkitError
+from detkit.hints import fits
 from detkit.models.budget import TooLarge
 from detkit.models.detector import build_detector, build_loss, sketch_detector
 from detkit.registry import BACKBONES
@@ -178,6 +179,11 @@ def test_what_does_not_compose_is_a_sentence(override, sentence):
     assert_readable(error.value)
 
 
+def test_a_tuple_of_different_hints_is_checked_member_by_member():
+    assert fits([1, 0.5], tuple[int, float]) and fits([1, 2, 3], tuple[int, ...]) and fits([], list[int])
+    assert not fits([0.5, 1], tuple[int, float]) and not fits([1], tuple[int, float]) and not fits([1, "x"], list[int])
+
+
 @pytest.mark.parametrize(
     ("override", "sentence"),
     [
@@ -254,13 +260,18 @@ def test_values_without_end_are_refused():
     laughs: list[Any] = ["ha"]
     for _ in range(60):
         laughs = [laughs] * 10
-    for value in (endless, laughs, {"a": {"b\0": 1}}, {"a": object()}):
+    for value in (endless, laughs, {"a": {"b\0": 1}}, {"a": object()}, {"a": 10**5000}, {10**5000: 1}):
         assert first_odd_value({"x": value})
     assert not first_odd_value({"a": [1, "ü", None, {"b": 1.5, 3: True}]})
 
 
 def test_names_of_files_need_not_be_utf8():
     check_values(with_value(composed("predict"), ("source",), "caf\udce9.jpg"), "predict")
+
+
+@pytest.mark.parametrize("path", ["/data/caf\udce9/x", "/data/ü 中/x", '"/data/ü"', "plain"])
+def test_a_path_beyond_ascii_needs_no_quotes(path):
+    assert composed("predict", f"source={path}")["source"] == path.strip('"')
 
 
 def test_a_resumed_run_may_have_another_data_set():

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from detkit.errors import DetkitError, printable, shorten
+from detkit.errors import DetkitError, is_name, printable, shorten
 from detkit.ops.files import cache_dir, open_regular, read_regular, read_yaml
 
 
@@ -35,6 +35,8 @@ def test_only_regular_files_are_opened(tmp_path):
         + "l0: &a0 [x, x, x, x, x, x, x, x, x, x]\n"
         + "".join(f"l{k}: &a{k} [{', '.join([f'*a{k - 1}'] * 10)}]\n" for k in range(1, 9)),
         "a: 2001-99-99\n",
+        f"a: 0x{'f' * 5000}\n",
+        f"{':'.join(['59'] * 3000)}: a\n",
         "? [1, 2]\n: 3\n",
         "names: {0: a, 1: b, 1: c}\n",
     ],
@@ -102,3 +104,20 @@ def test_there_is_a_cache_folder_without_a_home(monkeypatch):
 
     monkeypatch.setattr(Path, "home", staticmethod(nobody))
     assert cache_dir().is_absolute()
+
+
+def test_what_a_yaml_file_merges_keeps_its_words_too(tmp_path):
+    (tmp_path / "file.yaml").write_text("base: &b {names: [no, yes]}\nmore: &m [*b, {nc: 2}]\n<<: *m\n")
+    assert read_yaml(tmp_path / "file.yaml", as_written=("names",))["names"] == ["no", "yes"]
+
+
+@pytest.mark.parametrize("name", ["cat", "a b", "می\u200cروم", "犬\u3000猫", "\U0001f468\u200d\U0001f469", "a" * 1000])
+def test_names_of_all_scripts_are_names(name):
+    assert is_name(name)
+
+
+@pytest.mark.parametrize(
+    "name", ["", " ", "\u3000", "a\nb", "\x1b[2J", "\udce9", "a\u200bb", "a\u202eb", "a\u2028b", None, 7]
+)
+def test_what_nobody_sees_is_no_name(name):
+    assert not is_name(name)

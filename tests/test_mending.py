@@ -171,6 +171,35 @@ def jpeg_of_size(width, height):
     return bytes(content)
 
 
+def picture_of_size(kind: str, before: bytes, form: str, width: int, height: int) -> bytes:
+    """The bytes of a small picture that says another size, in the form of ``struct``, after the bytes ``before``."""
+    data = BytesIO()
+    PICTURE.save(data, kind)
+    content = bytearray(data.getvalue())
+    struct.pack_into(form, content, content.index(before) + len(before), width, height)
+    return bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("kind", "before", "form", "side", "raised"),
+    [
+        ("WEBP", b"\x9d\x01\x2a", "<HH", 16383, "more than 178956970 pixels, the limit of its format"),
+        ("AVIF", b"ispe\0\0\0\0", ">II", 20000, "more than 268435456 pixels, the limit of its format"),
+    ],
+)
+def test_the_limit_is_named_where_the_library_that_opens_has_its_own(
+    tmp_path, monkeypatch, kind, before, form, side, raised
+):
+    monkeypatch.delenv("DETKIT_MAX_PIXELS", raising=False)
+    path = tmp_path / f"huge.{kind.lower()}"
+    path.write_bytes(picture_of_size(kind, before, form, side, side))
+    for limit, words in ((178956970, "limit max_pixels=178956970"), (2**30, raised)):
+        monkeypatch.setenv("DETKIT_MAX_PIXELS", str(limit))
+        assert words in why_unreadable(path)
+        with pytest.raises(UnreadableImage, match=words):
+            read_image(path)
+
+
 def test_one_limit_on_pixels_holds_for_all(tmp_path, monkeypatch):
     monkeypatch.delenv("DETKIT_MAX_PIXELS", raising=False)
     huge = save(tmp_path / "huge.png", Image.new("1", (20000, 20000)))

@@ -260,6 +260,26 @@ def test_a_split_under_a_second_name_is_a_note(tmp_path, monkeypatch, capsys):
     assert [len(DATASETS.build(copy, split)) for split in splits_of(copy)] == [1, 2, 2]
 
 
+def test_validating_with_what_is_trained_on_is_wrong_and_converted_as_it_is(tmp_path, monkeypatch, capsys):
+    file = draw_yolo(tmp_path / "set", "train: images/train\nval: images/train\nnames: [a]\n", train=3)
+    run = [f"fix={tmp_path / 'copy'}", f"run_dir={tmp_path / 'run'}", "workers=1"]
+    status, out, _ = run_command(monkeypatch, capsys, "check_data", "data=yolo", f"data.yaml={file}", *run)
+    assert status == 2
+    assert "trained on and validated with: 1 in train" in out
+    copy = {"name": "yolo", "yaml": str(tmp_path / "copy/data.yaml")}
+    assert [len(DATASETS.build(copy, split)) for split in splits_of(copy)] == [3, 3]
+
+
+def test_a_third_split_with_other_classes_is_left_out(tmp_path, monkeypatch, capsys):
+    root = draw_coco(tmp_path / "set", ("train", "val", "test"))
+    file = root / "annotations" / "instances_test.json"
+    file.write_text(file.read_text().replace("cat", "cow"))
+    run = [f"run_dir={tmp_path / 'run'}", "workers=1"]
+    _, out, _ = run_command(monkeypatch, capsys, "check_data", "data=coco", f"data.root={root}", *run)
+    assert "test is left out: " in out and "cow" in out
+    assert "no errors" in out
+
+
 def test_a_list_of_all_images_or_of_a_few_takes_none_from_train(sets, tmp_path, monkeypatch, capsys):
     root = tmp_path / "set"
     shutil.copytree(sets["voc"]["root"], root)

@@ -1,4 +1,5 @@
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -91,6 +92,7 @@ def test_class_ids_may_have_gaps(yolo_set):
         ("path: [3]\ntrain: nowhere\nnames: [a]\n", "'path' must be a folder"),
         ("path: 3\ntrain: nowhere\nnames: [a]\n", "there is no .*3/nowhere"),
         ("train: labels\nnames: [a]\n", "lists no images"),
+        ("train: /dev/zero\nnames: [a]\n", "/dev/zero is neither a folder nor a regular file"),
         ("train: \ud800", "not UTF-8"),
     ],
 )
@@ -261,6 +263,15 @@ def test_a_listed_image_elsewhere_does_not_lead_into_other_folders(yolo_set, tmp
     annotations = read_yolo("train", yaml=str(yaml))
     assert len(annotations) == 1
     assert annotations.problems.counts["missing_image"] == 2
+
+
+def test_an_image_that_is_missing_in_its_folder_is_no_other_of_its_name(yolo_set, tmp_path):
+    yaml = yolo_set("train: train.txt\nval: images/val\nnames: [cat, dog]\n")
+    shutil.copy(tmp_path / "images" / "train" / "a.jpg", tmp_path / "b.jpg")
+    (tmp_path / "train.txt").write_text("/old/disk/images/train/a.jpg\nimages/train/b.jpg\n")
+    annotations = read_yolo("train", yaml=str(yaml))
+    assert [path.name for path in annotations.paths] == ["a.jpg"]
+    assert [problem.file for problem in annotations.problems.problems] == [str(tmp_path / "images/train/b.jpg")]
 
 
 def test_labels_lie_in_labels_beside_the_last_images_or_an_earlier_one_or_beside_the_image():

@@ -3,7 +3,7 @@
 from detkit.config.check import check_values
 from detkit.config.compose import (
     CONFIG_ERRORS,
-    FLAGS_ERROR,
+    FLAGS_ERRORS,
     GROUP_ERROR,
     as_hydra,
     compose_config,
@@ -18,7 +18,7 @@ from detkit.config.fields import is_number, is_whole
 
 __all__ = [
     "CONFIG_ERRORS",
-    "FLAGS_ERROR",
+    "FLAGS_ERRORS",
     "GROUP_ERROR",
     "as_hydra",
     "check_values",

@@ -50,7 +50,8 @@ def first_mistake(schema: type[Section], values: Mapping[str, Any], partial: boo
 def first_odd_value(content: Any) -> str:
     """Return a sentence on what no YAML file of ours would hold; an empty string where all is well.
 
-    That is a control character, as in a path with NUL, an object of some class, values without end or nested deeply.
+    That is a control character, as in a path with NUL, an object of some class, a number or values without end, or
+    nested deeply.
     """
     count = 0
     todo: list[tuple[str, Any, int]] = [("", content, 0)]
@@ -61,14 +62,16 @@ def first_odd_value(content: Any) -> str:
         if depth > MAX_DEPTH or count > MAX_VALUES:
             return f"{name} is refused: its values are nested too deeply, or too many"
         if isinstance(value, Mapping):
-            todo += [(f"{key[:200]}.{k}" if key else f"{k}", v, depth + 1) for k, v in value.items()]
-            odd = next((k for k in value if not isinstance(k, (str, int)) or _has_control(k)), None)
+            odd = next((k for k in value if not isinstance(k, (str, int)) or _has_control(k) or _is_endless(k)), None)
             if odd is not None:
                 return f"{name} has the key {shorten(odd, 100)}: a key is text that can be printed"
+            todo += [(f"{key[:200]}.{k}" if key else f"{k}", v, depth + 1) for k, v in value.items()]
         elif isinstance(value, (list, tuple)):
             todo += [(key, v, depth + 1) for v in value]
         elif _has_control(value):
             return f"{name}={shorten(value)} must not hold control characters"
+        elif _is_endless(value):
+            return f"{name}={shorten(value, 50)} has too many digits"
         elif not isinstance(value, (str, int, float, type(None))):
             return f"{name}={shorten(value)} must be text, a number, a list or a mapping"
     return ""
@@ -76,6 +79,11 @@ def first_odd_value(content: Any) -> str:
 
 def _has_control(value: Any) -> bool:
     return isinstance(value, str) and any(c < " " or c == "\x7f" for c in value)
+
+
+def _is_endless(value: Any) -> bool:
+    """Whether a value is a whole number beyond any that a float can stand for; Python refuses to print some of them."""
+    return isinstance(value, int) and value.bit_length() > 1024
 
 
 def _place(schema: type[Section], loc: tuple[int | str, ...]) -> tuple[tuple[str, ...], FieldInfo | None]:

@@ -5,6 +5,7 @@ import importlib
 import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,11 @@ from detkit.errors import DetkitError, nearest, shorten
 CONFIG_ERRORS = (HydraException, OmegaConfBaseException)
 GROUP_ERROR = "Config group override must be"  # Hydra's bare ValueError for model=null and the like
 LONGEST = 1000  # characters of a sentence that quotes Hydra
-FLAGS_ERROR = "Only one of --run, --multirun"  # and its own for -m with --cfg
+FLAGS_ERRORS = {  # and its own for flags that do not go together; what is said of them
+    "Only one of --run, --multirun": "-m runs a sweep and --cfg shows one configuration: give one of them",
+    "The --resolve flag": "--resolve goes with --cfg job, which shows the configuration",
+}
+MAX_NESTING = 50  # of brackets within one another: Hydra's grammar calls itself for each
 
 
 def config_dir() -> Path:
@@ -50,11 +55,11 @@ def compose_config(name: str, overrides: Sequence[str] = ()) -> DictConfig:
 def as_hydra(overrides: Sequence[str]) -> list[str]:
     """Return override strings as Hydra takes them.
 
-    Beside ``resume=RUN_DIR`` a key of ``data`` is added (``++data.KEY=``): what is composed there is the default set,
-    which need not have the key; the run's own configuration says what it may be.
+    Values beyond ASCII are quoted. Beside ``resume=RUN_DIR`` a key of ``data`` is added (``++data.KEY=``): what is
+    composed there is the default set, which need not have the key; the run's own configuration says what it may be.
 
     Raises:
-        DetkitError: a name or a number so long that Hydra would fail on it.
+        DetkitError: a name or a number so long that Hydra would fail on it, or so many brackets.
     """
     for override in overrides:
         key, _, value = override.partition("=")
@@ -62,8 +67,19 @@ def as_hydra(overrides: Sequence[str]) -> list[str]:
         if re.search(r"\d{1000}", value) or (options and any(len(word) > 255 for word in value.split(","))):
             known = f": known are {', '.join(options)}" if options else ""
             raise DetkitError(f"{shorten(override, 100)} is too long{known}")
+        if max(accumulate((c in "[{(") - (c in "]})") for c in override), default=0) > MAX_NESTING:
+            raise DetkitError(f"{shorten(override, 100)} has more than {MAX_NESTING} brackets within one another")
     resumed = any(o.startswith("resume=") and o not in ("resume=auto", "resume=null") for o in overrides)
-    return [f"++{o}" if resumed and re.match(r"data\.\w+=", o) else o for o in overrides]
+    quoted = [_quote(override) for override in overrides]
+    return [f"++{o}" if resumed and re.match(r"data\.\w+=", o) else o for o in quoted]
+
+
+def _quote(override: str) -> str:
+    """Quote a value with a character beyond ASCII, such as a folder's name may have: Hydra reads those no other way."""
+    key, is_pair, value = override.partition("=")
+    if not is_pair or key.startswith("-") or value.isascii() or re.search(r"""[][{}(),='"\\$]""", value):
+        return override
+    return f'{key}="{value}"'
 
 
 def group_options(group: str) -> list[str]:
@@ -134,8 +150,8 @@ def _explain(error: Exception, name: str, overrides: Sequence[str]) -> str:
     if isinstance(error, OverrideParseException):
         argument = shorten(error.override)
         return f"cannot read the argument '{argument}': write key=value, and quote a value that has = or , in it"
-    if FLAGS_ERROR in text:
-        return "-m runs a sweep and --cfg shows one configuration: give one of them"
+    if words := next((words for start, words in FLAGS_ERRORS.items() if start in text), None):
+        return words
     if GROUP_ERROR in text:
         return _no_name([o for o in overrides if "=" in o and not o.startswith("-")])
     if isinstance(error, MissingMandatoryValue):

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from detkit.config.fields import Location, field, is_number, is_whole, number, path, positive, share, whole
+from detkit.errors import is_name
 
 MAX_BATCH = 65_536
 MAX_SCALE = 64  # of a model's depth and width; yolov8x has 1.25
@@ -22,7 +23,7 @@ class Section(BaseModel):
 
 
 def _printable(text: str) -> str:
-    if not text.isprintable() or not text.strip():
+    if not is_name(text):
         raise ValueError("cannot be printed")
     return text
 

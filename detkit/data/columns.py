@@ -12,7 +12,7 @@ from detkit.data.images import MISSING, probe_all
 from detkit.data.mending import judge_boxes, judge_images
 from detkit.data.problems import ProblemLog
 from detkit.data.splits import MissingSplit
-from detkit.errors import DetkitError, shorten
+from detkit.errors import DetkitError, is_name, shorten
 
 Place = Callable[[int, int, int], tuple[object, int | None, str]]
 
@@ -26,7 +26,7 @@ def check_class_names(names: Sequence[str], where: str) -> None:
     for name in names:
         if not name.strip():
             raise DetkitError(f"{where} holds the name {name!r}; give every class a name")
-        if not name.isprintable():
+        if not is_name(name):
             raise DetkitError(
                 f"{where} holds the name {shorten(repr(name))}, which cannot be printed; rename the class"
             )

@@ -23,6 +23,7 @@ from detkit.ops.processes import end_with_parent
 
 MAX_LIST = 2**28  # bytes of a list of images
 CHUNK = 64  # files that a process is given at a time
+TIMEOUT = 600.0  # seconds without the next of them after which the processes are given up
 
 
 def list_images(folder: Path) -> list[Path]:
@@ -132,7 +133,7 @@ def map_files(
         initializer: called once in each process.
 
     Raises:
-        DetkitError: one of the processes was killed.
+        DetkitError: one of the processes was killed, or nothing comes from them for TIMEOUT.
     """
     others = multiprocessing.active_children()
     try:
@@ -147,6 +148,9 @@ def map_files(
                 raise
     except BrokenProcessPool:
         raise DetkitError(f"{words}: a process was killed, for want of memory perhaps; try workers=1") from None
+    except TimeoutError:
+        reason = "the storage stalls, or the processes were stopped"
+        raise DetkitError(f"{words}: nothing has come for {TIMEOUT:g} seconds: {reason}") from None
 
 
 def _in_turn(
@@ -157,9 +161,9 @@ def _in_turn(
     while chunk := [*islice(paths, CHUNK)]:
         waiting.append(pool.submit(_each, function, chunk))
         if len(waiting) == ahead:
-            yield from waiting.popleft().result()
+            yield from waiting.popleft().result(TIMEOUT)
     for future in waiting:
-        yield from future.result()
+        yield from future.result(TIMEOUT)
 
 
 def _each(function: Callable[[str], Any], paths: list[str]) -> list[Any]:

@@ -17,7 +17,7 @@ class ImageNames:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.listings = Listings()
-        self.moved: dict[str, str] = {}  # of the images found by a part of their path alone: the whole of it
+        self.owners: dict[str, str] = {}  # of each image, the name that it was first found by
 
     def locate(self, name: str) -> tuple[str, str]:
         """Return the name of an image below the folder, itself where nothing better is there.
@@ -25,19 +25,27 @@ class ImageNames:
         Returns:
             the name, and the other path whose image that is already; empty: no other's.
         """
-        if not set(name) & set("/\\?%"):
-            return name, ""
-        if self.listings.has(os.path.join(self.folder, name)):
-            return name, ""
-        found = next((c for c in _candidates(name) if self.listings.has(os.path.join(self.folder, c))), None)
+        there = not set(name) & set("/\\?%") or self.listings.has(os.path.join(self.folder, name))
+        found = name if there else self._found(name)
         if found is None:
             return name, ""
-        other = self.moved.setdefault(found, name)
+        other = self.owners.setdefault(found, name)
         return found, "" if other == name else other
 
+    def _found(self, name: str) -> str | None:
+        """Return what an image is called here; None where none is, also not where its own folder is and it is not."""
+        for names in _candidates(name):
+            for candidate in names:
+                if self.listings.has(os.path.join(self.folder, candidate)):
+                    return candidate
+                folder = os.path.dirname(candidate)
+                if folder and self.listings[os.path.join(self.folder, folder)]:
+                    break
+        return None
 
-def _candidates(name: str) -> Iterator[str]:
-    """Yield what an image may be called: its path with slashes, or in a URL; then without the folders in front."""
+
+def _candidates(name: str) -> Iterator[list[str]]:
+    """Yield what an image may be called, its path with slashes, or in a URL: each with fewer and fewer folders."""
     path = with_slashes(name)
     with contextlib.suppress(ValueError):  # no URL after all
         if "://" in path or "?" in path:
@@ -45,4 +53,4 @@ def _candidates(name: str) -> Iterator[str]:
             path = parse_qs(url.query).get("d", [url.path])[0]  # Label Studio serves files as ?d=PATH
     for spelt in dict.fromkeys((path, unquote(path))):
         parts = [part for part in with_slashes(spelt).split("/") if part not in ("", ".", "..")]
-        yield from ("/".join(parts[k:]) for k in range(max(len(parts) - MAX_PARTS, 0), len(parts)))
+        yield ["/".join(parts[k:]) for k in range(max(len(parts) - MAX_PARTS, 0), len(parts))]

@@ -47,7 +47,8 @@ def inspect_images(
             continue
         twin = next((other for other in seen if splits[other].paths == annotations.paths), None)
         if twin is not None:
-            log.add("same_split", annotations.source, None, f"lists the images of {twin}")
+            kind = "trained_on" if split == "train" else "same_split"
+            log.add(kind, annotations.source, None, f"lists the images of {twin}")
             keep[split] = keep[twin]
             continue
         seen.append(split)

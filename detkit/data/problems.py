@@ -46,6 +46,7 @@ KINDS: dict[str, Kind] = {
     "beyond_one": Kind("boxes with normalised values beyond 0..1, clipped", MENDED),
     "damaged_image": Kind("images damaged within, found by decoding them", WRONG),
     "leaked_image": Kind("images that are in another split, too", WRONG),
+    "trained_on": Kind("splits that are trained on and validated with", WRONG),
     "unlabelled_split": Kind("splits without any box, which cannot be evaluated", NOTE),
     "same_split": Kind("splits without an image of their own", NOTE),
     "exif_rotated": Kind("images turned upright by their EXIF orientation", NOTE),

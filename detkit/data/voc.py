@@ -16,7 +16,7 @@ from detkit.data.index import cached
 from detkit.data.problems import ProblemLog
 from detkit.data.splits import TRAINED, pick_split
 from detkit.data.voc_xml import SIDES, VocObject, parse_xml
-from detkit.errors import DetkitError, shorten
+from detkit.errors import DetkitError, is_name, shorten
 from detkit.ops.files import open_regular
 from detkit.ops.image import IMAGE_SUFFIXES
 from detkit.registry import DATASETS, SPLIT_NAMES
@@ -183,7 +183,7 @@ def _box(obj: VocObject, one_based: bool) -> tuple[float, float, float, float] |
         x1, y1, x2, y2 = (float(obj.fields[side]) for side in SIDES)
     except (KeyError, ValueError):
         return None
-    if not name or not name.isprintable() or not all(abs(v) < LARGEST for v in (x1, y1, x2, y2)):  # NaN is not, either
+    if not is_name(name) or not all(abs(v) < LARGEST for v in (x1, y1, x2, y2)):  # NaN is not, either
         return None
     return (x1 - 1, y1 - 1, x2, y2) if one_based else (x1, y1, x2, y2)
 

@@ -195,7 +195,8 @@ def share(batch: Batch) -> Batch:
             tensor.share_memory_()
     except RuntimeError as error:
         size, reason = _mib(sum(tensor.nbytes for tensor in tensors)), str(error).rpartition(": ")[2].partition(" (")[0]
-        raise WorkersLost(f"a batch of {size} cannot be handed over through {SHARED} ({reason}): {ROOM}") from None
+        hint = "raise the limit (ulimit -n)" if "open files" in reason else ROOM
+        raise WorkersLost(f"a batch of {size} cannot be handed over through {SHARED} ({reason}): {hint}") from None
     return batch
 
 

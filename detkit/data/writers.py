@@ -17,7 +17,7 @@ from rich.progress import track
 
 from detkit.data.annotations import Annotations
 from detkit.data.webdataset import write_webdataset
-from detkit.errors import DetkitError
+from detkit.errors import DetkitError, is_name
 from detkit.ops.image import IMAGE_SUFFIXES, open_picture
 from detkit.registry import WRITERS
 
@@ -150,7 +150,7 @@ def write_voc(splits: Mapping[str, Annotations], folder: Path) -> Written:
     """Write ``Annotations``, ``JPEGImages`` and ``ImageSets/Main``; crowds become difficult objects."""
     class_names = next(iter(splits.values())).class_names
     for name in class_names:
-        if name != name.strip() or not name.isprintable() or not name:
+        if name != name.strip() or not is_name(name):
             raise DetkitError(
                 f"Pascal VOC cannot hold the class name {name!r}: rename the class, or write coco or yolo"
             )

@@ -241,6 +241,8 @@ def _resolve(folder: Path, base: str, entry: str, file: Path) -> Path:
         for candidate in (folder / base_name / name, folder / name, folder / name.removeprefix("../")):
             if os.path.isdir(candidate) or os.path.isfile(candidate):
                 return candidate
+    if os.path.exists(folder / base / entry):
+        raise DetkitError(f"{file}: {shorten(str(folder / base / entry))} is neither a folder nor a regular file")
     raise MissingSplit(
         f"{file}: there is no {shorten(str(folder / base / entry))}; correct 'path' (relative to the yaml) or the "
         f"entry '{shorten(entry)}'"

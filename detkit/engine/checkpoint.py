@@ -13,7 +13,7 @@ from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
 from detkit.config.check import check_values, first_odd_value
-from detkit.errors import DetkitError, naming, shorten
+from detkit.errors import DetkitError, is_name, naming, shorten
 from detkit.models.detector import Detector, build_detector, sketch_detector, without_pretrained
 from detkit.ops.files import open_regular
 from detkit.ops.memory import free_memory, gib
@@ -209,7 +209,7 @@ def _first_odd(content: Mapping[str, Any]) -> str:
     """Say what in a header no training writes; an empty string where all is well."""
     names = content["class_names"]
     for name in names:
-        if not isinstance(name, str) or not name.isprintable() or not name.strip():
+        if not is_name(name):
             return f"class_names holds {shorten(name)!r}, which is no name that can be printed"
     if len(set(names)) < len(names):
         return "class_names holds a name twice"
@@ -252,6 +252,8 @@ def write_atomically(path: Path, data: bytes | memoryview, keep: int = 1) -> Non
     """
     temporary = path.with_name(f".{path.name}.tmp")
     try:
+        with suppress(OSError):
+            temporary.unlink()  # opening a pipe would be waited for, and a link may lead anywhere
         with open(temporary, "wb") as file:
             file.write(data)
             file.flush()

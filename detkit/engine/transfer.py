@@ -6,7 +6,7 @@ from pathlib import Path
 from torch import nn
 
 from detkit.engine.checkpoint import alike, read_header, read_weights
-from detkit.errors import DetkitError
+from detkit.errors import DetkitError, shorten
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ def load_weights(detector: nn.Module, path: str | Path) -> TransferReport:
     warnings = [f"the {row.part} starts from noise" for row in rows if row.matched < 0.01 * row.parameters]
     known, ours = header.class_names, getattr(detector, "class_names", ())
     if known and ours and known != ours:
-        few, wanted = (", ".join((*names[:3], "...")) for names in (known, ours))
+        few, wanted = (shorten(", ".join((*names[:3], "..."))) for names in (known, ours))
         warnings.append(
             f"the file knows {len(known)} classes ({few}), this model has {len(ours)} ({wanted}): "
             "what tells them apart has to be learnt"

@@ -5,7 +5,7 @@ import hashlib
 import os
 import stat
 import tempfile
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -16,7 +16,9 @@ from detkit.errors import DetkitError, shorten
 MAX_TEXT = 2**26  # bytes of a text file that is read whole
 MAX_YAML_NODES = 1_000_000  # values of a YAML file, counted as often as aliases repeat them
 MAX_YAML_DEPTH = 100  # of mappings and lists within one another
-NULL_TAG, MERGE_TAG, TEXT_TAG = (f"tag:yaml.org,2002:{kind}" for kind in ("null", "merge", "str"))
+MAX_DIGITS = 300  # characters of a number: Python takes ever longer to read more, and refuses to write 4,300
+MAX_SHOWN = 1000  # characters of a path in a sentence
+NULL_TAG, MERGE_TAG, TEXT_TAG, INT_TAG = (f"tag:yaml.org,2002:{kind}" for kind in ("null", "merge", "str", "int"))
 WORD_TAGS = {NULL_TAG, *(f"tag:yaml.org,2002:{kind}" for kind in ("bool", "int", "float", "timestamp", "value"))}
 
 
@@ -70,8 +72,9 @@ def read_yaml(path: str | Path, as_written: Collection[str] = ()) -> Any:
 
     Raises:
         OSError: as ``read_regular``.
-        DetkitError: malformed (with the line), a key given twice, not UTF-8, nested deeper than MAX_YAML_DEPTH, or
-            with aliases that repeat themselves or grow to more than MAX_YAML_NODES values.
+        DetkitError: malformed (with the line), a key given twice, not UTF-8, nested deeper than MAX_YAML_DEPTH, with a
+            number of more than MAX_DIGITS characters, or with aliases that repeat themselves or grow to more than
+            MAX_YAML_NODES values.
     """
     try:
         text = read_regular(path).decode("utf-8-sig")
@@ -83,7 +86,7 @@ def read_yaml(path: str | Path, as_written: Collection[str] = ()) -> Any:
             if _expanded_size(root, {}, 0) > MAX_YAML_NODES:
                 raise DetkitError(f"{path} is refused: its aliases grow to more than {MAX_YAML_NODES:,} values")
             if isinstance(root, yaml.MappingNode):
-                for key, value in root.value:
+                for key, value in _entries(root):
                     if key.value in as_written and value.tag != NULL_TAG:
                         _keep_words(value)
             return loader.construct_document(root)
@@ -107,7 +110,10 @@ def _expanded_size(node: yaml.Node, known: dict[int, int], depth: int) -> int:
 
     Raises:
         RecursionError: it lies within itself, or deeper than MAX_YAML_DEPTH.
+        ValueError: it is a number of more than MAX_DIGITS characters.
     """
+    if node.tag == INT_TAG and len(node.value) > MAX_DIGITS:
+        raise ValueError(f"line {node.start_mark.line + 1} has a number of {len(node.value)} characters")
     if known.get(id(node)) == 0 or depth > MAX_YAML_DEPTH:  # 0: still being counted
         raise RecursionError
     if id(node) not in known:
@@ -137,6 +143,18 @@ def _check_keys(node: yaml.MappingNode) -> None:
         seen.add((key.tag, key.value))
 
 
+def _entries(node: yaml.MappingNode) -> Iterator[tuple[yaml.Node, yaml.Node]]:
+    """Yield the keys and values of a mapping, also those that ``<<: *alias`` merges into it."""
+    for key, value in node.value:
+        if key.tag == MERGE_TAG:
+            merged = value.value if isinstance(value, yaml.SequenceNode) else [value]
+            for mapping in merged:
+                if isinstance(mapping, yaml.MappingNode):
+                    yield from _entries(mapping)
+        else:
+            yield key, value
+
+
 def _keep_words(node: yaml.Node) -> None:
     """Make text of every plain scalar below a node; only as a key does ``<<`` mean anything."""
     if isinstance(node, yaml.ScalarNode):
@@ -158,7 +176,7 @@ def explain_oserror(error: OSError) -> str | None:
     if error.filename is None:
         return f"the system refuses: {error.strerror}"
     path = error.filename if isinstance(error.filename, int) else os.fsdecode(error.filename)
-    return f"cannot read or write {path}: {error.strerror}"
+    return f"cannot read or write {shorten(path, MAX_SHOWN)}: {error.strerror}"
 
 
 def cache_dir() -> Path:

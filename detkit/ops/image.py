@@ -34,6 +34,7 @@ PILLOW_ERRORS = (OSError, ValueError, SyntaxError, TypeError, KeyError, IndexErr
                  ZeroDivisionError, EOFError, MemoryError, struct.error, Image.DecompressionBombError)  # fmt: skip
 MAX_PIXELS = 178_956_970  # of a picture, where max_pixels says nothing else: 537 MB decoded
 MAX_BYTES = 2**30  # of a picture's file
+AVIF_PIXELS = 2**28  # libavif's own limit
 _MAX_PIXELS_VARIABLE = "DETKIT_MAX_PIXELS"  # in the environment, which processes started later inherit
 FILL = 114  # the gray that YOLO models see around an image
 # OpenCV's flags for a reduced decoding carry no order of colours: IMREAD_COLOR_RGB is added to them.
@@ -110,8 +111,11 @@ def open_header(file: BinaryIO) -> Image.Image:
         opener = next((opener for opener, accepts in _openers() if accepts(start) is True), None)
         with warnings.catch_warnings(action="ignore"):
             image = opener and opener(file, "")
+    except Image.DecompressionBombError:  # of a WebP or GIF: Pillow's own limit, which is MAX_PIXELS
+        raise UnreadableImage(_beyond(MAX_PIXELS)) from None
     except PILLOW_ERRORS:
-        raise UnreadableImage("it is truncated or damaged") from None
+        words = _beyond(AVIF_PIXELS) if _avif_pixels(file) > AVIF_PIXELS else "it is truncated or damaged"
+        raise UnreadableImage(words) from None
     if image is None:
         raise UnreadableImage(_what_else(start))
     _check_header(image)
@@ -135,6 +139,20 @@ def _check_header(image: Image.Image) -> None:
         raise UnreadableImage("it has 32 bits a channel: convert it to 8 or 16")
     for key in ("xmp", "XML:com.adobe.xmp"):
         image.info.pop(key, None)
+
+
+def _beyond(limit: int) -> str:
+    """Say that a picture has more pixels than ``limit``, which is that of the library that opens it."""
+    if max_pixels() <= limit:
+        return f"it has more pixels than the limit max_pixels={max_pixels()}: shrink it, or raise that"
+    return f"it has more than {limit} pixels, the limit of its format: shrink it, or convert it to JPEG or PNG"
+
+
+def _avif_pixels(file: BinaryIO) -> int:
+    """Return how many pixels an AVIF says it has; 0 for anything else."""
+    file.seek(0)
+    sizes = re.findall(rb"ispe....(....)(....)", file.read(2**16), re.DOTALL)
+    return max((int.from_bytes(width) * int.from_bytes(height) for width, height in sizes), default=0)
 
 
 @cache

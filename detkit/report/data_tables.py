@@ -12,7 +12,7 @@ from rich.table import Table
 from detkit.data.annotations import Annotations
 from detkit.data.problems import KINDS, LEFT_OUT, MENDED, NOTE, WRONG, ProblemLog
 from detkit.engine.checkpoint import write_atomically
-from detkit.errors import printable
+from detkit.errors import printable, shorten
 
 AREAS = (32**2, 96**2)  # pixels: COCO's bounds of small and medium
 SHOWN = 3  # findings of a kind and split
@@ -63,7 +63,7 @@ def print_classes(splits: Mapping[str, Annotations], console: Console) -> None:
         labelled = [split for split in splits if counts[split].any()]
         absent = [split for split in labelled if not counts[split][k]]
         remark = "" if not absent else "none" if absent == labelled else f"none in {', '.join(absent)}"
-        table.add_row(printable(name), *cells, remark, style="yellow" if absent else None)
+        table.add_row(shorten(name), *cells, remark, style="yellow" if absent else None)
     console.print(table, soft_wrap=False)
 
 

@@ -8,7 +8,7 @@ from rich.table import Table
 
 from detkit.engine.properties import Finding
 from detkit.engine.transfer import TransferReport
-from detkit.errors import printable
+from detkit.errors import printable, shorten
 
 STYLES = {"pass": "green", "fail": "bold red", "-": "dim"}
 
@@ -24,7 +24,7 @@ def print_metrics(metrics: Mapping[str, Any], console: Console) -> None:
     boxes = sum(row["boxes"] for row in per_class.values())
     table.add_row("all", str(boxes), *(_number(metrics[name]) for name in names), style="bold")
     for name, row in per_class.items():
-        table.add_row(printable(name), str(row["boxes"]), _number(row["AP"]), _number(row["AP50"]))
+        table.add_row(shorten(name), str(row["boxes"]), _number(row["AP"]), _number(row["AP50"]))
     console.print(table, soft_wrap=False)
 
 

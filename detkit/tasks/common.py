@@ -127,13 +127,14 @@ def read_split(data: Mapping[str, Any], split: str, log: ProblemLog | None = Non
 
 
 def read_splits(data: Mapping[str, Any], console: Console, kept: int | None = None) -> dict[str, Annotations]:
-    """Read every split of the configured data set; say which are left out, as their files are not there.
+    """Read every split of the configured data set; say which are left out, as their files are not there or
+    their classes are others.
 
     Args:
         kept: read the files anew and keep so many problems of a kind.
 
     Raises:
-        DetkitError: one cannot be read, train or val are not there, or the splits have different classes.
+        DetkitError: one cannot be read, train or val are not there, or have different classes.
     """
     splits: dict[str, Annotations] = {}
     for split in splits_of(_reader_arguments(data)):
@@ -144,11 +145,17 @@ def read_splits(data: Mapping[str, Any], console: Console, kept: int | None = No
                 raise
             console.print(f"{split} is left out: {error}", style="bold red")
     train_set = splits["train"]
-    for split, annotations in splits.items():
+    for split, annotations in list(splits.items()):
         if not annotations.class_names:  # images alone
             ids = train_set.category_ids
             splits[split] = replace(annotations, class_names=train_set.class_names, category_ids=ids)
-        check_classes(train_set, splits[split])
+        try:
+            check_classes(train_set, splits[split])
+        except DetkitError as error:
+            if split in TRAINED:
+                raise
+            console.print(f"{split} is left out: {error}", style="bold red")
+            del splits[split]
     return splits
 
 

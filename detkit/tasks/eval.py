@@ -13,7 +13,7 @@ from detkit.engine.evaluator import evaluate
 from detkit.engine.logging import show_progress
 from detkit.engine.memory import check_batch
 from detkit.engine.precision import Precision, make_deterministic
-from detkit.errors import DetkitError, naming
+from detkit.errors import DetkitError, naming, shorten
 from detkit.report.console import make_console
 from detkit.report.plots import draw_evaluation, save_figure
 from detkit.report.tables import print_metrics
@@ -54,7 +54,7 @@ def run(cfg: dict[str, Any]) -> dict[str, Any]:
         words = "to see what is found in its images, run predict with source=FOLDER"
         raise DetkitError(f"split={cfg['split']} has no boxes to compare with: {explain_empty(annotations)}; {words}")
     if annotations.class_names != detector.class_names:
-        ours, theirs = ", ".join(detector.class_names), ", ".join(annotations.class_names)
+        ours, theirs = (shorten(", ".join(names)) for names in (detector.class_names, annotations.class_names))
         raise DetkitError(f"{cfg['ckpt']} knows the classes {ours}; {annotations.source} has {theirs}")
     tell_split(cfg["split"], annotations, console)
     run_dir = Path(from_main(lambda: str(make_run_dir(cfg, "eval", checkpoint_name(cfg["ckpt"])))))

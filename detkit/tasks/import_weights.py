@@ -69,7 +69,7 @@ def _tell(src: Path, dst: Path, found: Recognised, named: str, checkpoint: Check
         return (
             f"{told}: its backbone is in {dst}{left_out}\nto start from it: detkit train {model}{named} weights={dst}"
         )
-    names = ", ".join(checkpoint.class_names[:5]) + (", ..." if len(checkpoint.class_names) > 5 else "")
+    names = shorten(", ".join(checkpoint.class_names[:5])) + (", ..." if len(checkpoint.class_names) > 5 else "")
     told += f", {len(checkpoint.class_names)} classes ({names}), {checkpoint.cfg['image_size']} pixels: it is in {dst}"
     return "\n".join((told, *found.notes, f"to measure it: detkit eval ckpt={dst} data=coco data.root=DIR"))
 

@@ -11,7 +11,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from detkit.errors import DetkitError, shorten
+from detkit.errors import DetkitError, is_name, shorten
 from detkit.ops.files import open_regular
 from detkit.weights.pickle_names import Global, Record, StorageRef, TensorRef
 from detkit.weights.torch_file import open_torch_file
@@ -209,7 +209,7 @@ def _class_names(holder: Any) -> tuple[str, ...] | None:
 
 
 def _is_label(value: Any) -> bool:
-    return isinstance(value, str) and len(value) <= 100 and value.isprintable() and bool(value.strip())
+    return isinstance(value, str) and len(value) <= 100 and is_name(value)
 
 
 def _image_size(content: Any) -> int | None:
