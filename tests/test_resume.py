@@ -517,6 +517,7 @@ def test_nothing_is_unpickled_freely(tmp_path, monkeypatch):
         (lambda c: c.update(ranks=0), "ranks=0 must be"),
         (lambda c: c.update(schema_version=torch.ones(2)), "has schema version"),
         (lambda c: c.update(cfg=nested(99)), "nested too deeply"),
+        (lambda c: c["state"].update(history=[{}] * 1_000_000), "state.history="),
         (lambda c: c["recipe"].update(lr="x"), "recipe.lr=x must be a number above 0"),
         (lambda c: c["recipe"].pop("name"), "recipe.name is not set"),
         (lambda c: c["state"].update(epoch=True), "state.epoch=true must be a whole number"),

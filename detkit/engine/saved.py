@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import AfterValidator, ConfigDict
+from pydantic import AfterValidator, ConfigDict, FailFast
 from torch import Tensor
 
 from detkit.config.check import first_mistake, first_odd_value
@@ -111,7 +111,9 @@ class Progress(Section):
     best_epoch: int = whole("when that was")
     current: Current
     results: Results
-    history: list[Row] = field("rows of history.csv", "a list of rows of numbers, each with epoch and seconds")
+    history: Annotated[list[Row], FailFast()] = field(
+        "rows of history.csv", "a list of rows of numbers, each with epoch and seconds"
+    )
 
 
 class Optimizer(Section):
