@@ -52,7 +52,7 @@ MISTAKES = [
     ("train", ["workers=-1"], "workers=-1 must be auto, or a whole number"),
     ("train", ["optim.shape=cosin"], "optim.shape=cosin must be linear, cosine, constant or one_cycle"),
     ("train", ["augment.affine.scale=0.5"], "augment.affine.scale=0.5 must be a pair"),
-    ("train", ["model=null"], "a group was set to null"),
+    ("train", ["model=null"], "model=null is no name of an option: known are"),
     ("train", ["plugins=my_backbone"], "plugins=my_backbone must be a list of modules"),
     ("train", ["neck.block=[c2f,c2f]"], "neck.block lists 2 blocks"),
     ("train", ["backbone.downsample=c2f"], "block 'c2f' does not fit a conv slot"),

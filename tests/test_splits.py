@@ -273,7 +273,7 @@ def test_validating_with_what_is_trained_on_is_wrong_and_converted_as_it_is(tmp_
 def test_a_third_split_with_other_classes_is_left_out(tmp_path, monkeypatch, capsys):
     root = draw_coco(tmp_path / "set", ("train", "val", "test"))
     file = root / "annotations" / "instances_test.json"
-    file.write_text(file.read_text().replace("cat", "cow"))
+    file.write_text(file.read_text().replace('"cat"', '"cow"'))
     run = [f"run_dir={tmp_path / 'run'}", "workers=1"]
     _, out, _ = run_command(monkeypatch, capsys, "check_data", "data=coco", f"data.root={root}", *run)
     assert "test is left out: " in out and "cow" in out

@@ -267,11 +267,11 @@ def test_a_listed_image_elsewhere_does_not_lead_into_other_folders(yolo_set, tmp
 
 def test_an_image_that_is_missing_in_its_folder_is_no_other_of_its_name(yolo_set, tmp_path):
     yaml = yolo_set("train: train.txt\nval: images/val\nnames: [cat, dog]\n")
-    shutil.copy(tmp_path / "images" / "train" / "a.jpg", tmp_path / "b.jpg")
-    (tmp_path / "train.txt").write_text("/old/disk/images/train/a.jpg\nimages/train/b.jpg\n")
+    shutil.copy(tmp_path / "images" / "train" / "a.png", tmp_path / "b.png")
+    (tmp_path / "train.txt").write_text("/old/disk/images/train/a.png\nimages/train/b.png\n")
     annotations = read_yolo("train", yaml=str(yaml))
-    assert [path.name for path in annotations.paths] == ["a.jpg"]
-    assert [problem.file for problem in annotations.problems.problems] == [str(tmp_path / "images/train/b.jpg")]
+    assert [path.name for path in annotations.paths] == ["a.png"]
+    assert [problem.file for problem in annotations.problems.problems] == [str(tmp_path / "images/train/b.png")]
 
 
 def test_labels_lie_in_labels_beside_the_last_images_or_an_earlier_one_or_beside_the_image():
