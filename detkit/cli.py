@@ -133,9 +133,10 @@ def _perform(task: str, run: Callable[[dict], object], cfg: DictConfig) -> objec
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
-    keys = " or ".join(key for key in ("batch_size", "image_size") if key in resolved)
-    words = f"lower {keys}, or use device=cpu" if keys else "use device=cpu"
-    raise DetkitError(f"device={resolved['device']} has too little memory for this: {words}")
+    device = resolved["device"]
+    hints = [f"lower {key}" for key in ("batch_size", "image_size") if key in resolved]
+    hints += ["use device=cpu"] if device != "cpu" else []
+    raise DetkitError(f"device={device} has too little memory for this: {' or '.join(hints) or 'free some'}")
 
 
 def _exit(sentence: str, status: int = 2) -> None:
