@@ -181,7 +181,7 @@ def explain_empty(annotations: Annotations) -> str:
     words = [f"{count} images in {annotations.source}"]
     if without:
         first = next(problem for problem in problems.problems if problem.kind == "unlabelled_image")
-        words += [f"label files found: {max(count - without, 0)} of {count}", f"the first missing: {first}"]
+        words += [f"label files found: {max(count - without, 0)} of {count}", f"the first image: {first}"]
     if problems.summary():
         words += [problems.summary(), f"the first: {problems.first(LEFT_OUT, MENDED)}"]
     return "; ".join(words)

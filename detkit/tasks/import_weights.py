@@ -112,7 +112,7 @@ def _with_sampling(src: Path, found: Recognised, cfg: Mapping[str, Any], samplin
         raise DetkitError(
             f"{src} is {found.what} with AKConv, whose tensors do not tell how they sample: the code that tutorials "
             "patch into YOLO has a transposed grid and counts borders twice, which the paper's sampling does not undo; "
-            "add sampling=tutorial for weights trained with that code, sampling=paper for any other"
+            "add sampling=tutorial for weights trained with that code, sampling=paper for those of the paper's grid"
         )
     if sampling == "tutorial":
         found.notes.append(
@@ -158,7 +158,7 @@ def make_checkpoint(path: Path, source: Source, found: Recognised, cfg: Mapping[
         told = source.class_names or ()
         names = told if len(told) == found.num_classes else tuple(f"class{k}" for k in range(found.num_classes))
         if names != told:
-            found.notes.append("it has no list of their names that can be shown, one for each: they are numbered")
+            found.notes.append("its classes have no names, or not one each: they are called class0, class1 and so on")
     shapes = _shapes(kept, names)
     fused = 0 if found.part else unfuse(found.tensors, shapes)
     if fused:
