@@ -139,7 +139,8 @@ class ProblemLog:
         if first is not None:
             others = sum(self.of(LEFT_OUT, MENDED).values()) - 1
             more = f" (and {others} more)" if others else ""
-            raise DetkitError(f"{first}{more}; data.strict=true refuses it, and check_data lists everything")
+            words = shorten(str(first), 600)
+            raise DetkitError(f"{words}{more}; data.strict=true refuses it, and check_data lists everything")
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain data for json."""
