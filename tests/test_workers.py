@@ -59,6 +59,21 @@ def test_a_process_that_is_killed_is_named(loader, epoch, batches, name):
         next(loader.epoch(epoch))
 
 
+class Late:
+    """A sampler that gives its first index when the processes have long begun."""
+
+    def __iter__(self) -> Iterator[int]:
+        time.sleep(2)
+        yield from range(4)
+
+
+def test_a_process_that_dies_before_the_first_index_is_a_sentence():
+    options = {"worker_init_fn": lambda _: os.kill(os.getpid(), signal.SIGKILL), "multiprocessing_context": "fork"}
+    loader = DataLoader(range(4), batch_size=None, sampler=Late(), num_workers=2, persistent_workers=True, **options)
+    with pytest.raises(DetkitError, match="data loading process"):
+        list(Workers(loader, timeout=30))
+
+
 @pytest.mark.parametrize("epoch", [0, 1])
 def test_a_process_that_is_stopped_is_given_up(loader, epoch):
     list(loader.epoch(0))

@@ -78,7 +78,7 @@ class Workers:
         """Start the processes.
 
         Raises:
-            DetkitError: the system does not allow so many.
+            DetkitError: the system does not allow so many, or one has died meanwhile.
         """
         others, handler = multiprocessing.active_children(), signal.getsignal(SIGCHLD)
         # At the exit, before multiprocessing asks its children to end, which these do not heed, and waits for them.
@@ -96,15 +96,18 @@ class Workers:
             raise DetkitError(f"{words} ({reason}): use fewer workers, or workers=0")
 
     def _fork(self) -> str | None:
-        """Make torch's iterator; return why the system does not allow so many processes, if it does not."""
+        """Make torch's iterator; return why there are not so many processes, if there are not.
+
+        The system does not allow them, or one has died already, of which torch's own handler tells here.
+        """
         try:
             self.iterator = iter(self.loader)
         except OSError as error:
             return error.strerror
         except RuntimeError as error:
-            if "start new thread" not in str(error):
+            if "start new thread" not in str(error) and "DataLoader worker" not in str(error):
                 raise
-            return str(error)
+            return str(error).strip().rstrip(".")
         return None
 
     def _waited(self, receive: Callable[[], T]) -> T:
