@@ -88,10 +88,11 @@ class Workers:
             reason = self._fork()
         finally:
             sys.unraisablehook = hook
-        self.processes += [child for child in multiprocessing.active_children() if child not in others]
         _tame_sigchld(handler)
-        if reason is not None:
-            _kill(self.processes)
+        if reason is None:
+            self.processes += self.iterator._workers  # also those that have died already
+        else:
+            _kill([child for child in multiprocessing.active_children() if child not in others])
             words = f"{self.loader.num_workers} data loading processes cannot be started"
             raise DetkitError(f"{words} ({reason}): use fewer workers, or workers=0")
 
