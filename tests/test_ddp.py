@@ -146,7 +146,7 @@ def ranks(tmp_path_factory, shapes_root) -> list[dict]:
     for process in processes:
         process.join(120)
     assert [process.exitcode for process in processes] == [0, 0]
-    return [torch.load(folder / f"{r}.pt", weights_only=False) for r in range(2)]
+    return [torch.load(folder / f"{r}.pt", weights_only=True) for r in range(2)]
 
 
 def difference(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> float:
