@@ -98,7 +98,7 @@ def read_header(path: str | Path) -> Header:
             f"checkpoint {path} does not exist; a run's are RUN_DIR/best.safetensors and last.safetensors"
         ) from None
     except OSError as error:
-        hint = "; a run's checkpoints are best.safetensors and last.safetensors in it" if path.is_dir() else ""
+        hint = "; a run's checkpoints are best.safetensors and last.safetensors in it" if os.path.isdir(path) else ""
         raise DetkitError(f"{path} cannot be read: {error.strerror}{hint}") from None
     except (ValueError, RecursionError) as error:
         if isinstance(error, DetkitError):
