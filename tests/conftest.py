@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from detkit import cli
 from detkit.config import compose_config, resolve
-from detkit.data import shapes
+from detkit.data.formats import shapes
 
 GOLDEN = Path(__file__).parent / "golden"
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]

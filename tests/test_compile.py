@@ -10,10 +10,10 @@ from torch._dynamo.backends.common import aot_autograd
 
 from detkit.api import create_model
 from detkit.config import compose_config, resolve
+from detkit.distributed.sync_batch_norm import convert_sync_batchnorm
 from detkit.engine.compile import compile_network
-from detkit.engine.parts import train_mode
+from detkit.engine.param_groups import train_mode
 from detkit.engine.precision import Precision
-from detkit.layers.sync_norm import synchronise_norms
 from detkit.tasks import train
 
 CPU = torch.device("cpu")
@@ -33,14 +33,14 @@ def traced(monkeypatch):
 def make(amp: str = "off", **parts):
     detector = create_model(num_classes=3, **parts)
     said: list[str] = []
-    network = compile_network(detector, Precision.pick(amp, CPU), 64, 2, said.append)
+    network = compile_network(detector, Precision.from_config(amp, CPU), 64, 2, said.append)
     return detector, network, said
 
 
 def gradients(network, detector, images, amp):
     detector.zero_grad()
     torch.manual_seed(1)  # for what is dropped
-    with Precision.pick(amp, CPU).autocast():
+    with Precision.from_config(amp, CPU).autocast():
         out = network(images)
     (out.cls.float().square().mean() + out.reg.float().square().mean()).backward()
     return {name: p.grad for name, p in detector.named_parameters() if p.grad is not None}
@@ -75,7 +75,7 @@ def test_every_architecture_computes_the_same(parts, amp):
 def test_the_trial_leaves_no_trace():
     detector = create_model("yolov8n", num_classes=3)
     before, rng = copy.deepcopy(detector.state_dict()), torch.get_rng_state()
-    compile_network(detector, Precision.pick("off", CPU), 64, 2, print)
+    compile_network(detector, Precision.from_config("off", CPU), 64, 2, print)
     assert all(torch.equal(value, before[name]) for name, value in detector.state_dict().items())
     assert torch.equal(torch.get_rng_state(), rng)
     assert all(p.grad is None for p in detector.parameters())
@@ -122,7 +122,7 @@ def test_what_cannot_be_compiled_runs_as_it_is(monkeypatch, when):
     detector = create_model("yolov8n", num_classes=3)
     before = copy.deepcopy(detector.state_dict())
     said: list[str] = []
-    assert compile_network(detector, Precision.pick("off", CPU), 64, 2, said.append) is detector
+    assert compile_network(detector, Precision.from_config("off", CPU), 64, 2, said.append) is detector
     assert all(torch.equal(value, before[name]) for name, value in detector.state_dict().items())
     assert len(said) == 2
     assert "trainer.compile: the network runs uncompiled" in said[1]
@@ -132,7 +132,7 @@ def test_what_cannot_be_compiled_runs_as_it_is(monkeypatch, when):
 
 def test_synchronised_norms_are_not_compiled():
     detector = create_model("yolov8n", num_classes=3)
-    synchronise_norms(detector)
+    convert_sync_batchnorm(detector)
     said: list[str] = []
-    assert compile_network(detector, Precision.pick("off", CPU), 64, 2, said.append) is detector
+    assert compile_network(detector, Precision.from_config("off", CPU), 64, 2, said.append) is detector
     assert "sync_bn" in said[0]

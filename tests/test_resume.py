@@ -25,27 +25,27 @@ from torch import nn
 import detkit
 from detkit import cli
 from detkit.config import compose_config, resolve
-from detkit.data.augment import Augmentation, AugmentedDataset
+from detkit.data.augment.pipeline import Augmentation, AugmentedDataset
 from detkit.data.dataset import DetectionDataset
+from detkit.data.formats.shapes import read_shapes
+from detkit.data.formats.tar_shards import read_webdataset, write_webdataset
 from detkit.data.loader import BatchLoader
-from detkit.data.shapes import read_shapes
-from detkit.data.stream import ShardLoader
-from detkit.data.webdataset import read_webdataset, write_webdataset
+from detkit.data.shard_loader import ShardLoader
 from detkit.engine import checkpoint, loggers, state, trainer
-from detkit.engine import lock as lock_module
-from detkit.engine.measure import random_batch
-from detkit.engine.optim import Recipe, Schedule
+from detkit.engine.optimizer import Recipe, Schedule
 from detkit.engine.precision import Precision
-from detkit.engine.state import TrainState, capture, read_state, restore, write_state
+from detkit.engine.state import TrainState, load_training_state, read_state, training_state_dict, write_state
 from detkit.engine.step import TrainStep
 from detkit.errors import DetkitError
 from detkit.models.losses.task_aligned import TaskAlignedLoss
+from detkit.models.profiling import dummy_batch
 from detkit.tasks import resume, train
+from detkit.tasks import run_lock as lock_module
 
 TOOL = Path(__file__).parents[1] / "tools" / "train.py"
 CLOCK = ("images_per_s", "seconds", "data_wait", "memory_gib")
 AUGMENT = {
-    "mosaic": {"p": 0.5, "off_epochs": 0},
+    "mosaic": {"p": 0.5, "close_epochs": 0},
     "affine": {"scale": [0.5, 1.5], "translate": 0.1},
     "transforms": {},
 }
@@ -358,7 +358,7 @@ def test_two_processes_do_not_share_a_run_directory(whole_run, tmp_path, monkeyp
         with pytest.raises(DetkitError, match=r"run is in use by process 1234 on host7: wait until that ends"):
             go_on(tmp_path / "run")
         threading.Timer(0.5, holder.kill).start()
-        with lock_module.hold(tmp_path / "run", "job", patience=10):
+        with lock_module.run_lock(tmp_path / "run", "job", patience=10):
             assert holder.wait() == -signal.SIGKILL
     assert go_on(tmp_path / "run")["last"]["epoch"] == 2
     assert lock.read_text().split()[1] == str(os.getpid())
@@ -373,7 +373,7 @@ def test_two_processes_do_not_share_a_run_directory(whole_run, tmp_path, monkeyp
 def test_a_run_that_another_process_has_continued_is_not_taken_back(whole_run, monkeypatch):
     """Between reading the state and holding the folder."""
     older = TrainState(step=read_state(whole_run, print)["state"]["step"] - 1)
-    monkeypatch.setattr(train, "restore", lambda *_: older)
+    monkeypatch.setattr(train, "load_training_state", lambda *_: older)
     before = {path: path.stat().st_mtime_ns for path in whole_run.iterdir() if path.name != ".lock"}
     with pytest.raises(DetkitError, match="another process went on with it"):
         go_on(whole_run)
@@ -382,7 +382,7 @@ def test_a_run_that_another_process_has_continued_is_not_taken_back(whole_run, m
 
 @pytest.mark.parametrize("theirs", [[False, 0], [True, 3]])
 def test_ranks_that_see_different_runs_say_so(theirs, tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "from_main", lambda make: theirs)
+    monkeypatch.setattr(train, "run_on_main", lambda make: theirs)
     with pytest.raises(DetkitError, match=r"looks different from different nodes .*rank 0 finds"):
         train._agree(tmp_path, {"state": {"step": 6}})
 
@@ -549,7 +549,7 @@ def test_a_state_that_does_not_fit_is_named(trained, tmp_path, change, sentence)
     change(content)
     write_state(tmp_path, content, 1)
     with pytest.raises(DetkitError) as error:
-        restore(read_state(tmp_path, print), step, 5)
+        load_training_state(read_state(tmp_path, print), step, 5)
     assert sentence in str(error.value)
     assert str(error.value).startswith(str(tmp_path / "state.pt"))
     assert len(str(error.value)) < 500
@@ -574,7 +574,7 @@ def test_only_regular_files_of_a_run_are_read(tmp_path):
     with pytest.raises(DetkitError, match=r"config.yaml: it is not a regular file"):
         resume.resumed_config(tmp_path, {}, None)
     assert loggers._read_ids(tmp_path / "loggers.json") == {}
-    assert lock_module.find_job(tmp_path.parent, "job") is None
+    assert lock_module.find_run_of_job(tmp_path.parent, "job") is None
 
 
 def make_step() -> TrainStep:
@@ -584,7 +584,7 @@ def make_step() -> TrainStep:
     detector.train()
     recipe = Recipe("sgd", 0.01, 0.9, 0.0, 0.1)
     schedule = Schedule(recipe, epochs=10, final=0.01, shape="linear", warmup=0, warmup_momentum=0.8)
-    precision = Precision.pick("off", torch.device("cpu"))
+    precision = Precision.from_config("off", torch.device("cpu"))
     return TrainStep(detector, TaskAlignedLoss(), recipe, schedule, precision, accumulate=2, clip=10.0)
 
 
@@ -594,22 +594,22 @@ def trained() -> tuple[TrainStep, dict]:
     step = make_step()
     detector = detkit.create_model("yolov8n", num_classes=3, overrides=["model.width=0.0625"])
     step = TrainStep(detector, step.loss, step.schedule.recipe, step.schedule, step.precision, accumulate=1, clip=1.0)
-    step(random_batch(2, (64, 64), 3, 3), 0, 0)
-    return step, capture(step, TrainState(), 5)
+    step(dummy_batch(2, (64, 64), 3, 3), 0, 0)
+    return step, training_state_dict(step, TrainState(), 5)
 
 
 def test_waiting_gradients_and_random_numbers_come_back(tmp_path):
     """Five batches, two of which make a step: cut after the third, a gradient waits; dropout goes on as it would."""
-    batches = [random_batch(4, (64, 64), 3, 3) for _ in range(5)]
+    batches = [dummy_batch(4, (64, 64), 3, 3) for _ in range(5)]
     whole = make_step()
     for k, batch in enumerate(batches):
         whole(batch, k, 0)
         if k == 2:
-            write_state(tmp_path, capture(whole, TrainState(step=3), 5), 1)
+            write_state(tmp_path, training_state_dict(whole, TrainState(step=3), 5), 1)
     torch.manual_seed(99)
     random.seed(99)
     resumed = make_step()
-    position = restore(read_state(tmp_path, print), resumed, 5)
+    position = load_training_state(read_state(tmp_path, print), resumed, 5)
     assert (position.step, resumed.pending) == (3, 1)
     for k, batch in enumerate(batches[3:], 3):
         resumed(batch, k, 0)

@@ -11,7 +11,7 @@ import detkit
 from detkit.engine.checkpoint import Checkpoint, write_checkpoint
 from detkit.engine.transfer import TransferRow, load_weights
 from detkit.errors import DetkitError
-from detkit.report.tables import print_transfer
+from detkit.tasks.run_logging import print_transfer
 
 
 class Small(nn.Module):
@@ -48,8 +48,8 @@ def test_the_report_counts_numbers(small_checkpoint):
         TransferRow("head", 3, 0, 21),
     )
     assert report.total == TransferRow("all", 68, 40, 21)
-    assert report.unused == 1
-    assert set(report.afresh) == {
+    assert report.unexpected_keys == 1
+    assert set(report.missing_keys) == {
         "neck.weight",
         "head.weight",
         *(f"backbone.1.{name}" for name in ("running_mean", "running_var", "num_batches_tracked")),

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from rich.table import Table
 
-from detkit.report.console import make_console
+from detkit.viz.console import make_console
 
 WARMUP = 2  # rounds before the clock starts
 

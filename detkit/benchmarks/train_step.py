@@ -20,14 +20,15 @@ from torch.utils.flop_counter import FlopCounterMode
 from detkit.benchmarks.common import WARMUP, describe, tell, time_once
 from detkit.benchmarks.peer import start_peer
 from detkit.config import import_plugins
+from detkit.engine.auto_batch import check_batch
 from detkit.engine.compile import compile_network
-from detkit.engine.measure import random_batch
-from detkit.engine.memory import check_batch
-from detkit.engine.optim import Recipe, Schedule
-from detkit.engine.precision import Precision, is_out_of_memory, keep_freed_memory, make_deterministic, pick_device
+from detkit.engine.optimizer import Recipe, Schedule
+from detkit.engine.precision import Precision, is_out_of_memory, seed_everything, tune_malloc
 from detkit.engine.step import TrainStep
 from detkit.errors import DetkitError
 from detkit.models.detector import build_detector, build_loss
+from detkit.models.profiling import dummy_batch
+from detkit.ops.device import pick_device
 from detkit.structures import Batch
 
 MATRIX = {"cpu": 2048, "cuda": 8192}  # side of the matrices whose product measures what the device can do
@@ -125,7 +126,7 @@ def run(cfg: dict[str, Any]) -> dict[str, Any]:
     """
     device = pick_device(cfg["device"])
     check_batch(cfg["batch_size"], cfg["image_size"], device)
-    variants = [v for v in VARIANTS if v.amp != "bf16" or Precision.pick("auto", device).dtype is torch.bfloat16]
+    variants = [v for v in VARIANTS if v.amp != "bf16" or Precision.from_config("auto", device).dtype is torch.bfloat16]
     if device.type == "cuda":  # whose memory is not the C library's
         variants = [v for v in variants if v.amp != "off" or not v.keep_memory]
     if cfg["compile"]:
@@ -226,7 +227,7 @@ def _serve(pipe: Connection, cfg: dict[str, Any], variant: Variant) -> None:
             step()
         torch.cuda.empty_cache()  # for those whose turn is next; does nothing without CUDA
         pipe.send(said[-1] if said[1:] else counter.get_total_flops())
-        dtype = Precision.pick(variant.amp, device).dtype
+        dtype = Precision.from_config(variant.amp, device).dtype
         while pipe.recv():
             if device.type == "cuda":
                 step()  # to have the memory again that was handed back below
@@ -267,16 +268,16 @@ def _peak_memory(device: torch.device) -> int:
 def _make_step(cfg: dict[str, Any], variant: Variant, tell: Callable[[str], None]) -> Callable[[], object]:
     """Build the training step and one batch; return the function that trains on it once."""
     import_plugins(cfg["plugins"])
-    make_deterministic(cfg["seed"])
+    seed_everything(cfg["seed"])
     device = pick_device(cfg["device"])
-    precision = Precision.pick(variant.amp, device)
+    precision = Precision.from_config(variant.amp, device)
     if variant.keep_memory and device.type == "cpu":
-        keep_freed_memory()
+        tune_malloc()
     layout = torch.channels_last if variant.channels_last else torch.contiguous_format
     detector = build_detector(cfg, [str(k) for k in range(cfg["num_classes"])]).to(device, memory_format=layout).train()
     images = cfg["batch_size"]
-    recipe = Recipe.pick(cfg["optim"], batch_size=images, total_steps=1, num_classes=cfg["num_classes"])
-    schedule = Schedule.pick(recipe, cfg["optim"], epochs=1, batches=1)
+    recipe = Recipe.from_config(cfg["optim"], batch_size=images, total_steps=1, num_classes=cfg["num_classes"])
+    schedule = Schedule.from_config(recipe, cfg["optim"], epochs=1, batches=1)
     network = detector
     if variant.compiled:
         network = compile_network(detector, precision, cfg["image_size"], images, tell)
@@ -291,7 +292,7 @@ def _make_step(cfg: dict[str, Any], variant: Variant, tell: Callable[[str], None
 
 def _noise(cfg: dict[str, Any], images: int) -> Batch:
     """Return a batch of noise."""
-    return random_batch(images, (cfg["image_size"],) * 2, cfg["boxes"], cfg["num_classes"])
+    return dummy_batch(images, (cfg["image_size"],) * 2, cfg["boxes"], cfg["num_classes"])
 
 
 @contextmanager

@@ -108,7 +108,7 @@ class Tiles(Section):
 
     size: int | None = whole("pixels of a side; null: no tiles", 32, 2**20)
     overlap: float = number("share of the size that neighbours have in common", 0, 0.9)
-    share: float = share("of an epoch's tiles, those that show an object")
+    positive_fraction: float = share("of an epoch's tiles, those that show an object")
 
 
 class Data(Section):
@@ -134,7 +134,7 @@ class Mosaic(Section):
     """Four images in one."""
 
     p: float = number("share of the samples", 0, 1)
-    off_epochs: int = whole("last epochs without mosaic, copy-paste and mixup")
+    close_epochs: int = whole("last epochs without mosaic, copy-paste and mixup")
     partners: Literal["auto", "set", "window"] = field("where the other three come from", default="auto")
 
 
@@ -182,8 +182,8 @@ class Optim(Section):
     momentum: float | None = number("SGD's or Muon's, AdamW's first beta; null: the optimizer's own", 0, 1)
     nominal_batch: int = whole("images of an optimizer step", 1, MAX_BATCH)
     weight_decay: float = number("for nominal_batch images; of weights only", 0)
-    shape: Literal["linear", "cosine", "constant", "one_cycle"] = field("of the learning rate over the run")
-    final: float = number("share of lr at the end", 0, 1)
+    schedule: Literal["linear", "cosine", "constant", "one_cycle"] = field("of the learning rate over the run")
+    final_lr_factor: float = number("share of lr at the end", 0, 1)
     warmup_epochs: float = number("epochs of warm-up", 0)
     warmup_min_batches: int = whole("batches of warm-up at least")
     warmup_momentum: float = number("SGD's at the start of the warm-up", 0, 1)
@@ -205,7 +205,7 @@ class Trainer(Section):
     rank_timeout: float = positive("seconds that ranks wait for one another", 10_000_000)
     loader_timeout: float = positive("seconds without a batch after which a run ends", 10_000_000)
     freeze: Names = field("parts that do not learn", "a list of parts, such as [backbone.stem]")
-    max_bad_steps: int = whole("stop after so many in a row that were not finite", 1)
+    max_nonfinite_steps: int = whole("stop after so many in a row that were not finite", 1)
     patience: int | None = whole("stop after so many epochs without a better AP", 1)
     save_every: int | None = whole("batches between two saved states of an epoch", 1)
     keep_last: int = whole("saved states", 1, 1000)

@@ -5,13 +5,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from detkit.engine.distributed import largest_of_ranks
-from detkit.engine.health import Statistics
-from detkit.engine.measure import random_batch
-from detkit.engine.parts import train_mode
+from detkit.distributed.process_group import all_reduce_max
+from detkit.distributed.sync_batch_norm import SyncBatchNorm
+from detkit.engine.nonfinite import BatchNormSnapshot
+from detkit.engine.param_groups import train_mode
 from detkit.engine.precision import Precision
-from detkit.layers.sync_norm import SyncBatchNorm
 from detkit.models.detector import Detector
+from detkit.models.profiling import dummy_batch
 
 
 def compile_network(
@@ -46,7 +46,7 @@ def compile_network(
             _try(network, detector, precision, image_size, batch_size)
     except Exception as error:  # of any kind: Dynamo's, Inductor's, a C++ compiler's that is not there
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-    if largest_of_ranks(int(bool(reason))):
+    if all_reduce_max(int(bool(reason))):
         tell(f"trainer.compile: the network runs uncompiled ({reason or 'compiling failed on another rank'})")
         return detector
     torch.compiler.set_stance("eager_on_recompile")
@@ -56,11 +56,11 @@ def compile_network(
 def _try(network: nn.Module, detector: Detector, precision: Precision, image_size: int, batch_size: int) -> None:
     """Run one forward and backward pass of noise as a training does; of it the compiled code alone remains."""
     train_mode(detector)
-    statistics = Statistics(detector)
+    statistics = BatchNormSnapshot(detector)
     before = statistics.copy()
     try:
         with torch.random.fork_rng([precision.device] if precision.device.type == "cuda" else []):
-            images = random_batch(batch_size, (image_size, image_size), 1, 1).to(precision.device).images
+            images = dummy_batch(batch_size, (image_size, image_size), 1, 1).to(precision.device).images
             images = images.contiguous(memory_format=torch.channels_last).float() / 255
             with precision.autocast():
                 out = network(images)

@@ -17,14 +17,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from detkit.engine.checkpoint import earlier, first_not_finite, misfits, write_atomically
-from detkit.engine.optim import Recipe
-from detkit.engine.saved import first_wrong, wrong_memory
+from detkit.distributed.collectives import world_size
+from detkit.engine.checkpoint import first_mismatch, first_not_finite
+from detkit.engine.optimizer import Recipe
+from detkit.engine.state_schema import first_wrong, wrong_memory
 from detkit.engine.step import TrainStep
 from detkit.errors import DetkitError, shorten
+from detkit.ops.atomic_write import rotated_path, write_atomically
 from detkit.ops.files import open_regular
 from detkit.ops.memory import free_memory, gib
-from detkit.ops.ranks import rank_count
 from detkit.structures import Batch
 
 SCHEMA_VERSION = 1
@@ -101,7 +102,7 @@ class TrainState:
     history: list[dict[str, float]] = field(default_factory=list)
 
 
-def capture(step: TrainStep, state: TrainState, batches: int) -> dict[str, Any]:
+def training_state_dict(step: TrainStep, state: TrainState, batches: int) -> dict[str, Any]:
     """Return the content of ``state.pt``: tensors, numbers, strings, lists and dicts.
 
     Args:
@@ -113,7 +114,7 @@ def capture(step: TrainStep, state: TrainState, batches: int) -> dict[str, Any]:
         "cfg": step.detector.cfg,
         "recipe": asdict(step.schedule.recipe),
         "batches": batches,
-        "ranks": rank_count(),
+        "ranks": world_size(),
         "state": asdict(state),
         "model": step.detector.state_dict(),
         "ema": step.ema.model.state_dict(),
@@ -142,8 +143,8 @@ def saved_recipe(content: Mapping[str, Any]) -> Recipe:
     return Recipe(**content["recipe"])
 
 
-def restore(content: Mapping[str, Any], step: TrainStep, batches: int) -> TrainState:
-    """Put a run back to where ``content`` was captured; the inverse of ``capture``.
+def load_training_state(content: Mapping[str, Any], step: TrainStep, batches: int) -> TrainState:
+    """Put a run back to where ``content`` was captured; the inverse of ``training_state_dict``.
 
     Raises:
         DetkitError: it is the state of another model, optimizer or training set, or holds what no training saves.
@@ -161,7 +162,7 @@ def restore(content: Mapping[str, Any], step: TrainStep, batches: int) -> TrainS
     gradients = {name: p for name, p in parameters.items() if name in content["gradients"]}
     try:
         for name, mine in (("model", own), ("ema", own), ("gradients", gradients)):
-            if odd := misfits(mine, content[name]):
+            if odd := first_mismatch(mine, content[name]):
                 raise DetkitError(f"{file} does not fit the run's model: of its '{name}', {odd}")
         for name in ("model", "ema"):
             if odd := first_not_finite(content[name]):
@@ -184,7 +185,7 @@ def restore(content: Mapping[str, Any], step: TrainStep, batches: int) -> TrainS
         set_rng_state(content["rng"], device)
         state = TrainState(**content["state"])
         state.current = EpochState(**content["state"]["current"])
-        state.current.images = state.current.images * content["ranks"] // rank_count()  # each counts its own
+        state.current.images = state.current.images * content["ranks"] // world_size()  # each counts its own
         step.grad_norm = state.current.grad_norm = state.current.grad_norm.to(device)
         state.current.losses = {name: total.to(device) for name, total in state.current.losses.items()}
     except DetkitError:
@@ -217,7 +218,7 @@ def read_state(run_dir: Path, tell: Callable[[str], None]) -> dict[str, Any] | N
     Raises:
         DetkitError: all are damaged, or the newest is of a schema this version does not know, or has a key missing.
     """
-    older = takewhile(Path.exists, (earlier(run_dir / STATE, age) for age in count(1)))
+    older = takewhile(Path.exists, (rotated_path(run_dir / STATE, age) for age in count(1)))
     files = [path for path in (run_dir / STATE, *older) if path.exists()]  # between two renames the first is missing
     for path in files:
         try:

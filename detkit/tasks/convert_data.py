@@ -3,13 +3,14 @@
 from pathlib import Path
 from typing import Any
 
-from detkit.data.writers import Written, refuse_full, write_set
+from detkit.data.formats.writers import WriteResult, require_empty_dir, write_set
+from detkit.data.read import read_splits
 from detkit.registry import WRITERS
-from detkit.report.console import make_console
-from detkit.tasks.common import read_splits, tell_split, train_command
+from detkit.tasks.common import tell_split, train_command
+from detkit.viz.console import make_console
 
 
-def run(cfg: dict[str, Any]) -> Written:
+def run(cfg: dict[str, Any]) -> WriteResult:
     """Convert what ``cfg`` (configs/convert_data.yaml, resolved) names; print how to train on the result.
 
     Raises:
@@ -18,7 +19,7 @@ def run(cfg: dict[str, Any]) -> Written:
     console = make_console()
     folder = Path(str(cfg["dst"]))
     WRITERS.get(cfg["format"])
-    refuse_full(folder)
+    require_empty_dir(folder)
     splits = read_splits(cfg["data"], console)
     for split, annotations in splits.items():
         tell_split(split, annotations, console)

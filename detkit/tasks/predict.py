@@ -7,15 +7,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from detkit.engine.checkpoint import build_from_checkpoint, write_atomically
-from detkit.engine.precision import pick_device
+from detkit.engine.checkpoint import build_from_checkpoint
 from detkit.errors import DetkitError, printable, shorten
-from detkit.models.detector import list_pictures
+from detkit.models.detector import expand_source
+from detkit.ops.atomic_write import write_atomically
+from detkit.ops.device import pick_device
 from detkit.ops.image import read_image
-from detkit.report.console import make_console
-from detkit.report.drawing import draw_boxes, save_picture
 from detkit.structures import Detections
 from detkit.tasks.common import checkpoint_name, make_run_dir
+from detkit.viz.console import make_console
+from detkit.viz.drawing import draw_boxes, save_image
 
 
 def run(cfg: dict[str, Any]) -> list[dict[str, Any]]:
@@ -34,7 +35,7 @@ def run(cfg: dict[str, Any]) -> list[dict[str, Any]]:
     """
     console = make_console()
     detector = build_from_checkpoint(str(cfg["ckpt"])).to(pick_device(cfg["device"])).fuse()
-    files = list_pictures(Path(str(cfg["source"])))
+    files = expand_source(Path(str(cfg["source"])))
     run_dir = make_run_dir(cfg, "predict", checkpoint_name(cfg["ckpt"]))
     settings = {key: cfg[key] for key in ("score", "iou", "max_det", "image_size", "multi_label")}
     records: list[dict[str, Any]] = []
@@ -47,7 +48,7 @@ def run(cfg: dict[str, Any]) -> list[dict[str, Any]]:
                 records.append(as_record(file, found))
                 console.print(f"{printable(file.name)}: {_count(found)}")
                 boxes, labels, scores = found.boxes.numpy(), found.labels.tolist(), found.scores.tolist()
-                save_picture(draw_boxes(image, boxes, labels, detector.class_names, scores), run_dir / name)
+                save_image(draw_boxes(image, boxes, labels, detector.class_names, scores), run_dir / name)
                 continue
             except DetkitError as error:
                 failures.append(str(error))

@@ -9,17 +9,17 @@ from hydra.core.hydra_config import HydraConfig
 from rich.console import Console
 
 from detkit.config import check_values, flatten
-from detkit.engine.lock import LOCK, find_job
-from detkit.engine.meeting import recall
+from detkit.distributed.rendezvous import store_get
 from detkit.engine.state import TrainState, check_state, read_state
-from detkit.errors import DetkitError, naming, shorten
+from detkit.errors import DetkitError, error_context, shorten
 from detkit.ops.files import read_yaml
 from detkit.tasks.common import AUTO, named_folder
+from detkit.tasks.run_lock import LOCK, find_run_of_job
 
 CHANGEABLE_TRAINER = (
     "epochs",
     "patience",
-    "max_bad_steps",
+    "max_nonfinite_steps",
     "save_every",
     "keep_last",
     "loader_timeout",
@@ -54,12 +54,12 @@ def restarted_run(cfg: Mapping[str, Any]) -> Path | None:
     Raises:
         DetkitError: torchrun's other processes do not come.
     """
-    told = recall(job_name(), cfg["trainer"]["rank_timeout"])
+    told = store_get(job_name(), cfg["trainer"]["rank_timeout"])
     if told is not None:
         return Path(told)
     if os.environ.get("SLURM_RESTART_COUNT", "0") == "0":
         return None
-    return named_folder(cfg) or find_job(Path("runs") / "train", job_name())
+    return named_folder(cfg) or find_run_of_job(Path("runs") / "train", job_name())
 
 
 def resumed_run(
@@ -200,7 +200,7 @@ def _read_config(path: Path, cfg: Mapping[str, Any]) -> dict[str, Any]:
             raise DetkitError(f"{path} has no '{key}': it was written by another version of detkit")
     if isinstance(content["trainer"], dict):
         content["trainer"] = {key: cfg["trainer"][key] for key in CHANGEABLE_TRAINER} | content["trainer"]
-    with naming(path):
+    with error_context(path):
         check_values(content)
     return content
 

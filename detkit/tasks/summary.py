@@ -3,11 +3,11 @@
 import contextlib
 from typing import Any
 
-from detkit.engine.precision import pick_device
 from detkit.models.detector import build_detector, sketch_detector
-from detkit.report.console import make_console
-from detkit.report.summary import Row, print_summary, summarize
+from detkit.models.summary import Row, print_summary, summarize
+from detkit.ops.device import pick_device
 from detkit.tasks.common import model_name
+from detkit.viz.console import make_console
 
 
 def run(cfg: dict[str, Any]) -> list[Row]:

@@ -23,14 +23,14 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from detkit.data.loader import worker_count
-from detkit.engine.checkpoint import write_atomically
-from detkit.engine.distributed import first_to_say, mistake_elsewhere
-from detkit.engine.lock import lock_file
+from detkit.distributed.process_group import claim_error_message, peer_user_error
 from detkit.errors import DetkitError
+from detkit.ops.atomic_write import write_atomically
 from detkit.ops.processes import end_with_parent
-from detkit.report.console import Output, make_console
-from detkit.report.tables import print_rows
 from detkit.tasks.common import AUTO, sweep_folder
+from detkit.tasks.run_lock import lock_file
+from detkit.viz.console import Output, make_console
+from detkit.viz.tables import print_rows
 
 RECORDS = ".jobs"
 COLUMNS = ("job", "AP", "AP50", "best_epoch", "epochs", "status", "error", "folder")
@@ -74,7 +74,7 @@ def run_job(work: Callable[[], object]) -> None:
             tell(_line(record))
         except DetkitError as error:
             record |= {"status": "mistake", "error": str(error)}
-            if first_to_say(str(error)):
+            if claim_error_message(str(error)):
                 tell(f"{folder.name}: error: {error}")
         except SystemExit as stop:
             code = stop.code if isinstance(stop.code, int) else 1
@@ -84,7 +84,7 @@ def run_job(work: Callable[[], object]) -> None:
             if record["status"] == "stopped":
                 raise
         except Exception as error:
-            if mistake := mistake_elsewhere():
+            if mistake := peer_user_error():
                 record |= {"status": "mistake", "error": mistake}
                 return
             traceback.print_exc()

@@ -13,37 +13,51 @@ import yaml
 from rich.console import Console
 
 from detkit.data.annotations import Annotations
-from detkit.data.augment import Augmentation, AugmentedDataset, partner_window
+from detkit.data.augment.pipeline import Augmentation, AugmentedDataset, mosaic_window
 from detkit.data.dataset import DetectionDataset
 from detkit.data.loader import BatchLoader, worker_count
+from detkit.data.read import read_training
 from detkit.data.sampling import expected_draws
-from detkit.data.stream import ShardLoader
+from detkit.data.shard_loader import ShardLoader
 from detkit.data.tiles import TiledDataset
-from detkit.engine.checkpoint import write_atomically
+from detkit.distributed.collectives import world_size
+from detkit.distributed.process_group import (
+    init_distributed,
+    is_main_process,
+    main_process_first,
+    per_rank_batch_size,
+    rank,
+    run_on_main,
+)
+from detkit.distributed.rendezvous import store_set
+from detkit.distributed.sync_batch_norm import convert_sync_batchnorm
+from detkit.engine.auto_batch import (
+    COPIES_TRAINED,
+    check_batch,
+    choose_batch_size,
+    explain_out_of_memory,
+    make_trial_step,
+)
 from detkit.engine.compile import compile_network
-from detkit.engine.distributed import from_main, is_main, join, main_first, rank, share_batch
-from detkit.engine.lock import RELEASE, hold
 from detkit.engine.loggers import check_loggers
-from detkit.engine.meeting import remember
-from detkit.engine.memory import COPIES_TRAINED, check_batch, choose_batch_size, explain_out_of_memory, trial
-from detkit.engine.optim import Recipe, Schedule, accumulation, describe_factors
-from detkit.engine.parts import freeze
-from detkit.engine.precision import Precision, is_out_of_memory, keep_freed_memory, make_deterministic
+from detkit.engine.optimizer import Recipe, Schedule, accumulation, describe_factors
+from detkit.engine.param_groups import freeze
+from detkit.engine.precision import Precision, is_out_of_memory, seed_everything, tune_malloc
 from detkit.engine.signals import ignore_hangup
-from detkit.engine.state import STATE, TrainState, read_state, restore, saved_recipe
+from detkit.engine.state import STATE, TrainState, load_training_state, read_state, saved_recipe
 from detkit.engine.step import TrainStep
-from detkit.engine.trainer import Trainer, no_better
+from detkit.engine.trainer import Trainer, early_stopping
 from detkit.engine.transfer import TransferReport, load_weights
 from detkit.errors import DetkitError
-from detkit.layers.sync_norm import synchronise_norms
 from detkit.models.detector import Detector, build_detector, build_loss, without_pretrained
+from detkit.ops.atomic_write import write_atomically
 from detkit.ops.image import set_max_pixels
-from detkit.ops.ranks import rank_count
-from detkit.report.console import make_console
-from detkit.report.tables import print_metrics, print_transfer
-from detkit.tasks.common import AUTO, check_room, make_run_dir, model_name, read_training, tell_split, val_loader
+from detkit.tasks.common import AUTO, check_room, make_run_dir, model_name, tell_split, val_loader
 from detkit.tasks.resume import job_name, restarted_run, resumed_run, tell_progress
-from detkit.tasks.watch import open_log
+from detkit.tasks.run_lock import RELEASE, run_lock
+from detkit.tasks.run_logging import open_log, print_transfer
+from detkit.viz.console import make_console
+from detkit.viz.tables import print_metrics
 
 
 @dataclass
@@ -53,7 +67,7 @@ class Training:
     Attributes:
         cfg: resolved, every ``auto`` that the data or the device decides decided.
         state: where it stands.
-        attempt: tries a batch of so many images on the device; see ``trial``.
+        attempt: tries a batch of so many images on the device; see ``make_trial_step``.
         frozen: how many numbers do not learn.
         transfer: what ``weights`` gave; None without it.
         console: silent but on rank 0.
@@ -90,22 +104,22 @@ def run(cfg: dict[str, Any], stop_early: Callable[[TrainState], str | None] = la
         run_dir, cfg, saved = resumed_run(cfg, restarted, said.append)
     set_max_pixels(cfg["max_pixels"])
     check_loggers(cfg["trainer"]["loggers"])
-    device = join(cfg["device"], cfg["trainer"]["rank_timeout"])
+    device = init_distributed(cfg["device"], cfg["trainer"]["rank_timeout"])
     _agree(run_dir, saved)
-    console = make_console(quiet=not is_main())
+    console = make_console(quiet=not is_main_process())
     for sentence in said:
         console.print(sentence)
     training = _prepare(cfg, saved, device, console)
     name = model_name(cfg)
-    run_dir = run_dir or Path(from_main(lambda: str(make_run_dir(cfg, "train", f"{name}_{cfg['data']['name']}"))))
+    run_dir = run_dir or Path(run_on_main(lambda: str(make_run_dir(cfg, "train", f"{name}_{cfg['data']['name']}"))))
     _announce(training, name, run_dir)
-    with hold(run_dir, job_name(), patience=RELEASE if started_again else 0):
-        remember(job_name(), str(run_dir.resolve()))
-        from_main(lambda: _check_unchanged(run_dir, training.state))
+    with run_lock(run_dir, job_name(), patience=RELEASE if started_again else 0):
+        store_set(job_name(), str(run_dir.resolve()))
+        run_on_main(lambda: _check_unchanged(run_dir, training.state))
         results = _fit(training, run_dir, stop_early)
     if results is None:
         training.step.optimizer.zero_grad()
-        raise DetkitError(explain_out_of_memory(training.attempt, cfg["batch_size"] // rank_count(), device))
+        raise DetkitError(explain_out_of_memory(training.attempt, cfg["batch_size"] // world_size(), device))
     best = results["best"]
     print_metrics(best, console)
     console.print(f"best epoch {best['epoch']}: AP {best['AP']:.4f}, AP50 {best['AP50']:.4f}")
@@ -120,7 +134,7 @@ def _agree(run_dir: Path | None, saved: dict[str, Any] | None) -> None:
         DetkitError: they did not; on those that differ from rank 0.
     """
     mine = [run_dir is not None, saved["state"]["step"] if saved else 0]
-    theirs = from_main(lambda: mine)
+    theirs = run_on_main(lambda: mine)
     if mine != theirs:
         words = f"rank {rank()} finds {_found(*mine)}, rank 0 finds {_found(*theirs)}"
         raise DetkitError(f"the run's folder looks different from different nodes ({words}): start again when not")
@@ -152,17 +166,17 @@ def _prepare(cfg: dict[str, Any], saved: dict[str, Any] | None, device: torch.de
         DetkitError: a user's mistake.
     """
     if cfg["batch_size"] != "auto":
-        share_batch(cfg["batch_size"])
+        per_rank_batch_size(cfg["batch_size"])
     check_batch(cfg["batch_size"], cfg["image_size"], device)
-    precision = Precision.pick(cfg["amp"], device)
-    make_deterministic(cfg["seed"])
+    precision = Precision.from_config(cfg["amp"], device)
+    seed_everything(cfg["seed"])
     if device.type == "cpu":
-        keep_freed_memory()
+        tune_malloc()
     cfg["workers"] = worker_count(cfg["workers"])
     for key in ("root", "yaml"):
         if cfg["data"].get(key) is not None:  # made absolute, so that a checkpoint finds it from anywhere
             cfg["data"][key] = os.path.realpath(str(cfg["data"][key]))  # of a link to itself, too
-    with main_first():  # which leaves an index, or draws the set
+    with main_process_first():  # which leaves an index, or draws the set
         train_set, val_set = read_training(cfg["data"])
 
     built_as, copies = without_pretrained(cfg) if saved else cfg, COPIES_TRAINED if device.type == "cpu" else 1
@@ -170,17 +184,17 @@ def _prepare(cfg: dict[str, Any], saved: dict[str, Any] | None, device: torch.de
     detector.cfg = cfg
     transfer = load_weights(detector, str(cfg["weights"])) if cfg["weights"] is not None and not saved else None
     frozen = freeze(detector, cfg["trainer"]["freeze"])
-    attempt = trial(detector, build_loss(cfg, detector.head), precision, _largest_image(detector, cfg))
+    attempt = make_trial_step(detector, build_loss(cfg, detector.head), precision, _largest_image(detector, cfg))
     if cfg["batch_size"] == "auto":
-        cfg["batch_size"] = from_main(lambda: choose_batch_size(attempt, device)) * rank_count()
+        cfg["batch_size"] = run_on_main(lambda: choose_batch_size(attempt, device)) * world_size()
         console.print(f"batch_size=auto: {cfg['batch_size']} images")
     check_room(cfg)
     loader = _train_loader(train_set, cfg, device)
-    if cfg["trainer"]["sync_bn"] and rank_count() > 1:
-        synchronise_norms(detector)
+    if cfg["trainer"]["sync_bn"] and world_size() > 1:
+        convert_sync_batchnorm(detector)
     recipe = saved_recipe(saved) if saved else _recipe(detector, cfg, loader.samples)
     step = _train_step(detector, cfg, precision, recipe, len(loader), console.print)
-    state = restore(saved, step, len(loader)) if saved else TrainState()
+    state = load_training_state(saved, step, len(loader)) if saved else TrainState()
     if state.current.position and isinstance(loader, ShardLoader):
         _check_shares(cfg, saved)
     if rank():
@@ -193,15 +207,15 @@ def _announce(training: Training, name: str, run_dir: Path) -> None:
     cfg, step, console = training.cfg, training.step, training.console
     recipe, images, samples = step.schedule.recipe, len(training.train_set), training.train_loader.samples
     parameters = sum(p.numel() for p in step.detector.parameters())
-    ranks = f" and {rank_count() - 1} more" if rank_count() > 1 else ""
+    ranks = f" and {world_size() - 1} more" if world_size() > 1 else ""
     console.print(f"{name}: {parameters:,} parameters on {step.precision.device}{ranks}, {step.precision}")
     if getattr(step.detector.backbone, "loaded", None):
         console.print(step.detector.backbone.loaded)
     if samples != images:
         console.print(f"an epoch has {samples} samples, by data.tiles or data.sampling")
     mosaic, epochs = cfg["augment"]["mosaic"], cfg["trainer"]["epochs"]
-    if mosaic["p"] and mosaic["off_epochs"] >= epochs:
-        off = f"augment.mosaic.off_epochs={mosaic['off_epochs']} of trainer.epochs={epochs}"
+    if mosaic["p"] and mosaic["close_epochs"] >= epochs:
+        off = f"augment.mosaic.close_epochs={mosaic['close_epochs']} of trainer.epochs={epochs}"
         console.print(f"no image is mixed with others (mosaic, mixup, copy-paste): {off}")
     if training.frozen:
         console.print(f"frozen: {training.frozen:,} parameters, of {', '.join(cfg['trainer']['freeze'])}")
@@ -222,7 +236,7 @@ def _check_shares(cfg: dict[str, Any], saved: dict[str, Any]) -> None:
     Raises:
         DetkitError: they are not, so images would come twice, or never.
     """
-    now, then = (cfg["workers"], rank_count()), (saved["cfg"].get("workers"), saved["ranks"])
+    now, then = (cfg["workers"], world_size()), (saved["cfg"].get("workers"), saved["ranks"])
     if now != then:
         words = f"of {now[1]} ranks: within an epoch of tar shards, go on with workers={then[0]} of {then[1]} ranks"
         raise DetkitError(f"workers={now[0]} {words}")
@@ -241,10 +255,10 @@ def _fit(training: Training, run_dir: Path, stop_early: Callable[[TrainState], s
         DetkitError: the system refuses a file: the disk is full, say.
     """
     cfg, step, state, val_set = training.cfg, training.step, training.state, training.val_set
-    options = ("epochs", "max_bad_steps", "save_every", "keep_last", "log_every")
-    waited = no_better(cfg["trainer"]["patience"])
+    options = ("epochs", "max_nonfinite_steps", "save_every", "keep_last", "log_every")
+    waited = early_stopping(cfg["trainer"]["patience"])
     try:
-        if is_main():
+        if is_main_process():
             write_atomically(run_dir / "config.yaml", yaml.safe_dump(cfg, sort_keys=False).encode())
         loaders = training.train_loader, val_loader(val_set, cfg, step.precision.device)
         chosen = {key: cfg["trainer"][key] for key in options}
@@ -279,9 +293,9 @@ def _train_loader(annotations: Annotations, cfg: dict[str, Any], device: torch.d
     streams = expected is None and data.get("cache") is None and not isinstance(images, TiledDataset)
     if data["name"] == "webdataset" and streams:
         augmentation = Augmentation(cfg["image_size"], cfg["augment"], epochs)
-        return ShardLoader(images, augmentation, share_batch(batch_size), **options)
+        return ShardLoader(images, augmentation, per_rank_batch_size(batch_size), **options)
     dataset = AugmentedDataset(images, cfg["image_size"], cfg["augment"], cfg["seed"], epochs)
-    window = partner_window(cfg["augment"]["mosaic"].get("partners", "auto"), images, batch_size)
+    window = mosaic_window(cfg["augment"]["mosaic"].get("partners", "auto"), images, batch_size)
     return BatchLoader(dataset, batch_size, shuffle=True, expected=expected, window=window, **options)
 
 
@@ -290,7 +304,7 @@ def _recipe(detector: Detector, cfg: dict[str, Any], images: int) -> Recipe:
     optim, batch_size = cfg["optim"], cfg["batch_size"]
     total_steps = math.ceil(images / max(batch_size, optim["nominal_batch"])) * cfg["trainer"]["epochs"]
     num_classes = len(detector.class_names)
-    return Recipe.pick(optim, batch_size=batch_size, total_steps=total_steps, num_classes=num_classes)
+    return Recipe.from_config(optim, batch_size=batch_size, total_steps=total_steps, num_classes=num_classes)
 
 
 def _train_step(
@@ -303,10 +317,10 @@ def _train_step(
 ) -> TrainStep:
     """Return the step of a run of ``batches`` an epoch."""
     optim, trainer = cfg["optim"], cfg["trainer"]
-    schedule = Schedule.pick(recipe, optim, epochs=trainer["epochs"], batches=batches)
+    schedule = Schedule.from_config(recipe, optim, epochs=trainer["epochs"], batches=batches)
     network = detector
     if trainer["compile"]:
-        size, share = cfg["image_size"], share_batch(cfg["batch_size"])
+        size, share = cfg["image_size"], per_rank_batch_size(cfg["batch_size"])
         network = compile_network(detector, precision, size, share, tell, dynamic=trainer["multi_scale"] > 0)
     return TrainStep(
         detector,

@@ -20,15 +20,14 @@ from hydra.core.hydra_config import HydraConfig
 from rich.console import Console
 
 from detkit.config import flatten
-from detkit.engine.checkpoint import write_atomically
-from detkit.engine.lock import lock_file
-from detkit.engine.meeting import Place
+from detkit.data.read import read_training
+from detkit.distributed.rendezvous import RankInfo
 from detkit.engine.state import TrainState
 from detkit.errors import DetkitError
-from detkit.report.console import make_console
-from detkit.report.tables import print_rows
+from detkit.ops.atomic_write import write_atomically
 from detkit.tasks import train
-from detkit.tasks.common import AUTO, model_name, read_training
+from detkit.tasks.common import AUTO, model_name
+from detkit.tasks.run_lock import lock_file
 from detkit.tasks.search_space import (
     TUNING,
     as_overrides,
@@ -38,6 +37,8 @@ from detkit.tasks.search_space import (
     suggest,
     trial_config,
 )
+from detkit.viz.console import make_console
+from detkit.viz.tables import print_rows
 
 if TYPE_CHECKING:
     from optuna import Study, Trial
@@ -57,7 +58,7 @@ def run(cfg: dict[str, Any]) -> list[dict[str, Any]]:
         SystemExit: with status 1 where no trial came to an end; or a signal asked for the end.
     """
     _import_optuna()
-    if Place.find().ranks > 1:
+    if RankInfo.from_env().ranks > 1:
         words = "start tune once for each GPU (device=cuda:N), without torchrun, by SLURM as a step of one task each"
         raise DetkitError(f"a trial trains in one process: {words} (srun --ntasks=1 --gpus=1 --exact ... &)")
     console = make_console()

@@ -11,11 +11,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from detkit.engine.checkpoint import write_atomically
+from detkit.engine.loggers.async_logger import AsyncLogger, SafeLogger
 from detkit.engine.loggers.base import Logger
-from detkit.engine.loggers.channel import BackgroundChannel, Channel
-from detkit.engine.loggers.tensorboard import TensorBoard
+from detkit.engine.loggers.tensorboard_logger import TensorBoard
 from detkit.errors import DetkitError
+from detkit.ops.atomic_write import write_atomically
 from detkit.ops.files import read_regular
 from detkit.registry import LOGGERS
 
@@ -37,7 +37,7 @@ def check_loggers(names: Sequence[str]) -> None:
 
 def open_loggers(
     names: Sequence[str], run_dir: Path, step: int, tell: Callable[[str], None], *, resumed: bool = False
-) -> list[Channel]:
+) -> list[SafeLogger]:
     """Open TensorBoard and the optional loggers ``names``, which go on with the runs they had for this directory.
 
     Args:
@@ -48,7 +48,7 @@ def open_loggers(
     Raises:
         DetkitError: a logger of a new run does not open.
     """
-    channels = [Channel("TensorBoard", TensorBoard(run_dir, step), tell)]
+    channels = [SafeLogger("TensorBoard", TensorBoard(run_dir, step), tell)]
     ids = _read_ids(run_dir / IDS)
     for name in names:
         try:
@@ -60,7 +60,7 @@ def open_loggers(
             tell(f"{name} does not open ({reason}): the run goes on without it")
             continue
         ids[name] = logger.id
-        channels.append(BackgroundChannel(name, logger, tell))
+        channels.append(AsyncLogger(name, logger, tell))
     if ids:
         write_atomically(run_dir / IDS, json.dumps(ids).encode())
     return channels
@@ -68,14 +68,14 @@ def open_loggers(
 
 @LOGGERS.register("wandb")
 def _wandb(run_dir: Path, run: str | None, tell: Callable[[str], None]) -> Logger:
-    from detkit.engine.loggers.wandb import WandB
+    from detkit.engine.loggers.wandb_logger import WandB
 
     return WandB(run_dir, run, tell)
 
 
 @LOGGERS.register("mlflow")
 def _mlflow(run_dir: Path, run: str | None, tell: Callable[[str], None]) -> Logger:
-    from detkit.engine.loggers.mlflow import MLflow
+    from detkit.engine.loggers.mlflow_logger import MLflow
 
     return MLflow(run_dir, run)
 

@@ -1,0 +1,77 @@
+"""Ways to a logger on which no failure of it reaches the training, and in the background no delay."""
+
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from queue import Full, Queue
+from threading import Thread
+
+from detkit.engine.loggers.base import Logger
+
+Call = Callable[[Logger], None]
+CAPACITY = 10_000  # calls that wait for a slow logger
+PATIENCE = {True: 60.0, False: 10.0}  # seconds for the rest at the end of a run, and of one that was cut short
+
+
+class SafeLogger:
+    """Calls a logger at once, which suits TensorBoard: it writes where the loop itself writes. Where a logger raises,
+    that is said once, and what it was to keep is lost.
+
+    Args:
+        name: of the logger, for messages.
+        tell: is given the sentence.
+    """
+
+    def __init__(self, name: str, logger: Logger, tell: Callable[[str], None]) -> None:
+        self.name = name
+        self.logger = logger
+        self.tell = tell
+        self.said = False
+
+    def call(self, call: Call) -> None:
+        """Call the logger; a failed call is no failure of the run."""
+        try:
+            call(self.logger)
+        except Exception as error:  # whatever a full disk, a network or somebody's package comes up with
+            self.complain((str(error) or type(error).__name__).splitlines()[0])
+
+    def close(self, finished: bool) -> None:
+        """Let the logger end."""
+        self.call(lambda logger: logger.close(finished))
+
+    def complain(self, reason: str) -> None:
+        """Say, once, why something is lost."""
+        if not self.said:
+            self.said = True
+            self.tell(f"{self.name} fails ({reason}): what it was to keep is lost, the training goes on")
+
+
+class AsyncLogger(SafeLogger):
+    """Calls a logger in a thread: one that waits for its network keeps neither this rank nor the others waiting."""
+
+    def __init__(self, name: str, logger: Logger, tell: Callable[[str], None]) -> None:
+        super().__init__(name, logger, tell)
+        self.calls: Queue[Call | None] = Queue(CAPACITY)
+        self.thread = Thread(target=self._work, name=f"{name} logger", daemon=True)
+        self.thread.start()
+
+    def call(self, call: Call) -> None:
+        """Leave a call to the thread; one that finds no room is lost."""
+        try:
+            self.calls.put_nowait(call)
+        except Full:
+            self.complain("too slow")
+
+    def close(self, finished: bool) -> None:
+        """Wait for what is left, not for ever; where the queue is full, first for room."""
+        deadline = time.monotonic() + PATIENCE[finished]
+        with suppress(Full):
+            for last in (lambda logger: logger.close(finished), None):
+                self.calls.put(last, timeout=max(deadline - time.monotonic(), 0))
+            self.thread.join(max(deadline - time.monotonic(), 0))
+        if self.thread.is_alive():
+            self.complain("too slow at the end")
+
+    def _work(self) -> None:
+        while (call := self.calls.get()) is not None:
+            super().call(call)
