@@ -255,7 +255,7 @@ class Broken:
 
 def test_a_logger_that_fails_ends_nothing(train_overrides, tmp_path, monkeypatch, capsys):
     """Of two loggers, and TensorBoard, each is complained of once; the run writes all it writes without them."""
-    for name in ("scalars", "picture", "precision_recall"):
+    for name in ("scalars", "image", "precision_recall"):
         monkeypatch.setattr(TensorBoard, name, Broken().any)
     for name in ("one", "two"):
         monkeypatch.setitem(LOGGERS._parts, name, lambda *_: Broken())
