@@ -26,7 +26,7 @@ from detkit.errors import DetkitError, nearest, printable
 from detkit.ops.files import explain_oserror
 from detkit.ops.image import set_max_pixels
 from detkit.tasks.sweep import finish_sweep, in_sweep, prepare_job, run_job
-from detkit.viz.console import guard_output, make_console
+from detkit.viz.console import guard_output, make_console, setup_logging
 
 TASKS = {
     "train": "train a detector: detkit train model=yolov8n data=coco data.root=DIR",
@@ -45,6 +45,10 @@ TASKS = {
 def launch(task: str) -> None:
     """Run a task with the arguments of the command line; exit status 2 on a user's mistake, 1 on a fault."""
     guard_output()
+    try:
+        setup_logging()
+    except DetkitError as error:
+        _exit(str(error))
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # let errors through to here
     run: Callable[[dict], object] = importlib.import_module(f"detkit.tasks.{task}").run
 

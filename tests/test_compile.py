@@ -30,11 +30,10 @@ def traced(monkeypatch):
     torch._dynamo.reset()
 
 
-def make(amp: str = "off", **parts):
+def make(caplog, amp: str = "off", **parts):
     detector = create_model(num_classes=3, **parts)
-    said: list[str] = []
-    network = compile_network(detector, Precision.from_config(amp, CPU), 64, 2, said.append)
-    return detector, network, said
+    network = compile_network(detector, Precision.from_config(amp, CPU), 64, 2)
+    return detector, network, caplog.messages
 
 
 def gradients(network, detector, images, amp):
@@ -57,8 +56,8 @@ def gradients(network, detector, images, amp):
     ],
     ids=lambda value: value.get("backbone", value["model"]) if isinstance(value, dict) else value,
 )
-def test_every_architecture_computes_the_same(parts, amp):
-    detector, network, said = make(amp, **parts)
+def test_every_architecture_computes_the_same(parts, amp, caplog):
+    detector, network, said = make(caplog, amp, **parts)
     assert len(said) == 1
     assert "takes minutes" in said[0]
     assert network is not detector
@@ -75,7 +74,7 @@ def test_every_architecture_computes_the_same(parts, amp):
 def test_the_trial_leaves_no_trace():
     detector = create_model("yolov8n", num_classes=3)
     before, rng = copy.deepcopy(detector.state_dict()), torch.get_rng_state()
-    compile_network(detector, Precision.from_config("off", CPU), 64, 2, print)
+    compile_network(detector, Precision.from_config("off", CPU), 64, 2)
     assert all(torch.equal(value, before[name]) for name, value in detector.state_dict().items())
     assert torch.equal(torch.get_rng_state(), rng)
     assert all(p.grad is None for p in detector.parameters())
@@ -103,8 +102,8 @@ def test_a_training_with_it_learns_the_same(shapes_root, tmp_path, monkeypatch):
     assert results[0] == results[1]
 
 
-def test_another_shape_runs_uncompiled():
-    detector, network, _ = make(model="yolov8n")
+def test_another_shape_runs_uncompiled(caplog):
+    detector, network, _ = make(caplog, model="yolov8n")
     detector.eval()
     graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     images = torch.rand(1, 3, 96, 64)
@@ -113,7 +112,7 @@ def test_another_shape_runs_uncompiled():
 
 
 @pytest.mark.parametrize("when", ["forward", "backward"])
-def test_what_cannot_be_compiled_runs_as_it_is(monkeypatch, when):
+def test_what_cannot_be_compiled_runs_as_it_is(monkeypatch, caplog, when):
     def broken(graph, example_inputs):
         raise RuntimeError("no compiler here\nand a long story")
 
@@ -121,8 +120,8 @@ def test_what_cannot_be_compiled_runs_as_it_is(monkeypatch, when):
     monkeypatch.setattr(torch, "compile", partial(compile_for_real, backend=backend))
     detector = create_model("yolov8n", num_classes=3)
     before = copy.deepcopy(detector.state_dict())
-    said: list[str] = []
-    assert compile_network(detector, Precision.from_config("off", CPU), 64, 2, said.append) is detector
+    assert compile_network(detector, Precision.from_config("off", CPU), 64, 2) is detector
+    said = caplog.messages
     assert all(torch.equal(value, before[name]) for name, value in detector.state_dict().items())
     assert len(said) == 2
     assert "trainer.compile: the network runs uncompiled" in said[1]
@@ -130,9 +129,9 @@ def test_what_cannot_be_compiled_runs_as_it_is(monkeypatch, when):
     assert "\n" not in said[1]
 
 
-def test_synchronised_norms_are_not_compiled():
+def test_synchronised_norms_are_not_compiled(caplog):
     detector = create_model("yolov8n", num_classes=3)
     convert_sync_batchnorm(detector)
-    said: list[str] = []
-    assert compile_network(detector, Precision.from_config("off", CPU), 64, 2, said.append) is detector
+    assert compile_network(detector, Precision.from_config("off", CPU), 64, 2) is detector
+    said = caplog.messages
     assert "sync_bn" in said[0]

@@ -28,7 +28,6 @@ from detkit.models.losses.yolov5 import YOLOv5Loss
 from detkit.models.profiling import dummy_batch
 from detkit.structures import Batch, DenseOutput, ImageMeta
 from detkit.tasks import train
-from detkit.viz.console import make_console
 
 CPU = torch.device("cpu")
 
@@ -226,7 +225,7 @@ class Batches(list):
 def test_too_many_in_a_row_end_the_run_by_a_sentence(tmp_path, monkeypatch):
     step = toy_step()
     batches = Batches([toy_batch(0), *(toy_batch(k, torch.inf) for k in (1, 2, 3))])
-    log = RunLog(tmp_path, make_console())
+    log = RunLog(tmp_path)
     trainer = Trainer(
         step, batches, [], None, epochs=1, run_dir=tmp_path, log=log, state=TrainState(), max_nonfinite_steps=3
     )
@@ -248,7 +247,7 @@ def test_too_many_in_a_row_end_the_run_by_a_sentence(tmp_path, monkeypatch):
 
 def test_patience_counts_epochs_without_a_better_ap(tmp_path, monkeypatch):
     scores = iter((0.1, 0.3, 0.2, 0.3, 0.2, 0.1, 0.9))
-    log = RunLog(tmp_path, make_console())
+    log = RunLog(tmp_path)
     options = {"run_dir": tmp_path, "log": log, "state": TrainState()}
     trainer = Trainer(toy_step(), [], [], None, epochs=7, stop_early=early_stopping(2), **options)
     monkeypatch.setattr(trainer, "save", lambda: None)

@@ -26,7 +26,6 @@ from detkit.models.losses.task_aligned import TaskAlignedLoss
 from detkit.models.profiling import dummy_batch
 from detkit.tasks import eval as eval_task
 from detkit.tasks import predict, train
-from detkit.viz.console import make_console
 
 
 def test_a_run_directory_holds_what_it_should(finished_run: Path):
@@ -165,7 +164,7 @@ def test_accumulation_grows_in_the_warm_up(make_step, warmup, accumulate):
 def test_best_is_the_latest_of_the_best(tmp_path, monkeypatch, make_step):
     """Three epochs of AP -1 (a set without boxes), then 0.2, 0.1: best is the fourth, last the fifth."""
     scores = iter((-1.0, -1.0, -1.0, 0.2, 0.1))
-    log = RunLog(tmp_path, make_console())
+    log = RunLog(tmp_path)
     trainer = Trainer(make_step(1), [], [], None, epochs=5, run_dir=tmp_path, log=log, state=TrainState())
     monkeypatch.setattr(trainer, "train_epoch", lambda epoch: ({"box": 1.0}, 1.0))
     blank = dict.fromkeys(METRICS, 0.0)

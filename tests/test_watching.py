@@ -36,7 +36,6 @@ from detkit.registry import LOGGERS
 from detkit.structures import Batch
 from detkit.tasks import resume, run_logging, train
 from detkit.viz.confusion_matrix import confusion_matrix
-from detkit.viz.console import make_console
 from detkit.viz.plots import draw_confusion, draw_curves, draw_evaluation, save_figure
 from tests.conftest import run_command
 from tests.test_evaluator import random_predictions, random_set
@@ -287,19 +286,20 @@ def test_what_cannot_be_drawn_ends_nothing(train_overrides, tmp_path, monkeypatc
 
 
 def test_a_full_disk_is_no_fault_of_a_picture(tmp_path):
-    with pytest.raises(OSError, match="No space"), RunLog(tmp_path, make_console()).drawing("labels.png"):
+    with pytest.raises(OSError, match="No space"), RunLog(tmp_path).drawing("labels.png"):
         raise OSError(errno.ENOSPC, "No space left on device")
 
 
-def test_tensorboard_goes_on_when_a_full_disk_has_room_again(tmp_path, monkeypatch):
-    told: list[str] = []
-    (channel,) = open_loggers([], tmp_path, 0, told.append)
+def test_tensorboard_goes_on_when_a_full_disk_has_room_again(tmp_path, monkeypatch, caplog):
+    (channel,) = open_loggers([], tmp_path, 0)
     write = RecordWriter.write
     for step in range(1, 7):
         monkeypatch.setattr(RecordWriter, "write", full_disk if step == 2 else write)
         channel.call(lambda logger, step=step: logger.scalars({"loss/box": 1.0}, step))
     channel.close(True)
-    assert told == ["TensorBoard fails ([Errno 28] No space left): what it was to keep is lost, the training goes on"]
+    assert caplog.messages == [
+        "TensorBoard fails ([Errno 28] No space left): what it was to keep is lost, the training goes on"
+    ]
     steps = [event.step for event in EventAccumulator(str(tmp_path)).Reload().Scalars("loss/box")]
     assert steps == [1, 3, 4, 5, 6]
 
@@ -311,7 +311,7 @@ def full_disk(*_: object) -> None:
 def test_a_slow_logger_keeps_nobody_waiting():
     done: list[int] = []
     go_on = Event()
-    channel = AsyncLogger("slow", None, print)
+    channel = AsyncLogger("slow", None)
     for k in range(5):
         channel.call(lambda _, k=k: (go_on.wait(60), done.append(k)))
     assert done == []  # and here we are
@@ -320,14 +320,13 @@ def test_a_slow_logger_keeps_nobody_waiting():
     assert done == [0, 1, 2, 3, 4]
 
 
-def test_a_full_queue_is_told_once():
-    told: list[str] = []
-    channel = AsyncLogger("slow", None, told.append)
+def test_a_full_queue_is_told_once(caplog):
+    channel = AsyncLogger("slow", None)
     channel.calls.maxsize = 1
     go_on = Event()
     for _ in range(9):
         channel.call(lambda _: go_on.wait(60))
-    assert told == ["slow fails (too slow): what it was to keep is lost, the training goes on"]
+    assert caplog.messages == ["slow fails (too slow): what it was to keep is lost, the training goes on"]
     go_on.set()
     channel.close(True)
 
@@ -335,7 +334,7 @@ def test_a_full_queue_is_told_once():
 def test_a_logger_with_a_full_queue_is_closed_all_the_same():
     closed: list[bool] = []
     running, go_on = Event(), Event()
-    channel = AsyncLogger("slow", SimpleNamespace(close=closed.append), print)
+    channel = AsyncLogger("slow", SimpleNamespace(close=closed.append))
     channel.calls.maxsize = 1
     channel.call(lambda _: (running.set(), go_on.wait(60)))
     assert running.wait(60)
@@ -347,16 +346,15 @@ def test_a_logger_with_a_full_queue_is_closed_all_the_same():
     assert not channel.thread.is_alive()
 
 
-def test_a_logger_that_hangs_is_not_waited_for_for_ever(monkeypatch):
+def test_a_logger_that_hangs_is_not_waited_for_for_ever(monkeypatch, caplog):
     monkeypatch.setattr(async_logger, "PATIENCE", {True: 0.1})
-    told: list[str] = []
     go_on = Event()
-    channel = AsyncLogger("hung", None, told.append)
+    channel = AsyncLogger("hung", None)
     channel.calls.maxsize = 1
     for _ in range(3):
         channel.call(lambda _: go_on.wait(60))
     channel.close(True)
-    assert len(told) == 1
+    assert len(caplog.messages) == 1
     assert channel.thread.is_alive()
     go_on.set()
     channel.calls.put(None)  # the test's end, not the channel's
@@ -368,7 +366,7 @@ def test_a_plugin_brings_a_logger(tmp_path, monkeypatch):
     class Mine:
         id = "run-7"
 
-        def __init__(self, run_dir: Path, run: str | None, tell) -> None:
+        def __init__(self, run_dir: Path, run: str | None) -> None:
             opened.append(run)
 
         def close(self, finished: bool) -> None:
@@ -377,7 +375,7 @@ def test_a_plugin_brings_a_logger(tmp_path, monkeypatch):
     monkeypatch.setitem(LOGGERS._parts, "mine", Mine)
     for step in (0, 5):
         loggers.check_loggers(["mine"])
-        for channel in open_loggers(["mine"], tmp_path, step, print, resumed=step > 0):
+        for channel in open_loggers(["mine"], tmp_path, step, resumed=step > 0):
             channel.close(True)
     assert opened == [None, "run-7"]
 
@@ -392,25 +390,23 @@ def test_a_missing_package_is_said_before_anything_is_done(tmp_path, monkeypatch
     assert (status, said) == (2, "error: unknown logger 'comet': known are mlflow, wandb\n")
 
 
-def test_a_logger_that_does_not_open_ends_a_new_run_only(tmp_path, monkeypatch):
+def test_a_logger_that_does_not_open_ends_a_new_run_only(tmp_path, monkeypatch, caplog):
     def fail(*_: object) -> None:
         raise RuntimeError("the server is away\nsee there")
 
     monkeypatch.setitem(LOGGERS._parts, "mlflow", fail)
     with pytest.raises(DetkitError, match=r"^trainer.loggers: mlflow does not open: the server is away$"):
-        open_loggers(["mlflow"], tmp_path, 0, print)
-    told: list[str] = []
-    (channel,) = open_loggers(["mlflow"], tmp_path, 7, told.append, resumed=True)
+        open_loggers(["mlflow"], tmp_path, 0)
+    (channel,) = open_loggers(["mlflow"], tmp_path, 7, resumed=True)
     assert isinstance(channel, SafeLogger)
-    assert told == ["mlflow does not open (the server is away): the run goes on without it"]
+    assert caplog.messages == ["mlflow does not open (the server is away): the run goes on without it"]
 
 
-def test_a_resumed_run_is_the_same_to_wandb(tmp_path, monkeypatch):
+def test_a_resumed_run_is_the_same_to_wandb(tmp_path, monkeypatch, caplog):
     pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
-    told: list[str] = []
     for step in (0, 5):
-        channels = open_loggers(["wandb"], tmp_path, step, told.append, resumed=step > 0)
+        channels = open_loggers(["wandb"], tmp_path, step, resumed=step > 0)
         for k in range(step, step + 2):
             channels[1].call(lambda logger, k=k: logger.scalars({"loss/box": 1.0}, k))
         channels[1].call(lambda logger, step=step: logger.hyper_parameters({"trainer.epochs": 2 + step}))
@@ -422,7 +418,7 @@ def test_a_resumed_run_is_the_same_to_wandb(tmp_path, monkeypatch):
     folders = [path.name for path in (tmp_path / "wandb").glob("offline-run-*")]
     assert len(folders) == 2
     assert all(name.endswith(f"-{run}") for name in folders)
-    assert not [sentence for sentence in told if "fails" in sentence]
+    assert not [sentence for sentence in caplog.messages if "fails" in sentence]
 
 
 def test_a_resumed_run_is_the_same_to_mlflow(train_overrides, tmp_path, monkeypatch, capsys):

@@ -7,7 +7,7 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
-from detkit.benchmarks.common import describe, tell, time_in_turns
+from detkit.benchmarks.common import describe, print_result, time_in_turns
 from detkit.engine.precision import seed_everything
 from detkit.layers.akconv import AKConv
 from detkit.ops.device import pick_device
@@ -59,7 +59,7 @@ def run(cfg: dict[str, Any]) -> dict[str, Any]:
         result["ratio"][n] = {name: seconds["gather"] / value for name, value in seconds.items()}
         for name in seconds:
             table.add_row(str(n), name, f"{result['ms'][n][name]:.0f}", f"{result['ratio'][n][name]:.2f}")
-    return tell(table, result)
+    return print_result(table, result)
 
 
 def _time(n: int, rounds: int, device: torch.device) -> dict[str, float]:

@@ -15,7 +15,7 @@ import cv2
 import torch
 from rich.table import Table
 
-from detkit.benchmarks.common import WARMUP, tell
+from detkit.benchmarks.common import WARMUP, print_result
 from detkit.benchmarks.peer import start_peer
 from detkit.data.annotations import Annotations
 from detkit.data.augment.pipeline import AugmentedDataset, mosaic_window
@@ -100,7 +100,7 @@ def run(cfg: dict[str, Any]) -> dict[str, Any]:
             result[f"ratio_{name}"] = speed[name] / speed[peer]
             row[2:] = f"{speed[peer]:.1f}", f"{result[f'ratio_{name}']:.2f}"
         table.add_row(*row)
-    return tell(table, result)
+    return print_result(table, result)
 
 
 @contextmanager

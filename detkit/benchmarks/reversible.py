@@ -7,7 +7,7 @@ import torch
 from rich.table import Table
 from torch import Tensor, nn
 
-from detkit.benchmarks.common import describe, tell, time_in_turns
+from detkit.benchmarks.common import describe, print_result, time_in_turns
 from detkit.engine.precision import seed_everything
 from detkit.models.backbones.revcol import STRIDES, RevCol
 from detkit.models.profiling import activation_bytes
@@ -43,7 +43,7 @@ def run(cfg: dict[str, Any]) -> dict[str, Any]:
             table.add_row(
                 str(count), name.removeprefix("keep_every="), f"{row['mib']:.1f}", *errors, f"{row['ms']:.0f}"
             )
-    return tell(table, result)
+    return print_result(table, result)
 
 
 def _measure(columns: int, rounds: int, device: torch.device) -> dict[str, dict[str, Any]]:

@@ -17,7 +17,7 @@ from PIL import Image
 from rich.table import Table
 from torch.utils.flop_counter import FlopCounterMode
 
-from detkit.benchmarks.common import WARMUP, describe, tell, time_once
+from detkit.benchmarks.common import WARMUP, describe, print_result, time_once
 from detkit.benchmarks.peer import start_peer
 from detkit.config import import_plugins
 from detkit.engine.auto_batch import check_batch
@@ -30,6 +30,7 @@ from detkit.models.detector import build_detector, build_loss
 from detkit.models.profiling import dummy_batch
 from detkit.ops.device import pick_device
 from detkit.structures import Batch
+from detkit.viz.console import setup_logging
 
 MATRIX = {"cpu": 2048, "cuda": 8192}  # side of the matrices whose product measures what the device can do
 PEER_BATCHES = 4  # of the set that a peer goes through again and again
@@ -159,7 +160,7 @@ def run(cfg: dict[str, Any]) -> dict[str, Any]:
     }
     if "peer" in seconds:
         result["ratio_to_peer"] = {name: seconds["peer"] / value for name, value in seconds.items()}
-    return tell(table, result)
+    return print_result(table, result)
 
 
 def _in_turns(cfg: dict[str, Any], device: torch.device, variants: list[Variant]) -> tuple[int, dict[str, Timing]]:
@@ -219,14 +220,14 @@ def _own_process(cfg: dict[str, Any], variant: Variant) -> Iterator[tuple[Callab
 
 def _serve(pipe: Connection, cfg: dict[str, Any], variant: Variant) -> None:
     """In a process of its own: run one step for every message; answer a sentence where that is not possible."""
+    setup_logging()
     device = pick_device(cfg["device"])
-    said: list[str] = []
     try:
-        step = _make_step(cfg, variant, said.append)
+        step = _make_step(cfg, variant)
         with FlopCounterMode(display=False) as counter:
             step()
         torch.cuda.empty_cache()  # for those whose turn is next; does nothing without CUDA
-        pipe.send(said[-1] if said[1:] else counter.get_total_flops())
+        pipe.send(counter.get_total_flops())
         dtype = Precision.from_config(variant.amp, device).dtype
         while pipe.recv():
             if device.type == "cuda":
@@ -265,7 +266,7 @@ def _peak_memory(device: torch.device) -> int:
     return peak if sys.platform == "darwin" else 1024 * peak
 
 
-def _make_step(cfg: dict[str, Any], variant: Variant, tell: Callable[[str], None]) -> Callable[[], object]:
+def _make_step(cfg: dict[str, Any], variant: Variant) -> Callable[[], object]:
     """Build the training step and one batch; return the function that trains on it once."""
     import_plugins(cfg["plugins"])
     seed_everything(cfg["seed"])
@@ -280,7 +281,9 @@ def _make_step(cfg: dict[str, Any], variant: Variant, tell: Callable[[str], None
     schedule = Schedule.from_config(recipe, cfg["optim"], epochs=1, batches=1)
     network = detector
     if variant.compiled:
-        network = compile_network(detector, precision, cfg["image_size"], images, tell)
+        network = compile_network(detector, precision, cfg["image_size"], images)
+        if network is detector:
+            raise DetkitError("the network does not compile: the reason is above")
     loss, options = build_loss(cfg, detector.head), {"accumulate": 1, "clip": 10.0, "network": network}
     step = TrainStep(detector, loss, recipe, schedule, precision, **options)
     batch = _noise(cfg, images)

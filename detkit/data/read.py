@@ -1,10 +1,9 @@
 """Reading the splits of the data set that a configuration names."""
 
+import logging
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
-
-from rich.console import Console
 
 import detkit.data.formats  # noqa: F401  (registers them)
 from detkit.data.annotations import Annotations
@@ -12,6 +11,8 @@ from detkit.data.issues import FIXED, SKIPPED, IssueLog
 from detkit.data.splits import TRAINED, MissingSplit, splits_of
 from detkit.errors import DetkitError
 from detkit.registry import DATASETS
+
+logger = logging.getLogger(__name__)
 
 # Keys of data that are not arguments of its reader.
 DATA_OPTIONS = ("preset", "strict", "allow_empty", "cache", "sampling", "repeat_threshold", "tiles")
@@ -34,7 +35,7 @@ def read_split(data: Mapping[str, Any], split: str, log: IssueLog | None = None)
     return annotations
 
 
-def read_splits(data: Mapping[str, Any], console: Console, kept: int | None = None) -> dict[str, Annotations]:
+def read_splits(data: Mapping[str, Any], kept: int | None = None) -> dict[str, Annotations]:
     """Read every split of the configured data set; say which are skipped, as their files are not there or
     their classes are others.
 
@@ -51,7 +52,7 @@ def read_splits(data: Mapping[str, Any], console: Console, kept: int | None = No
         except MissingSplit as error:
             if split in TRAINED:
                 raise
-            console.print(f"{split} is skipped: {error}", style="bold red")
+            logger.warning("%s is skipped: %s", split, error)
     train_set = splits["train"]
     for split, annotations in list(splits.items()):
         if not annotations.class_names:  # images alone
@@ -62,7 +63,7 @@ def read_splits(data: Mapping[str, Any], console: Console, kept: int | None = No
         except DetkitError as error:
             if split in TRAINED:
                 raise
-            console.print(f"{split} is skipped: {error}", style="bold red")
+            logger.warning("%s is skipped: %s", split, error)
             del splits[split]
     return splits
 

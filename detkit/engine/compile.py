@@ -1,6 +1,6 @@
 """torch.compile for the network, and the way back where it fails."""
 
-from collections.abc import Callable
+import logging
 
 import torch
 from torch import Tensor, nn
@@ -13,13 +13,14 @@ from detkit.engine.precision import Precision
 from detkit.models.detector import Detector
 from detkit.models.profiling import dummy_batch
 
+logger = logging.getLogger(__name__)
+
 
 def compile_network(
     detector: Detector,
     precision: Precision,
     image_size: int,
     batch_size: int,
-    tell: Callable[[str], None],
     *,
     dynamic: bool = False,
 ) -> nn.Module:
@@ -30,7 +31,6 @@ def compile_network(
 
     Args:
         image_size, batch_size: of this rank's batches, the size in pixels.
-        tell: is given a line before, and one where it fails.
         dynamic: compile for images of any size.
     """
     reason = ""
@@ -40,14 +40,15 @@ def compile_network(
     torch.compiler.set_stance("default")
     torch._dynamo.reset()  # what earlier jobs of a sweep compiled counts against a limit
     if not reason:
-        tell("compiling the network, which takes minutes")
+        logger.info("compiling the network, which takes minutes")
     try:
         if not reason:
             _try(network, detector, precision, image_size, batch_size)
     except Exception as error:  # of any kind: Dynamo's, Inductor's, a C++ compiler's that is not there
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
     if all_reduce_max(int(bool(reason))):
-        tell(f"trainer.compile: the network runs uncompiled ({reason or 'compiling failed on another rank'})")
+        reason = reason or "compiling failed on another rank"
+        logger.warning("trainer.compile: the network runs uncompiled (%s)", reason)
         return detector
     torch.compiler.set_stance("eager_on_recompile")
     return network

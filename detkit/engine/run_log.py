@@ -2,6 +2,7 @@
 
 import csv
 import io
+import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -10,14 +11,17 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
+from detkit.distributed.process_group import is_main_process
 from detkit.engine.loggers.async_logger import Call, SafeLogger
 from detkit.engine.loggers.base import Value, tag
 from detkit.ops.atomic_write import write_atomically
 from detkit.ops.curves import Curves
+from detkit.viz.console import make_console
 from detkit.viz.drawing import encode_figure, encode_image
+
+logger = logging.getLogger(__name__)
 
 COMPARED = ("AP", "AP50", "AP75", "AR100", "epoch")  # of the best epoch, by which runs of a sweep are compared
 
@@ -26,14 +30,13 @@ class RunLog:
     """Writes into a run directory and to the terminal; only rank 0 may give it anything to write.
 
     Args:
-        channels: to the loggers, see ``open_loggers``; none on other ranks.
+        loggers: see ``open_loggers``; none on other ranks.
     """
 
-    def __init__(self, run_dir: Path, console: Console, channels: Sequence[SafeLogger] = ()) -> None:
+    def __init__(self, run_dir: Path, loggers: Sequence[SafeLogger] = ()) -> None:
         self.run_dir = run_dir
-        self.console = console
-        self.channels = channels
-        self.told: set[str] = set()  # sentences of ``issues``
+        self.loggers = loggers
+        self.warned: set[str] = set()  # sentences of ``warn``
         self.undrawn: set[str] = set()  # of ``drawing``
 
     def start(self, hyper_parameters: Mapping[str, Value], texts: Mapping[str, str]) -> None:
@@ -48,9 +51,9 @@ class RunLog:
         self._send(lambda logger: logger.scalars(measured, step))
 
     def line(self, text: str) -> None:
-        """Say how it goes, with the time, where no bar does."""
-        if not has_bar(self.console):
-            self.console.print(f"{time.strftime('%m-%d %H:%M:%S')}  {text}")
+        """Log the progress, with the time, where no bar shows it."""
+        if not has_bar():
+            logger.info("%s  %s", time.strftime("%m-%d %H:%M:%S"), text)
 
     def epoch(
         self, history: Sequence[Mapping[str, float]], metrics: Mapping[str, Any], best: bool, step: int, line: str
@@ -74,7 +77,7 @@ class RunLog:
         if best:
             values |= {f"best/{name}": row[name] for name in COMPARED}
         self.scalars(values, step)
-        self.console.print(line)
+        logger.info(line)
 
     @contextmanager
     def drawing(self, what: str) -> Iterator[None]:
@@ -87,14 +90,14 @@ class RunLog:
             if what not in self.undrawn:
                 self.undrawn.add(what)
                 reason = (str(error) or type(error).__name__).splitlines()[0]
-                self.console.print(f"{what} cannot be drawn ({reason}): the training goes on")
+                logger.warning("%s cannot be drawn (%s): the training goes on", what, reason)
 
     def warn(self, sentences: Sequence[str]) -> None:
-        """Say, once for each image, that it was skipped."""
+        """Warn, once for each image, that it was skipped."""
         for sentence in sentences:
-            if sentence not in self.told:
-                self.told.add(sentence)
-                self.console.print(f"skipped: {sentence}")
+            if sentence not in self.warned:
+                self.warned.add(sentence)
+                logger.warning("skipped: %s", sentence)
 
     def image(self, name: str, image: np.ndarray, step: int) -> None:
         """Keep an (H, W, 3) uint8 RGB picture as ``plots/NAME.jpg`` and in the loggers."""
@@ -110,8 +113,8 @@ class RunLog:
 
     def close(self, finished: bool = True) -> None:
         """Let the loggers write what waits; ``finished`` is False where the run was cut short."""
-        for channel in self.channels:
-            channel.close(finished)
+        for logger in self.loggers:
+            logger.close(finished)
 
     def __enter__(self) -> "RunLog":
         return self
@@ -125,20 +128,21 @@ class RunLog:
         self._send(lambda logger: logger.image(name, path, step))
 
     def _send(self, call: Call) -> None:
-        for channel in self.channels:
-            channel.call(call)
+        for logger in self.loggers:
+            logger.call(call)
 
 
-def has_bar(console: Console) -> bool:
-    """Whether a bar that is drawn over and over reads well: on a terminal, unless nothing is said at all."""
-    return not console.quiet and console.is_interactive and console.file.isatty()  # FORCE_COLOR makes no terminal
+def has_bar() -> bool:
+    """Whether a progress bar is shown: on a terminal, by rank 0."""
+    console = make_console()
+    return is_main_process() and console.is_interactive and console.file.isatty()  # FORCE_COLOR makes no terminal
 
 
 @contextmanager
-def show_progress(label: str, total: int, console: Console, done: int = 0) -> Iterator["Bar"]:
+def show_progress(label: str, total: int, done: int = 0) -> Iterator["Bar"]:
     """Show a bar on a terminal, nothing elsewhere, of which ``done`` is done; yields what advances it."""
     columns = (TextColumn("{task.description}"), BarColumn(24), MofNCompleteColumn(), TextColumn("{task.fields[info]}"))
-    with Progress(*columns, console=console, transient=True, disable=not has_bar(console)) as progress:
+    with Progress(*columns, console=make_console(), transient=True, disable=not has_bar()) as progress:
         yield Bar(progress, label, total, done)
 
 

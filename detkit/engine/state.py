@@ -4,10 +4,11 @@ The file is a zip archive; the checksums in it are verified before anything else
 """
 
 import io
+import logging
 import os
 import random
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from itertools import count, takewhile
 from pathlib import Path
@@ -27,6 +28,8 @@ from detkit.ops.atomic_write import rotated_path, write_atomically
 from detkit.ops.files import open_regular
 from detkit.ops.memory import free_memory, gib
 from detkit.structures import Batch
+
+logger = logging.getLogger(__name__)
 
 SCHEMA_VERSION = 1
 STATE = "state.pt"
@@ -207,13 +210,13 @@ def write_state(run_dir: Path, content: Mapping[str, Any], keep: int) -> None:
     write_atomically(run_dir / STATE, data.getbuffer(), keep)
 
 
-def read_state(run_dir: Path, tell: Callable[[str], None]) -> dict[str, Any] | None:
+def read_state(run_dir: Path, *, warn: bool = True) -> dict[str, Any] | None:
     """Return the newest undamaged content of ``state.pt`` and those before it, on the CPU; None where nothing is saved.
 
     Its ``file`` is where it was read.
 
     Args:
-        tell: is given a sentence about each damaged one.
+        warn: log a warning about each damaged one.
 
     Raises:
         DetkitError: all are damaged, or the newest is of a schema this version does not know, or has a key missing.
@@ -224,7 +227,8 @@ def read_state(run_dir: Path, tell: Callable[[str], None]) -> dict[str, Any] | N
         try:
             content = _load(path)
         except DetkitError as error:
-            tell(str(error))
+            if warn:
+                logger.warning("%s", error)
             continue
         _check_content(content, path)
         return {**content, "file": path}

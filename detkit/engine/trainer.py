@@ -1,6 +1,7 @@
 """The training loop."""
 
 import json
+import logging
 import signal
 import time
 from collections.abc import Callable, Mapping
@@ -27,6 +28,8 @@ from detkit.errors import DetkitError
 from detkit.ops.atomic_write import write_atomically
 from detkit.viz.batch_images import draw_batch, draw_predictions
 from detkit.viz.plots import draw_evaluation, plot_history
+
+logger = logging.getLogger(__name__)
 
 DRAWN_BATCHES = 3  # of the first epoch
 
@@ -140,7 +143,7 @@ class Trainer:
         """Whether all epochs are done, or there is a reason to stop early, of which rank 0's counts; says that one."""
         reason = run_on_main(lambda: self.stop_early(self.state))
         if reason and self.state.epoch < self.epochs:
-            self.log.console.print(f"stopped early: {reason}")
+            logger.info("stopped early: %s", reason)
         return bool(reason) or self.state.epoch >= self.epochs
 
     def train_epoch(self, epoch: int) -> tuple[dict[str, float], float]:
@@ -157,7 +160,7 @@ class Trainer:
         issues: list[str] = []
         start = time.perf_counter() - current.seconds
         self.logged = EpochStats.of(current, self.learnt())
-        with show_progress(self.label(epoch), batches, self.log.console, current.position) as bar:
+        with show_progress(self.label(epoch), batches, current.position) as bar:
             for batch in time_data_wait(self.train_loader.epoch(epoch, skip=current.position), current):
                 self.log.warn(batch.issues)
                 issues += batch.issues
@@ -169,7 +172,7 @@ class Trainer:
                 state.step += 1
                 current.add(batch, terms, time.perf_counter() - start)
                 current.grad_norm = self.step.grad_norm
-                self.tell(bar, epoch)
+                self.log_progress(bar, epoch)
                 if self.save_every and state.step % self.save_every == 0 and current.position < batches:
                     self.save()
                 self.exit_if_requested()
@@ -179,7 +182,7 @@ class Trainer:
             raise DetkitError("no image of this epoch can be read, on any rank: detkit check_data says why")
         return current.means(self.learnt()), images / current.seconds
 
-    def tell(self, bar: Bar, epoch: int) -> None:
+    def log_progress(self, bar: Bar, epoch: int) -> None:
         """Between two batches: advance the bar, and say how the epoch goes where that is due, on rank 0.
 
         This alone waits for the device.
@@ -247,7 +250,7 @@ class Trainer:
 
     def validate(self) -> Evaluation:
         """Evaluate the averaged weights on the validation set, in the precision of the training."""
-        with show_progress("validation", len(self.val_loader), self.log.console) as bar:
+        with show_progress("validation", len(self.val_loader)) as bar:
 
             def advance() -> None:
                 bar.advance()
@@ -259,7 +262,7 @@ class Trainer:
         return result
 
     def save(self) -> None:
-        """Write ``state.pt``; where that fails, say so: the one before is as it was, and the training goes on."""
+        """Write ``state.pt``; where that fails, warn: the one before is as it was, and the training goes on."""
         if not is_main_process():
             return
         try:
@@ -267,9 +270,8 @@ class Trainer:
                 self.run_dir, training_state_dict(self.step, self.state, len(self.train_loader)), self.keep_last
             )
         except OSError as error:
-            self.log.console.print(
-                f"{self.run_dir / STATE} cannot be saved ({error.strerror}): what was saved before is kept"
-            )
+            path = self.run_dir / STATE
+            logger.warning("%s cannot be saved (%s): what was saved before is kept", path, error.strerror)
 
     def exit_if_requested(self) -> None:
         """Between two batches: save and end the process, if a signal has asked for that, on whatever rank."""
@@ -277,7 +279,7 @@ class Trainer:
         if signum:
             self.save()
             name = signal.Signals(signum).name
-            self.log.console.print(f"{name}: saved after {self.state.step} batches; resume={self.run_dir} goes on")
+            logger.info("%s: saved after %d batches; resume=%s goes on", name, self.state.step, self.run_dir)
             barrier()
             self.stop.exit(signum)
 

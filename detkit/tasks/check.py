@@ -33,7 +33,7 @@ def run(cfg: dict[str, Any]) -> list[CheckResult]:
     with contextlib.suppress(Exception):  # what is wrong with the detector, the checks will say
         composition.randomize_norms()
     findings = []
-    with show_progress("check", len(CHECKS) + len(FIGURES), console) as bar:
+    with show_progress("check", len(CHECKS) + len(FIGURES)) as bar:
         for title, check in (CHECKS | FIGURES).items():
             findings.append(run_check(composition, title, check))
             bar.advance()

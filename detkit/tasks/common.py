@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import logging
 import re
 import shlex
 import time
@@ -14,7 +15,6 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.types import RunMode
 from omegaconf import OmegaConf
-from rich.console import Console
 
 import detkit.data  # noqa: F401  (registers the formats)
 from detkit.data.annotations import Annotations
@@ -24,6 +24,8 @@ from detkit.data.loader import BatchLoader, local_ranks, worker_count
 from detkit.data.workers import TIMEOUT, check_shared_memory
 from detkit.distributed.collectives import world_size
 from detkit.errors import DetkitError
+
+logger = logging.getLogger(__name__)
 
 AUTO = "auto"  # resume=auto: go on with the run in the named folder, if there is one
 
@@ -114,13 +116,14 @@ def train_command(data: Mapping[str, str]) -> str:
     return f"python tools/train.py {shlex.join(words)}"
 
 
-def tell_split(split: str, annotations: Annotations, console: Console) -> None:
-    """Print a line of what a split holds, and one of what was fixed or skipped, if anything was."""
-    console.print(f"{split}: {len(annotations)} images, {len(annotations.labels)} boxes")
+def log_split(split: str, annotations: Annotations) -> None:
+    """Log a line of what a split holds, and one of what was fixed or skipped, if anything was."""
+    logger.info("%s: %d images, %d boxes", split, len(annotations), len(annotations.labels))
     summary = annotations.issues.summary()
     if summary:
         first = annotations.issues.first(SKIPPED, FIXED)
-        console.print(f"{split}: {summary}; the first: {first} (check_data lists all, data.strict=true refuses them)")
+        words = "check_data lists all, data.strict=true refuses them"
+        logger.warning("%s: %s; the first: %s (%s)", split, summary, first, words)
 
 
 def check_room(cfg: Mapping[str, Any]) -> None:

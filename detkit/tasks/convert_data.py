@@ -1,13 +1,15 @@
 """Write an image set in another format."""
 
+import logging
 from pathlib import Path
 from typing import Any
 
 from detkit.data.formats.writers import WriteResult, require_empty_dir, write_set
 from detkit.data.read import read_splits
 from detkit.registry import WRITERS
-from detkit.tasks.common import tell_split, train_command
-from detkit.viz.console import make_console
+from detkit.tasks.common import log_split, train_command
+
+logger = logging.getLogger(__name__)
 
 
 def run(cfg: dict[str, Any]) -> WriteResult:
@@ -16,15 +18,14 @@ def run(cfg: dict[str, Any]) -> WriteResult:
     Raises:
         DetkitError: the set cannot be read, or ``dst`` cannot be written or holds something.
     """
-    console = make_console()
     folder = Path(str(cfg["dst"]))
     WRITERS.get(cfg["format"])
     require_empty_dir(folder)
-    splits = read_splits(cfg["data"], console)
+    splits = read_splits(cfg["data"])
     for split, annotations in splits.items():
-        tell_split(split, annotations, console)
+        log_split(split, annotations)
     written = write_set(cfg["format"], splits, folder)
     for remark in written.remarks:
-        console.print(f"mind: {remark}")
-    console.print(f"{cfg['format']} written to {folder}; train on it: {train_command(written.data)}")
+        logger.warning("mind: %s", remark)
+    logger.info("%s written to %s; train on it: %s", cfg["format"], folder, train_command(written.data))
     return written

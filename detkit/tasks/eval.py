@@ -1,6 +1,7 @@
 """Evaluate a checkpoint."""
 
 import json
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,12 @@ from detkit.engine.precision import Precision, seed_everything
 from detkit.engine.run_log import show_progress
 from detkit.errors import DetkitError, error_context, shorten
 from detkit.ops.atomic_write import write_atomically
-from detkit.tasks.common import check_room, checkpoint_name, make_run_dir, tell_split, val_loader
+from detkit.tasks.common import check_room, checkpoint_name, log_split, make_run_dir, val_loader
 from detkit.viz.console import make_console
 from detkit.viz.plots import draw_evaluation, save_figure
 from detkit.viz.tables import print_metrics
+
+logger = logging.getLogger(__name__)
 
 RANK_TIMEOUT = 60  # seconds that ranks wait for one another to start
 
@@ -34,7 +37,6 @@ def run(cfg: dict[str, Any]) -> dict[str, Any]:
         DetkitError: an unreadable checkpoint, or a set with other classes.
     """
     device = init_distributed(cfg["device"], RANK_TIMEOUT)
-    console = make_console(quiet=not is_main_process())
     seed_everything(cfg["seed"])
     detector = build_from_checkpoint(str(cfg["ckpt"])).to(device)
     cfg["image_size"] = cfg["image_size"] or detector.cfg["image_size"]
@@ -50,14 +52,14 @@ def run(cfg: dict[str, Any]) -> dict[str, Any]:
     if annotations.class_names != detector.class_names:
         ours, theirs = (shorten(", ".join(names)) for names in (detector.class_names, annotations.class_names))
         raise DetkitError(f"{cfg['ckpt']} knows the classes {ours}; {annotations.source} has {theirs}")
-    tell_split(cfg["split"], annotations, console)
+    log_split(cfg["split"], annotations)
     run_dir = Path(run_on_main(lambda: str(make_run_dir(cfg, "eval", checkpoint_name(cfg["ckpt"])))))
 
     check_room(cfg)
     loader = val_loader(annotations, cfg, device)
     thresholds = {key: cfg[key] for key in ("score", "iou", "max_det")}
     precision = Precision.from_config(cfg["amp"] or _amp_of_training(detector.cfg, device), device)
-    with show_progress("evaluation", len(loader), console) as bar:
+    with show_progress("evaluation", len(loader)) as bar:
         result = evaluate(detector, loader.epoch(0), annotations, precision, **thresholds, advance=bar.advance)
     try:
         if is_main_process():
@@ -67,9 +69,10 @@ def run(cfg: dict[str, Any]) -> dict[str, Any]:
                 save_figure(figure, run_dir / "plots" / f"{name}.png")
     finally:
         for sentence in result.issues:
-            console.print(f"skipped, its boxes count as missed: {sentence}")
-        print_metrics(result.metrics, console)
-    console.print(f"AP {result.metrics['AP']:.6f} on {len(annotations)} images; written to {run_dir}")
+            logger.warning("skipped, its boxes count as missed: %s", sentence)
+        if is_main_process():
+            print_metrics(result.metrics, make_console())
+    logger.info("AP %.6f on %d images; written to %s", result.metrics["AP"], len(annotations), run_dir)
     return result.metrics
 
 

@@ -1,5 +1,6 @@
 """Turn another project's checkpoint into one of detkit's."""
 
+import logging
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,11 +21,12 @@ from detkit.engine.checkpoint import (
 from detkit.errors import DetkitError, shorten
 from detkit.models.detector import build_detector
 from detkit.registry import BACKBONES
-from detkit.viz.console import make_console
 from detkit.weights.fused import unfuse
 from detkit.weights.identify import identify
 from detkit.weights.naming import Identified
 from detkit.weights.source import Source, read_source
+
+logger = logging.getLogger(__name__)
 
 MAX_CLASSES = 10_000
 AKCONVS = ("akconv", "c3_akconv")
@@ -56,7 +58,7 @@ def run(cfg: dict[str, Any]) -> Checkpoint:
         write_checkpoint(dst, checkpoint)
     except OSError as error:
         raise DetkitError(f"cannot write dst={dst}: {error.strerror}") from None
-    make_console().print(sentence)
+    logger.info(sentence)
     return checkpoint
 
 

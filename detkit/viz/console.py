@@ -1,5 +1,6 @@
-"""The terminal: what is printed never ends the program, nor gives orders to a terminal."""
+"""The terminal: log messages, and output that never ends the program nor gives orders to a terminal."""
 
+import logging
 import os
 import sys
 from contextlib import suppress
@@ -8,7 +9,10 @@ from typing import IO, Any
 from rich.console import Console
 from rich.text import Text
 
-from detkit.errors import printable
+from detkit.distributed.rendezvous import env_rank
+from detkit.errors import DetkitError, printable
+
+LEVELS = ("debug", "info", "warning", "error")
 
 
 class Terminal(Console):
@@ -26,6 +30,30 @@ def make_console(stderr: bool = False, quiet: bool = False, file: IO[str] | None
         file: prints there, also while stdout is redirected; None: to what is stdout at the time, or stderr.
     """
     return Terminal(file=file, stderr=stderr, quiet=quiet, markup=False, emoji=False, highlight=False, soft_wrap=True)
+
+
+class ConsoleHandler(logging.Handler):
+    """Prints log records to what is stdout at the time, warnings in yellow; below errors only those of rank 0."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print one record."""
+        if env_rank() == 0 or record.levelno >= logging.ERROR:
+            make_console().print(self.format(record), style="yellow" if record.levelno >= logging.WARNING else None)
+
+
+def setup_logging() -> None:
+    """Print detkit's log messages, from the level that the environment variable ``DETKIT_LOG`` names; ``info`` without.
+
+    Raises:
+        DetkitError: it names no level.
+    """
+    level = os.environ.get("DETKIT_LOG", "info").lower()
+    if level not in LEVELS:
+        raise DetkitError(f"DETKIT_LOG={level} must be one of {', '.join(LEVELS)}")
+    logger = logging.getLogger("detkit")
+    logger.setLevel(level.upper())
+    if not any(isinstance(handler, ConsoleHandler) for handler in logger.handlers):
+        logger.addHandler(ConsoleHandler())
 
 
 class Output:

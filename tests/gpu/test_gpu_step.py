@@ -14,7 +14,6 @@ from detkit.engine.state import TrainState
 from detkit.engine.step import TrainStep
 from detkit.engine.trainer import Trainer
 from detkit.structures import Batch
-from detkit.viz.console import make_console
 from tests.gpu.conftest import SMALL, make_step, noise, nothing_waits
 
 pytestmark = pytest.mark.gpu
@@ -100,7 +99,7 @@ def test_the_loop_waits_only_where_a_line_is_due(cuda, deterministic, tmp_path, 
     batches = [noise(torch.device("cpu")) for _ in range(7)]
     if cuda.type == "cuda":
         batches = [batch.pin_memory() for batch in batches]
-    log = RunLog(tmp_path, make_console())
+    log = RunLog(tmp_path)
     options = {"epochs": 1, "run_dir": tmp_path, "log": log, "state": TrainState(), "log_every": 100}
     trainer = Trainer(step, Watched(batches, cuda), [], None, **options)
     monkeypatch.setattr(trainer_module, "draw_batch", lambda *arguments: torch.zeros(8, 8, 3).byte().numpy())

@@ -1,15 +1,18 @@
 """Weights & Biases, by ``trainer.loggers=[wandb]``."""
 
 import html
+import logging
 import os
 import secrets
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import wandb
 
 from detkit.engine.loggers.base import Value, tag
 from detkit.ops.curves import RECALLS, Curves
+
+logger = logging.getLogger(__name__)
 
 CLASSES = 20  # that are drawn, at most
 INIT_TIMEOUT = 30  # seconds for the server to answer
@@ -23,7 +26,6 @@ class WandB:
 
     Args:
         run: the ``id`` that the run directory had before; None for a new one.
-        tell: is given a sentence on where it goes.
 
     Attributes:
         id: by which W&B knows the run.
@@ -32,7 +34,7 @@ class WandB:
         wandb.Error: WANDB_MODE asks for what there is no login for.
     """
 
-    def __init__(self, run_dir: Path, run: str | None, tell: Callable[[str], None]) -> None:
+    def __init__(self, run_dir: Path, run: str | None) -> None:
         self.id = run or secrets.token_hex(4)
         options = {
             "project": os.environ.get("WANDB_PROJECT", "detkit"),
@@ -48,9 +50,9 @@ class WandB:
         else:
             self.run = _init_by_login(options)
         if self.run.settings.mode == "offline":
-            tell(f"W&B: offline; send it by: wandb sync {run_dir / 'wandb'}/offline-run-*")
+            logger.info("W&B: offline; send it by: wandb sync %s/offline-run-*", run_dir / "wandb")
         elif self.run.url:
-            tell(f"W&B: {self.run.url}")
+            logger.info("W&B: %s", self.run.url)
         self.run.define_metric("*", step_metric="step")  # its own count would refuse what a resumed run repeats
 
     def scalars(self, values: Mapping[str, float], step: int) -> None:
