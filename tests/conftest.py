@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from detkit import cli
-from detkit.config import compose_config, resolve
+from detkit.config import load_config
 from detkit.data.formats import shapes
 from detkit.viz.console import setup_logging
 
@@ -100,7 +100,7 @@ def finished_run(tmp_path_factory: pytest.TempPathFactory, train_overrides: list
     from detkit.tasks.train import run
 
     run_dir = tmp_path_factory.mktemp("runs") / "run"
-    run(resolve(compose_config("train", [*train_overrides, f"run_dir={run_dir}"])))
+    run(load_config("train", [*train_overrides, f"run_dir={run_dir}"]))
     return run_dir
 
 

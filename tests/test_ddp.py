@@ -18,7 +18,7 @@ from timm.layers import BatchNormAct2d
 from torch import nn
 
 import detkit
-from detkit.config import compose_config, resolve
+from detkit.config import load_config
 from detkit.data.dataset import DetectionDataset, LetterboxDataset
 from detkit.data.formats.shapes import read_shapes
 from detkit.data.loader import BatchLoader
@@ -242,7 +242,7 @@ def test_eval_by_two_ranks_is_that_of_one(tmp_path, finished_run):
     assert done.stdout.count("written to") == 1
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as torchrun's ranks have; sums of more are another in the last digit
-    eval_task.run(resolve(compose_config("eval", [*arguments, f"run_dir={tmp_path / 'one'}"])))
+    eval_task.run(load_config("eval", [*arguments, f"run_dir={tmp_path / 'one'}"]))
     torch.set_num_threads(threads)
     one, two = (json.loads((tmp_path / folder / "predictions.json").read_text()) for folder in ("one", "two"))
     assert one and [(p["image_id"], p["category_id"]) for p in one] == [(p["image_id"], p["category_id"]) for p in two]

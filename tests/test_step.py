@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import detkit
 import detkit.engine.trainer as trainer_module
-from detkit.config import check_values, compose_config, resolve
+from detkit.config import check_values, compose_config, load_config, resolve
 from detkit.engine.auto_batch import choose_batch_size, explain_out_of_memory, largest_batch, make_trial_step
 from detkit.engine.ema import EMA
 from detkit.engine.evaluator import METRICS, Evaluation
@@ -363,7 +363,7 @@ def test_running_out_of_memory_is_one_sentence(train_overrides, tmp_path, monkey
     monkeypatch.setattr(Trainer, "fit", fit)
     overrides = [*train_overrides, f"run_dir={tmp_path / 'run'}", "batch_size=3"]
     with pytest.raises(DetkitError, match="batch_size=3 is too much for the memory of cpu: batch_size=1 would fit"):
-        train.run(resolve(compose_config("train", overrides)))
+        train.run(load_config("train", overrides))
 
 
 def test_other_faults_of_a_trial_are_not_taken_for_memory():

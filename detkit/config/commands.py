@@ -8,17 +8,17 @@ from pydantic_core import PydanticCustomError
 from detkit.config.fields import Location, field, number, path, whole
 from detkit.config.schema import (
     MAX_BATCH,
-    Augment,
-    Data,
-    Head,
-    Model,
+    AugmentConfig,
+    DataConfig,
+    HeadConfig,
+    ModelConfig,
     Names,
-    Neck,
-    Optim,
-    Part,
-    Pruner,
+    NeckConfig,
+    OptimConfig,
+    PartConfig,
+    PrunerConfig,
     Section,
-    Trainer,
+    TrainerConfig,
 )
 
 MAX_IMAGE = 8192  # pixels of a side: a batch of one would take 800 MB as the network's input; tiles show more
@@ -56,7 +56,7 @@ def _batch_size() -> Any:
     return field("images of one forward pass, of all ranks together", "a whole number, 1 or more", most=MAX_BATCH)
 
 
-class Common(Section):
+class CommonConfig(Section):
     """What every task takes."""
 
     device: Device = field("where to compute", "auto, cpu, cuda or cuda:N")
@@ -72,18 +72,18 @@ class Common(Section):
     plugins: Names = field("modules to import", "a list of modules, such as [my_backbone]")
 
 
-class Composed(Common):
+class ComposedConfig(CommonConfig):
     """A task that composes a detector."""
 
-    backbone: Part
-    neck: Neck
-    head: Head
-    loss: Part
-    model: Model
+    backbone: PartConfig
+    neck: NeckConfig
+    head: HeadConfig
+    loss: PartConfig
+    model: ModelConfig
     image_size: ImageSize = _image_size()
 
 
-class Train(Composed):
+class TrainConfig(ComposedConfig):
     """``configs/train.yaml``."""
 
     batch_size: AnyBatch = field(
@@ -95,25 +95,25 @@ class Train(Composed):
     rect: bool = field("validate in frames of like aspect ratio, not in squares")
     weights: Location | None = path("start from this checkpoint")
     resume: Location | None = path("go on with the run in this folder; auto: with the one in run_dir")
-    data: Data
-    augment: Augment
-    optim: Optim
-    trainer: Trainer
+    data: DataConfig
+    augment: AugmentConfig
+    optim: OptimConfig
+    trainer: TrainerConfig
 
 
-class Tune(Train):
+class TuneConfig(TrainConfig):
     """``configs/tune.yaml``."""
 
     search: Any = field("keys, and the values to try")
     trials: int = whole("of the study", 1)
-    pruner: Pruner
+    pruner: PrunerConfig
     storage: Url | None = field("of a database; null: a file in run_dir", "null, or the URL of a database")
 
 
-class Eval(Common):
+class EvalConfig(CommonConfig):
     """``configs/eval.yaml``."""
 
-    data: Data = field("the set; left out: the one that the checkpoint was trained with", default=None)
+    data: DataConfig = field("the set; left out: the one that the checkpoint was trained with", default=None)
     ckpt: Location = path("the checkpoint")
     split: str = field("of the set", "the name of a split", min_length=1, max_length=200)
     image_size: ImageSize | None = _image_size()
@@ -125,7 +125,7 @@ class Eval(Common):
     max_det: int = whole("boxes of an image at most", 1, 100_000)
 
 
-class Predict(Common):
+class PredictConfig(CommonConfig):
     """``configs/predict.yaml``."""
 
     ckpt: Location = path("the checkpoint")
@@ -137,54 +137,54 @@ class Predict(Common):
     multi_label: bool = field("a box may come once for each of its classes above the score")
 
 
-class Check(Composed):
+class CheckConfig(ComposedConfig):
     """``configs/check.yaml``."""
 
     num_classes: int = whole("of the detector", 1, MAX_CLASSES)
 
 
-class Summary(Composed):
+class SummaryConfig(ComposedConfig):
     """``configs/summary.yaml``."""
 
     num_classes: int = whole("of the detector", 1, MAX_CLASSES)
     depth: int = whole("of the modules that are shown", 1)
 
 
-class CheckData(Common):
+class CheckDataConfig(CommonConfig):
     """``configs/check_data.yaml``."""
 
-    data: Data
+    data: DataConfig
     fix: Location | None = path("a new or empty folder for a cleaned copy")
     format: str | None = field("of the copy; null: the set's own", "the name of a format")
 
 
-class ConvertData(Common):
+class ConvertDataConfig(CommonConfig):
     """``configs/convert_data.yaml``."""
 
-    data: Data
+    data: DataConfig
     dst: Location = path("a new or empty folder")
     format: str = field("to write", "the name of a format")
 
 
-class ImportWeights(Common):
+class ImportWeightsConfig(CommonConfig):
     """``configs/import_weights.yaml``."""
 
     src: Location = path("another project's checkpoint")
     dst: Location = path("a new .safetensors")
     sampling: Literal["paper", "tutorial"] | None = field("of AKConv layers in the file; null: not said")
-    backbone: Part = field("of a file that holds no more", default=None)
-    neck: Neck = field("of the model", default=None)
-    head: Head = field("of the model", default=None)
-    model: Model = field("that the file holds; left out: told by the tensors", default=None)
+    backbone: PartConfig = field("of a file that holds no more", default=None)
+    neck: NeckConfig = field("of the model", default=None)
+    head: HeadConfig = field("of the model", default=None)
+    model: ModelConfig = field("that the file holds; left out: told by the tensors", default=None)
 
 
-class Benchmark(Composed):
+class BenchmarkConfig(ComposedConfig):
     """``configs/benchmark.yaml``."""
 
     task: str = field("what is measured", "the name of a benchmark")
-    data: Data = field("of task=data", default=None)
-    augment: Augment
-    optim: Optim
+    data: DataConfig = field("of task=data", default=None)
+    augment: AugmentConfig
+    optim: OptimConfig
     batch_size: BatchSize = _batch_size()
     num_classes: int = whole("of the detector", 1, MAX_CLASSES)
     boxes: int = whole("ground-truth boxes of an image", 0, 10_000)
@@ -194,14 +194,14 @@ class Benchmark(Composed):
 
 
 TASKS: dict[str, type[Section]] = {
-    "train": Train,
-    "tune": Tune,
-    "eval": Eval,
-    "predict": Predict,
-    "check": Check,
-    "summary": Summary,
-    "check_data": CheckData,
-    "convert_data": ConvertData,
-    "import_weights": ImportWeights,
-    "benchmark": Benchmark,
+    "train": TrainConfig,
+    "tune": TuneConfig,
+    "eval": EvalConfig,
+    "predict": PredictConfig,
+    "check": CheckConfig,
+    "summary": SummaryConfig,
+    "check_data": CheckDataConfig,
+    "convert_data": ConvertDataConfig,
+    "import_weights": ImportWeightsConfig,
+    "benchmark": BenchmarkConfig,
 }

@@ -5,7 +5,7 @@ parts of a detector take arguments of their own, so their mappings are open: wha
 registered classes say (registry.py).
 """
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
@@ -20,6 +20,14 @@ class Section(BaseModel):
     """Some keys of a configuration. Types are strict: no text for a number, but a whole number for any number."""
 
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the keys that were given, groups as plain dicts: what a file or a checkpoint keeps."""
+        return self.model_dump(exclude_unset=True)
+
+    def replace(self, **changes: Any) -> Self:
+        """Return a copy with other values for some keys."""
+        return self.model_copy(update=changes)
 
 
 def _printable(text: str) -> str:
@@ -64,7 +72,7 @@ Loggers = Annotated[Names, AfterValidator(_each_once)]
 Factors = dict[str, Annotated[float, Field(gt=0, le=1e6)]]
 
 
-class Part(Section):
+class PartConfig(Section):
     """A backbone, a neck, a head or a loss: its registered name, and arguments of its own."""
 
     model_config = ConfigDict(extra="allow")
@@ -72,7 +80,7 @@ class Part(Section):
     name: Name = field("registered name", "the name of a part")
 
 
-class Neck(Part):
+class NeckConfig(PartConfig):
     """A neck, which asks the backbone for its strides."""
 
     in_strides: Strides | None = field(
@@ -80,7 +88,7 @@ class Neck(Part):
     )
 
 
-class Head(Part):
+class HeadConfig(PartConfig):
     """A head, perhaps with anchors."""
 
     anchors: Anchors = field(
@@ -90,7 +98,7 @@ class Head(Part):
     )
 
 
-class Model(Section):
+class ModelConfig(Section):
     """A preset of ``configs/model``: what scales the parts, and what they are made of."""
 
     model_config = ConfigDict(extra="allow")
@@ -103,7 +111,7 @@ class Model(Section):
     neck: dict[str, Any] = field("arguments of the neck", "a mapping of arguments", default=None)
 
 
-class Tiles(Section):
+class TilesConfig(Section):
     """Large training images seen in parts at full resolution."""
 
     size: int | None = whole("pixels of a side; null: no tiles", 32, 2**20)
@@ -111,7 +119,7 @@ class Tiles(Section):
     positive_fraction: float = share("of an epoch's tiles, those that show an object")
 
 
-class Data(Section):
+class DataConfig(Section):
     """A data set: the name of its reader, what every reader takes, and arguments of its own."""
 
     model_config = ConfigDict(extra="allow")
@@ -126,11 +134,11 @@ class Data(Section):
     cache: Literal["ram", "disk"] | None = field("where decoded images are kept", default=None)
     sampling: Literal["repeat_factor", "class_balanced"] | None = field("how often images come", default=None)
     repeat_threshold: float = share("of the images: a class that fewer show is rare", default=None)
-    tiles: Tiles | None = field("parts of large images", default=None)
+    tiles: TilesConfig | None = field("parts of large images", default=None)
     preset: dict[str, Any] | None = field("defaults for other keys that suit the set", "a mapping", default=None)
 
 
-class Mosaic(Section):
+class MosaicConfig(Section):
     """Four images in one."""
 
     p: float = number("share of the samples", 0, 1)
@@ -138,7 +146,7 @@ class Mosaic(Section):
     partners: Literal["auto", "set", "window"] = field("where the other three come from", default="auto")
 
 
-class Affine(Section):
+class AffineConfig(Section):
     """How an image is scaled, moved and turned."""
 
     scale: ScaleRange = field("range of the scale factor", "a pair [smallest, largest] of numbers above 0")
@@ -147,7 +155,7 @@ class Affine(Section):
     shear: float = field("degrees, along x and along y", "a number from 0 to below 45", ge=0, lt=45, default=0.0)
 
 
-class CopyPaste(Section):
+class CopyPasteConfig(Section):
     """Objects of another picture, pasted."""
 
     p: float = number("share of the samples", 0, 1)
@@ -155,26 +163,26 @@ class CopyPaste(Section):
     max_side: float = share("none longer than this share of the image size")
 
 
-class Mixup(Section):
+class MixupConfig(Section):
     """Two pictures blended."""
 
     p: float = number("share of the samples", 0, 1)
     alpha: float = positive("of the Beta distribution of their shares")
 
 
-class Augment(Section):
+class AugmentConfig(Section):
     """What the network sees of a training image."""
 
-    mosaic: Mosaic
-    affine: Affine
-    copy_paste: CopyPaste = field("see CopyPaste", default=None)
-    mixup: Mixup = field("see Mixup", default=None)
+    mosaic: MosaicConfig
+    affine: AffineConfig
+    copy_paste: CopyPasteConfig = field("see CopyPaste", default=None)
+    mixup: MixupConfig = field("see Mixup", default=None)
     transforms: dict[str, Any] = field(
         "detkit's and albumentations' transforms by name, in order", "a mapping of transforms to their arguments"
     )
 
 
-class Optim(Section):
+class OptimConfig(Section):
     """The optimizer and its learning rate."""
 
     name: Literal["auto", "sgd", "adamw", "muon"] = field("of the optimizer; auto: by the run's length")
@@ -194,7 +202,7 @@ class Optim(Section):
     layer_decay: float | None = share("of lr, by which each layer of the backbone learns more slowly than the next")
 
 
-class Trainer(Section):
+class TrainerConfig(Section):
     """How long a training runs, what learns, and what is kept."""
 
     epochs: int = whole("of the run", 1)
@@ -213,7 +221,7 @@ class Trainer(Section):
     loggers: Loggers = field("beside TensorBoard", "a list of loggers, each once, such as [wandb]")
 
 
-class Pruner(Section):
+class PrunerConfig(Section):
     """Which trials of a study end early."""
 
     name: Literal["median", "hyperband", "none"]
