@@ -20,6 +20,9 @@ from torch import Tensor, nn
 from detkit import cli
 from detkit.config import load_config
 from detkit.data.formats import shapes
+from detkit.engine.run_log import RunLog
+from detkit.engine.saver import Saver
+from detkit.engine.state import TrainState
 from detkit.viz.console import setup_logging
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -162,6 +165,12 @@ def _seeded() -> None:
 @pytest.fixture(scope="session", autouse=True)
 def _log_messages() -> None:
     setup_logging()
+
+
+def trainer_options(tmp_path: Path, **changes: object) -> dict:
+    """The arguments of a Trainer that writes into ``tmp_path``; ``changes`` are keys of the group ``trainer``."""
+    options = load_config("train").trainer.replace(**changes)
+    return {"state": TrainState(), "log": RunLog(tmp_path), "saver": Saver(tmp_path), "options": options}
 
 
 def run_command(

@@ -31,7 +31,7 @@ from detkit.data.formats.shapes import read_shapes
 from detkit.data.formats.tar_shards import read_webdataset, write_webdataset
 from detkit.data.loader import BatchLoader
 from detkit.data.shard_loader import ShardLoader
-from detkit.engine import checkpoint, loggers, state, trainer
+from detkit.engine import checkpoint, loggers, saver, state
 from detkit.engine.optimizer import Recipe, Schedule
 from detkit.engine.precision import Precision
 from detkit.engine.state import TrainState, load_training_state, read_state, training_state_dict, write_state
@@ -134,7 +134,7 @@ def test_a_lost_loader_process_ends_a_run_that_goes_on(whole_run, overrides, tmp
 
 def test_every_saved_state_leads_to_the_same_end(whole_run, overrides, tmp_path, monkeypatch):
     """The state of a batch, and that of the end of an epoch."""
-    run_dir, write = tmp_path / "run", trainer.write_state
+    run_dir, write = tmp_path / "run", saver.write_state
     saves = []
 
     def keep(folder: Path, content: dict, keep: int) -> None:
@@ -142,7 +142,7 @@ def test_every_saved_state_leads_to_the_same_end(whole_run, overrides, tmp_path,
         saves.append(tmp_path / f"save{len(saves)}")
         shutil.copytree(folder, saves[-1])
 
-    monkeypatch.setattr(trainer, "write_state", keep)
+    monkeypatch.setattr(saver, "write_state", keep)
     train.run(load_config("train", [*overrides, f"run_dir={run_dir}"]))
     monkeypatch.undo()
     assert len(saves) == 12  # 5 batches and the end, twice

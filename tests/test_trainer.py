@@ -18,14 +18,13 @@ from detkit.engine.checkpoint import read_checkpoint
 from detkit.engine.evaluator import METRICS, Evaluation
 from detkit.engine.optimizer import Recipe, Schedule
 from detkit.engine.precision import Precision
-from detkit.engine.run_log import RunLog
-from detkit.engine.state import TrainState
 from detkit.engine.step import TrainStep
 from detkit.engine.trainer import Trainer
 from detkit.models.losses.task_aligned import TaskAlignedLoss
 from detkit.models.profiling import dummy_batch
 from detkit.tasks import eval as eval_task
 from detkit.tasks import predict, train
+from tests.conftest import trainer_options
 
 
 def test_a_run_directory_holds_what_it_should(finished_run: Path):
@@ -164,16 +163,14 @@ def test_accumulation_grows_in_the_warm_up(make_step, warmup, accumulate):
 def test_best_is_the_latest_of_the_best(tmp_path, monkeypatch, make_step):
     """Three epochs of AP -1 (a set without boxes), then 0.2, 0.1: best is the fourth, last the fifth."""
     scores = iter((-1.0, -1.0, -1.0, 0.2, 0.1))
-    log = RunLog(tmp_path)
-    trainer = Trainer(make_step(1), [], [], None, epochs=5, run_dir=tmp_path, log=log, state=TrainState())
+    trainer = Trainer(make_step(1), [], [], None, **trainer_options(tmp_path, epochs=5))
     monkeypatch.setattr(trainer, "train_epoch", lambda epoch: ({"box": 1.0}, 1.0))
     blank = dict.fromkeys(METRICS, 0.0)
     monkeypatch.setattr(
         trainer, "validate", lambda: Evaluation(blank | {"AP": next(scores), "per_class": {}}, [], [], [])
     )
-    monkeypatch.setattr(trainer, "draw_best_epoch", lambda evaluation: None)
     results = trainer.fit()
-    log.close()
+    trainer.log.close()
     assert (results["best"]["epoch"], results["last"]["epoch"]) == (4, 5)
     assert read_checkpoint(tmp_path / "best.safetensors").metrics["AP"] == 0.2
     assert read_checkpoint(tmp_path / "last.safetensors").metrics["AP"] == 0.1

@@ -22,7 +22,7 @@ from torchvision.ops import box_iou
 
 from detkit.config import load_config
 from detkit.data.annotations import Annotations
-from detkit.engine import epoch_stats, loggers, trainer
+from detkit.engine import epoch_stats, loggers, run_log
 from detkit.engine.epoch_stats import EpochStats, memory_gib, time_data_wait
 from detkit.engine.evaluator import Evaluation, coco_metrics
 from detkit.engine.loggers import async_logger, open_loggers
@@ -271,9 +271,9 @@ def test_what_cannot_be_drawn_ends_nothing(train_overrides, tmp_path, monkeypatc
     drawn = {
         (run_logging, "summarize"): "the model's summary",
         (run_logging, "draw_labels"): "labels.png",
-        (trainer, "draw_batch"): "the training batches",
-        (trainer, "draw_evaluation"): "the evaluation",
-        (trainer, "plot_history"): "history.png",
+        (run_log, "draw_batch"): "the training batches",
+        (run_log, "draw_evaluation"): "the evaluation",
+        (run_log, "plot_history"): "history.png",
     }
     for place, name in drawn:
         monkeypatch.setattr(place, name, Broken(ValueError).any)

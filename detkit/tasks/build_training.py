@@ -101,7 +101,7 @@ def build_training(plan: RunPlan, device: torch.device) -> Training:
     return Training(cfg, step, state, train_set, val_set, loader, trial_step, frozen, transfer)
 
 
-def _absolute_paths(cfg: TrainConfig) -> dict[str, Any]:
+def _absolute_paths(cfg: TrainConfig) -> TrainConfig:
     """Return the configuration with a number of workers, and the data set's absolute paths: a checkpoint keeps them."""
     given = {key: getattr(cfg.data, key) for key in ("root", "yaml")}
     paths = {key: os.path.realpath(str(path)) for key, path in given.items() if path is not None}  # of a link to itself

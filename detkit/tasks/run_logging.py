@@ -92,7 +92,7 @@ def log_start(training: Training, name: str, run_dir: Path) -> None:
         logger.info("an epoch has %d samples, by data.tiles or data.sampling", samples)
     mosaic, epochs = cfg.augment.mosaic, cfg.trainer.epochs
     if mosaic.p and mosaic.close_epochs >= epochs:
-        off = f"augment.mosaic.close_epochs={mosaic['close_epochs']} of trainer.epochs={epochs}"
+        off = f"augment.mosaic.close_epochs={mosaic.close_epochs} of trainer.epochs={epochs}"
         logger.info("no image is mixed with others (mosaic, mixup, copy-paste): %s", off)
     if training.frozen:
         logger.info(f"frozen: {training.frozen:,} parameters, of {', '.join(cfg.trainer.freeze)}")

@@ -15,6 +15,7 @@ from detkit.distributed.rendezvous import store_set
 from detkit.engine.auto_batch import explain_out_of_memory
 from detkit.engine.loggers import check_loggers
 from detkit.engine.precision import is_out_of_memory
+from detkit.engine.saver import Saver
 from detkit.engine.signals import ignore_hangup
 from detkit.engine.state import STATE, TrainState, read_state
 from detkit.engine.trainer import Trainer, early_stopping
@@ -75,7 +76,6 @@ def _fit(training: Training, run_dir: Path, stop_early: Callable[[TrainState], s
         DetkitError: the system refuses a file: the disk is full, say.
     """
     cfg, step, state = training.cfg, training.step, training.state
-    options = ("epochs", "max_nonfinite_steps", "save_every", "keep_last", "log_every")
     patience = early_stopping(cfg.trainer.patience)
     try:
         if is_main_process():
@@ -88,9 +88,9 @@ def _fit(training: Training, run_dir: Path, stop_early: Callable[[TrainState], s
                 training.val_set,
                 state=state,
                 log=log,
-                run_dir=run_dir,
+                saver=Saver(run_dir, cfg.trainer.keep_last),
+                options=cfg.trainer,
                 stop_early=lambda state: patience(state) or stop_early(state),
-                **{key: getattr(cfg.trainer, key) for key in options},
             )
             return trainer.fit()
     except RuntimeError as error:

@@ -22,7 +22,7 @@ from detkit.data.dataset import DetectionDataset, LetterboxDataset
 from detkit.data.formats.shapes import read_shapes
 from detkit.data.loader import BatchLoader
 from detkit.distributed import collectives, process_group
-from detkit.engine import trainer
+from detkit.engine import saver
 from detkit.engine.checkpoint import build_from_checkpoint
 from detkit.engine.evaluator import METRICS, evaluate
 from detkit.engine.precision import Precision
@@ -78,14 +78,14 @@ def test_a_training_ends_with_all_it_should(words, overrides, cuda, tmp_path):
 )
 def test_every_saved_state_leads_to_the_same_end(words, overrides, cuda, tmp_path, monkeypatch):
     words = [word for word in words if cuda.type == "cuda" or word != "amp=fp16"]
-    write, saves = trainer.write_state, []
+    write, saves = saver.write_state, []
 
     def keep(folder: Path, content: dict, count: int) -> None:
         write(folder, content, count)
         saves.append(tmp_path / f"save{len(saves)}")
         shutil.copytree(folder, saves[-1])
 
-    monkeypatch.setattr(trainer, "write_state", keep)
+    monkeypatch.setattr(saver, "write_state", keep)
     run(*overrides, *words, f"run_dir={tmp_path / 'run'}")
     monkeypatch.undo()
     assert len(saves) == 12
