@@ -80,6 +80,7 @@ def test_the_trial_leaves_no_trace():
     assert all(p.grad is None for p in detector.parameters())
 
 
+@pytest.mark.slow
 def test_a_training_with_it_learns_the_same(shapes_root, tmp_path, monkeypatch):
     """The whole task; an epoch's last batch is smaller than the others, and not compiled."""
     runs = []

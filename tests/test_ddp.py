@@ -156,6 +156,7 @@ def difference(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]
     return float((a - b).norm() / b.norm())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_two_ranks_train_as_one(ranks, case):
     """Batch norms in training magnify rounding: one process differs from itself by 7e-5 when a batch is reordered."""
@@ -221,6 +222,7 @@ def torchrun(folder: Path, *arguments: str, plugin: str = "", tool: str = "train
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120)
 
 
+@pytest.mark.slow
 def test_a_run_of_two_ranks_leaves_one_directory(tmp_path, train_overrides):
     """24 images in batches of 22: the second is one for each rank."""
     done = torchrun(tmp_path, *train_overrides, "batch_size=22", "trainer.sync_bn=true")
@@ -235,6 +237,7 @@ def test_a_run_of_two_ranks_leaves_one_directory(tmp_path, train_overrides):
     assert detkit.load(run_dir / "best.safetensors").class_names
 
 
+@pytest.mark.slow
 def test_eval_by_two_ranks_is_that_of_one(tmp_path, finished_run):
     arguments = [f"ckpt={finished_run / 'last.safetensors'}", "device=cpu", "workers=0", "batch_size=3", "amp=off"]
     done = torchrun(tmp_path, *arguments, "run_dir=two", tool="eval.py")
@@ -265,6 +268,7 @@ TrainStep.__call__ = call
 MISTAKE = 'from detkit.errors import DetkitError; raise DetkitError("a mistake of one")'
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("raised", ['raise ValueError("a fault")', MISTAKE], ids=["fault", "mistake"])
 def test_a_rank_that_fails_ends_the_run(tmp_path, train_overrides, raised):
     start = time.monotonic()

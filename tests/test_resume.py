@@ -94,6 +94,7 @@ def assert_same_run(run_dir: Path, whole: Path) -> None:
     assert [event.step for event in events.Scalars("val/AP")] == [6, 12]
 
 
+@pytest.mark.slow
 def test_killed_at_random_moments(whole_run, overrides, tmp_path):
     """SIGKILL, with 0 or 2 loader processes by turns."""
     run_dir, rng = tmp_path / "run", random.Random(time.time_ns())
@@ -112,6 +113,7 @@ def test_killed_at_random_moments(whole_run, overrides, tmp_path):
     assert_same_run(run_dir, whole_run)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["SIGKILL", "SIGSTOP"])
 def test_a_lost_loader_process_ends_a_run_that_goes_on(whole_run, overrides, tmp_path, name):
     """One is killed, as the out-of-memory killer does, or stops: saved, one sentence, the same end."""
@@ -132,6 +134,7 @@ def test_a_lost_loader_process_ends_a_run_that_goes_on(whole_run, overrides, tmp
     assert_same_run(run_dir, whole_run)
 
 
+@pytest.mark.slow
 def test_every_saved_state_leads_to_the_same_end(whole_run, overrides, tmp_path, monkeypatch):
     """The state of a batch, and that of the end of an epoch."""
     run_dir, write = tmp_path / "run", saver.write_state
@@ -304,6 +307,7 @@ def test_auto_does_not_write_into_a_folder_of_something_else(overrides, tmp_path
         train.run(load_config("train", [*overrides, f"run_dir={tmp_path}", "resume=auto"]))
 
 
+@pytest.mark.slow
 def test_auto_in_a_sweep(overrides, tmp_path, monkeypatch, capsys):
     """Each job has a folder of its own, found again by the same command."""
     command = ["train", "-m", *overrides, "seed=0,1", "resume=auto", "hydra.sweep.dir=sweep", "trainer.epochs=1"]

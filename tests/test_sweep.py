@@ -33,6 +33,7 @@ def command(*arguments: str) -> list[str]:
     return [sys.executable, TOOL, "-m", *arguments, *TINY]
 
 
+@pytest.mark.slow
 def test_joblib_runs_jobs_side_by_side(train_overrides, tmp_path):
     """One of two jobs fails by a mistake: the other ends, it is named, and the status says so."""
     choices = ["backbone.block=c2f,[c2f,c2f]", "hydra/launcher=parallel", f"hydra.sweep.dir={tmp_path}/sweep"]
@@ -49,6 +50,7 @@ def test_joblib_runs_jobs_side_by_side(train_overrides, tmp_path):
     assert "1 of 2 jobs are done" in done.stdout
 
 
+@pytest.mark.slow
 def test_a_preempted_job_is_queued_again_and_goes_on(train_overrides, tmp_path):
     """submitit's local executor: the job gets the signal that SLURM would send, saves, and resumes in its folder."""
     sweep = tmp_path / "sweep"

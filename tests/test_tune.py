@@ -169,6 +169,7 @@ def in_child(command: Callable[[], tuple[int, str, str]]) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
+@pytest.mark.slow
 def test_a_killed_trial_goes_on_and_several_processes_share_a_study(study):
     """A process is killed in its trial; another takes that up, and a third meanwhile the trial that is left."""
 
@@ -194,6 +195,7 @@ def test_a_killed_trial_goes_on_and_several_processes_share_a_study(study):
     assert "best: trial 0" in printed
 
 
+@pytest.mark.slow
 def test_a_study_of_real_trainings(monkeypatch, capsys, tmp_path, train_overrides):
     """Three trainings; the last, whose AP is below those of the others, is pruned after its first epoch."""
     scores = iter((0.5, 0.6, 0.4, 0.5, 0.1))
