@@ -1,4 +1,4 @@
-"""Several processes that train as one, and how they talk outside of the gradients; meeting.py says who they are.
+"""The process group of a training, and what its ranks exchange beside gradients; see also rendezvous.py.
 
 With one process there is no group, and every function here does nothing.
 
@@ -167,7 +167,7 @@ def gather_messages(messages: Sequence[str]) -> list[str]:
 
 
 def claim_error_message(sentence: str) -> bool:
-    """Whether no other rank has said ``sentence`` before this run ended by it; before they met, one a node does."""
+    """True if this rank should print the error, being the first to claim it; before the rendezvous, one per node is."""
     store = current_store()
     if store is None:
         return is_local_main()
@@ -178,10 +178,7 @@ def claim_error_message(sentence: str) -> bool:
 
 
 def peer_user_error() -> str | None:
-    """Return the mistake of a user's by which another rank has ended: losing that is not a fault of this one.
-
-    None: there is none.
-    """
+    """Return the user error that ended another rank, or None: losing that rank is not a fault of this one."""
     store = current_store()
     try:
         return store.get("mistake").decode() if store is not None and store.check(["mistake"]) else None

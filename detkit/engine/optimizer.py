@@ -48,7 +48,7 @@ def parameter_groups(
 
 
 def describe_factors(optimizer: torch.optim.Optimizer) -> str:
-    """Return how many numbers learn at which share of the learning rate, the slowest first."""
+    """Return parameter counts per learning-rate factor, the slowest first."""
     counts: dict[float, int] = {}
     for group in optimizer.param_groups:
         counts[group["lr_factor"]] = counts.get(group["lr_factor"], 0) + sum(p.numel() for p in group["params"])

@@ -43,7 +43,7 @@ _sweep: Path | None = None  # the folder of the sweep that this process started
 
 
 class SweepStart(Callback):
-    """Hydra's word that a sweep begins (configs/common.yaml); its jobs may run in other processes."""
+    """Hydra callback that remembers the sweep's folder (configs/common.yaml); its jobs may run in other processes."""
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Note the folder, for the table at the end, and say it: jobs may print elsewhere."""

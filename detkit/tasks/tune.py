@@ -131,7 +131,7 @@ def _take_trial(
 ) -> tuple["Trial", dict[str, Any], IO[bytes] | None] | None:
     """Return the next trial, its values, and a lock that says for as long as this process lives that it is run.
 
-    That is one that a process began which is no more, or else a new one; None where there are enough.
+    That is a trial whose worker died, or else a new one; None where there are enough.
     """
     from optuna import Trial
     from optuna.samplers import TPESampler
