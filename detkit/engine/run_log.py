@@ -114,7 +114,7 @@ class RunLog:
                 reason = (str(error) or type(error).__name__).splitlines()[0]
                 logger.warning("%s cannot be drawn (%s): the training goes on", what, reason)
 
-    def warn(self, sentences: Sequence[str]) -> None:
+    def warn_skipped(self, sentences: Sequence[str]) -> None:
         """Warn, once for each image, that it was skipped."""
         for sentence in sentences:
             if sentence not in self.warned:

@@ -133,7 +133,7 @@ class Trainer:
         self.logged = EpochStats.of(current, self.check_nonfinite())
         with show_progress(self.label(epoch), batches, current.position) as bar:
             for batch in time_data_wait(self.train_loader.epoch(epoch, skip=current.position), current):
-                self.log.warn(batch.issues)
+                self.log.warn_skipped(batch.issues)
                 issues += batch.issues
                 if epoch == 0 and current.batches < DRAWN_BATCHES and is_main_process() and len(batch.images):
                     self.log.train_batch(batch, self.step.detector.class_names, current.batches)
@@ -146,7 +146,7 @@ class Trainer:
                 if save_every and state.step % save_every == 0 and current.position < batches:
                     self.save()
                 self.exit_if_requested()
-        self.log.warn(gather_messages(issues))
+        self.log.warn_skipped(gather_messages(issues))
         images = int(all_reduce_sum(torch.tensor(current.images, device=self.step.precision.device)))
         if not images:
             raise DetkitError("no image of this epoch can be read, on any rank: detkit check_data says why")
@@ -227,7 +227,7 @@ class Trainer:
 
             batches, precision = self.val_loader.epoch(0), self.step.precision
             result = evaluate(self.step.ema.model, batches, self.val_set, precision, advance=advance)
-        self.log.warn(result.issues)
+        self.log.warn_skipped(result.issues)
         return result
 
     def save(self) -> None:

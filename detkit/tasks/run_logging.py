@@ -85,7 +85,8 @@ def log_start(training: Training, name: str, run_dir: Path) -> None:
     recipe, images, samples = step.schedule.recipe, len(training.train_set), training.train_loader.samples
     parameters = sum(p.numel() for p in step.detector.parameters())
     ranks = f" and {world_size() - 1} more" if world_size() > 1 else ""
-    logger.info(f"{name}: {parameters:,} parameters on {step.precision.device}{ranks}, {step.precision}")
+    where = f"{step.precision.device}{ranks}, {step.precision}"
+    logger.info("%s: %s parameters on %s", name, f"{parameters:,}", where)
     if getattr(step.detector.backbone, "loaded", None):
         logger.info(step.detector.backbone.loaded)
     if samples != images:
@@ -95,7 +96,7 @@ def log_start(training: Training, name: str, run_dir: Path) -> None:
         off = f"augment.mosaic.close_epochs={mosaic.close_epochs} of trainer.epochs={epochs}"
         logger.info("no image is mixed with others (mosaic, mixup, copy-paste): %s", off)
     if training.frozen:
-        logger.info(f"frozen: {training.frozen:,} parameters, of {', '.join(cfg.trainer.freeze)}")
+        logger.info("frozen: %s parameters, of %s", f"{training.frozen:,}", ", ".join(cfg.trainer.freeze))
     if recipe.lr_factors or recipe.layer_decay is not None:
         logger.info("trained parameters: %s", describe_factors(step.optimizer))
     log_split("train", training.train_set)
