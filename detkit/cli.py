@@ -20,13 +20,13 @@ from detkit.config import (
     import_plugins,
     resolve,
 )
-from detkit.engine.distributed import first_to_say, leave, lost_another, mistake_elsewhere
+from detkit.distributed.process_group import claim_error_message, cleanup_distributed, is_peer_failure, peer_user_error
 from detkit.engine.precision import is_out_of_memory
 from detkit.errors import DetkitError, nearest, printable
 from detkit.ops.files import explain_oserror
 from detkit.ops.image import set_max_pixels
-from detkit.report.console import guard_output, make_console
 from detkit.tasks.sweep import finish_sweep, in_sweep, prepare_job, run_job
+from detkit.viz.console import guard_output, make_console, setup_logging
 
 TASKS = {
     "train": "train a detector: detkit train model=yolov8n data=coco data.root=DIR",
@@ -45,6 +45,10 @@ TASKS = {
 def launch(task: str) -> None:
     """Run a task with the arguments of the command line; exit status 2 on a user's mistake, 1 on a fault."""
     guard_output()
+    try:
+        setup_logging()
+    except DetkitError as error:
+        _exit(str(error))
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # let errors through to here
     run: Callable[[dict], object] = importlib.import_module(f"detkit.tasks.{task}").run
 
@@ -57,9 +61,9 @@ def launch(task: str) -> None:
         except DetkitError as error:
             _exit(str(error))
         except Exception as error:
-            if mistake_elsewhere():
+            if peer_user_error():
                 sys.exit(2)
-            if not lost_another(error):
+            if not is_peer_failure(error):
                 raise
             reason = str(error).partition("\n")[0][:200]
             _exit(f"another process of this run has failed or was killed: this one ends, too ({reason})", 1)
@@ -69,7 +73,7 @@ def launch(task: str) -> None:
         try:
             sys.argv[1:] = as_hydra(sys.argv[1:])
             main()
-            leave()
+            cleanup_distributed()
         finally:
             status = finish_sweep()
         if status:
@@ -141,6 +145,6 @@ def _perform(task: str, run: Callable[[dict], object], cfg: DictConfig) -> objec
 
 def _exit(sentence: str, status: int = 2) -> None:
     sentence = printable(sentence)
-    if first_to_say(sentence):
+    if claim_error_message(sentence):
         make_console(stderr=True).print(f"error: {sentence}")
     sys.exit(status)

@@ -23,7 +23,7 @@ class UnreadableImage(DetkitError):  # noqa: N818  (what it is, not that it is a
 
 
 @contextlib.contextmanager
-def naming(place: object, hint: str = "") -> Iterator[None]:
+def error_context(place: object, hint: str = "") -> Iterator[None]:
     """Begin the sentence of a mistake in the block with the file it lies in, and end it with a hint; None: do not."""
     try:
         yield

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 
-class Key(NamedTuple):
+class SampleKey(NamedTuple):
     """What a data set is asked for: with the seed of the run, all that a sample depends on.
 
     A plain tuple ``(epoch, index)`` will do.
@@ -23,17 +23,17 @@ class Key(NamedTuple):
         epoch: from 0.
         index: of the item.
         repeat: how often the epoch has drawn the item before, so that each time it looks different.
-        partners: the items that a mosaic takes its others from; None: the whole set.
+        mosaic_pool: the items that a mosaic takes its others from; None: the whole set.
     """
 
     epoch: int
     index: int
     repeat: int = 0
-    partners: list[int] | None = None
+    mosaic_pool: list[int] | None = None
 
 
 @dataclass
-class Origin:
+class ImageMeta:
     """Where a sample comes from, and the way back to its pixels.
 
     Attributes:
@@ -64,7 +64,7 @@ class Sample:
     image: np.ndarray
     boxes: np.ndarray
     labels: np.ndarray
-    origin: Origin
+    meta: ImageMeta
 
 
 @dataclass
@@ -76,8 +76,8 @@ class Batch:
         boxes_bm4: (B, M, 4) float32, xyxy pixels, rows beyond an image's boxes are zero.
         labels_bm: (B, M) int64, zero where padded.
         valid_bm: (B, M) bool, False where padded.
-        origins: where each image comes from.
-        problems: a sentence for each image that was left out on the way here.
+        metas: where each image comes from.
+        issues: a sentence for each image that was skipped on the way here.
         position: of the batch in its epoch, from 1; 0: it is of none.
     """
 
@@ -85,8 +85,8 @@ class Batch:
     boxes_bm4: Tensor
     labels_bm: Tensor
     valid_bm: Tensor
-    origins: list[Origin] = field(default_factory=list)
-    problems: list[str] = field(default_factory=list)
+    metas: list[ImageMeta] = field(default_factory=list)
+    issues: list[str] = field(default_factory=list)
     position: int = 0
 
     @classmethod
@@ -105,7 +105,7 @@ class Batch:
 
     def _map(self, move: Callable[[Tensor], Tensor]) -> "Batch":
         tensors = map(move, (self.images, self.boxes_bm4, self.labels_bm, self.valid_bm))
-        return Batch(*tensors, self.origins, self.problems, self.position)
+        return Batch(*tensors, self.metas, self.issues, self.position)
 
 
 @dataclass

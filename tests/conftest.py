@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from detkit import cli
 from detkit.config import compose_config, resolve
-from detkit.data import shapes
+from detkit.data.formats import shapes
+from detkit.viz.console import setup_logging
 
 GOLDEN = Path(__file__).parent / "golden"
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -156,6 +157,11 @@ def ultralytics(monkeypatch: pytest.MonkeyPatch) -> Callable[..., nn.Module]:
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _log_messages() -> None:
+    setup_logging()
 
 
 def run_command(

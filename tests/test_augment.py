@@ -6,16 +6,17 @@ import pytest
 from torch.utils.data import Dataset
 
 from detkit.config import compose_config, group_options, resolve
-from detkit.data import augment, cache, dataset
-from detkit.data.augment import AugmentedDataset, partner_window
+from detkit.data import cache, dataset
+from detkit.data.augment import pipeline
+from detkit.data.augment.mosaic import Affine, clip_boxes, mosaic_affine
+from detkit.data.augment.pipeline import AugmentedDataset, mosaic_window
+from detkit.data.augment.transforms import build_transform
 from detkit.data.dataset import DetectionDataset
+from detkit.data.formats.shapes import read_shapes
 from detkit.data.loader import BatchLoader, EpochSampler
-from detkit.data.mosaic import Affine, clip_boxes, compose
-from detkit.data.shapes import read_shapes
-from detkit.data.transforms import build_transform
 from detkit.errors import DetkitError
-from detkit.ops.image import decode_shrunk
-from detkit.structures import Origin, Sample
+from detkit.ops.image import decode_resized
+from detkit.structures import ImageMeta, Sample
 
 COLOURS = [(255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 0)]
 
@@ -28,7 +29,7 @@ def rectangle(rng: np.random.Generator, colour: tuple[int, int, int], label: int
     image = np.zeros((height, width, 3), np.uint8)
     image[y : y + h, x : x + w] = colour
     box = np.array([[x, y, x + w, y + h]], np.float32)
-    return Sample(image, box, np.array([label]), Origin(0, Path("drawn"), (height, width)))
+    return Sample(image, box, np.array([label]), ImageMeta(0, Path("drawn"), (height, width)))
 
 
 @pytest.mark.parametrize("tiles", [1, 4])
@@ -37,7 +38,7 @@ def test_boxes_are_where_their_pixels_are(tiles, seed):
     """The drawn rectangles, found again in the output, have the boxes that came out."""
     rng = np.random.default_rng(seed)
     samples = [rectangle(rng, COLOURS[k], k) for k in range(tiles)]
-    result = compose(samples, 160, rng, Affine((0.5, 1.5), 0.1))
+    result = mosaic_affine(samples, 160, rng, Affine((0.5, 1.5), 0.1))
     assert result.image.shape == (160, 160, 3)
     assert result.boxes.dtype == np.float32
     for box, label in zip(result.boxes, result.labels, strict=True):
@@ -53,7 +54,7 @@ def test_turned_boxes_are_around_their_pixels(tiles, seed):
     """Of a rectangle that is wholly in the picture, the box is that of its pixels; of a cut one, it holds them."""
     rng = np.random.default_rng(seed)
     samples = [rectangle(rng, COLOURS[k], k) for k in range(tiles)]
-    result = compose(samples, 160, rng, Affine((0.5, 1.5), 0.1, degrees=180.0, shear=15.0))
+    result = mosaic_affine(samples, 160, rng, Affine((0.5, 1.5), 0.1, degrees=180.0, shear=15.0))
     assert result.image.shape == (160, 160, 3)
     for box, label in zip(result.boxes, result.labels, strict=True):
         near = np.abs(result.image.astype(int) - COLOURS[label]).max(-1) < 128
@@ -68,10 +69,10 @@ def test_turned_boxes_are_around_their_pixels(tiles, seed):
 def test_a_quarter_turn_moves_pixels_as_it_moves_edges(monkeypatch):
     """A checkerboard turned by 90 degrees is the turned checkerboard: nothing is half a pixel off."""
     board = np.random.default_rng(0).integers(0, 256, (64, 64, 3)).astype(np.uint8)
-    sample = Sample(board, np.array([[0, 0, 16, 8]], np.float32), np.array([0]), Origin(0, Path("drawn"), (64, 64)))
+    sample = Sample(board, np.array([[0, 0, 16, 8]], np.float32), np.array([0]), ImageMeta(0, Path("drawn"), (64, 64)))
     turn = np.array(((0.0, 1.0), (-1.0, 0.0)))
     monkeypatch.setattr(Affine, "draw", lambda *_: (turn, np.array((0.0, 64.0))))
-    result = compose([sample], 64, np.random.default_rng(0), Affine())
+    result = mosaic_affine([sample], 64, np.random.default_rng(0), Affine())
     assert np.array_equal(result.image, np.rot90(board))
     assert result.boxes.tolist() == [[0, 48, 8, 64]]
 
@@ -82,10 +83,10 @@ def test_an_enlarged_tile_is_where_it_was_asked_to_be(seed, monkeypatch):
     rng = np.random.default_rng(seed)
     image = np.zeros((12, 16, 3), np.uint8)
     box = np.array([[4, 3, 12, 9]], np.float32)
-    sample = Sample(image, box, np.array([0]), Origin(0, Path("drawn"), (12, 16)))
+    sample = Sample(image, box, np.array([0]), ImageMeta(0, Path("drawn"), (12, 16)))
     factor, shift = rng.uniform(1, 2), rng.uniform(-60, 0, 2)
     monkeypatch.setattr(Affine, "draw", lambda *_: (factor * np.eye(2), shift))
-    result = compose([sample], 160, rng, Affine())
+    result = mosaic_affine([sample], 160, rng, Affine())
     scale = 10 * factor
     asked = box * scale + np.tile(np.array((0, 20)) * factor + shift, 2)
     np.testing.assert_allclose(result.boxes, asked.clip(0, 160), atol=1)
@@ -93,7 +94,7 @@ def test_an_enlarged_tile_is_where_it_was_asked_to_be(seed, monkeypatch):
 
 def test_no_augmentation_is_a_letterbox():
     sample = rectangle(np.random.default_rng(0), COLOURS[0], 0)
-    result = compose([sample], 128, np.random.default_rng(0), Affine())
+    result = mosaic_affine([sample], 128, np.random.default_rng(0), Affine())
     height, width = sample.image.shape[:2]
     ratio = 128 / max(height, width)
     offset = (128 - np.array((width, height)) * ratio) / 2
@@ -131,7 +132,7 @@ def test_hsv_is_that_of_the_cone_where_nothing_is_clipped(gains, seed):
     """Against colorsys, pixel by pixel in float64."""
     image = np.random.default_rng(seed).integers(0, 256, (20, 10, 3), dtype=np.uint8)
     image = (image // 3 + 90).astype(np.uint8)  # of moderate saturation: the hue turns about evenly there
-    sample = Sample(image.copy(), np.zeros((0, 4), np.float32), np.zeros(0, np.int64), Origin(0, Path(), (20, 10)))
+    sample = Sample(image.copy(), np.zeros((0, 4), np.float32), np.zeros(0, np.int64), ImageMeta(0, Path(), (20, 10)))
     hsv = build_transform("hsv", dict(zip(("hue", "saturation", "value"), gains, strict=True)), 64)
     result = hsv(sample, np.random.default_rng(seed)).image.reshape(-1, 3)
     turn, s, v = np.random.default_rng(seed).uniform(-1, 1, 3) * gains
@@ -172,7 +173,11 @@ def test_mistakes_in_a_transform_are_named(name, arguments, sentence):
 
 @pytest.fixture(scope="module")
 def augmented(shapes_root) -> AugmentedDataset:
-    chosen = ["augment.transforms.CLAHE.p=0.5", "augment.mosaic.off_epochs=1", "~data.preset"]  # not the embedded set's
+    chosen = [
+        "augment.transforms.CLAHE.p=0.5",
+        "augment.mosaic.close_epochs=1",
+        "~data.preset",
+    ]  # not the embedded set's
     augment = resolve(compose_config("train", chosen))["augment"]
     return AugmentedDataset(DetectionDataset(read_shapes("train", root=str(shapes_root))), 64, augment, 0, 3)
 
@@ -188,7 +193,7 @@ def test_a_sample_depends_on_its_key_alone(augmented, window):
     for one, other in zip(batches[0], batches[2], strict=True):
         assert np.array_equal(one.images, other.images)
         assert np.array_equal(one.boxes_bm4, other.boxes_bm4)
-    first, second = ([o.index for b in batches[0][k : k + 3] for o in b.origins] for k in (0, 3))
+    first, second = ([o.index for b in batches[0][k : k + 3] for o in b.metas] for k in (0, 3))
     assert sorted(first) == sorted(second) == list(range(24))
     assert first != second
 
@@ -209,15 +214,15 @@ def test_windows_are_stretches_of_the_order(length, window):
 def test_an_image_of_a_window_is_decoded_once(shapes_root, monkeypatch):
     decoded = []
     monkeypatch.setattr(
-        dataset, "decode_shrunk", lambda data, path, *rest: decoded.append(path) or decode_shrunk(data, path, *rest)
+        dataset, "decode_resized", lambda data, path, *rest: decoded.append(path) or decode_resized(data, path, *rest)
     )
     monkeypatch.setattr(cache, "KEPT_BYTES", 0)
     images = DetectionDataset(read_shapes("train", root=str(shapes_root)), 64)
-    window = partner_window("auto", images, 4)
-    assert [partner_window("window", images, n) for n in (4, 6, 10, 24, 61, 64, 100)] == [16, 18, 20, 24, 16, 16, 20]
+    window = mosaic_window("auto", images, 4)
+    assert [mosaic_window("window", images, n) for n in (4, 6, 10, 24, 61, 64, 100)] == [16, 18, 20, 24, 16, 16, 20]
     assert window == 16
-    assert partner_window("set", images, 4) == 0
-    augment = {"mosaic": {"p": 1.0, "off_epochs": 0}, "affine": {}, "transforms": {}}
+    assert mosaic_window("set", images, 4) == 0
+    augment = {"mosaic": {"p": 1.0, "close_epochs": 0}, "affine": {}, "transforms": {}}
     sampler = EpochSampler(16, window=window)
     view = AugmentedDataset(images, 64, augment, 0, 3)
     for key in sampler:
@@ -228,7 +233,7 @@ def test_an_image_of_a_window_is_decoded_once(shapes_root, monkeypatch):
 def test_mosaic_is_off_in_the_last_epochs(augmented, monkeypatch):
     tiles = []
     monkeypatch.setattr(
-        augment, "compose", lambda samples, *rest: tiles.append(len(samples)) or compose(samples, *rest)
+        pipeline, "mosaic_affine", lambda samples, *rest: tiles.append(len(samples)) or mosaic_affine(samples, *rest)
     )
     for epoch in range(3):
         augmented[epoch, 0]
@@ -245,9 +250,9 @@ def test_an_image_that_becomes_unreadable_is_skipped_and_named(shapes_root, tmp_
     dataset = AugmentedDataset(DetectionDataset(annotations, 64), 64, augment, 0, 20)
     batches = list(BatchLoader(dataset, 4, workers=workers).epoch(0))
     assert [len(batch.images) for batch in batches] == [4, 3, 4, 4, 4, 4]
-    assert sorted({*range(24)} - {o.index for batch in batches for o in batch.origins}) == [4]
-    (problem,) = (sentence for batch in batches for sentence in batch.problems)
-    assert problem.startswith(f"cannot read image {broken}: ")
+    assert sorted({*range(24)} - {o.index for batch in batches for o in batch.metas}) == [4]
+    (issue,) = (sentence for batch in batches for sentence in batch.issues)
+    assert issue.startswith(f"cannot read image {broken}: ")
     annotations.paths = [broken] * 24
     dataset = AugmentedDataset(DetectionDataset(annotations, 64), 64, augment, 0, 20)
     with pytest.raises(DetkitError, match="no image of this epoch can be read; the first: cannot read image"):
@@ -255,7 +260,7 @@ def test_an_image_that_becomes_unreadable_is_skipped_and_named(shapes_root, tmp_
 
 
 class Failing(Dataset):
-    """Its third sample cannot be made, for a reason that no other image would mend."""
+    """Its third sample cannot be made, for a reason that no other image would cure."""
 
     def __len__(self):
         return 6

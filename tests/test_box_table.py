@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from detkit.data import box_table, index, json_stream
+from detkit.data import box_table, index
 from detkit.data.annotations import PathBuilder, PathTable
 from detkit.data.box_table import ROW, BoxTable, GrowingArray
-from detkit.data.coco import read_coco
+from detkit.data.formats import json_stream
+from detkit.data.formats.coco import read_coco
 from detkit.data.index import ARRAYS
-from detkit.data.problems import ProblemLog
+from detkit.data.issues import IssueLog
 from detkit.errors import DetkitError
 
 IMAGES = 7
@@ -45,19 +46,19 @@ def write_coco(root, boxes: int, images: int = IMAGES):
 @pytest.mark.parametrize("log", [False, True])
 def test_blocks_on_disk_make_no_difference(log, tmp_path, monkeypatch):
     root = write_coco(tmp_path, 500)
-    whole = read_coco("train", root=root, log=ProblemLog())
+    whole = read_coco("train", root=root, log=IssueLog())
     monkeypatch.setattr(box_table, "BLOCK", 32)
     monkeypatch.setattr(box_table, "GROUPS", 4)
     monkeypatch.setattr(index, "PART", 100)
     for _ in range(2):  # the second time from the index
-        blocks = read_coco("train", root=root, log=ProblemLog() if log else None)
+        blocks = read_coco("train", root=root, log=IssueLog() if log else None)
         for name in ARRAYS:
             assert np.array_equal(getattr(blocks, name), getattr(whole, name))
             assert getattr(blocks, name).dtype == getattr(whole, name).dtype
         assert list(blocks.paths) == list(whole.paths)
-        assert blocks.problems.counts == whole.problems.counts
+        assert blocks.issues.counts == whole.issues.counts
     assert {"duplicate_box", "degenerate_box", "overhanging_box", "unknown_class", "labels_without_image"} < set(
-        whole.problems.counts
+        whole.issues.counts
     )
 
 

@@ -11,13 +11,13 @@ from PIL import Image
 from detkit.config import compose_config, resolve
 from detkit.data import cache, dataset
 from detkit.data.annotations import Annotations
-from detkit.data.augment import AugmentedDataset
+from detkit.data.augment.pipeline import AugmentedDataset
 from detkit.data.dataset import DetectionDataset
+from detkit.data.formats.shapes import read_shapes
 from detkit.data.loader import BatchLoader
-from detkit.data.shapes import read_shapes
+from detkit.data.read import read_split
 from detkit.errors import DetkitError
-from detkit.ops.image import decode_image, decode_shrunk, read_bytes, shrunk_sizes
-from detkit.tasks.common import read_split
+from detkit.ops.image import decode_image, decode_resized, fit_sizes, read_bytes
 
 
 @pytest.fixture
@@ -60,8 +60,8 @@ def test_workers_share_a_cache_and_samples_are_the_same(kind, shapes, monkeypatc
     for plain, cached in zip(*batches.values(), strict=True):
         assert np.array_equal(plain.images, cached.images)
         assert np.array_equal(plain.boxes_bm4, cached.boxes_bm4)
-    expected = [decode_shrunk(read_bytes(path), path, (256, 256), 64)[0] for path in shapes.paths]
-    monkeypatch.setattr(dataset, "decode_shrunk", None)
+    expected = [decode_resized(read_bytes(path), path, (256, 256), 64)[0] for path in shapes.paths]
+    monkeypatch.setattr(dataset, "decode_resized", None)
     again = images if kind == "ram" else DetectionDataset(shapes, 64, kind)  # a later run
     for index, pixels in enumerate(expected):
         assert np.array_equal(again[0, index].image, pixels)
@@ -124,9 +124,9 @@ def test_a_shrunk_image_s_boxes_are_where_their_pixels_are(suffix, size, tmp_pat
     path = tmp_path / f"a{suffix}"
     draw(path, size, box, **({"quality": 95} if suffix == ".jpg" else {}))
     sample = DetectionDataset(one_image(path, size, box), 128)[0, 0]
-    assert sample.image.shape[:2] == tuple(shrunk_sizes(np.array([size]), 128)[0])
+    assert sample.image.shape[:2] == tuple(fit_sizes(np.array([size]), 128)[0])
     assert max(sample.image.shape) <= 130
-    assert sample.origin.size == size
+    assert sample.meta.size == size
     ys, xs = np.nonzero(sample.image[..., 0] > 125)
     found = (xs.min(), ys.min(), xs.max() + 1, ys.max() + 1)
     np.testing.assert_allclose(sample.boxes[0], found, atol=1.0)
@@ -145,7 +145,7 @@ def test_a_jpeg_is_decoded_at_a_fraction_and_upright(tmp_path):
         (151, 76),
         (76, 38),
     ]
-    image, found = decode_shrunk(read_bytes(path), path, (601, 301), 100)
+    image, found = decode_resized(read_bytes(path), path, (601, 301), 100)
     assert found == (601, 301)
     assert image.shape[:2] == (100, 50)
     assert image[20].mean() > 100 > image[80].mean()

@@ -10,10 +10,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import detkit
 from detkit import cli
-from detkit.engine.composition import Composition
-from detkit.engine.measure import saved_bytes
-from detkit.engine.properties import empty_targets, examine
-from detkit.report.summary import summarize
+from detkit.checks.harness import Composition
+from detkit.checks.model_checks import empty_targets, run_check
+from detkit.models.profiling import activation_bytes
+from detkit.models.summary import summarize
 
 PLUGIN = '''
 import torch
@@ -183,7 +183,7 @@ def test_each_fault_is_caught_by_its_row(backbone, rows, words, plugin, monkeypa
     ],
 )
 def test_a_loss_that_fails_without_boxes_is_found(loss, words):
-    finding = examine(Composition(detkit.create_model(num_classes=2), loss), "empty targets", empty_targets)
+    finding = run_check(Composition(detkit.create_model(num_classes=2), loss), "empty targets", empty_targets)
     assert finding.status == "fail"
     assert words in finding.words
 
@@ -191,7 +191,7 @@ def test_a_loss_that_fails_without_boxes_is_found(loss, words):
 def test_saved_bytes_are_counted_by_hand():
     module = nn.Sequential(nn.Linear(4, 8, bias=False), nn.Sigmoid(), nn.Linear(8, 2, bias=False))
     x = torch.rand(3, 4)
-    assert saved_bytes(module, x) == 4 * (3 * 4 + 3 * 8)  # the input; the sigmoid's output, which two keep
+    assert activation_bytes(module, x) == 4 * (3 * 4 + 3 * 8)  # the input; the sigmoid's output, which two keep
 
 
 MODELS = [

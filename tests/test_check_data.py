@@ -13,10 +13,10 @@ import pytest
 from PIL import Image
 
 from detkit.data.annotations import PathTable
-from detkit.data.coco import read_coco
-from detkit.data.inspection import look_at_all
+from detkit.data.audit import decode_and_hash_all
+from detkit.data.formats.coco import read_coco
 from detkit.errors import DetkitError
-from detkit.report.data_tables import class_counts
+from detkit.viz.data_tables import class_counts
 from tests.conftest import run_command
 
 W, H = 100, 80
@@ -226,8 +226,8 @@ def test_everything_wrong_is_found_and_a_cleaned_copy_is_clean(form, tmp_path, m
     noted = sum(kind in notes | {"unlabelled_image"} for kind, *_ in expected)
     assert f"{len(expected) - noted} errors, {noted} notes: findings.csv and plots are in {run_dir}" in out
     line = next(line for kind, _, file, line in expected if kind == "degenerate_box")
-    assert f"left out: boxes without area: 1 in train\n  train: {root}" in out and f":{line}: " in out
-    assert "wrong: images that are in another split, too: 1 in train" in out
+    assert f"skipped: boxes without area: 1 in train\n  train: {root}" in out and f":{line}: " in out
+    assert "unfixed: images that are in another split, too: 1 in train" in out
     assert {p.name for p in (run_dir / "plots").iterdir()} == {
         f"{name}.png" for name in ("classes", "box_sizes", "box_centres", "image_sizes", "boxes_per_image")
     }
@@ -312,7 +312,7 @@ def test_many_processes_see_what_one_sees(tmp_path):
     categories = [{"id": 1, "name": "cat"}]
     (tmp_path / "a.json").write_text(json.dumps({"images": images, "annotations": [], "categories": categories}))
     a = read_coco("train", root=str(tmp_path), train_images="images", train_annotations="a.json")
-    one, three = look_at_all(a, 1), look_at_all(a, 3)
+    one, three = decode_and_hash_all(a, 1), decode_and_hash_all(a, 3)
     assert one == three
     assert ["premature end" in damage for _, damage in one] == [path.name == "damaged.jpg" for path in a.paths]
     assert class_counts(a).tolist() == [0]
@@ -320,21 +320,21 @@ def test_many_processes_see_what_one_sees(tmp_path):
 
 def test_a_killed_process_is_one_sentence(shapes_root, monkeypatch):
     a = read_coco("val", root=str(shapes_root))
-    monkeypatch.setattr("detkit.data.inspection.read_image", lambda path: os._exit(9))
+    monkeypatch.setattr("detkit.data.audit.read_image", lambda path: os._exit(9))
     with pytest.raises(DetkitError, match="was killed, for want of memory perhaps"):
-        look_at_all(a, 1)
+        decode_and_hash_all(a, 1)
 
 
 def test_a_stopped_process_is_one_sentence(shapes_root, monkeypatch):
     a = read_coco("val", root=str(shapes_root))
-    monkeypatch.setattr("detkit.data.files.TIMEOUT", 2.0)
-    monkeypatch.setattr("detkit.data.inspection.read_image", lambda path: os.kill(os.getpid(), signal.SIGSTOP))
+    monkeypatch.setattr("detkit.data.file_utils.TIMEOUT", 2.0)
+    monkeypatch.setattr("detkit.data.audit.read_image", lambda path: os.kill(os.getpid(), signal.SIGSTOP))
     with pytest.raises(DetkitError, match=r"nothing has come for 2 seconds: .* were stopped"):
-        look_at_all(a, 1)
+        decode_and_hash_all(a, 1)
 
 
 def test_an_image_that_goes_away_meanwhile_is_a_finding(shapes_root, tmp_path):
     a = read_coco("val", root=str(shapes_root))
     a.paths = PathTable.of([tmp_path / "gone.png"])
-    ((digest, damage),) = look_at_all(a, 1)
+    ((digest, damage),) = decode_and_hash_all(a, 1)
     assert digest == b"" and "does not decode" in damage

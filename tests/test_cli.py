@@ -50,7 +50,7 @@ MISTAKES = [
     ("train", ["device=tpu9"], "device=tpu9 must be auto, cpu, cuda or cuda:N"),
     ("train", ["amp=half"], "amp=half must be auto, off, bf16 or fp16"),
     ("train", ["workers=-1"], "workers=-1 must be auto, or a whole number"),
-    ("train", ["optim.shape=cosin"], "optim.shape=cosin must be linear, cosine, constant or one_cycle"),
+    ("train", ["optim.schedule=cosin"], "optim.schedule=cosin must be linear, cosine, constant or one_cycle"),
     ("train", ["augment.affine.scale=0.5"], "augment.affine.scale=0.5 must be a pair"),
     ("train", ["model=null"], "model=null is no name of an option: known are"),
     ("train", ["plugins=my_backbone"], "plugins=my_backbone must be a list of modules"),

@@ -6,8 +6,8 @@ import pycocotools.mask
 import pytest
 from PIL import Image
 
-from detkit.data.coco import read_coco, read_coco_json
 from detkit.data.dataset import DetectionDataset, LetterboxDataset
+from detkit.data.formats.coco import read_coco, read_coco_json
 from detkit.errors import DetkitError
 
 IMAGES = [
@@ -32,7 +32,7 @@ def test_gaps_crowds_and_images_without_boxes(coco_set):
     assert annotations.boxes.tolist() == [[50, 30, 60, 40], [0, 0, 30, 30], [1, 2, 4, 6]]  # the first one clipped
     assert annotations.labels.tolist() == [0, 1, 1]
     assert annotations.areas.tolist() == [100, 900, 5]  # stated, or of the clipped box
-    assert dict(annotations.problems.counts) == {"degenerate_box": 1, "overhanging_box": 1, "without_boxes": 1}
+    assert dict(annotations.issues.counts) == {"degenerate_box": 1, "overhanging_box": 1, "without_boxes": 1}
     dataset = DetectionDataset(annotations)
     assert [len(dataset[0, i].labels) for i in range(3)] == [1, 0, 1]  # no crowd in training
 
@@ -61,7 +61,7 @@ def test_boxes_of_a_resized_image_are_scaled(coco_set):
     annotations = read_coco("train", root=str(root))
     assert annotations.sizes[0].tolist() == [80, 120]
     assert annotations.boxes[:2].tolist() == [[100, 60, 120, 80], [0, 0, 60, 60]]
-    assert annotations.problems.counts["stated_size"] == 1
+    assert annotations.issues.counts["stated_size"] == 1
 
 
 def test_the_stated_area_goes_along_with_a_resized_image(coco_set):
@@ -78,7 +78,7 @@ def test_numbers_as_other_tools_write_them(coco_set):
     annotations = read_coco("train", root=str(root))
     assert annotations.areas.tolist() == [12]
     assert annotations.crowd.tolist() == [True]
-    assert not annotations.problems.summary()
+    assert not annotations.issues.summary()
 
 
 def test_two_records_of_one_file_are_one_image(coco_set):
@@ -86,7 +86,7 @@ def test_two_records_of_one_file_are_one_image(coco_set):
     boxes = [ANNOTATIONS[0], ANNOTATIONS[0] | {"image_id": 5, "bbox": [5, 5, 5, 5]}]
     annotations = read_coco("train", root=str(coco_set(images, boxes, CATEGORIES)))
     assert annotations.boxes.tolist() == [[1, 2, 4, 6], [5, 5, 10, 10]]
-    assert annotations.problems.summary() == "left out: images listed twice (1)"
+    assert annotations.issues.summary() == "skipped: images listed twice (1)"
 
 
 def test_each_record_of_one_file_has_a_size_of_its_own(coco_set):
@@ -98,7 +98,7 @@ def test_each_record_of_one_file_has_a_size_of_its_own(coco_set):
     boxes = [ANNOTATIONS[0] | {"image_id": 5, "bbox": [10, 10, 10, 10]}, ANNOTATIONS[0] | {"image_id": 6}]
     annotations = read_coco("train", root=str(coco_set(records, boxes, CATEGORIES)))
     assert annotations.boxes.tolist() == [[5, 5, 10, 10]]
-    assert annotations.problems.counts["contradicting_size"] == 1
+    assert annotations.issues.counts["contradicting_size"] == 1
 
 
 def test_an_image_outside_the_folder_may_come_later(coco_set):
@@ -239,18 +239,18 @@ def test_what_cannot_be_read_is_refused(coco_set, text, sentence):
         (lambda c: c["annotations"][0].update(bbox=[15, 2, 9, 4]), "overhanging_box", r"annotations\[0\] .* beyond"),
     ],
 )
-def test_what_makes_no_sense_is_mended_or_left_out(coco_set, change, kind, detail):
+def test_what_makes_no_sense_is_fixed_or_skipped(coco_set, change, kind, detail):
     root = coco_set(IMAGES, SOUND, CATEGORIES)
     file = root / "annotations" / "instances_train.json"
     file.write_text(broken(change))
     annotations = read_coco_json(file, root / "images" / "train")
-    (problem,) = (p for p in annotations.problems.problems if p.kind == kind)
-    assert re.search(detail, problem.detail)
-    if match := re.search(r"(\w+)\[(\d+)\]", problem.detail):
+    (issue,) = (p for p in annotations.issues.issues if p.kind == kind)
+    assert re.search(detail, issue.detail)
+    if match := re.search(r"(\w+)\[(\d+)\]", issue.detail):
         before = {"images": 1, "annotations": 1 + len(json.loads(file.read_text())["images"])}[match[1]]
-        assert problem.line == 1 + before + int(match[2]) or "text" in file.read_text()
+        assert issue.line == 1 + before + int(match[2]) or "text" in file.read_text()
     with pytest.raises(DetkitError, match=r"data\.strict=true refuses it"):
-        annotations.problems.refuse()
+        annotations.issues.refuse()
 
 
 @pytest.mark.parametrize(
@@ -283,7 +283,7 @@ def test_fields_as_all_kinds_of_tools_write_them(coco_set, change):
     for name in ("image_ids", "sizes", "offsets", "boxes", "labels", "areas", "crowd"):
         np.testing.assert_array_equal(getattr(found, name), getattr(expected, name), name)
     assert (found.class_names, found.category_ids) == (expected.class_names, expected.category_ids)
-    assert not found.problems.summary()
+    assert not found.issues.summary()
 
 
 def test_ids_that_are_words_have_numbers_of_their_own(coco_set):
@@ -302,8 +302,8 @@ def test_ids_that_are_words_have_numbers_of_their_own(coco_set):
     assert len(set(annotations.image_ids.tolist())) == 3
     assert annotations.offsets.tolist() == [0, 2, 2, 3]
     assert [annotations.class_names[k] for k in annotations.labels] == ["dog", "cat", "cat"]
-    (problem,) = (p for p in annotations.problems.problems if p.kind == "labels_without_image")
-    assert "image_id gone" in problem.detail
+    (issue,) = (p for p in annotations.issues.issues if p.kind == "labels_without_image")
+    assert "image_id gone" in issue.detail
 
 
 def test_a_root_category_that_is_used_is_no_root(coco_set):
@@ -340,7 +340,7 @@ def test_images_are_found_by_the_paths_of_other_machines(coco_set, name):
     annotations = read_coco("train", root=str(root))
     assert [path.name for path in annotations.paths] == ["b.png", "empty.png", "ä b.png"]
     assert len(annotations.boxes) == 3
-    assert not annotations.problems.summary()
+    assert not annotations.issues.summary()
 
 
 def test_folders_within_tell_images_of_the_same_name_apart(coco_set):
@@ -359,12 +359,12 @@ def test_folders_within_tell_images_of_the_same_name_apart(coco_set):
     file.write_text(broken(change))
     annotations = read_coco("train", root=str(root))
     assert [path.parent.name for path in annotations.paths] == ["x", "train", "y"]
-    assert not annotations.problems.summary()
+    assert not annotations.issues.summary()
     (folder / "y" / "b.png").unlink()
     (folder / "x" / "b.png").rename(folder / "b.png")
     annotations = read_coco("train", root=str(root))  # both may be the one that is left
     assert len(annotations) == 2
-    assert annotations.problems.counts["repeated_image"] == 1
+    assert annotations.issues.counts["repeated_image"] == 1
 
 
 def random_mask(seed):
@@ -411,7 +411,7 @@ def test_a_record_without_a_box_has_that_of_its_mask(coco_set, seed, compressed)
 def test_a_mask_that_makes_no_sense_is_named(coco_set, segmentation):
     record = {"id": 1, "image_id": 9, "category_id": 4, "segmentation": segmentation}
     annotations = read_coco("train", root=str(coco_set(IMAGES, [record, SOUND[0]], CATEGORIES)))
-    assert (len(annotations.boxes), annotations.problems.counts["malformed_box"]) == (1, 1)
+    assert (len(annotations.boxes), annotations.issues.counts["malformed_box"]) == (1, 1)
 
 
 def test_a_polygon_may_be_one_flat_list(coco_set):

@@ -10,10 +10,10 @@ from torch._dynamo.backends.common import aot_autograd
 
 from detkit.api import create_model
 from detkit.config import compose_config, resolve
+from detkit.distributed.sync_batch_norm import convert_sync_batchnorm
 from detkit.engine.compile import compile_network
-from detkit.engine.parts import train_mode
+from detkit.engine.param_groups import train_mode
 from detkit.engine.precision import Precision
-from detkit.layers.sync_norm import synchronise_norms
 from detkit.tasks import train
 
 CPU = torch.device("cpu")
@@ -30,17 +30,16 @@ def traced(monkeypatch):
     torch._dynamo.reset()
 
 
-def make(amp: str = "off", **parts):
+def make(caplog, amp: str = "off", **parts):
     detector = create_model(num_classes=3, **parts)
-    said: list[str] = []
-    network = compile_network(detector, Precision.pick(amp, CPU), 64, 2, said.append)
-    return detector, network, said
+    network = compile_network(detector, Precision.from_config(amp, CPU), 64, 2)
+    return detector, network, caplog.messages
 
 
 def gradients(network, detector, images, amp):
     detector.zero_grad()
     torch.manual_seed(1)  # for what is dropped
-    with Precision.pick(amp, CPU).autocast():
+    with Precision.from_config(amp, CPU).autocast():
         out = network(images)
     (out.cls.float().square().mean() + out.reg.float().square().mean()).backward()
     return {name: p.grad for name, p in detector.named_parameters() if p.grad is not None}
@@ -57,8 +56,8 @@ def gradients(network, detector, images, amp):
     ],
     ids=lambda value: value.get("backbone", value["model"]) if isinstance(value, dict) else value,
 )
-def test_every_architecture_computes_the_same(parts, amp):
-    detector, network, said = make(amp, **parts)
+def test_every_architecture_computes_the_same(parts, amp, caplog):
+    detector, network, said = make(caplog, amp, **parts)
     assert len(said) == 1
     assert "takes minutes" in said[0]
     assert network is not detector
@@ -75,7 +74,7 @@ def test_every_architecture_computes_the_same(parts, amp):
 def test_the_trial_leaves_no_trace():
     detector = create_model("yolov8n", num_classes=3)
     before, rng = copy.deepcopy(detector.state_dict()), torch.get_rng_state()
-    compile_network(detector, Precision.pick("off", CPU), 64, 2, print)
+    compile_network(detector, Precision.from_config("off", CPU), 64, 2)
     assert all(torch.equal(value, before[name]) for name, value in detector.state_dict().items())
     assert torch.equal(torch.get_rng_state(), rng)
     assert all(p.grad is None for p in detector.parameters())
@@ -103,8 +102,8 @@ def test_a_training_with_it_learns_the_same(shapes_root, tmp_path, monkeypatch):
     assert results[0] == results[1]
 
 
-def test_another_shape_runs_uncompiled():
-    detector, network, _ = make(model="yolov8n")
+def test_another_shape_runs_uncompiled(caplog):
+    detector, network, _ = make(caplog, model="yolov8n")
     detector.eval()
     graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     images = torch.rand(1, 3, 96, 64)
@@ -113,7 +112,7 @@ def test_another_shape_runs_uncompiled():
 
 
 @pytest.mark.parametrize("when", ["forward", "backward"])
-def test_what_cannot_be_compiled_runs_as_it_is(monkeypatch, when):
+def test_what_cannot_be_compiled_runs_as_it_is(monkeypatch, caplog, when):
     def broken(graph, example_inputs):
         raise RuntimeError("no compiler here\nand a long story")
 
@@ -121,8 +120,8 @@ def test_what_cannot_be_compiled_runs_as_it_is(monkeypatch, when):
     monkeypatch.setattr(torch, "compile", partial(compile_for_real, backend=backend))
     detector = create_model("yolov8n", num_classes=3)
     before = copy.deepcopy(detector.state_dict())
-    said: list[str] = []
-    assert compile_network(detector, Precision.pick("off", CPU), 64, 2, said.append) is detector
+    assert compile_network(detector, Precision.from_config("off", CPU), 64, 2) is detector
+    said = caplog.messages
     assert all(torch.equal(value, before[name]) for name, value in detector.state_dict().items())
     assert len(said) == 2
     assert "trainer.compile: the network runs uncompiled" in said[1]
@@ -130,9 +129,9 @@ def test_what_cannot_be_compiled_runs_as_it_is(monkeypatch, when):
     assert "\n" not in said[1]
 
 
-def test_synchronised_norms_are_not_compiled():
+def test_synchronised_norms_are_not_compiled(caplog):
     detector = create_model("yolov8n", num_classes=3)
-    synchronise_norms(detector)
-    said: list[str] = []
-    assert compile_network(detector, Precision.pick("off", CPU), 64, 2, said.append) is detector
+    convert_sync_batchnorm(detector)
+    assert compile_network(detector, Precision.from_config("off", CPU), 64, 2) is detector
+    said = caplog.messages
     assert "sync_bn" in said[0]

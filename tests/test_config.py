@@ -11,7 +11,7 @@ import torch
 from detkit.config import as_hydra, check_values, compose_config, group_options, resolve
 from detkit.config.check import first_odd_value
 from detkit.config.commands import TASKS
-from detkit.data import transforms  # noqa: F401  (the readers and transforms register themselves)
+from detkit.data.augment import transforms  # noqa: F401  (the readers and transforms register themselves)
 from detkit.errors import DetkitError
 from detkit.hints import fits
 from detkit.models.budget import TooLarge
@@ -139,7 +139,7 @@ def test_every_option_is_allowed(group):
         ("train", "model.depth=10000", "model.depth=10000 must be a number above 0, and 64 at most"),
         ("train", "model.name=[]", "model.name=[] must be a name"),
         ("train", "loss=[]", "loss is not set"),
-        ("train", "augment.mosaic=x", "augment.mosaic=x must be a mapping of p, off_epochs and partners"),
+        ("train", "augment.mosaic=x", "augment.mosaic=x must be a mapping of p, close_epochs and partners"),
         ("train", "+trainer.epoks=3", "there is no key 'trainer.epoks'; did you mean 'trainer.epochs'?"),
         ("train", "~trainer.epochs", "trainer.epochs is not set: add trainer.epochs=VALUE"),
         ("train", "~optim", "optim is not set"),

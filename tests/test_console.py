@@ -12,7 +12,7 @@ import pytest
 
 from detkit.engine.signals import ignore_hangup
 from detkit.errors import DetkitError
-from detkit.report.console import Output, make_console
+from detkit.viz.console import Output, make_console
 
 TOOLS = Path(__file__).parents[1] / "tools"
 

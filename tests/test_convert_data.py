@@ -9,10 +9,10 @@ import pytest
 import yaml
 from PIL import Image
 
-from detkit.data.coco import read_coco
-from detkit.data.voc import read_voc
-from detkit.data.writers import write_set
-from detkit.data.yolo import read_yolo
+from detkit.data.formats.coco import read_coco
+from detkit.data.formats.voc import read_voc
+from detkit.data.formats.writers import write_set
+from detkit.data.formats.yolo import read_yolo
 from detkit.errors import DetkitError
 from detkit.ops.image import read_bytes
 from detkit.registry import DATASETS, WRITERS
@@ -60,7 +60,7 @@ def sets(tmp_path_factory):
 def content(data: dict[str, str], split: str, crowds: bool) -> list:
     """What a set holds, whatever its order: for each image its pixels, size, and boxes with names."""
     a = DATASETS.build(data, split)
-    assert not a.problems.summary()
+    assert not a.issues.summary()
     images = []
     for k in range(len(a)):
         rows = a.rows(k)
@@ -178,8 +178,8 @@ def test_a_disk_that_refuses_is_one_sentence(sets, tmp_path, monkeypatch):
     def refuse(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("detkit.data.writers.os.link", refuse)
-    monkeypatch.setattr("detkit.data.writers.shutil.copyfileobj", refuse)
+    monkeypatch.setattr("detkit.data.formats.writers.os.link", refuse)
+    monkeypatch.setattr("detkit.data.formats.writers.shutil.copyfileobj", refuse)
     splits = {"train": read_coco("train", root=sets["drawn"]["root"])}
     with pytest.raises(DetkitError, match=r"No space left on device; what is in .* is not whole, remove it"):
         write_set("yolo", splits, tmp_path / "out")

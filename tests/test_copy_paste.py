@@ -5,9 +5,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from detkit.data.copy_paste import MAX_HIDDEN, paste_objects
-from detkit.data.mixup import mixup
-from detkit.structures import Origin, Sample
+from detkit.data.augment.copy_paste import MAX_HIDDEN, paste_objects
+from detkit.data.augment.mixup import mixup
+from detkit.structures import ImageMeta, Sample
 
 
 def drawn(rng: np.random.Generator, count: int, first: int, size: int = 128, side: int = 30) -> Sample:
@@ -21,7 +21,7 @@ def drawn(rng: np.random.Generator, count: int, first: int, size: int = 128, sid
             image[y : y + h, x : x + w] = first + k
             boxes.append((x, y, x + w, y + h))
             labels.append(first + k)
-    return Sample(image, np.array(boxes, np.float32), np.array(labels), Origin(0, Path("drawn"), (size, size)))
+    return Sample(image, np.array(boxes, np.float32), np.array(labels), ImageMeta(0, Path("drawn"), (size, size)))
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -52,9 +52,9 @@ def test_pasted_boxes_are_where_their_pixels_are(seed):
 def test_only_small_boxes_are_pasted_and_one_object_in_several_copies():
     rng = np.random.default_rng(0)
     donor = Sample(np.full((128, 128, 3), 7, np.uint8), np.array([[3, 3, 9.5, 9], [20, 20, 90, 90]], np.float32),
-                   np.array([1, 2]), Origin(1, Path("donor"), (128, 128)))  # fmt: skip
+                   np.array([1, 2]), ImageMeta(1, Path("donor"), (128, 128)))  # fmt: skip
     blank = Sample(np.zeros((128, 128, 3), np.uint8), np.zeros((0, 4), np.float32), np.zeros(0, np.int64),
-                   Origin(0, Path("drawn"), (128, 128)))  # fmt: skip
+                   ImageMeta(0, Path("drawn"), (128, 128)))  # fmt: skip
     counts = []
     for _ in range(50):
         result = paste_objects(blank, donor, rng, max_objects=6, max_side=0.1)
@@ -73,8 +73,10 @@ def test_many_pastes_together_hide_no_box():
     """A picture full of one large box: forty pastes may hide three tenths of it, all together."""
     rng = np.random.default_rng(0)
     image = np.full((64, 64, 3), 1, np.uint8)
-    sample = Sample(image, np.array([[0, 0, 64, 64]], np.float32), np.array([1]), Origin(0, Path("a"), (64, 64)))
-    donor = Sample(image * 9, np.array([[-4, -4, 16, 16]], np.float32), np.array([9]), Origin(0, Path("b"), (64, 64)))
+    sample = Sample(image, np.array([[0, 0, 64, 64]], np.float32), np.array([1]), ImageMeta(0, Path("a"), (64, 64)))
+    donor = Sample(
+        image * 9, np.array([[-4, -4, 16, 16]], np.float32), np.array([9]), ImageMeta(0, Path("b"), (64, 64))
+    )
     result = paste_objects(sample, donor, rng, max_objects=40, max_side=1.0)
     assert len(result.boxes) > 1
     assert (result.image == 9).mean() <= MAX_HIDDEN

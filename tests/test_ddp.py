@@ -20,18 +20,18 @@ from torch import nn
 import detkit
 from detkit.config import compose_config, resolve
 from detkit.data.dataset import DetectionDataset, LetterboxDataset
+from detkit.data.formats.shapes import read_shapes
 from detkit.data.loader import BatchLoader
-from detkit.data.shapes import read_shapes
-from detkit.engine import distributed, meeting
+from detkit.distributed import process_group, rendezvous
+from detkit.distributed.collectives import world_size
+from detkit.distributed.sync_batch_norm import SyncBatchNorm, convert_sync_batchnorm
 from detkit.engine.evaluator import evaluate
-from detkit.engine.optim import Recipe, Schedule
+from detkit.engine.optimizer import Recipe, Schedule
 from detkit.engine.precision import Precision
 from detkit.engine.step import TrainStep
 from detkit.errors import DetkitError
-from detkit.layers.sync_norm import SyncBatchNorm, synchronise_norms
 from detkit.models.detector import build_loss
-from detkit.ops.ranks import rank_count
-from detkit.structures import Origin, Sample
+from detkit.structures import ImageMeta, Sample
 from detkit.tasks import eval as eval_task
 
 ROOT = Path(__file__).parents[1]
@@ -57,7 +57,7 @@ class Drawn(torch.utils.data.Dataset):
         corner = rng.uniform(0, 30, (n, 2))
         boxes = np.concatenate((corner, corner + rng.uniform(8, 33, (n, 2))), 1).astype(np.float32)
         image = rng.integers(0, 256, (64, 64, 3), dtype=np.uint8)
-        return Sample(image, boxes, rng.integers(0, 5, n), Origin(key[1], Path(), (64, 64)))
+        return Sample(image, boxes, rng.integers(0, 5, n), ImageMeta(key[1], Path(), (64, 64)))
 
 
 def train(model: str, norms: str, batch_size: int) -> dict:
@@ -65,8 +65,8 @@ def train(model: str, norms: str, batch_size: int) -> dict:
     torch.manual_seed(0)
     detector = detkit.create_model(model, num_classes=5)
     detector.train(norms == "sync")
-    if norms == "sync" and rank_count() > 1:
-        synchronise_norms(detector)
+    if norms == "sync" and world_size() > 1:
+        convert_sync_batchnorm(detector)
     recipe = Recipe("sgd", 0.01, 0.9, 5e-4, 0.1)
     schedule = Schedule(recipe, epochs=10, final=0.01, shape="linear", warmup=0, warmup_momentum=0.8)
     loss = build_loss(detector.cfg, detector.head)
@@ -119,16 +119,16 @@ def be_a_rank(rank: int, folder: Path, root: Path) -> None:
     found = {case: train(*arguments) for case, arguments in CASES.items()}
     found["norm"] = normalise(SyncBatchNorm(3), slice(0, 2) if rank == 0 else slice(2, 5))
     model = nn.Sequential(BatchNormAct2d(3))
-    synchronise_norms(model)
+    convert_sync_batchnorm(model)
     found["norm_act"] = normalise(model[0], slice(0, 2) if rank == 0 else slice(2, 5))
     found["predictions"] = predict(root)
-    found["told"] = distributed.from_main(lambda: {"rank": distributed.rank()})
-    found["lines"] = distributed.gather_lines([f"of {rank}"] * rank)
+    found["told"] = process_group.run_on_main(lambda: {"rank": process_group.rank()})
+    found["lines"] = process_group.gather_messages([f"of {rank}"] * rank)
     with pytest.raises(DetkitError, match="not here"):
-        distributed.from_main(refuse)
+        process_group.run_on_main(refuse)
     with pytest.raises(DetkitError, match="batch_size=3 counts the images of all 2 ranks"):
-        distributed.share_batch(3)
-    with distributed.main_first():
+        process_group.per_rank_batch_size(3)
+    with process_group.main_process_first():
         found["first"] = (folder / "first").exists()
         (folder / "first").touch()
     torch.save(found, folder / f"{rank}.pt")
@@ -187,14 +187,14 @@ def test_timm_s_norms_are_synchronised(name):
     torch.manual_seed(0)
     model = timm.create_model(name)
     before, keys = copy.deepcopy(model).train(), list(model.state_dict())
-    synchronise_norms(model.train())
+    convert_sync_batchnorm(model.train())
     assert all(isinstance(m, SyncBatchNorm) for m in model.modules() if isinstance(m, nn.BatchNorm2d))
     assert list(model.state_dict()) == keys
     x = torch.randn(2, 3, 64, 64)
     assert torch.equal(model.forward_features(x), before.forward_features(x))
     model.global_pool = nn.BatchNorm1d(3)
     with pytest.raises(DetkitError, match="cannot synchronise global_pool, a BatchNorm1d"):
-        synchronise_norms(model)
+        convert_sync_batchnorm(model)
 
 
 def test_two_ranks_evaluate_as_one(ranks, shapes_root):
@@ -282,7 +282,7 @@ def test_a_rank_that_fails_ends_the_run(tmp_path, train_overrides, raised):
 def test_slurm_s_variables_are_understood():
     given = {"SLURM_PROCID": "5", "SLURM_LOCALID": "1", "SLURM_STEP_NUM_TASKS": "8", "SLURM_JOB_ID": "123"}
     environment = given | {"SLURM_NODELIST": "gpu[003-007,9],login1", "SLURM_NTASKS": "16"}
-    meeting.take_slurm_variables(environment)
+    rendezvous.take_slurm_variables(environment)
     found = {name: environment[name] for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")}
     expected = {"RANK": "5", "LOCAL_RANK": "1", "WORLD_SIZE": "8", "MASTER_ADDR": "gpu003", "MASTER_PORT": "20123"}
     assert found == expected
@@ -302,10 +302,10 @@ def test_slurm_s_variables_are_understood():
 )
 def test_slurm_starts_one_process(environment):
     before = dict(environment)
-    meeting.take_slurm_variables(environment)
+    rendezvous.take_slurm_variables(environment)
     assert environment == before
 
 
 @pytest.mark.parametrize(("nodes", "first"), [("a", "a"), ("b1,b2", "b1"), ("r[2-3]n[01,04],x", "r2n01")])
 def test_the_first_host_of_a_list(nodes, first):
-    assert meeting.first_host(nodes) == first
+    assert rendezvous.first_host(nodes) == first

@@ -9,8 +9,8 @@ from pycocotools.cocoeval import COCOeval
 import detkit
 from detkit.data.annotations import Annotations
 from detkit.data.dataset import DetectionDataset, LetterboxDataset
+from detkit.data.formats.shapes import read_shapes
 from detkit.data.loader import BatchLoader
-from detkit.data.shapes import read_shapes
 from detkit.engine.evaluator import METRICS, STAT_INDEX, coco_metrics, evaluate
 
 

@@ -4,15 +4,15 @@ import pytest
 import torch
 from torch import nn
 
+from detkit.checks.harness import Composition
+from detkit.checks.model_checks import fused_outputs, non_square_input, output_shapes
 from detkit.config import compose_config, group_options, resolve
-from detkit.engine.composition import Composition
-from detkit.engine.optim import Recipe, Schedule
+from detkit.engine.optimizer import Recipe, Schedule
 from detkit.engine.precision import Precision
-from detkit.engine.properties import fused_outputs, non_square_input, output_shapes
 from detkit.engine.step import TrainStep
 from detkit.errors import DetkitError
 from detkit.models.detector import build_detector, build_loss
-from detkit.ops.nms import select_boxes
+from detkit.ops.nms import non_max_suppression
 from detkit.registry import BACKBONES, BLOCKS, NECKS
 
 CPU = torch.device("cpu")
@@ -54,8 +54,8 @@ def test_a_composition_trains_evaluates_and_fuses(words, optim):
         cfg["backbone"]["columns"] = 2  # one that follows another stands for all that do
     composition = build(cfg, CPU)
     detector = composition.detector
-    recipe = Recipe.pick(optim, batch_size=1, total_steps=1, num_classes=3)
-    schedule = Schedule.pick(recipe, optim, epochs=1, batches=1)
+    recipe = Recipe.from_config(optim, batch_size=1, total_steps=1, num_classes=3)
+    schedule = Schedule.from_config(recipe, optim, epochs=1, batches=1)
     step = TrainStep(detector, composition.loss, recipe, schedule, Precision(CPU, None), accumulate=2, clip=10.0)
     terms = step(composition.batch(images=1, boxes=4), 0, 0)
     assert all(term.isfinite() for term in terms.values())
@@ -66,9 +66,9 @@ def test_a_composition_trains_evaluates_and_fuses(words, optim):
     moved = [not torch.equal(p, old) for p, old in zip(detector.parameters(), before, strict=True) if p.requires_grad]
     assert sum(moved) > 0.5 * len(moved)
     non_square_input(composition)
-    found = select_boxes(*composition.decode(), score=0.0, iou=0.7, max_det=5)
+    found = non_max_suppression(*composition.decode(), score=0.0, iou=0.7, max_det=5)
     assert [len(boxes) for boxes, _, _ in found] == [5, 5]
-    composition.awaken()
+    composition.randomize_norms()
     fused_outputs(composition)
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from detkit.data import index
-from detkit.data.coco import read_coco
+from detkit.data.formats.coco import read_coco
 from detkit.data.index import ARRAYS, index_folder, open_index
 from tests.test_coco import ANNOTATIONS, CATEGORIES, IMAGES
 
@@ -24,17 +24,17 @@ def files():
 def test_the_second_start_maps_what_the_first_one_read(root, monkeypatch):
     first = read_coco("train", root=root)
     assert len(files()) == 1
-    monkeypatch.setattr("detkit.data.coco.read_coco_json", None)  # not called again
+    monkeypatch.setattr("detkit.data.formats.coco.read_coco_json", None)  # not called again
     second = read_coco("train", root=root)
     for name in ARRAYS:
         assert isinstance(getattr(second, name).base, np.memmap)
         assert np.array_equal(getattr(first, name), getattr(second, name))
     assert list(first.paths) == list(second.paths)
     assert first.class_names == second.class_names
-    assert first.problems.as_dict() == second.problems.as_dict()
+    assert first.issues.as_dict() == second.issues.as_dict()
     assert (
-        second.problems.summary()
-        == "left out: boxes without area (1); mended: boxes partly outside their image, clipped (1)"
+        second.issues.summary()
+        == "skipped: boxes without area (1); fixed: boxes partly outside their image, clipped (1)"
     )
 
 

@@ -3,8 +3,8 @@ import random
 
 import pytest
 
-from detkit.data import json_stream
-from detkit.data.json_stream import read_records
+from detkit.data.formats import json_stream
+from detkit.data.formats.json_stream import read_records
 from detkit.errors import DetkitError
 
 

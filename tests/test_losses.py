@@ -3,7 +3,7 @@ import torch
 
 from detkit.models.losses.assigner import assign_task_aligned
 from detkit.models.losses.task_aligned import TaskAlignedLoss, distribution_focal_loss
-from detkit.ops.points import make_points
+from detkit.ops.points import make_grid_points
 from detkit.structures import Batch, DenseOutput
 from tests.test_ops import naive_ciou, random_boxes
 
@@ -26,7 +26,7 @@ def padded(targets: torch.Tensor, images: int, height: int, width: int) -> tuple
 def test_loss_and_gradients_are_golden(golden, name):
     g = golden(name)
     images = len(g["boxes_logits"])
-    points, strides = make_points([g[f"hw{k}"].tolist() for k in range(3)], [8, 16, 32], g["hw0"].device)
+    points, strides = make_grid_points([g[f"hw{k}"].tolist() for k in range(3)], [8, 16, 32], g["hw0"].device)
     reg = g["boxes_logits"].transpose(1, 2).clone().requires_grad_()
     cls = g["scores_logits"].transpose(1, 2).clone().requires_grad_()
     batch = Batch(torch.empty(0), *padded(g["targets"], images, *g["img_hw"].tolist()))
@@ -82,7 +82,7 @@ def naive_assignment(scores, boxes, points, gts, labels, topk=3, alpha=0.5, beta
 @pytest.mark.parametrize("seed", range(5))
 def test_assignment_equals_a_naive_loop(seed):
     torch.manual_seed(seed)
-    points, strides = make_points([(6, 8), (3, 4)], [8, 16], torch.device("cpu"))
+    points, strides = make_grid_points([(6, 8), (3, 4)], [8, 16], torch.device("cpu"))
     points = (points * strides).double()
     corner = torch.rand(2, 5, 2, dtype=torch.float64) * 10  # all overlap: no metric inside a box is zero
     gts = torch.cat((corner, corner + 28 + torch.rand(2, 5, 2, dtype=torch.float64) * 10), -1)
@@ -113,7 +113,7 @@ def test_focal_term_equals_a_naive_loop():
 
 
 def random_output(images: int = 2, classes: int = 3) -> DenseOutput:
-    points, strides = make_points([(4, 4), (2, 2)], [8, 16], torch.device("cpu"))
+    points, strides = make_grid_points([(4, 4), (2, 2)], [8, 16], torch.device("cpu"))
     cls, reg = torch.randn(images, 20, classes), torch.randn(images, 20, 64)
     return DenseOutput(cls.requires_grad_(), reg.requires_grad_(), points, strides)
 

@@ -8,11 +8,21 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms
 
-from detkit.data.files import list_images
-from detkit.data.images import ALPHA, CMYK, DEEP, GRAY, MISSING, ROTATED, TRUNCATED, UNREADABLE, probe, why_unreadable
-from detkit.data.mending import turn_boxes
+from detkit.data.file_utils import list_images
+from detkit.data.image_probe import (
+    ALPHA,
+    CMYK,
+    DEEP,
+    GRAY,
+    MISSING,
+    ROTATED,
+    TRUNCATED,
+    UNREADABLE,
+    probe,
+    why_unreadable,
+)
+from detkit.data.validation import orient_boxes
 from detkit.errors import UnreadableImage
-from detkit.models.detector import list_pictures
 from detkit.ops.image import read_image, set_max_pixels
 
 PICTURE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (30, 40, 3), dtype=np.uint8))
@@ -45,7 +55,7 @@ def test_boxes_turn_with_their_image(tmp_path, orientation):
     pixels = np.zeros((32, 48, 3), np.uint8)
     pixels[4:12, 8:32] = 255
     path = save(tmp_path / "a.png", Image.fromarray(pixels), exif=exif(orientation))
-    turned = turn_boxes(np.array([[8.0, 4, 32, 12]]), np.array([[32, 48]]), np.array([orientation]))
+    turned = orient_boxes(np.array([[8.0, 4, 32, 12]]), np.array([[32, 48]]), np.array([orientation]))
     ys, xs = np.nonzero(read_image(path)[..., 0])
     assert turned[0].tolist() == [xs.min(), ys.min(), xs.max() + 1, ys.max() + 1]
 
@@ -106,7 +116,7 @@ def test_training_and_prediction_list_the_same_files(tmp_path):
     for name in (*names, ".hidden.jpg", "l.txt", "m.jp2", "jpg"):
         (tmp_path / name).touch()
     assert [path.name for path in list_images(tmp_path)] == names
-    assert [path.name for path in list_pictures(tmp_path)] == names
+    assert [path.name for path in list_images(tmp_path)] == names
 
 
 OTHERS = {

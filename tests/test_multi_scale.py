@@ -5,12 +5,12 @@ import pytest
 import torch
 
 import detkit
-from detkit.engine.measure import random_batch
 from detkit.engine.multi_scale import draw_size, resize_batch
-from detkit.engine.optim import Recipe, Schedule
+from detkit.engine.optimizer import Recipe, Schedule
 from detkit.engine.precision import Precision
 from detkit.engine.step import TrainStep
 from detkit.models.losses.task_aligned import TaskAlignedLoss
+from detkit.models.profiling import dummy_batch
 from detkit.structures import Batch
 
 
@@ -57,12 +57,12 @@ def make_step(**options) -> TrainStep:
     detector = detkit.create_model("yolov8n", num_classes=3).train()
     recipe = Recipe("sgd", 0.01, 0.9, 0.0, 0.1)
     schedule = Schedule(recipe, epochs=10, final=0.01, shape="linear", warmup=0, warmup_momentum=0.8)
-    precision = Precision.pick("off", torch.device("cpu"))
+    precision = Precision.from_config("off", torch.device("cpu"))
     return TrainStep(detector, TaskAlignedLoss(), recipe, schedule, precision, accumulate=1, clip=10.0, **options)
 
 
 def test_a_step_trains_at_the_size_drawn_and_zero_changes_nothing():
-    batch = random_batch(2, (64, 64), 3, 3)
+    batch = dummy_batch(2, (64, 64), 3, 3)
     plain, off, on = make_step(), make_step(multi_scale=0.0, seed=3), make_step(multi_scale=0.5, seed=3)
     seen = []
     alone = TaskAlignedLoss()(make_step().detector(batch.images.float() / 255), batch)

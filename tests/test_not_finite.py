@@ -9,15 +9,15 @@ from torch import Tensor, nn
 
 import detkit
 from detkit.data.dataset import DetectionDataset, LetterboxDataset
+from detkit.data.formats.shapes import read_shapes
 from detkit.data.loader import BatchLoader
-from detkit.data.shapes import read_shapes
 from detkit.engine.evaluator import evaluate
-from detkit.engine.measure import random_batch
-from detkit.engine.optim import Recipe, Schedule
+from detkit.engine.optimizer import Recipe, Schedule
 from detkit.engine.precision import Precision
 from detkit.engine.step import TrainStep
 from detkit.models.detector import Detector, build_loss
-from detkit.ops.nms import select_boxes
+from detkit.models.profiling import dummy_batch
+from detkit.ops.nms import non_max_suppression
 from detkit.structures import DenseOutput
 
 SMALL = ["model.width=0.0625"]
@@ -35,7 +35,7 @@ def make_step(model: str) -> TrainStep:
     detector = detkit.create_model(model, num_classes=3, overrides=MODELS[model]).train()
     recipe = Recipe("sgd", 0.01, 0.9, 0.0, 0.1)
     schedule = Schedule(recipe, epochs=10, final=0.01, shape="linear", warmup=0, warmup_momentum=0.8)
-    precision, loss = Precision.pick("off", torch.device("cpu")), build_loss(detector.cfg, detector.head)
+    precision, loss = Precision.from_config("off", torch.device("cpu")), build_loss(detector.cfg, detector.head)
     return TrainStep(detector, loss, recipe, schedule, precision, accumulate=1, clip=10.0)
 
 
@@ -63,7 +63,7 @@ def test_a_step_is_skipped(model, spoil, value):
     spoil(step.detector, value)
     before = {name: p.detach().clone() for name, p in step.detector.named_parameters()}
     for number, boxes in enumerate((3, 0)):
-        step(random_batch(2, (64, 64), boxes, 3), number, 0)
+        step(dummy_batch(2, (64, 64), boxes, 3), number, 0)
     for name, parameter in step.detector.named_parameters():
         assert torch.equal(parameter.nan_to_num(7), before[name].nan_to_num(7)), name
     assert step.health.read().in_a_row == 2
@@ -75,7 +75,7 @@ def test_a_step_is_skipped(model, spoil, value):
 def test_a_loss_meets_no_index_that_is_not_there(model, value, boxes):
     """Every output alone, all of it or one number: whatever the loss is, it is not finite where all of it is not."""
     detector = detkit.create_model(model, num_classes=3, overrides=SMALL).train()
-    loss, batch = build_loss(detector.cfg, detector.head), random_batch(2, (64, 64), boxes, 3)
+    loss, batch = build_loss(detector.cfg, detector.head), dummy_batch(2, (64, 64), boxes, 3)
     with torch.no_grad():
         out = detector(batch.images.float() / 255)
     for name, whole in {name: x for name, x in vars(out).items() if name in ("cls", "reg", "objectness")}.items():
@@ -113,6 +113,6 @@ def test_a_validation_finds_nothing(shapes_root, model, value, spoil):
 def test_a_box_that_is_not_finite_suppresses_none():
     boxes = torch.tensor([[0.0, 0, 10, 10], [torch.nan, 0, 10, 10], [0, 0, torch.inf, 10], [20, 20, 30, 30]])
     scores = torch.tensor([[0.5], [0.9], [0.8], [torch.nan]])
-    ((found, confidence, _),) = select_boxes(boxes[None], scores[None], score=0.1, iou=0.5, max_det=10)
+    ((found, confidence, _),) = non_max_suppression(boxes[None], scores[None], score=0.1, iou=0.5, max_det=10)
     assert found.tolist() == [[0, 0, 10, 10]]
     assert confidence.tolist() == [0.5]

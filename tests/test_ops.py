@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from detkit.errors import DetkitError
-from detkit.ops.boxes import boxes_to_distances, ciou, distances_to_boxes, expected_distances
+from detkit.ops.boxes import ciou, dfl_expectation, ltrb_to_xyxy, xyxy_to_ltrb
 from detkit.ops.image import Letterbox, read_image
-from detkit.ops.nms import select_boxes
-from detkit.ops.points import make_points
+from detkit.ops.nms import non_max_suppression
+from detkit.ops.points import make_grid_points
 from tests.conftest import GOLDEN
 
 
@@ -47,26 +47,26 @@ def test_ciou_and_its_gradient_are_golden(golden):
 
 
 def test_distances_and_boxes_are_inverse():
-    points, _ = make_points([(4, 6)], [8], torch.device("cpu"))
+    points, _ = make_grid_points([(4, 6)], [8], torch.device("cpu"))
     boxes = random_boxes(2, 24).float()
-    torch.testing.assert_close(distances_to_boxes(boxes_to_distances(boxes, points), points), boxes)
+    torch.testing.assert_close(ltrb_to_xyxy(xyxy_to_ltrb(boxes, points), points), boxes)
 
 
 def test_expected_distance_of_a_certain_bin():
     logits = torch.full((1, 4 * 16), -100.0)
     for side, bin_ in enumerate((3, 0, 15, 7)):
         logits[0, side * 16 + bin_] = 100.0
-    assert expected_distances(logits, torch.arange(16.0)).tolist() == [[3, 0, 15, 7]]
+    assert dfl_expectation(logits, torch.arange(16.0)).tolist() == [[3, 0, 15, 7]]
 
 
 def test_points_are_cell_centres():
-    points, strides = make_points([(1, 2), (1, 1)], [8, 16], torch.device("cpu"))
+    points, strides = make_grid_points([(1, 2), (1, 1)], [8, 16], torch.device("cpu"))
     assert (points * strides).tolist() == [[4, 4], [12, 4], [8, 8]]
 
 
 def test_nms_equals_a_naive_loop():
     boxes, scores = random_boxes(1, 60, size=40).float(), torch.rand(1, 60, 3)
-    ((kept, confidence, labels),) = select_boxes(boxes, scores, score=0.2, iou=0.5, max_det=1000)
+    ((kept, confidence, labels),) = non_max_suppression(boxes, scores, score=0.2, iou=0.5, max_det=1000)
     expected = []
     for c in range(3):
         order = [i for i in scores[0, :, c].argsort(descending=True).tolist() if scores[0, i, c] > 0.2]
@@ -88,11 +88,11 @@ def plain_iou(a: torch.Tensor, b: torch.Tensor) -> float:
 def test_nms_limits():
     boxes = torch.tensor([[[0, 0, 10, 10], [20, 0, 30, 10], [40, 0, 50, 10.0]]])
     scores = torch.tensor([[[0.5], [0.9], [0.7]]])
-    ((_, confidence, _),) = select_boxes(boxes, scores, score=0.0, iou=0.5, max_det=2)
+    ((_, confidence, _),) = non_max_suppression(boxes, scores, score=0.0, iou=0.5, max_det=2)
     torch.testing.assert_close(confidence, torch.tensor([0.9, 0.7]))
-    ((_, confidence, _),) = select_boxes(boxes, scores, score=0.0, iou=0.5, max_det=9, max_candidates=1)
+    ((_, confidence, _),) = non_max_suppression(boxes, scores, score=0.0, iou=0.5, max_det=9, max_candidates=1)
     torch.testing.assert_close(confidence, torch.tensor([0.9]))
-    ((none, _, _),) = select_boxes(boxes, scores, score=0.95, iou=0.5, max_det=9)
+    ((none, _, _),) = non_max_suppression(boxes, scores, score=0.95, iou=0.5, max_det=9)
     assert none.shape == (0, 4)
 
 
@@ -100,10 +100,10 @@ def test_a_box_has_one_label_where_one_is_asked_for():
     boxes = torch.tensor([[[0, 0, 10, 10], [1, 0, 11, 10], [40, 0, 50, 10.0]]])
     scores = torch.tensor([[[0.5, 0.6, 0.1], [0.9, 0.8, 0.3], [0.4, 0.3, 0.7]]])
     limits = {"score": 0.35, "iou": 0.5, "max_det": 9}
-    ((_, confidence, labels),) = select_boxes(boxes, scores, multi_label=True, **limits)
+    ((_, confidence, labels),) = non_max_suppression(boxes, scores, multi_label=True, **limits)
     assert labels.tolist() == [0, 1, 2, 0]
     torch.testing.assert_close(confidence, torch.tensor([0.9, 0.8, 0.7, 0.4]))
-    ((_, confidence, labels),) = select_boxes(boxes, scores, multi_label=False, **limits)
+    ((_, confidence, labels),) = non_max_suppression(boxes, scores, multi_label=False, **limits)
     assert labels.tolist() == [0, 2, 1]
     torch.testing.assert_close(confidence, torch.tensor([0.9, 0.7, 0.6]))
 
@@ -112,7 +112,7 @@ def test_a_box_has_one_label_where_one_is_asked_for():
 def test_nms_drops_what_is_not_finite(multi_label):
     boxes = torch.tensor([[[0, 0, 10, 10], [20, 0, 30, math.nan], [40, 0, math.inf, 10], [60, 0, 70, 10.0]]])
     scores = torch.tensor([[[0.9, 0.1], [0.8, 0.1], [0.7, 0.1], [math.nan, math.nan]]])
-    ((kept, _, _),) = select_boxes(boxes, scores, score=0.5, iou=0.5, max_det=9, multi_label=multi_label)
+    ((kept, _, _),) = non_max_suppression(boxes, scores, score=0.5, iou=0.5, max_det=9, multi_label=multi_label)
     assert kept.tolist() == [[0, 0, 10, 10]]
 
 

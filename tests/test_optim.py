@@ -7,8 +7,8 @@ from torch import nn
 import detkit
 from detkit.config import compose_config, resolve
 from detkit.engine.ema import EMA
-from detkit.engine.optim import Recipe, Schedule, accumulation, describe_factors, parameter_groups
-from detkit.engine.parts import backbone_layers, learning_rate_factors
+from detkit.engine.optimizer import Recipe, Schedule, accumulation, describe_factors, parameter_groups
+from detkit.engine.param_groups import backbone_layers, learning_rate_factors
 from detkit.errors import DetkitError
 
 
@@ -54,20 +54,20 @@ def test_accumulation(batch, expected):
     ],
 )
 def test_recipe(changes, steps, expected):
-    recipe = Recipe.pick(optim(**changes), batch_size=16, total_steps=steps, num_classes=3)
+    recipe = Recipe.from_config(optim(**changes), batch_size=16, total_steps=steps, num_classes=3)
     assert (recipe.name, recipe.lr, recipe.momentum, recipe.warmup_bias_lr) == expected
     assert recipe.weight_decay == pytest.approx(5e-4)
 
 
 def test_weight_decay_follows_the_images_of_a_step():
-    recipe = Recipe.pick(optim(), batch_size=128, total_steps=10, num_classes=3)
+    recipe = Recipe.from_config(optim(), batch_size=128, total_steps=10, num_classes=3)
     assert recipe.weight_decay == pytest.approx(1e-3)
 
 
 @pytest.mark.parametrize(("epochs", "warmup"), [(1, 0), (2, 100), (3, 140), (60, 210)])
 def test_warm_up_is_shorter_than_the_run(epochs, warmup):
-    recipe = Recipe.pick(optim(), batch_size=16, total_steps=10, num_classes=3)
-    assert Schedule.pick(recipe, optim(), epochs=epochs, batches=70).warmup == warmup
+    recipe = Recipe.from_config(optim(), batch_size=16, total_steps=10, num_classes=3)
+    assert Schedule.from_config(recipe, optim(), epochs=epochs, batches=70).warmup == warmup
 
 
 def test_warm_up_and_decay():
@@ -128,8 +128,8 @@ def test_shapes_of_the_schedule(shape, expected):
 
 def test_one_cycle_moves_every_batch_and_the_momentum_against_it():
     changes = optim(name="sgd", shape="one_cycle")
-    recipe = Recipe.pick(changes, batch_size=64, total_steps=10, num_classes=3)
-    schedule = Schedule.pick(recipe, changes, epochs=10, batches=10)
+    recipe = Recipe.from_config(changes, batch_size=64, total_steps=10, num_classes=3)
+    schedule = Schedule.from_config(recipe, changes, epochs=10, batches=10)
     assert schedule.warmup == 0
     optimizer = recipe.build(nn.Linear(2, 2))
     rates, momenta = [], []

@@ -7,7 +7,7 @@ import pytest
 
 from detkit.config import check_values, compose_config, resolve
 from detkit.data.dataset import DetectionDataset
-from detkit.data.shapes import read_shapes
+from detkit.data.formats.shapes import read_shapes
 from detkit.data.tiles import TiledDataset
 from detkit.engine.evaluator import METRICS
 from detkit.errors import DetkitError
@@ -17,7 +17,11 @@ from detkit.tasks import train
 
 def test_a_run_with_every_option(train_overrides, shapes_root: Path, tmp_path):
     """Tiles, sampling, multi-scale, rectangles and heavy augmentation together; square images evaluate the same."""
-    options = ["augment=heavy", "augment.mosaic.off_epochs=1", "+augment.transforms.RandomCrop={height: 40, width: 40}"]
+    options = [
+        "augment=heavy",
+        "augment.mosaic.close_epochs=1",
+        "+augment.transforms.RandomCrop={height: 40, width: 40}",
+    ]
     options += ["data.tiles={size: 160}", "data.sampling=class_balanced", "trainer.multi_scale=0.5", "rect=true"]
     cfg = resolve(compose_config("train", [*train_overrides, *options, f"run_dir={tmp_path / 'run'}"]))
     check_values(cfg)
@@ -39,7 +43,7 @@ def test_a_run_with_every_option(train_overrides, shapes_root: Path, tmp_path):
         ("data.repeat_threshold=0", "data.repeat_threshold=0 must be a number above 0, and 1 at most"),
         ("data.tiles.size=8", "data.tiles.size=8 must be a whole number, 32 or more, or null"),
         ("data.tiles.overlap=1", "data.tiles.overlap=1 must be a number from 0 to 0.9"),
-        ("data.tiles.share=0", "data.tiles.share=0 must be a number above 0, and 1 at most"),
+        ("data.tiles.positive_fraction=0", "data.tiles.positive_fraction=0 must be a number above 0, and 1 at most"),
         ("+data.tiles.stride=3", "data.tiles=.* must be null, or a mapping of size, overlap and share"),
         ("trainer.multi_scale=1", "trainer.multi_scale=1 must be a number from 0 to 0.9"),
         ("rect=2", "rect=2 must be true or false"),

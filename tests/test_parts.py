@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import detkit
-from detkit.engine.optim import parameter_groups
+from detkit.engine.optimizer import parameter_groups
 from detkit.errors import DetkitError
 from detkit.layers.akconv import AKConv, base_grid
 from detkit.layers.dynamic import DynamicBnAct, DynamicConv

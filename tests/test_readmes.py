@@ -115,6 +115,14 @@ def test_links_lead_somewhere(readme):
 
 
 @pytest.mark.parametrize("readme", READMES, ids=name_of)
+def test_files_that_are_named_exist(readme):
+    text = BLOCK.sub("", readme.read_text(encoding="utf-8"))
+    for path in re.findall(r"`([a-z_./]*/[a-z_0-9]+\.(?:py|yaml|yml|sh))`", text):
+        if "my_" not in path:  # the reader's own
+            assert (readme.parent / path).exists() or (ROOT / path).exists(), path
+
+
+@pytest.mark.parametrize("readme", READMES, ids=name_of)
 def test_a_readme_is_short_and_its_lines_are(readme):
     text = readme.read_text(encoding="utf-8")
     written = text.partition(BEGIN)[0] + text.partition(END)[2]

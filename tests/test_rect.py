@@ -9,11 +9,11 @@ import torch
 from PIL import Image
 
 import detkit
-from detkit.data.coco import read_coco_json
 from detkit.data.dataset import DetectionDataset, LetterboxDataset, rect_frames
+from detkit.data.formats.coco import read_coco_json
 from detkit.data.loader import BatchLoader, BatchSampler, EpochSampler
 from detkit.engine.evaluator import METRICS, evaluate
-from detkit.models.detector import to_original
+from detkit.models.detector import unletterbox
 
 SIZES = [(60, 100), (100, 60), (50, 50), (333, 666), (64, 200), (200, 64), (30, 33), (1, 90), (128, 96)]
 
@@ -50,33 +50,31 @@ def test_a_batch_has_images_of_one_frame(images, batch_size):
     batches = [*BatchLoader(dataset, batch_size, workers=0, starts=starts).epoch(0)]
     assert [len(batch.images) for batch in batches] == np.diff([*starts, len(SIZES)]).tolist()
     assert max(len(batch.images) for batch in batches) <= batch_size
-    assert sorted(origin.index for batch in batches for origin in batch.origins) == list(range(len(SIZES)))
+    assert sorted(meta.index for batch in batches for meta in batch.metas) == list(range(len(SIZES)))
     if batch_size > len(SIZES):
         assert len({tuple(batch.images.shape) for batch in batches}) == len(batches)  # of each frame one
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_the_same_pixels_with_less_around_them(images, workers):
-    square = {s.origin.index: s for s in (LetterboxDataset(images, 128)[0, k] for k in range(len(images)))}
+    square = {s.meta.index: s for s in (LetterboxDataset(images, 128)[0, k] for k in range(len(images)))}
     dataset = LetterboxDataset(images, 128, rect=True)
     loader = BatchLoader(dataset, 3, workers=workers, starts=dataset.batch_starts(3))
     seen = []
     for batch in loader.epoch(0):
         assert all(side % 32 == 0 and side <= 128 for side in batch.images.shape[-2:])
-        for pixels, boxes, valid, origin in zip(
-            batch.images, batch.boxes_bm4, batch.valid_bm, batch.origins, strict=True
-        ):
-            seen.append(origin.index)
-            back = to_original(boxes[valid], origin.scale, origin.offset, origin.size)
-            h, w = SIZES[origin.index]
+        for pixels, boxes, valid, meta in zip(batch.images, batch.boxes_bm4, batch.valid_bm, batch.metas, strict=True):
+            seen.append(meta.index)
+            back = unletterbox(boxes[valid], meta.scale, meta.offset, meta.size)
+            h, w = SIZES[meta.index]
             np.testing.assert_allclose(back, [[w / 8, h / 4, w * 5 / 8, h * 3 / 4]], atol=1e-4)
-            other = square[origin.index]
-            assert origin.scale == other.origin.scale
+            other = square[meta.index]
+            assert meta.scale == other.meta.scale
             content = [
-                image[y : y + round(h * origin.scale[1]), x : x + round(w * origin.scale[0])]
+                image[y : y + round(h * meta.scale[1]), x : x + round(w * meta.scale[0])]
                 for image, (x, y) in (
-                    (pixels.permute(1, 2, 0).numpy(), origin.offset),
-                    (other.image, other.origin.offset),
+                    (pixels.permute(1, 2, 0).numpy(), meta.offset),
+                    (other.image, other.meta.offset),
                 )
             ]
             assert np.array_equal(*content)
@@ -114,7 +112,7 @@ def test_ranks_share_every_batch(images, monkeypatch, ranks):
     dataset = LetterboxDataset(images, 128, rect=True)
     starts = dataset.batch_starts(4)
     whole = [[key.index for key in keys] for keys in BatchSampler(EpochSampler(len(dataset), shuffle=False), 4, starts)]
-    monkeypatch.setattr("detkit.data.loader.rank_count", lambda: ranks)
+    monkeypatch.setattr("detkit.data.loader.world_size", lambda: ranks)
     shares = []
     for rank in range(ranks):
         monkeypatch.setattr("torch.distributed.get_rank", lambda rank=rank: rank)

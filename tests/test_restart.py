@@ -16,7 +16,7 @@ import yaml
 from safetensors.torch import load_file
 
 from detkit.config import check_values, compose_config, group_options, resolve
-from detkit.engine import meeting
+from detkit.distributed import rendezvous
 
 ROOT = Path(__file__).parents[1]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
@@ -24,7 +24,7 @@ PLUGIN = """
 import os
 from pathlib import Path
 import time
-from detkit.engine.logging import RunLog
+from detkit.engine.run_log import RunLog
 from detkit.engine.step import TrainStep
 original = TrainStep.__call__
 def call(self, batch, step, epoch):
@@ -102,11 +102,11 @@ def test_ranks_of_a_start_find_one_another_in_an_old_store():
     for rank in range(3):
         store.set(f"detkit rank {rank}", "old")
     with ThreadPoolExecutor() as pool:
-        places = [meeting.Place(3, rank, rank) for rank in range(3)]
-        names = list(pool.map(lambda place: meeting._name_of_start(store, place, 10), places))
+        places = [rendezvous.RankInfo(3, rank, rank) for rank in range(3)]
+        names = list(pool.map(lambda place: rendezvous._name_of_start(store, place, 10), places))
     assert len(set(names)) == 1
     with pytest.raises(dist.DistError, match="rank 1 did not come within"):
-        meeting._name_of_start(store, places[0], 0.1)
+        rendezvous._name_of_start(store, places[0], 0.1)
 
 
 SRUN = """#!/bin/bash

@@ -25,27 +25,27 @@ from torch import nn
 import detkit
 from detkit import cli
 from detkit.config import compose_config, resolve
-from detkit.data.augment import Augmentation, AugmentedDataset
+from detkit.data.augment.pipeline import Augmentation, AugmentedDataset
 from detkit.data.dataset import DetectionDataset
+from detkit.data.formats.shapes import read_shapes
+from detkit.data.formats.tar_shards import read_webdataset, write_webdataset
 from detkit.data.loader import BatchLoader
-from detkit.data.shapes import read_shapes
-from detkit.data.stream import ShardLoader
-from detkit.data.webdataset import read_webdataset, write_webdataset
+from detkit.data.shard_loader import ShardLoader
 from detkit.engine import checkpoint, loggers, state, trainer
-from detkit.engine import lock as lock_module
-from detkit.engine.measure import random_batch
-from detkit.engine.optim import Recipe, Schedule
+from detkit.engine.optimizer import Recipe, Schedule
 from detkit.engine.precision import Precision
-from detkit.engine.state import TrainState, capture, read_state, restore, write_state
+from detkit.engine.state import TrainState, load_training_state, read_state, training_state_dict, write_state
 from detkit.engine.step import TrainStep
 from detkit.errors import DetkitError
 from detkit.models.losses.task_aligned import TaskAlignedLoss
-from detkit.tasks import resume, train
+from detkit.models.profiling import dummy_batch
+from detkit.tasks import build_training, resume, train
+from detkit.tasks import run_lock as lock_module
 
 TOOL = Path(__file__).parents[1] / "tools" / "train.py"
 CLOCK = ("images_per_s", "seconds", "data_wait", "memory_gib")
 AUGMENT = {
-    "mosaic": {"p": 0.5, "off_epochs": 0},
+    "mosaic": {"p": 0.5, "close_epochs": 0},
     "affine": {"scale": [0.5, 1.5], "translate": 0.1},
     "transforms": {},
 }
@@ -171,7 +171,7 @@ def test_a_signal_saves_and_ends(whole_run, overrides, tmp_path, monkeypatch, na
     ignored = signal.signal(signal.SIGTERM, terminated) is signal.SIG_IGN
     assert ignored == (name == "SIGUSR1")
     monkeypatch.undo()
-    saved = read_state(tmp_path / "run", print)["state"]
+    saved = read_state(tmp_path / "run")["state"]
     assert (saved["step"], saved["epoch"], saved["current"]["position"]) == (at, (at - 1) // 6, (at - 1) % 6 + 1)
     go_on(tmp_path / "run", "workers=2" if at == 3 else "workers=0")
     assert_same_run(tmp_path / "run", whole_run)
@@ -185,7 +185,7 @@ def test_a_finished_run_is_extended(whole_run, tmp_path, capsys):
     assert go_on(run_dir, "trainer.epochs=3")["last"]["epoch"] == 3
     assert history(run_dir)[:2] == history(whole_run)
     assert yaml.safe_load((run_dir / "config.yaml").read_text())["trainer"]["epochs"] == 3
-    assert read_state(run_dir, print)["state"]["step"] == 18
+    assert read_state(run_dir)["state"]["step"] == 18
 
 
 def test_a_run_that_saved_nothing_begins_anew(whole_run, tmp_path, capsys):
@@ -216,7 +216,7 @@ def test_a_full_disk_keeps_what_was_saved(whole_run, tmp_path, monkeypatch, caps
     assert capsys.readouterr().out.count("cannot be saved (No space left on device): what was saved before") == 10
     monkeypatch.undo()
     assert not list((tmp_path / "run").glob(".*.tmp"))
-    assert read_state(tmp_path / "run", print)["state"]["step"] == 2
+    assert read_state(tmp_path / "run")["state"]["step"] == 2
     monkeypatch.setattr(checkpoint.os, "fsync", full)  # now for every file
     with pytest.raises(DetkitError, match="No space left on device; make room there, then resume="):
         go_on(tmp_path / "run")
@@ -358,7 +358,7 @@ def test_two_processes_do_not_share_a_run_directory(whole_run, tmp_path, monkeyp
         with pytest.raises(DetkitError, match=r"run is in use by process 1234 on host7: wait until that ends"):
             go_on(tmp_path / "run")
         threading.Timer(0.5, holder.kill).start()
-        with lock_module.hold(tmp_path / "run", "job", patience=10):
+        with lock_module.run_lock(tmp_path / "run", "job", patience=10):
             assert holder.wait() == -signal.SIGKILL
     assert go_on(tmp_path / "run")["last"]["epoch"] == 2
     assert lock.read_text().split()[1] == str(os.getpid())
@@ -372,8 +372,8 @@ def test_two_processes_do_not_share_a_run_directory(whole_run, tmp_path, monkeyp
 
 def test_a_run_that_another_process_has_continued_is_not_taken_back(whole_run, monkeypatch):
     """Between reading the state and holding the folder."""
-    older = TrainState(step=read_state(whole_run, print)["state"]["step"] - 1)
-    monkeypatch.setattr(train, "restore", lambda *_: older)
+    older = TrainState(step=read_state(whole_run)["state"]["step"] - 1)
+    monkeypatch.setattr(build_training, "load_training_state", lambda *_: older)
     before = {path: path.stat().st_mtime_ns for path in whole_run.iterdir() if path.name != ".lock"}
     with pytest.raises(DetkitError, match="another process went on with it"):
         go_on(whole_run)
@@ -382,9 +382,9 @@ def test_a_run_that_another_process_has_continued_is_not_taken_back(whole_run, m
 
 @pytest.mark.parametrize("theirs", [[False, 0], [True, 3]])
 def test_ranks_that_see_different_runs_say_so(theirs, tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "from_main", lambda make: theirs)
+    monkeypatch.setattr(train, "run_on_main", lambda make: theirs)
     with pytest.raises(DetkitError, match=r"looks different from different nodes .*rank 0 finds"):
-        train._agree(tmp_path, {"state": {"step": 6}})
+        train._check_ranks_agree(resume.RunPlan({}, tmp_path, {"state": {"step": 6}}, False))
 
 
 def test_a_signal_is_handed_over_to_somebody_s_handler(whole_run, overrides, tmp_path, monkeypatch):
@@ -392,7 +392,7 @@ def test_a_signal_is_handed_over_to_somebody_s_handler(whole_run, overrides, tmp
     step, told = TrainStep.__call__, []
 
     def requeue(signum: int, frame: object) -> None:
-        told.append((signum, read_state(tmp_path / "run", print)["state"]["step"]))
+        told.append((signum, read_state(tmp_path / "run")["state"]["step"]))
         if signum == signal.SIGUSR2:
             sys.exit(77)
 
@@ -447,12 +447,12 @@ def test_a_save_cut_off_anywhere_leaves_a_whole_state(tmp_path, monkeypatch, at)
     with pytest.raises(SystemExit):
         write_state(tmp_path, contents(3), keep=3)
     monkeypatch.undo()
-    assert read_state(tmp_path, print)["pending"] == 2
+    assert read_state(tmp_path)["pending"] == 2
     write_state(tmp_path, contents(4), keep=3)
-    assert read_state(tmp_path, print)["pending"] == 4
+    assert read_state(tmp_path)["pending"] == 4
 
 
-def test_the_last_few_are_kept_and_a_damaged_one_is_passed_over(tmp_path):
+def test_the_last_few_are_kept_and_a_damaged_one_is_passed_over(tmp_path, caplog):
     for number in range(5):
         write_state(tmp_path, contents(number), keep=3)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["state-1.pt", "state-2.pt", "state.pt"]
@@ -463,8 +463,9 @@ def test_the_last_few_are_kept_and_a_damaged_one_is_passed_over(tmp_path):
         bad = data.copy()
         bad[rng.integers(len(bad))] ^= 1 << rng.integers(8)
         (tmp_path / "state.pt").write_bytes(bad[: rng.integers(len(bad))] if trial % 4 == 0 else bad)
-        told = []
-        content = read_state(tmp_path, told.append)
+        caplog.clear()
+        content = read_state(tmp_path)
+        told = caplog.messages
         assert content["pending"] == (3 if told else 4)  # a bit of no meaning may change, such as one of the padding
         assert torch.equal(content["model"]["w"], torch.arange(999.0))
         damaged += len(told)
@@ -472,7 +473,7 @@ def test_the_last_few_are_kept_and_a_damaged_one_is_passed_over(tmp_path):
     for path in tmp_path.iterdir():
         path.write_bytes(data[:100])
     with pytest.raises(DetkitError, match=r"nothing saved in .* is whole"):
-        read_state(tmp_path, print)
+        read_state(tmp_path)
 
 
 class Harmful:
@@ -482,20 +483,19 @@ class Harmful:
         return os.mkdir, ("harm",)
 
 
-def test_nothing_is_unpickled_freely(tmp_path, monkeypatch):
+def test_nothing_is_unpickled_freely(tmp_path, monkeypatch, caplog):
     monkeypatch.chdir(tmp_path)
     torch.save(CONTENT | {"cfg": Harmful()}, "state.pt")
-    told = []
     with pytest.raises(DetkitError, match="nothing saved"):
-        read_state(tmp_path, told.append)
-    assert "truncated or damaged" in told[0]
-    assert "\n" not in told[0]
+        read_state(tmp_path)
+    assert "truncated or damaged" in caplog.messages[0]
+    assert "\n" not in caplog.messages[0]
     assert not Path("harm").exists()
     with zipfile.ZipFile("state.pt", "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("archive/data.pkl", bytes(10**6))
     with pytest.raises(DetkitError, match="nothing saved"):
-        read_state(tmp_path, told.append)
-    assert "compressed" in told[1]
+        read_state(tmp_path)
+    assert "compressed" in caplog.messages[1]
 
 
 @pytest.mark.parametrize(
@@ -549,7 +549,7 @@ def test_a_state_that_does_not_fit_is_named(trained, tmp_path, change, sentence)
     change(content)
     write_state(tmp_path, content, 1)
     with pytest.raises(DetkitError) as error:
-        restore(read_state(tmp_path, print), step, 5)
+        load_training_state(read_state(tmp_path), step, 5)
     assert sentence in str(error.value)
     assert str(error.value).startswith(str(tmp_path / "state.pt"))
     assert len(str(error.value)) < 500
@@ -560,21 +560,20 @@ def nested(depth: int) -> dict:
     return {"a": nested(depth - 1)} if depth else {}
 
 
-def test_only_regular_files_of_a_run_are_read(tmp_path):
+def test_only_regular_files_of_a_run_are_read(tmp_path, caplog):
     """A pipe would be waited for."""
     for number in (1, 2):
         write_state(tmp_path, contents(number), keep=2)
     (tmp_path / "state.pt").unlink()
     os.mkfifo(tmp_path / "state.pt")
-    told = []
-    assert read_state(tmp_path, told.append)["pending"] == 1
-    assert "state.pt cannot be read: it is not a regular file" in told[0]
+    assert read_state(tmp_path)["pending"] == 1
+    assert "state.pt cannot be read: it is not a regular file" in caplog.messages[0]
     for name in ("config.yaml", "loggers.json", ".lock"):
         os.mkfifo(tmp_path / name)
     with pytest.raises(DetkitError, match=r"config.yaml: it is not a regular file"):
         resume.resumed_config(tmp_path, {}, None)
     assert loggers._read_ids(tmp_path / "loggers.json") == {}
-    assert lock_module.find_job(tmp_path.parent, "job") is None
+    assert lock_module.find_run_of_job(tmp_path.parent, "job") is None
 
 
 def make_step() -> TrainStep:
@@ -584,7 +583,7 @@ def make_step() -> TrainStep:
     detector.train()
     recipe = Recipe("sgd", 0.01, 0.9, 0.0, 0.1)
     schedule = Schedule(recipe, epochs=10, final=0.01, shape="linear", warmup=0, warmup_momentum=0.8)
-    precision = Precision.pick("off", torch.device("cpu"))
+    precision = Precision.from_config("off", torch.device("cpu"))
     return TrainStep(detector, TaskAlignedLoss(), recipe, schedule, precision, accumulate=2, clip=10.0)
 
 
@@ -594,22 +593,22 @@ def trained() -> tuple[TrainStep, dict]:
     step = make_step()
     detector = detkit.create_model("yolov8n", num_classes=3, overrides=["model.width=0.0625"])
     step = TrainStep(detector, step.loss, step.schedule.recipe, step.schedule, step.precision, accumulate=1, clip=1.0)
-    step(random_batch(2, (64, 64), 3, 3), 0, 0)
-    return step, capture(step, TrainState(), 5)
+    step(dummy_batch(2, (64, 64), 3, 3), 0, 0)
+    return step, training_state_dict(step, TrainState(), 5)
 
 
 def test_waiting_gradients_and_random_numbers_come_back(tmp_path):
     """Five batches, two of which make a step: cut after the third, a gradient waits; dropout goes on as it would."""
-    batches = [random_batch(4, (64, 64), 3, 3) for _ in range(5)]
+    batches = [dummy_batch(4, (64, 64), 3, 3) for _ in range(5)]
     whole = make_step()
     for k, batch in enumerate(batches):
         whole(batch, k, 0)
         if k == 2:
-            write_state(tmp_path, capture(whole, TrainState(step=3), 5), 1)
+            write_state(tmp_path, training_state_dict(whole, TrainState(step=3), 5), 1)
     torch.manual_seed(99)
     random.seed(99)
     resumed = make_step()
-    position = restore(read_state(tmp_path, print), resumed, 5)
+    position = load_training_state(read_state(tmp_path), resumed, 5)
     assert (position.step, resumed.pending) == (3, 1)
     for k, batch in enumerate(batches[3:], 3):
         resumed(batch, k, 0)

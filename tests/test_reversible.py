@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from detkit.engine.ema import EMA
-from detkit.engine.measure import saved_bytes
 from detkit.errors import DetkitError
 from detkit.layers import reversible
 from detkit.models.backbones.revcol import RevCol
+from detkit.models.profiling import activation_bytes
 
 ALL_STRIDES = (4, 8, 16, 32)
 
@@ -124,7 +124,7 @@ def test_channels_are_kept_before_rounding_errors_grow():
 
 
 def saved(model: RevCol, x: Tensor) -> int:
-    return saved_bytes(model, x)
+    return activation_bytes(model, x)
 
 
 def test_memory_does_not_grow_with_columns():

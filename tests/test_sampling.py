@@ -8,11 +8,11 @@ import pytest
 
 from detkit.config import compose_config, resolve
 from detkit.data.annotations import Annotations
-from detkit.data.augment import AugmentedDataset
+from detkit.data.augment.pipeline import AugmentedDataset
 from detkit.data.dataset import DetectionDataset
+from detkit.data.formats.shapes import read_shapes
 from detkit.data.loader import BatchLoader, EpochSampler
 from detkit.data.sampling import class_balanced, draw_items, epoch_length, expected_draws, repeat_factors
-from detkit.data.shapes import read_shapes
 
 CLASSES = 4
 
@@ -126,8 +126,6 @@ def test_an_image_drawn_again_looks_different_and_the_same_in_every_process(shap
     for one, other in zip(epochs[0], epochs[2], strict=True):
         assert np.array_equal(one.images, other.images)
     first = epochs[0][:3]
-    drawn = [
-        (o.index, i.numpy().tobytes()) for batch in first for i, o in zip(batch.images, batch.origins, strict=True)
-    ]
+    drawn = [(o.index, i.numpy().tobytes()) for batch in first for i, o in zip(batch.images, batch.metas, strict=True)]
     assert len(drawn) == 19
     assert sum(index == 3 for index, _ in drawn) == len({pixels for index, pixels in drawn if index == 3}) == 8

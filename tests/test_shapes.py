@@ -3,8 +3,8 @@ import multiprocessing
 import numpy as np
 import pytest
 
-from detkit.data import shapes
-from detkit.data.shapes import MIN_SHAPE, OUTLINES, SIZE, draw_image, read_shapes
+from detkit.data.formats import shapes
+from detkit.data.formats.shapes import MIN_SHAPE, OUTLINES, SIZE, draw_image, read_shapes
 from detkit.errors import DetkitError
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from detkit.errors import DetkitError
 from detkit.tasks.import_weights import run as import_weights
-from detkit.weights.recognise import recognise
+from detkit.weights.identify import identify
 from detkit.weights.source import read_source
 
 # A few tensors of YOLOv8: enough to be recognised.
@@ -69,7 +69,7 @@ CONTENTS = {
 @pytest.mark.parametrize("name", CONTENTS)
 def test_the_model_is_found_by_its_tensors(tmp_path, name):
     torch.save(CONTENTS[name], tmp_path / "x.pt")
-    found = recognise(tmp_path / "x.pt", read_source(tmp_path / "x.pt").tensors)
+    found = identify(tmp_path / "x.pt", read_source(tmp_path / "x.pt").tensors)
     assert (found.choices, found.num_classes, found.left_out) == (("model=yolov8n",), 4, ())
     assert torch.equal(found.tensors["backbone.stem.conv.weight"], YOLO["model.0.conv.weight"])
     assert len(found.tensors) == len(YOLO)
@@ -107,7 +107,7 @@ def test_a_part_of_an_unknown_detector_is_no_backbone(tmp_path):
     """Its backbone would be taken for one that was trained on ImageNet's normalised images."""
     revcol = {"model.0.stem.0.weight": torch.rand(64, 3, 4, 4), "model.0.subnet0.alpha0": torch.rand(1, 64, 1, 1)}
     with pytest.raises(DetkitError, match="is of no model that detkit can import"):
-        recognise(tmp_path, revcol)
+        identify(tmp_path, revcol)
 
 
 def damaged(path: Path, part: str) -> Path:

@@ -9,8 +9,8 @@ import pytest
 import yaml
 from PIL import Image
 
+from detkit.data.formats.writers import write_set
 from detkit.data.splits import MissingSplit, held_out_first, splits_of
-from detkit.data.writers import write_set
 from detkit.errors import DetkitError
 from detkit.registry import DATASETS, SPLIT_NAMES
 from tests.conftest import run_command
@@ -200,7 +200,7 @@ def test_a_split_that_is_named_but_not_there_is_said(tmp_path, monkeypatch, caps
     command = ["convert_data", "data=yolo", f"data.yaml={file}", "format=coco", f"dst={tmp_path / 'new'}"]
     status, out, _ = run_command(monkeypatch, capsys, *command)
     assert status == 0
-    assert "test is left out: " in out and "val: 1 images" in out
+    assert "test is skipped: " in out and "val: 1 images" in out
     assert splits_of({"name": "coco", "root": str(tmp_path / "new")}) == ["train", "val"]
 
 
@@ -239,7 +239,7 @@ def test_an_image_is_in_one_split_of_a_cleaned_copy(tmp_path, monkeypatch, capsy
     run = [f"fix={tmp_path / 'copy'}", f"run_dir={tmp_path / 'run'}", "workers=1"]
     status, out, _ = run_command(monkeypatch, capsys, "check_data", "data=coco", f"data.root={root}", *run)
     assert status == 2
-    assert "wrong: images that are in another split, too: 2 in train, 1 in val, 1 in holdout" in out
+    assert "unfixed: images that are in another split, too: 2 in train, 1 in val, 1 in holdout" in out
     copy = ["data=coco", f"data.root={tmp_path / 'copy'}", f"run_dir={tmp_path / 'again'}", "workers=1"]
     status, out, _ = run_command(monkeypatch, capsys, "check_data", *copy)
     assert status == 0, out
@@ -276,7 +276,7 @@ def test_a_third_split_with_other_classes_is_left_out(tmp_path, monkeypatch, cap
     file.write_text(file.read_text().replace('"cat"', '"cow"'))
     run = [f"run_dir={tmp_path / 'run'}", "workers=1"]
     _, out, _ = run_command(monkeypatch, capsys, "check_data", "data=coco", f"data.root={root}", *run)
-    assert "test is left out: " in out
+    assert "test is skipped: " in out
     assert "no errors" in out
 
 
@@ -303,7 +303,7 @@ def test_a_split_of_which_nothing_is_left_is_dropped_from_a_cleaned_copy(tmp_pat
     run = [f"fix={tmp_path / 'copy'}", f"run_dir={tmp_path / 'run'}", "workers=1"]
     status, out, _ = run_command(monkeypatch, capsys, "check_data", "data=coco", f"data.root={root}", *run)
     assert status == 2
-    assert "holdout is left out, as nothing of it would be left" in out
+    assert "holdout is skipped, as nothing of it would be left" in out
     assert splits_of({"name": "coco", "root": str(tmp_path / "copy")}) == ["train", "val", "test"]
 
 
@@ -312,7 +312,7 @@ def test_a_split_without_boxes_is_an_error_unless_asked_for(empty, tmp_path, tra
     data = ["data=coco", f"data.root={draw_coco(tmp_path / 'set', ('train', 'val'), empty=(empty,))}"]
     status, out, _ = run_command(monkeypatch, capsys, "check_data", *data, f"run_dir={tmp_path / 'r'}", "workers=1")
     assert status == 2
-    assert f"wrong: splits without any box, which stop a training: 1 in {empty}" in out
+    assert f"unfixed: splits without any box, which stop a training: 1 in {empty}" in out
     train = ["train", *data, *train_overrides[1:], "trainer.epochs=1", f"run_dir={tmp_path / 'run'}"]
     status, _, error = run_command(monkeypatch, capsys, *train)
     assert status == 2

@@ -11,23 +11,22 @@ from torch import Tensor, nn
 import detkit
 import detkit.engine.trainer as trainer_module
 from detkit.config import check_values, compose_config, resolve
+from detkit.engine.auto_batch import choose_batch_size, explain_out_of_memory, largest_batch, make_trial_step
 from detkit.engine.ema import EMA
 from detkit.engine.evaluator import METRICS, Evaluation
-from detkit.engine.health import Counts, Health
-from detkit.engine.logging import RunLog
-from detkit.engine.measure import random_batch
-from detkit.engine.memory import choose_batch_size, explain_out_of_memory, largest_batch, trial
-from detkit.engine.optim import Recipe, Schedule
-from detkit.engine.parts import freeze, train_mode
+from detkit.engine.nonfinite import NonFiniteCounts, NonFiniteMonitor
+from detkit.engine.optimizer import Recipe, Schedule
+from detkit.engine.param_groups import freeze, train_mode
 from detkit.engine.precision import Precision
+from detkit.engine.run_log import RunLog
 from detkit.engine.state import TrainState
 from detkit.engine.step import TrainStep
-from detkit.engine.trainer import Trainer, no_better
+from detkit.engine.trainer import Trainer, early_stopping
 from detkit.errors import DetkitError
 from detkit.models.losses.task_aligned import TaskAlignedLoss
 from detkit.models.losses.yolov5 import YOLOv5Loss
-from detkit.report.console import make_console
-from detkit.structures import Batch, DenseOutput, Origin
+from detkit.models.profiling import dummy_batch
+from detkit.structures import Batch, DenseOutput, ImageMeta
 from detkit.tasks import train
 
 CPU = torch.device("cpu")
@@ -60,7 +59,7 @@ def toy_step(name: str = "sgd", accumulate: int = 1, seed: int = 0) -> TrainStep
     torch.manual_seed(seed)
     recipe = Recipe(name, 0.05, 0.9, 1e-3, 0.0)
     schedule = Schedule(recipe, epochs=10, final=0.01, shape="constant", warmup=0, warmup_momentum=0.8)
-    precision = Precision.pick("off", CPU)
+    precision = Precision.from_config("off", CPU)
     return TrainStep(Toy().train(), ToyLoss(), recipe, schedule, precision, accumulate=accumulate, clip=10.0)
 
 
@@ -68,9 +67,9 @@ def toy_batch(seed: int, added: float = 0.0) -> Batch:
     pixels = torch.randint(256, (4, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
     boxes = torch.zeros(4, 1, 4)
     boxes[0, 0, 0] = added
-    origins = [Origin(k, Path(f"image{seed}_{k}.png"), (16, 16)) for k in range(4)]
+    metas = [ImageMeta(k, Path(f"image{seed}_{k}.png"), (16, 16)) for k in range(4)]
     labels = torch.zeros(4, 1, dtype=torch.int64)
-    return Batch(pixels, boxes, labels, labels == 0, origins)
+    return Batch(pixels, boxes, labels, labels == 0, metas)
 
 
 class NaNPixels:
@@ -127,7 +126,7 @@ def test_a_step_that_is_not_finite_changes_nothing(name, spoil, when):
             spoil(step)(toy_batch(9), k)
             after = everything(step)
             assert all(torch.equal(before[key], after[key]) for key in filter(compared, before))
-            assert step.health.read() == Counts(int(spoil is not InfiniteGradient), 1, 0, 1)
+            assert step.health.read() == NonFiniteCounts(int(spoil is not InfiniteGradient), 1, 0, 1)
             clean.ema.updates += 1  # it counts calls
         for one in (step, clean):
             terms = one(toy_batch(k), k, 0)
@@ -153,7 +152,7 @@ def test_a_bad_batch_costs_the_step_it_was_gathered_for():
     assert all(torch.equal(start[k], kept[k]) for k in start if "running" not in k and "num_batches" not in k)
     step(toy_batch(2), 2, 0)
     step(toy_batch(3), 3, 0)
-    assert step.health.read() == Counts(1, 1, 0, 0)
+    assert step.health.read() == NonFiniteCounts(1, 1, 0, 0)
     assert not torch.equal(everything(step)["model/head.weight"], start["model/head.weight"])
     assert {p.name for p in step.health.suspects()} == {f"image3_{k}.png" for k in range(4)}  # no bad one remembered
 
@@ -182,7 +181,7 @@ def test_a_scale_that_is_too_large_falls_until_steps_are_made():
         step(toy_batch(0), 0, 0)
         steps += 1
     assert 1 < steps < 20
-    assert step.health.read() == Counts(0, 0, steps - 1, 0)
+    assert step.health.read() == NonFiniteCounts(0, 0, steps - 1, 0)
     plain(toy_batch(0), 0, 0)
     torch.testing.assert_close(step.detector.head.weight, plain.detector.head.weight)
 
@@ -190,15 +189,15 @@ def test_a_scale_that_is_too_large_falls_until_steps_are_made():
 @pytest.mark.parametrize(
     ("losses", "gradient", "scale", "expected"),
     [
-        ([True], False, 65536.0, Counts(0, 0, 1, 0)),  # fp16: the scale was too large
-        ([False], False, 65536.0, Counts(1, 1, 0, 1)),  # fp16: the loss itself
-        ([True], False, 1.0, Counts(0, 1, 0, 1)),  # no scale to blame
-        ([True, False], False, 1.0, Counts(1, 1, 0, 1)),
-        ([True, True], True, 1.0, Counts(0, 0, 0, 0)),
+        ([True], False, 65536.0, NonFiniteCounts(0, 0, 1, 0)),  # fp16: the scale was too large
+        ([False], False, 65536.0, NonFiniteCounts(1, 1, 0, 1)),  # fp16: the loss itself
+        ([True], False, 1.0, NonFiniteCounts(0, 1, 0, 1)),  # no scale to blame
+        ([True, False], False, 1.0, NonFiniteCounts(1, 1, 0, 1)),
+        ([True, True], True, 1.0, NonFiniteCounts(0, 0, 0, 0)),
     ],
 )
 def test_overflow_is_told_from_bad_numbers(losses, gradient, scale, expected):
-    health = Health(CPU, remember=4)
+    health = NonFiniteMonitor(CPU, remember=4)
     for finite in losses:
         health.add_loss(torch.tensor(finite), toy_batch(0))
     health.add_step(torch.tensor(gradient), torch.tensor(scale))
@@ -206,12 +205,12 @@ def test_overflow_is_told_from_bad_numbers(losses, gradient, scale, expected):
 
 
 def test_overflows_do_not_end_what_comes_in_a_row():
-    health = Health(CPU, remember=1)
+    health = NonFiniteMonitor(CPU, remember=1)
     for scale in (1.0, 1024.0, 1.0):
         health.add_loss(torch.tensor(True), toy_batch(0))
         health.add_step(torch.tensor(False), torch.tensor(scale))
     health.start_epoch()
-    assert health.read() == Counts(0, 0, 0, 2)
+    assert health.read() == NonFiniteCounts(0, 0, 0, 2)
 
 
 class Batches(list):
@@ -226,17 +225,19 @@ class Batches(list):
 def test_too_many_in_a_row_end_the_run_by_a_sentence(tmp_path, monkeypatch):
     step = toy_step()
     batches = Batches([toy_batch(0), *(toy_batch(k, torch.inf) for k in (1, 2, 3))])
-    log = RunLog(tmp_path, make_console())
-    trainer = Trainer(step, batches, [], None, epochs=1, run_dir=tmp_path, log=log, state=TrainState(), max_bad_steps=3)
+    log = RunLog(tmp_path)
+    trainer = Trainer(
+        step, batches, [], None, epochs=1, run_dir=tmp_path, log=log, state=TrainState(), max_nonfinite_steps=3
+    )
     monkeypatch.setattr(
-        trainer_module, "picture_batch", lambda batch, names: torch.zeros(8, 8, 3, dtype=torch.uint8).numpy()
+        trainer_module, "draw_batch", lambda batch, names: torch.zeros(8, 8, 3, dtype=torch.uint8).numpy()
     )
     monkeypatch.setattr(trainer, "save", lambda: None)  # of what is no detector
     with pytest.raises(DetkitError, match=r"not finite in 3 steps in a row.*image3_0\.png, .*last\.safetensors"):
         trainer.train_epoch(0)
     assert (tmp_path / "last.safetensors").is_file()
-    trainer.max_bad_steps = 4
-    step.health = Health(CPU, remember=1)
+    trainer.max_nonfinite_steps = 4
+    step.health = NonFiniteMonitor(CPU, remember=1)
     trainer.state = TrainState()
     losses, _ = trainer.train_epoch(0)
     log.close()
@@ -246,15 +247,15 @@ def test_too_many_in_a_row_end_the_run_by_a_sentence(tmp_path, monkeypatch):
 
 def test_patience_counts_epochs_without_a_better_ap(tmp_path, monkeypatch):
     scores = iter((0.1, 0.3, 0.2, 0.3, 0.2, 0.1, 0.9))
-    log = RunLog(tmp_path, make_console())
+    log = RunLog(tmp_path)
     options = {"run_dir": tmp_path, "log": log, "state": TrainState()}
-    trainer = Trainer(toy_step(), [], [], None, epochs=7, stop_early=no_better(2), **options)
+    trainer = Trainer(toy_step(), [], [], None, epochs=7, stop_early=early_stopping(2), **options)
     monkeypatch.setattr(trainer, "save", lambda: None)
     monkeypatch.setattr(trainer, "train_epoch", lambda epoch: ({"box": 1.0}, 1.0))
     blank = dict.fromkeys(METRICS, 0.0)
     evaluation = lambda: Evaluation(blank | {"AP": next(scores), "per_class": {}}, [], [], [])  # noqa: E731
     monkeypatch.setattr(trainer, "validate", evaluation)
-    monkeypatch.setattr(trainer, "picture_evaluation", lambda evaluation: None)
+    monkeypatch.setattr(trainer, "draw_best_epoch", lambda evaluation: None)
     monkeypatch.setattr(trainer_module, "plot_history", lambda *arguments: None)
     results = trainer.fit()
     log.close()
@@ -266,7 +267,7 @@ def test_patience_counts_epochs_without_a_better_ap(tmp_path, monkeypatch):
 def test_losses_are_float32_under_autocast(model, loss, amp):
     """The terms of half-precision outputs are those of the same numbers in float32, bit for bit."""
     detector = detkit.create_model(model, num_classes=3)
-    batch = random_batch(2, (64, 96), 3, 3)
+    batch = dummy_batch(2, (64, 96), 3, 3)
     with torch.no_grad():
         out = detector(batch.images / 255)
         assert out.points.dtype is torch.float32
@@ -314,7 +315,7 @@ def test_revcol_learns_behind_its_frozen_parts(names):
     detector = detkit.create_model(backbone="revcol_tiny", num_classes=2, overrides=["backbone.columns=2"])
     freeze(detector, names)
     train_mode(detector)
-    batch = random_batch(2, (64, 64), 2, 2)
+    batch = dummy_batch(2, (64, 64), 2, 2)
     out: DenseOutput = detector(batch.images / 255)
     sum(TaskAlignedLoss()(out, batch).values()).backward()
     for name, parameter in detector.named_parameters():
@@ -373,7 +374,7 @@ def test_other_faults_of_a_trial_are_not_taken_for_memory():
 def test_a_trial_leaves_the_detector_as_it_is():
     detector = detkit.create_model("yolov8n", num_classes=2)
     before = {k: v.clone() for k, v in detector.state_dict().items()}
-    trial(detector, TaskAlignedLoss(), Precision.pick("off", CPU), 64)(2)
+    make_trial_step(detector, TaskAlignedLoss(), Precision.from_config("off", CPU), 64)(2)
     assert all(torch.equal(v, before[k]) for k, v in detector.state_dict().items())
     assert all(p.grad is None for p in detector.parameters())
 
@@ -390,9 +391,9 @@ def test_auto_batch_is_for_training_on_a_gpu():
     "override",
     [
         "trainer.freeze=backbone",
-        "trainer.max_bad_steps=0",
+        "trainer.max_nonfinite_steps=0",
         "trainer.patience=0",
-        "optim.shape=step",
+        "optim.schedule=step",
         "optim.lr_factors={backbone:0}",
         "optim.layer_decay=1.5",
         "optim.name=lion",

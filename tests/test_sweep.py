@@ -15,8 +15,8 @@ import torch.distributed as dist
 
 from detkit import cli
 from detkit.config import explain
-from detkit.engine import distributed, meeting
-from detkit.engine.checkpoint import write_atomically
+from detkit.distributed import process_group, rendezvous
+from detkit.ops.atomic_write import write_atomically
 from detkit.tasks import sweep as sweep_task
 from tests.conftest import run_command
 
@@ -105,8 +105,8 @@ def test_a_mistake_of_another_rank_is_the_job_s(train_overrides, tmp_path, monke
     from detkit.tasks import train
 
     def run(cfg):
-        monkeypatch.setattr(meeting, "_store", dist.HashStore())
-        assert distributed.first_to_say("a mistake of one")
+        monkeypatch.setattr(rendezvous, "_store", dist.HashStore())
+        assert process_group.claim_error_message("a mistake of one")
         raise RuntimeError("Connection closed by peer")
 
     monkeypatch.setattr(train, "run", run)

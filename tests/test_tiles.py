@@ -7,11 +7,11 @@ import pytest
 from PIL import Image
 
 from detkit.config import compose_config, resolve
-from detkit.data.augment import AugmentedDataset
-from detkit.data.coco import read_coco_json
+from detkit.data.augment.mosaic import clip_boxes
+from detkit.data.augment.pipeline import AugmentedDataset
 from detkit.data.dataset import DetectionDataset
+from detkit.data.formats.coco import read_coco_json
 from detkit.data.loader import BatchLoader
-from detkit.data.mosaic import clip_boxes
 from detkit.data.sampling import class_balanced
 from detkit.data.tiles import TiledDataset, tile_starts
 
@@ -75,7 +75,7 @@ def test_every_object_below_the_overlap_is_whole_in_a_tile(drawn):
 
 
 def test_items_are_the_images_then_filled_tiles_then_empty_ones(drawn):
-    tiled = TiledDataset(drawn, SIDE, OVERLAP, share=0.8)
+    tiled = TiledDataset(drawn, SIDE, OVERLAP, positive_fraction=0.8)
     a, n = drawn.annotations, len(SIZES)
     for index in range(n):
         assert np.array_equal(tiled[0, index].image, drawn[0, index].image)
@@ -95,22 +95,22 @@ def test_items_are_the_images_then_filled_tiles_then_empty_ones(drawn):
             cut = sample.image[box[1] : box[3], box[0] : box[2]]
             assert cut.min() >= 100  # the square, and nothing around it
             assert cut.min() == cut.max()
-            x, y = sample.origin.offset
-            whole = drawn[0, sample.origin.index].image
+            x, y = sample.meta.offset
+            whole = drawn[0, sample.meta.index].image
             assert np.array_equal(cut, whole[box[1] - y : box[3] - y, box[0] - x : box[2] - x])
     expected = class_balanced(items, labels, len(tiled))
     assert expected.sum() == pytest.approx(len(tiled))
 
 
 def test_empty_tiles_take_turns(drawn):
-    tiled = TiledDataset(drawn, SIDE, OVERLAP, share=0.8)
+    tiled = TiledDataset(drawn, SIDE, OVERLAP, positive_fraction=0.8)
     slots = range(len(tiled.filled), len(tiled.filled) + tiled.empty_slots)
     epochs = -(-len(tiled.empty) // tiled.empty_slots)
     seen = [tiled.tile(epoch, slot) for epoch in range(epochs) for slot in slots]
     assert set(seen) == set(tiled.empty.tolist())
     assert len(set(seen[: len(tiled.empty)])) == len(tiled.empty)
-    assert TiledDataset(drawn, SIDE, OVERLAP, share=1.0).empty_slots == 0
-    assert TiledDataset(drawn, SIDE, OVERLAP, share=0.01).empty_slots == len(tiled.empty)
+    assert TiledDataset(drawn, SIDE, OVERLAP, positive_fraction=1.0).empty_slots == 0
+    assert TiledDataset(drawn, SIDE, OVERLAP, positive_fraction=0.01).empty_slots == len(tiled.empty)
     assert len(TiledDataset(drawn, 512)) == len(SIZES)
 
 

@@ -16,15 +16,14 @@ import detkit
 from detkit.config import compose_config, resolve
 from detkit.engine.checkpoint import read_checkpoint
 from detkit.engine.evaluator import METRICS, Evaluation
-from detkit.engine.logging import RunLog
-from detkit.engine.measure import random_batch
-from detkit.engine.optim import Recipe, Schedule
+from detkit.engine.optimizer import Recipe, Schedule
 from detkit.engine.precision import Precision
+from detkit.engine.run_log import RunLog
 from detkit.engine.state import TrainState
 from detkit.engine.step import TrainStep
 from detkit.engine.trainer import Trainer
 from detkit.models.losses.task_aligned import TaskAlignedLoss
-from detkit.report.console import make_console
+from detkit.models.profiling import dummy_batch
 from detkit.tasks import eval as eval_task
 from detkit.tasks import predict, train
 
@@ -106,7 +105,7 @@ def make_step():
         detector = detkit.create_model("yolov8n", num_classes=3).eval()  # batch norms stay as they are
         recipe = Recipe("sgd", 0.01, 0.9, 0.0, 0.1)
         schedule = Schedule(recipe, epochs=10, final=0.01, shape="linear", warmup=0, warmup_momentum=0.8)
-        precision = Precision.pick("off", torch.device("cpu"))
+        precision = Precision.from_config("off", torch.device("cpu"))
         return TrainStep(detector, TaskAlignedLoss(), recipe, schedule, precision, accumulate=accumulate, clip=clip)
 
     return make
@@ -125,7 +124,7 @@ def halves(batch):
 def test_accumulated_gradients_are_the_sum_of_their_batches(make_step):
     """Two batches of 4 step the optimizer once, by the sum of what each would give alone."""
     torch.manual_seed(1)
-    first, second = halves(random_batch(8, (64, 64), 3, 3))
+    first, second = halves(dummy_batch(8, (64, 64), 3, 3))
     alone = []
     for part in (first, second):
         step = make_step(accumulate=9)  # more than come: look before the optimizer acts
@@ -147,7 +146,7 @@ def test_accumulated_gradients_are_the_sum_of_their_batches(make_step):
 def test_gradients_are_clipped(make_step):
     step = make_step(accumulate=1, clip=1e-3)
     start = [p.detach().clone() for p in trainable(step)]
-    step(random_batch(8, (64, 64), 3, 3), 0, 0)
+    step(dummy_batch(8, (64, 64), 3, 3), 0, 0)
     moved = torch.stack([(p.detach() - s).norm() for p, s in zip(trainable(step), start, strict=True)]).norm()
     assert 0 < float(moved) <= 0.01 * 1.9 * 1e-3 * 1.01
 
@@ -165,14 +164,14 @@ def test_accumulation_grows_in_the_warm_up(make_step, warmup, accumulate):
 def test_best_is_the_latest_of_the_best(tmp_path, monkeypatch, make_step):
     """Three epochs of AP -1 (a set without boxes), then 0.2, 0.1: best is the fourth, last the fifth."""
     scores = iter((-1.0, -1.0, -1.0, 0.2, 0.1))
-    log = RunLog(tmp_path, make_console())
+    log = RunLog(tmp_path)
     trainer = Trainer(make_step(1), [], [], None, epochs=5, run_dir=tmp_path, log=log, state=TrainState())
     monkeypatch.setattr(trainer, "train_epoch", lambda epoch: ({"box": 1.0}, 1.0))
     blank = dict.fromkeys(METRICS, 0.0)
     monkeypatch.setattr(
         trainer, "validate", lambda: Evaluation(blank | {"AP": next(scores), "per_class": {}}, [], [], [])
     )
-    monkeypatch.setattr(trainer, "picture_evaluation", lambda evaluation: None)
+    monkeypatch.setattr(trainer, "draw_best_epoch", lambda evaluation: None)
     results = trainer.fit()
     log.close()
     assert (results["best"]["epoch"], results["last"]["epoch"]) == (4, 5)

@@ -1,17 +1,14 @@
 """``weights=FILE``: what fits is taken, and the report says how much that was."""
 
-import io
-
 import pytest
 import torch
-from rich.console import Console
 from torch import nn
 
 import detkit
 from detkit.engine.checkpoint import Checkpoint, write_checkpoint
 from detkit.engine.transfer import TransferRow, load_weights
 from detkit.errors import DetkitError
-from detkit.report.tables import print_transfer
+from detkit.tasks.run_logging import print_transfer
 
 
 class Small(nn.Module):
@@ -48,8 +45,8 @@ def test_the_report_counts_numbers(small_checkpoint):
         TransferRow("head", 3, 0, 21),
     )
     assert report.total == TransferRow("all", 68, 40, 21)
-    assert report.unused == 1
-    assert set(report.afresh) == {
+    assert report.unexpected_keys == 1
+    assert set(report.missing_keys) == {
         "neck.weight",
         "head.weight",
         *(f"backbone.1.{name}" for name in ("running_mean", "running_var", "num_batches_tracked")),
@@ -59,20 +56,20 @@ def test_the_report_counts_numbers(small_checkpoint):
     assert not (model.neck.weight == 0).all()
 
 
-def test_the_table_says_it_in_percent(small_checkpoint):
-    console = Console(file=io.StringIO(), width=100)
-    print_transfer(load_weights(Small(), small_checkpoint), console)
-    rows = [line.replace("│", " ").split() for line in console.file.getvalue().splitlines() if "│" in line]
+def test_the_table_says_it_in_percent(small_checkpoint, capsys):
+    print_transfer(load_weights(Small(), small_checkpoint))
+    out = capsys.readouterr().out
+    rows = [line.replace("│", " ").split() for line in out.splitlines() if "│" in line]
     assert rows == [
         ["backbone", "65", "100", "%", "0", "%", "0", "%"],
         ["neck", "40", "0", "%", "100", "%", "0", "%"],
         ["head", "24", "12.5", "%", "0", "%", "87.5", "%"],
         ["all", "129", "52.7", "%", "31.0", "%", "16.3", "%"],
     ]
-    assert "tensors of the file without a place in this model: 1" in console.file.getvalue()
+    assert "unexpected tensors in the file: 1" in out
 
 
-def test_what_starts_from_noise_is_said(tmp_path, small_checkpoint):
+def test_what_starts_from_noise_is_said(tmp_path, small_checkpoint, capsys):
     model = Small()
     assert load_weights(model, small_checkpoint).warnings == ("the neck starts from noise",)
     write_checkpoint(tmp_path / "named.safetensors", Checkpoint({"neck.weight": torch.zeros(8, 5)}, {}, ("cat",), {}))
@@ -80,19 +77,18 @@ def test_what_starts_from_noise_is_said(tmp_path, small_checkpoint):
     report = load_weights(model, tmp_path / "named.safetensors")
     assert report.warnings[:2] == ("the backbone starts from noise", "the head starts from noise")
     assert "the file knows 1 classes (cat, ...), this model has 2 (cat, dog, ...)" in report.warnings[2]
-    out = io.StringIO()
-    print_transfer(report, Console(file=out, width=100))
-    assert "mind: the head starts from noise" in out.getvalue()
+    print_transfer(report)
+    assert "mind: the head starts from noise" in capsys.readouterr().out
     model.class_names = ("cat",)
     assert len(load_weights(model, tmp_path / "named.safetensors").warnings) == 2
 
 
-def test_nearly_all_is_not_called_all():
+def test_nearly_all_is_not_called_all(capsys):
     report = detkit.engine.transfer.TransferReport("x", (TransferRow("head", 99_999, 1, 0),), (), 0)
-    console = Console(file=io.StringIO(), width=100)
-    print_transfer(report, console)
-    assert "99.9 %" in console.file.getvalue()
-    assert "0.1 %" in console.file.getvalue()
+    print_transfer(report)
+    out = capsys.readouterr().out
+    assert "99.9 %" in out
+    assert "0.1 %" in out
 
 
 def test_weights_of_another_model_are_refused(tmp_path):

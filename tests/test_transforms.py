@@ -5,9 +5,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from detkit.data.transforms import build_transform
+from detkit.data.augment.transforms import build_transform
 from detkit.errors import DetkitError
-from detkit.structures import Origin, Sample
+from detkit.structures import ImageMeta, Sample
 
 SIZE = 160
 
@@ -18,7 +18,7 @@ def picture(boxes: list[tuple[float, ...]]) -> Sample:
     for x1, y1, x2, y2 in np.array(boxes).round().astype(int).clip(0).tolist():
         image[y1:y2, x1:x2] = 255
     table = np.array(boxes, np.float32).reshape(-1, 4)
-    return Sample(image, table, np.arange(len(boxes)), Origin(0, Path(), (SIZE, SIZE)))
+    return Sample(image, table, np.arange(len(boxes)), ImageMeta(0, Path(), (SIZE, SIZE)))
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import detkit
 from detkit.config import compose_config, resolve
 from detkit.errors import DetkitError
 from detkit.tasks.import_weights import make_checkpoint
-from detkit.weights.recognise import recognise
+from detkit.weights.identify import identify
 from detkit.weights.source import Source
 from tests.test_weights import V5, V8, foreign, imported, on_meta, randomised, save_and_forget
 
@@ -92,7 +92,7 @@ def test_what_tutorials_make_is_recognised(table, choices):
     state = tutorial_state(on_meta(choices, 4), table)
     for prefix in ("", "model."):
         named = {f"{prefix}{name}": tensor for name, tensor in state.items()}
-        found = recognise(Path("x.pt"), named)
+        found = identify(Path("x.pt"), named)
         assert found.choices == tuple(choices)
         assert (found.num_classes, found.part, found.left_out) == (4, None, ())
     cfg = resolve(compose_config("train", ["~data", *choices]))

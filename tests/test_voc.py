@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from detkit.data.voc import read_voc
+from detkit.data.formats.voc import read_voc
 from detkit.errors import DetkitError
 
 OBJECT = (
@@ -46,7 +46,7 @@ def test_boxes_classes_and_difficult_ones(voc_set):
     assert train.crowd.tolist() == [False, True]
     assert train.offsets.tolist() == [0, 2, 2]
     assert [path.name for path in train.paths] == ["a.png", "b c.png"]
-    assert not train.problems.summary()
+    assert not train.issues.summary()
 
 
 def test_pixels_counted_from_one(voc_set):
@@ -84,16 +84,16 @@ def test_images_may_lie_elsewhere(voc_set):
 def test_a_wrong_file_is_named_and_the_rest_is_used(voc_set, text, kind, line):
     (voc_set / "Annotations" / "b c.xml").write_text(text)
     annotations = read_voc("train", root=str(voc_set))
-    (problem,) = (p for p in annotations.problems.problems if p.kind != "without_boxes")
-    assert (problem.kind, problem.line) == (kind, line)
-    assert "b c" in problem.file
+    (issue,) = (p for p in annotations.issues.issues if p.kind != "without_boxes")
+    assert (issue.kind, issue.line) == (kind, line)
+    assert "b c" in issue.file
     assert len(annotations) == (1 if kind in ("unreadable_labels", "contradicting_size") else 2)
 
 
 def test_a_listed_name_without_files(voc_set):
     (voc_set / "ImageSets/Main/train.txt").write_text("a\na\ngone\nb c\n" + "n" * 300)
     (voc_set / "JPEGImages" / "b c.png").unlink()
-    counts = read_voc("train", root=str(voc_set)).problems.counts
+    counts = read_voc("train", root=str(voc_set)).issues.counts
     assert dict(counts) == {"missing_labels": 2, "missing_image": 1, "repeated_image": 1}
     (voc_set / "ImageSets/Main/train.txt").unlink()
     with pytest.raises(DetkitError, match=r"cannot read the list .*train\.txt"):
@@ -124,7 +124,7 @@ def test_lists_name_images_in_many_ways(voc_set, lines):
     annotations = read_voc("train", root=str(voc_set))
     assert [path.name for path in annotations.paths] == ["a.png", "b c.png"]
     assert len(annotations.boxes) == 2
-    assert not annotations.problems.summary()
+    assert not annotations.issues.summary()
 
 
 def test_lists_may_name_the_image_and_its_xml_file(voc_set):
@@ -135,7 +135,7 @@ def test_lists_may_name_the_image_and_its_xml_file(voc_set):
 def test_a_name_twice_in_different_words_is_one_image(voc_set):
     (voc_set / "ImageSets/Main/train.txt").write_text("a.png\na\n")
     annotations = read_voc("train", root=str(voc_set))
-    assert (len(annotations), annotations.problems.counts["repeated_image"]) == (1, 1)
+    assert (len(annotations), annotations.issues.counts["repeated_image"]) == (1, 1)
 
 
 def test_images_of_the_same_name_in_two_folders_are_told_apart(voc_set):
@@ -169,7 +169,7 @@ def test_objects_are_found_wherever_they_stand(voc_set, text):
     annotations = read_voc("train", root=str(voc_set))
     assert annotations.boxes[2:].tolist() == [[1, 2, 3, 4]]
     assert annotations.class_names == ("ant", "cat", "dog")
-    assert not annotations.problems.summary()
+    assert not annotations.issues.summary()
 
 
 @pytest.mark.parametrize(
@@ -194,7 +194,7 @@ def test_xml_is_read_in_the_encoding_that_it_declares(voc_set, declared, written
     (voc_set / "Annotations" / "b c.xml").write_text(content, encoding=written)
     annotations = read_voc("train", root=str(voc_set))
     assert name in annotations.class_names
-    assert not annotations.problems.summary()
+    assert not annotations.issues.summary()
 
 
 @pytest.mark.parametrize(
@@ -213,9 +213,9 @@ def test_xml_is_read_in_the_encoding_that_it_declares(voc_set, declared, written
 )
 def test_xml_that_cannot_be_read_is_named_with_the_reason(voc_set, content, words):
     (voc_set / "Annotations" / "b c.xml").write_text(content, errors="surrogateescape")
-    (problem,) = read_voc("train", root=str(voc_set)).problems.problems
-    assert problem.kind == "unreadable_labels"
-    assert words in problem.detail
+    (issue,) = read_voc("train", root=str(voc_set)).issues.issues
+    assert issue.kind == "unreadable_labels"
+    assert words in issue.detail
 
 
 def test_deep_xml_and_long_text_take_no_time(voc_set):
@@ -224,9 +224,9 @@ def test_deep_xml_and_long_text_take_no_time(voc_set):
     (voc_set / "Annotations" / "b c.xml").write_text(
         f"<annotation><object><name>{'x&lt;' * 10**6}</name></object></annotation>"
     )
-    counts = read_voc("val", root=str(voc_set)).problems.counts
+    counts = read_voc("val", root=str(voc_set)).issues.counts
     assert not counts
-    counts = read_voc("train", root=str(voc_set)).problems.counts
+    counts = read_voc("train", root=str(voc_set)).issues.counts
     assert (counts["unreadable_labels"], counts["malformed_box"]) == (1, 1)
 
 
@@ -252,5 +252,5 @@ def test_a_set_without_any_object_is_refused_for_the_true_reason(voc_set, texts,
 def test_pipes_in_place_of_files_are_not_waited_for(voc_set):
     (voc_set / "Annotations" / "b c.xml").unlink()
     os.mkfifo(voc_set / "Annotations" / "b c.xml")
-    (problem,) = read_voc("train", root=str(voc_set)).problems.problems
-    assert (problem.kind, problem.detail) == ("unreadable_labels", "cannot be read: it is not a regular file")
+    (issue,) = read_voc("train", root=str(voc_set)).issues.issues
+    assert (issue.kind, issue.detail) == ("unreadable_labels", "cannot be read: it is not a regular file")

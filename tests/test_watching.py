@@ -22,22 +22,21 @@ from torchvision.ops import box_iou
 
 from detkit.config import compose_config, resolve
 from detkit.data.annotations import Annotations
-from detkit.engine import loggers, progress, trainer
-from detkit.engine.curves import RECALLS, THRESHOLDS, Curves, confusion_matrix
+from detkit.engine import epoch_stats, loggers, trainer
+from detkit.engine.epoch_stats import EpochStats, memory_gib, time_data_wait
 from detkit.engine.evaluator import Evaluation, coco_metrics
-from detkit.engine.loggers import channel as channels_module
-from detkit.engine.loggers import open_loggers
-from detkit.engine.loggers.channel import BackgroundChannel, Channel
-from detkit.engine.loggers.tensorboard import TensorBoard
-from detkit.engine.logging import RunLog
-from detkit.engine.progress import Reading, count_waiting, memory_gib
+from detkit.engine.loggers import async_logger, open_loggers
+from detkit.engine.loggers.async_logger import AsyncLogger, SafeLogger
+from detkit.engine.loggers.tensorboard_logger import TensorBoard
+from detkit.engine.run_log import RunLog
 from detkit.engine.state import EpochState
 from detkit.errors import DetkitError
+from detkit.ops.curves import RECALLS, THRESHOLDS, Curves
 from detkit.registry import LOGGERS
-from detkit.report.console import make_console
-from detkit.report.plots import draw_confusion, draw_curves, draw_evaluation, save_figure
 from detkit.structures import Batch
-from detkit.tasks import resume, train, watch
+from detkit.tasks import resume, run_logging, train
+from detkit.viz.confusion_matrix import confusion_matrix
+from detkit.viz.plots import draw_confusion, draw_curves, draw_evaluation, save_figure
 from tests.conftest import run_command
 from tests.test_evaluator import random_predictions, random_set
 
@@ -177,7 +176,7 @@ def test_a_confusion_matrix_says_what_it_counts(least, score, found, tmp_path):
     predictions = [dict(zip(keys, record, strict=True)) for record in records]
     metrics, curves = coco_metrics(annotations, predictions)
     evaluation = Evaluation(metrics, predictions, [], [], curves)
-    axes = draw_evaluation(evaluation, annotations, least)["confusion_matrix"].axes[0]
+    axes = draw_evaluation(evaluation.curves, evaluation.predictions, annotations, least)["confusion_matrix"].axes[0]
     assert axes.get_title() == f"boxes of score {score} and more, IoU 0.5"
     assert np.diagonal(axes.images[0].get_array()).sum() == found
 
@@ -215,24 +214,24 @@ def test_lines_without_a_terminal(train_overrides, tmp_path, monkeypatch, capsys
 
 def test_readings_are_of_what_came_between():
     current = EpochState(batches=4, images=32, seconds=2.0, waited=0.5, losses={"box": torch.tensor(8.0)})
-    first = Reading.of(current, 4)
+    first = EpochStats.of(current, 4)
     current = EpochState(batches=8, images=64, seconds=4.0, waited=2.0, losses={"box": torch.tensor(11.0)})
-    window = Reading.of(current, 7).since(first)
+    window = EpochStats.of(current, 7).since(first)
     assert (window.means(), window.images_per_s, window.data_wait) == ({"box": 1.0}, 16.0, 0.75)
-    empty = Reading.of(EpochState(), 0).since(Reading.of(EpochState(), 0))
+    empty = EpochStats.of(EpochState(), 0).since(EpochStats.of(EpochState(), 0))
     assert (empty.means(), empty.images_per_s, empty.data_wait) == ({}, 0.0, 0.0)
 
 
 def test_waiting_is_measured_and_nothing_else(monkeypatch):
     current, now = EpochState(), [0.0]
-    monkeypatch.setattr(progress, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr(epoch_stats, "time", SimpleNamespace(perf_counter=lambda: now[0]))
 
     def slow():
         for _ in range(3):
             now[0] += 2
             yield Batch.empty()
 
-    for _ in count_waiting(slow(), current):
+    for _ in time_data_wait(slow(), current):
         now[0] += 5
     assert current.waited == 6
     assert 0.05 < memory_gib(CPU) < 64
@@ -255,7 +254,7 @@ class Broken:
 
 def test_a_logger_that_fails_ends_nothing(train_overrides, tmp_path, monkeypatch, capsys):
     """Of two loggers, and TensorBoard, each is complained of once; the run writes all it writes without them."""
-    for name in ("scalars", "picture", "precision_recall"):
+    for name in ("scalars", "image", "precision_recall"):
         monkeypatch.setattr(TensorBoard, name, Broken().any)
     for name in ("one", "two"):
         monkeypatch.setitem(LOGGERS._parts, name, lambda *_: Broken())
@@ -270,9 +269,9 @@ def test_a_logger_that_fails_ends_nothing(train_overrides, tmp_path, monkeypatch
 def test_what_cannot_be_drawn_ends_nothing(train_overrides, tmp_path, monkeypatch, capsys):
     """A part that cannot be counted, an odd set: each is said once, and the run writes the rest."""
     drawn = {
-        (watch, "summarize"): "the model's summary",
-        (watch, "draw_labels"): "labels.png",
-        (trainer, "picture_batch"): "the training batches",
+        (run_logging, "summarize"): "the model's summary",
+        (run_logging, "draw_labels"): "labels.png",
+        (trainer, "draw_batch"): "the training batches",
         (trainer, "draw_evaluation"): "the evaluation",
         (trainer, "plot_history"): "history.png",
     }
@@ -287,19 +286,20 @@ def test_what_cannot_be_drawn_ends_nothing(train_overrides, tmp_path, monkeypatc
 
 
 def test_a_full_disk_is_no_fault_of_a_picture(tmp_path):
-    with pytest.raises(OSError, match="No space"), RunLog(tmp_path, make_console()).drawing("labels.png"):
+    with pytest.raises(OSError, match="No space"), RunLog(tmp_path).drawing("labels.png"):
         raise OSError(errno.ENOSPC, "No space left on device")
 
 
-def test_tensorboard_goes_on_when_a_full_disk_has_room_again(tmp_path, monkeypatch):
-    told: list[str] = []
-    (channel,) = open_loggers([], tmp_path, 0, told.append)
+def test_tensorboard_goes_on_when_a_full_disk_has_room_again(tmp_path, monkeypatch, caplog):
+    (channel,) = open_loggers([], tmp_path, 0)
     write = RecordWriter.write
     for step in range(1, 7):
         monkeypatch.setattr(RecordWriter, "write", full_disk if step == 2 else write)
-        channel.send(lambda logger, step=step: logger.scalars({"loss/box": 1.0}, step))
+        channel.call(lambda logger, step=step: logger.scalars({"loss/box": 1.0}, step))
     channel.close(True)
-    assert told == ["TensorBoard fails ([Errno 28] No space left): what it was to keep is lost, the training goes on"]
+    assert caplog.messages == [
+        "TensorBoard fails ([Errno 28] No space left): what it was to keep is lost, the training goes on"
+    ]
     steps = [event.step for event in EventAccumulator(str(tmp_path)).Reload().Scalars("loss/box")]
     assert steps == [1, 3, 4, 5, 6]
 
@@ -311,23 +311,22 @@ def full_disk(*_: object) -> None:
 def test_a_slow_logger_keeps_nobody_waiting():
     done: list[int] = []
     go_on = Event()
-    channel = BackgroundChannel("slow", None, print)
+    channel = AsyncLogger("slow", None)
     for k in range(5):
-        channel.send(lambda _, k=k: (go_on.wait(60), done.append(k)))
+        channel.call(lambda _, k=k: (go_on.wait(60), done.append(k)))
     assert done == []  # and here we are
     go_on.set()
     channel.close(True)
     assert done == [0, 1, 2, 3, 4]
 
 
-def test_a_full_queue_is_told_once():
-    told: list[str] = []
-    channel = BackgroundChannel("slow", None, told.append)
+def test_a_full_queue_is_told_once(caplog):
+    channel = AsyncLogger("slow", None)
     channel.calls.maxsize = 1
     go_on = Event()
     for _ in range(9):
-        channel.send(lambda _: go_on.wait(60))
-    assert told == ["slow fails (too slow): what it was to keep is lost, the training goes on"]
+        channel.call(lambda _: go_on.wait(60))
+    assert caplog.messages == ["slow fails (too slow): what it was to keep is lost, the training goes on"]
     go_on.set()
     channel.close(True)
 
@@ -335,11 +334,11 @@ def test_a_full_queue_is_told_once():
 def test_a_logger_with_a_full_queue_is_closed_all_the_same():
     closed: list[bool] = []
     running, go_on = Event(), Event()
-    channel = BackgroundChannel("slow", SimpleNamespace(close=closed.append), print)
+    channel = AsyncLogger("slow", SimpleNamespace(close=closed.append))
     channel.calls.maxsize = 1
-    channel.send(lambda _: (running.set(), go_on.wait(60)))
+    channel.call(lambda _: (running.set(), go_on.wait(60)))
     assert running.wait(60)
-    channel.send(lambda _: None)
+    channel.call(lambda _: None)
     assert channel.calls.full()
     Timer(0.1, go_on.set).start()
     channel.close(False)
@@ -347,16 +346,15 @@ def test_a_logger_with_a_full_queue_is_closed_all_the_same():
     assert not channel.thread.is_alive()
 
 
-def test_a_logger_that_hangs_is_not_waited_for_for_ever(monkeypatch):
-    monkeypatch.setattr(channels_module, "PATIENCE", {True: 0.1})
-    told: list[str] = []
+def test_a_logger_that_hangs_is_not_waited_for_for_ever(monkeypatch, caplog):
+    monkeypatch.setattr(async_logger, "PATIENCE", {True: 0.1})
     go_on = Event()
-    channel = BackgroundChannel("hung", None, told.append)
+    channel = AsyncLogger("hung", None)
     channel.calls.maxsize = 1
     for _ in range(3):
-        channel.send(lambda _: go_on.wait(60))
+        channel.call(lambda _: go_on.wait(60))
     channel.close(True)
-    assert len(told) == 1
+    assert len(caplog.messages) == 1
     assert channel.thread.is_alive()
     go_on.set()
     channel.calls.put(None)  # the test's end, not the channel's
@@ -368,7 +366,7 @@ def test_a_plugin_brings_a_logger(tmp_path, monkeypatch):
     class Mine:
         id = "run-7"
 
-        def __init__(self, run_dir: Path, run: str | None, tell) -> None:
+        def __init__(self, run_dir: Path, run: str | None) -> None:
             opened.append(run)
 
         def close(self, finished: bool) -> None:
@@ -377,7 +375,7 @@ def test_a_plugin_brings_a_logger(tmp_path, monkeypatch):
     monkeypatch.setitem(LOGGERS._parts, "mine", Mine)
     for step in (0, 5):
         loggers.check_loggers(["mine"])
-        for channel in open_loggers(["mine"], tmp_path, step, print, resumed=step > 0):
+        for channel in open_loggers(["mine"], tmp_path, step, resumed=step > 0):
             channel.close(True)
     assert opened == [None, "run-7"]
 
@@ -392,29 +390,27 @@ def test_a_missing_package_is_said_before_anything_is_done(tmp_path, monkeypatch
     assert (status, said) == (2, "error: unknown logger 'comet': known are mlflow, wandb\n")
 
 
-def test_a_logger_that_does_not_open_ends_a_new_run_only(tmp_path, monkeypatch):
+def test_a_logger_that_does_not_open_ends_a_new_run_only(tmp_path, monkeypatch, caplog):
     def fail(*_: object) -> None:
         raise RuntimeError("the server is away\nsee there")
 
     monkeypatch.setitem(LOGGERS._parts, "mlflow", fail)
     with pytest.raises(DetkitError, match=r"^trainer.loggers: mlflow does not open: the server is away$"):
-        open_loggers(["mlflow"], tmp_path, 0, print)
-    told: list[str] = []
-    (channel,) = open_loggers(["mlflow"], tmp_path, 7, told.append, resumed=True)
-    assert isinstance(channel, Channel)
-    assert told == ["mlflow does not open (the server is away): the run goes on without it"]
+        open_loggers(["mlflow"], tmp_path, 0)
+    (channel,) = open_loggers(["mlflow"], tmp_path, 7, resumed=True)
+    assert isinstance(channel, SafeLogger)
+    assert caplog.messages == ["mlflow does not open (the server is away): the run goes on without it"]
 
 
-def test_a_resumed_run_is_the_same_to_wandb(tmp_path, monkeypatch):
+def test_a_resumed_run_is_the_same_to_wandb(tmp_path, monkeypatch, caplog):
     pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
-    told: list[str] = []
     for step in (0, 5):
-        channels = open_loggers(["wandb"], tmp_path, step, told.append, resumed=step > 0)
+        channels = open_loggers(["wandb"], tmp_path, step, resumed=step > 0)
         for k in range(step, step + 2):
-            channels[1].send(lambda logger, k=k: logger.scalars({"loss/box": 1.0}, k))
-        channels[1].send(lambda logger, step=step: logger.hyper_parameters({"trainer.epochs": 2 + step}))
-        channels[1].send(lambda logger: logger.text("model", "| a |"))
+            channels[1].call(lambda logger, k=k: logger.scalars({"loss/box": 1.0}, k))
+        channels[1].call(lambda logger, step=step: logger.hyper_parameters({"trainer.epochs": 2 + step}))
+        channels[1].call(lambda logger: logger.text("model", "| a |"))
         for channel in channels:
             channel.close(True)
         time.sleep(1.1 * (step == 0))  # the folder is named by the second
@@ -422,7 +418,7 @@ def test_a_resumed_run_is_the_same_to_wandb(tmp_path, monkeypatch):
     folders = [path.name for path in (tmp_path / "wandb").glob("offline-run-*")]
     assert len(folders) == 2
     assert all(name.endswith(f"-{run}") for name in folders)
-    assert not [sentence for sentence in told if "fails" in sentence]
+    assert not [sentence for sentence in caplog.messages if "fails" in sentence]
 
 
 def test_a_resumed_run_is_the_same_to_mlflow(train_overrides, tmp_path, monkeypatch, capsys):

@@ -15,20 +15,20 @@ from PIL import Image
 
 from detkit.config import compose_config, resolve
 from detkit.data.annotations import Annotations
-from detkit.data.augment import Augmentation
+from detkit.data.augment.pipeline import Augmentation
 from detkit.data.dataset import DetectionDataset
-from detkit.data.problems import ProblemLog
-from detkit.data.shapes import read_shapes
-from detkit.data.stream import ShardLoader, cut_batches
-from detkit.data.webdataset import read_webdataset, write_webdataset
+from detkit.data.formats.shapes import read_shapes
+from detkit.data.formats.tar_shards import read_webdataset, write_webdataset
+from detkit.data.issues import IssueLog
+from detkit.data.read import read_split
+from detkit.data.shard_loader import ShardLoader, cut_batches
 from detkit.errors import DetkitError
 from detkit.ops.image import read_bytes, read_image, tar_member
 from detkit.tasks import eval as eval_task
 from detkit.tasks import train
-from detkit.tasks.common import read_split
 
-PLAIN = {"mosaic": {"p": 0.0, "off_epochs": 0}, "affine": {"scale": [1.0, 1.0], "translate": 0.0}, "transforms": {}}
-MOSAIC = PLAIN | {"mosaic": {"p": 1.0, "off_epochs": 0}, "affine": {"scale": [0.5, 1.5], "translate": 0.1}}
+PLAIN = {"mosaic": {"p": 0.0, "close_epochs": 0}, "affine": {"scale": [1.0, 1.0], "translate": 0.0}, "transforms": {}}
+MOSAIC = PLAIN | {"mosaic": {"p": 1.0, "close_epochs": 0}, "affine": {"scale": [0.5, 1.5], "translate": 0.1}}
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +76,7 @@ def test_a_set_comes_back_as_it_was(split, shapes_root, shards):
     source, back = read_shapes(split, root=str(shapes_root)), read_webdataset(split, root=str(shards))
     assert by_id(back) == by_id(source)
     assert (back.class_names, back.category_ids) == (source.class_names, source.category_ids)
-    assert back.problems.of("left out", "mended") == {}
+    assert back.issues.of("skipped", "fixed") == {}
     assert len(list(shards.glob(f"{split}-*.tar"))) == math.ceil(len(source) / 7)
     assert not [path for path in shards.iterdir() if path.name.startswith(".")]
     again = read_webdataset(split, root=str(shards))  # from the index
@@ -99,7 +99,7 @@ def _rank(root: str, rank: int, ranks: int, workers: int, queue: multiprocessing
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(ranks)}
     dataset = DetectionDataset(read_webdataset("train", root=root))
     loader = ShardLoader(dataset, Augmentation(64, PLAIN, 2), 3, workers=workers)
-    epochs = [[[o.index for o in batch.origins] for batch in loader.epoch(epoch)] for epoch in (0, 1, 0)]
+    epochs = [[[o.index for o in batch.metas] for batch in loader.epoch(epoch)] for epoch in (0, 1, 0)]
     queue.put((rank, len(loader), epochs))
 
 
@@ -133,9 +133,9 @@ def test_samples_do_not_depend_on_the_workers_but_for_partners(shards):
     def samples(augment: dict, workers: int) -> dict[int, tuple[bytes, list]]:
         loader = ShardLoader(dataset, Augmentation(64, augment, 1), 5, workers=workers, seed=3)
         return {
-            origin.index: (image.numpy().tobytes(), boxes[valid].tolist())
+            meta.index: (image.numpy().tobytes(), boxes[valid].tolist())
             for b in loader.epoch(0)
-            for origin, image, boxes, valid in zip(b.origins, b.images, b.boxes_bm4, b.valid_bm, strict=True)
+            for meta, image, boxes, valid in zip(b.metas, b.images, b.boxes_bm4, b.valid_bm, strict=True)
         }
 
     flips = PLAIN | {"affine": {"scale": [0.5, 1.5], "translate": 0.2}, "transforms": {"flip": {"p": 0.5}}}
@@ -166,11 +166,11 @@ def test_damage_is_left_out_and_said(tmp_path):
         },
     )  # fmt: skip
     write_list(tmp_path, ("a.tar", 4), ("b.tar", 1), ("c.tar", 9))
-    log = ProblemLog()
+    log = IssueLog()
     found = read_webdataset("train", root=str(tmp_path), log=log)
     assert [path.name for path in found.paths] == ["0.png", "1.png", "good.png", "dir_good.png", "bad.png"]
     assert found.boxes[found.rows(3)].tolist() == [[0, 0, 16, 16]]
-    assert log.of("left out", "mended") == {
+    assert log.of("skipped", "fixed") == {
         "broken_shard": 2,
         "unreadable_image": 1,
         "truncated_image": 1,
@@ -182,11 +182,11 @@ def test_damage_is_left_out_and_said(tmp_path):
         "degenerate_box": 1,
         "overhanging_box": 1,
     }
-    said = " ".join(map(str, log.problems))
+    said = " ".join(map(str, log.issues))
     assert "a.tar: holds 2 samples of 4 that are listed; the file ends early" in said
     assert "b.tar: holds 0 samples of 1" in said
     loader = ShardLoader(DetectionDataset(found), Augmentation(64, PLAIN, 1), 2, workers=0)
-    assert sorted(o.index for batch in loader.epoch(0) for o in batch.origins) == list(range(5))
+    assert sorted(o.index for batch in loader.epoch(0) for o in batch.metas) == list(range(5))
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -207,11 +207,11 @@ def test_damage_after_the_index_loses_no_other_image(workers, tmp_path):
     loader = ShardLoader(dataset, Augmentation(64, PLAIN, 1), 4, workers=workers)
     assert len(loader) == 3
     batches = list(loader.epoch(0))
-    seen = {o.index for batch in batches for o in batch.origins}
+    seen = {o.index for batch in batches for o in batch.metas}
     assert {0, 2, 3, 4, 5, 6, 7} <= seen <= set(range(12)) - {1, 11}
-    said = " ".join([p for batch in batches for p in batch.problems] + loader.problems)
+    said = " ".join([p for batch in batches for p in batch.issues] + loader.issues)
     assert f"cannot read image {damaged}" in said
-    assert "2.tar: " in said and "images are left out" in said
+    assert "2.tar: " in said and "images are skipped" in said
     for shard in tmp_path.glob("*.tar"):
         shard.unlink()
     with pytest.raises(DetkitError, match=r"no image of this epoch can be read; .*\.tar"):

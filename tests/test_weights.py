@@ -20,7 +20,7 @@ from detkit.models.detector import build_detector
 from detkit.registry import BACKBONES
 from detkit.tasks.import_weights import make_checkpoint
 from detkit.tasks.import_weights import run as import_weights
-from detkit.weights.recognise import recognise
+from detkit.weights.identify import identify
 from detkit.weights.source import Source
 
 # detkit's names of the layers of a flat list, in its order; what has no parameters is not there.
@@ -170,7 +170,7 @@ def test_every_scale_is_recognised(table, choices, scale):
     state = foreign(on_meta(choices, 7).state_dict(), table)
     if table is V5:
         state["model.24.anchors"] = torch.ones(3, 3, 2)
-    found = recognise(Path("x.pt"), state)
+    found = identify(Path("x.pt"), state)
     assert found.choices == tuple(choices)
     assert (found.num_classes, found.part, found.left_out) == (7, None, ())
     cfg = resolve(compose_config("train", ["~data", *choices]))
@@ -188,7 +188,7 @@ def test_every_revcol_is_recognised(name, prefix):
         own = BACKBONES.build(cfg["backbone"]).state_dict()
         state = {f"{prefix}{key}": tensor for key, tensor in own.items()}
         state |= {"cls.weight": torch.ones(1), "neck.convs.0.weight": torch.ones(1), "rpn_head.bias": torch.ones(1)}
-    found = recognise(Path("x.pth"), state)
+    found = identify(Path("x.pth"), state)
     assert (found.choices, found.part) == ((f"backbone={name}",), "backbone")
     assert found.left_out == ("cls.weight", "neck.convs.0.weight", "rpn_head.bias")
     weights = make_checkpoint(Path("x.pth"), Source(state, None, None), found, cfg, "").weights
@@ -262,7 +262,7 @@ def test_a_head_of_too_many_classes_is_refused():
     state = foreign(detkit.create_model("yolov8n", num_classes=2).state_dict(), V8)
     last = next(name for name in state if name.endswith("cv3.0.2.bias"))
     state[last] = torch.zeros(50_000, dtype=torch.uint8)
-    found = recognise(Path("x.pt"), state)
+    found = identify(Path("x.pt"), state)
     cfg = resolve(compose_config("train", ["~data", *found.choices]))
     with pytest.raises(DetkitError, match="claims 50,000 classes"):
         make_checkpoint(Path("x.pt"), Source(state, None, None), found, cfg, "")
@@ -284,7 +284,7 @@ def test_a_backbone_starts_a_training_and_is_no_detector(tmp_path):
     assert read_checkpoint(path).part == "backbone"
     report = detkit.load_weights(detkit.create_model("yolov8n", backbone="mobilenetv2"), path)
     backbone, neck, head = report.rows
-    assert backbone.matched == backbone.parameters > 0
+    assert backbone.loaded == backbone.parameters > 0
     assert (neck.missing, head.missing) == (neck.parameters, head.parameters)
     with pytest.raises(
         DetkitError, match="holds a backbone only, not a detector: start a training from it with weights="
@@ -359,7 +359,7 @@ def test_tensors_of_any_shape_are_no_fault(table, value):
     for name in ("model.0.conv.weight", "model.9.cv1.bn.bias", *head[:8], *head[-4:]):
         with pytest.raises(DetkitError):
             changed = without(state, name) if value is None else state | {name: value}
-            found = recognise(Path("x.pt"), changed)
+            found = identify(Path("x.pt"), changed)
             make_checkpoint(Path("x.pt"), Source(changed, None, None), found, cfg, "model=x")
 
 

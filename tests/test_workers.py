@@ -14,13 +14,13 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from detkit.data import workers
-from detkit.data.augment import Augmentation
+from detkit.data.augment.pipeline import Augmentation
 from detkit.data.dataset import DetectionDataset, LetterboxDataset
-from detkit.data.files import map_files
+from detkit.data.file_utils import map_files
+from detkit.data.formats.shapes import read_shapes
+from detkit.data.formats.tar_shards import read_webdataset, write_webdataset
 from detkit.data.loader import BatchLoader
-from detkit.data.shapes import read_shapes
-from detkit.data.stream import ShardLoader
-from detkit.data.webdataset import read_webdataset, write_webdataset
+from detkit.data.shard_loader import ShardLoader
 from detkit.data.workers import Workers, WorkersLost, check_shared_memory
 from detkit.errors import DetkitError
 from tests.test_console import command
@@ -188,7 +188,7 @@ FAULT = """
 import sys
 from detkit.data.dataset import DetectionDataset, LetterboxDataset
 from detkit.data.loader import BatchLoader
-from detkit.data.shapes import read_shapes
+from detkit.data.formats.shapes import read_shapes
 
 dataset = LetterboxDataset(DetectionDataset(read_shapes("train", root=sys.argv[1])), 64)
 loaders = [BatchLoader(dataset, 2, workers=2) for _ in range(2)]

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from detkit.data.label_files import label_folders
-from detkit.data.yolo import read_yolo
+from detkit.data.formats.label_files import label_folders
+from detkit.data.formats.yolo import read_yolo
 from detkit.errors import DetkitError
 
 LABELS = {"train/a": "1 0.5 0.5 0.2 0.4\n\n0 0.1 0.2 0.3 0.2 0.2 0.5\n", "train/ü b": "", "val/a": "0 0.5 0.5 1 1\n"}
@@ -36,7 +36,7 @@ def test_boxes_and_polygons_become_pixels(yolo_set):
     assert annotations.labels.tolist() == [1, 0]
     assert annotations.offsets.tolist() == [0, 2, 2]
     assert annotations.class_names == ("cat", "dog")
-    assert not annotations.problems.summary()
+    assert not annotations.issues.summary()
 
 
 @pytest.mark.parametrize(
@@ -153,7 +153,7 @@ def test_paths_as_other_machines_and_tools_write_them(yolo_set, tmp_path, text):
     (tmp_path / "windows.txt").write_bytes(b"images\\train\\a.png\r\n.\\images\\train\\\xc3\xbc b.png\r\n")
     annotations = read_yolo("train", yaml=str(yaml))
     assert (len(annotations), len(annotations.boxes)) == (2, 2)
-    assert not annotations.problems.summary()
+    assert not annotations.issues.summary()
 
 
 def test_a_list_and_its_images_may_have_names_that_are_no_unicode(yolo_set, tmp_path):
@@ -166,7 +166,7 @@ def test_a_list_and_its_images_may_have_names_that_are_no_unicode(yolo_set, tmp_
     for _ in range(2):  # the second time from the index
         annotations = read_yolo("train", yaml=str(yaml))
         assert (len(annotations), len(annotations.boxes)) == (1, 2)
-        assert annotations.problems.counts["missing_image"] == 1
+        assert annotations.issues.counts["missing_image"] == 1
         assert os.fsencode(annotations.paths[0]).endswith(b"\xe9\xff.png")
     (tmp_path / "train.txt").write_bytes(b"\x89PNG\0\0")
     with pytest.raises(DetkitError, match="not UTF-8 text"):
@@ -182,7 +182,7 @@ def test_of_labels_with_keypoints_the_first_four_numbers_are_the_box(yolo_set, t
     annotations = read_yolo("train", yaml=str(yaml))
     np.testing.assert_allclose(annotations.boxes, [[40, 15, 60, 35], [45, 22.5, 55, 27.5]])
     counts = {"keypoints": 1, "malformed_box": 1, "without_boxes": 1}
-    assert dict(annotations.problems.counts) == counts
+    assert dict(annotations.issues.counts) == counts
     yaml.write_text("train: images/train\nnames: [cat, dog]\n")
     (tmp_path / "labels" / "train" / "a.txt").write_text("1 0.1 0.1 0.2 0.1 0.2 0.3 0.1 0.3\n")  # four corners
     np.testing.assert_allclose(read_yolo("train", yaml=str(yaml)).boxes, [[10, 5, 20, 15]])
@@ -200,8 +200,8 @@ def test_pipes_in_place_of_files_are_not_waited_for(yolo_set, tmp_path):
     (tmp_path / "labels" / "train" / "a.txt").unlink()
     os.mkfifo(tmp_path / "labels" / "train" / "a.txt")
     annotations = read_yolo("train", yaml=str(yaml))
-    (problem,) = (p for p in annotations.problems.problems if p.kind == "unreadable_labels")
-    assert "not a regular file" in problem.detail
+    (issue,) = (p for p in annotations.issues.issues if p.kind == "unreadable_labels")
+    assert "not a regular file" in issue.detail
     assert len(annotations) == 1
     yaml.unlink()
     os.mkfifo(yaml)
@@ -231,8 +231,8 @@ def test_a_wrong_line_is_named_and_the_rest_is_used(yolo_set, line, kind):
     file = yaml.parent / "labels" / "train" / "a.txt"
     file.write_text(LABELS["train/a"] + line)
     annotations = read_yolo("train", yaml=str(yaml))
-    (problem,) = (p for p in annotations.problems.problems if p.kind != "without_boxes")
-    assert (problem.kind, problem.file, problem.line) == (kind, str(file), 4)
+    (issue,) = (p for p in annotations.issues.issues if p.kind != "without_boxes")
+    assert (issue.kind, issue.file, issue.line) == (kind, str(file), 4)
     assert len(annotations.labels) == 2 + (kind == "beyond_one")
     assert annotations.boxes.max() <= 100
 
@@ -244,7 +244,7 @@ def test_a_label_without_an_image_and_one_that_is_no_text(yolo_set):
     (yaml.parent / "labels" / "train" / "a.txt").write_bytes(b"\xff\xfe\x00")
     annotations = read_yolo("train", yaml=str(yaml))
     assert [path.name for path in annotations.paths] == ["ü b.png"]
-    assert dict(annotations.problems.counts) == {"unreadable_labels": 1, "labels_without_image": 1, "without_boxes": 1}
+    assert dict(annotations.issues.counts) == {"unreadable_labels": 1, "labels_without_image": 1, "without_boxes": 1}
 
 
 def test_folders_that_link_to_themselves_are_read_once(yolo_set):
@@ -253,7 +253,7 @@ def test_folders_that_link_to_themselves_are_read_once(yolo_set):
     os.symlink("loop.png", yaml.parent / "images" / "train" / "loop.png")
     annotations = read_yolo("train", yaml=str(yaml))
     assert len(annotations) == 2
-    assert dict(annotations.problems.counts) == {"missing_image": 1, "without_boxes": 1, "unlabelled_image": 1}
+    assert dict(annotations.issues.counts) == {"missing_image": 1, "without_boxes": 1, "unlabelled_image": 1}
 
 
 def test_a_listed_image_elsewhere_does_not_lead_into_other_folders(yolo_set, tmp_path, monkeypatch):
@@ -262,7 +262,7 @@ def test_a_listed_image_elsewhere_does_not_lead_into_other_folders(yolo_set, tmp
     monkeypatch.setattr("detkit.data.index.walk", None)  # it would go through all of the disk
     annotations = read_yolo("train", yaml=str(yaml))
     assert len(annotations) == 1
-    assert annotations.problems.counts["missing_image"] == 2
+    assert annotations.issues.counts["missing_image"] == 2
 
 
 def test_an_image_that_is_missing_in_its_folder_is_no_other_of_its_name(yolo_set, tmp_path):
@@ -271,7 +271,7 @@ def test_an_image_that_is_missing_in_its_folder_is_no_other_of_its_name(yolo_set
     (tmp_path / "train.txt").write_text("/old/disk/images/train/a.png\nimages/train/b.png\n")
     annotations = read_yolo("train", yaml=str(yaml))
     assert [path.name for path in annotations.paths] == ["a.png"]
-    assert annotations.problems.counts["missing_image"] == 1
+    assert annotations.issues.counts["missing_image"] == 1
 
 
 def test_labels_lie_in_labels_beside_the_last_images_or_an_earlier_one_or_beside_the_image():
@@ -315,7 +315,7 @@ def test_labels_are_found_wherever_the_path_says_images(tmp_path, monkeypatch, i
         annotations = read_yolo("train", yaml=str(yaml))
         np.testing.assert_allclose(annotations.boxes, [[40, 15, 60, 35]])
         counts = {"unlabelled_image": 2, "labels_without_image": 1, "without_boxes": 2}
-        assert dict(annotations.problems.counts) == counts
+        assert dict(annotations.issues.counts) == counts
     (tmp_path / labels / "1.txt").write_text("0 0.5 0.5 0.2 0.4\n")  # the index sees it
     assert len(read_yolo("train", yaml=str(tmp_path / "data.yaml")).boxes) == 2
 
@@ -330,8 +330,8 @@ def test_splits_that_share_a_folder_have_no_labels_without_image(tmp_path):
     (tmp_path / "train.txt").write_text("images/a.png\n")
     (tmp_path / "val.txt").write_text("images/b.png\n")
     (tmp_path / "data.yaml").write_text("train: train.txt\nval: val.txt\nnames: [cat]\n")
-    (problem,) = read_yolo("train", yaml=str(tmp_path / "data.yaml")).problems.problems
-    assert (problem.kind, Path(problem.file).name) == ("labels_without_image", "c.txt")
+    (issue,) = read_yolo("train", yaml=str(tmp_path / "data.yaml")).issues.issues
+    assert (issue.kind, Path(issue.file).name) == ("labels_without_image", "c.txt")
 
 
 def test_folders_may_be_called_as_numbers_and_truth_values_are(yolo_set, tmp_path):

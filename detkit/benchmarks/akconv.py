@@ -7,9 +7,10 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
-from detkit.benchmarks.common import describe, tell, time_in_turns
-from detkit.engine.precision import make_deterministic, pick_device
+from detkit.benchmarks.common import describe, print_result, time_in_turns
+from detkit.engine.precision import seed_everything
 from detkit.layers.akconv import AKConv
+from detkit.ops.device import pick_device
 
 POINTS = (3, 5, 9)
 BATCH, CHANNELS, SIZE = 4, 64, 80
@@ -48,7 +49,7 @@ class GatherAKConv(AKConv):
 def run(cfg: dict[str, Any]) -> dict[str, Any]:
     """Time forward and backward of the module for N = 3, 5, 9; detkit's in both memory layouts."""
     device = pick_device(cfg["device"])
-    make_deterministic(cfg["seed"])
+    seed_everything(cfg["seed"])
     title = f"AKConv, {CHANNELS} channels {SIZE}x{SIZE}, batch {BATCH}, forward and backward"
     table = Table("N", "way", "ms", "times as fast", header_style="bold", title=title)
     result: dict[str, Any] = {"task": "akconv", **describe(device), "ms": {}, "ratio": {}}
@@ -58,7 +59,7 @@ def run(cfg: dict[str, Any]) -> dict[str, Any]:
         result["ratio"][n] = {name: seconds["gather"] / value for name, value in seconds.items()}
         for name in seconds:
             table.add_row(str(n), name, f"{result['ms'][n][name]:.0f}", f"{result['ratio'][n][name]:.2f}")
-    return tell(table, result)
+    return print_result(table, result)
 
 
 def _time(n: int, rounds: int, device: torch.device) -> dict[str, float]:

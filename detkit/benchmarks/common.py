@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from rich.table import Table
 
-from detkit.report.console import make_console
+from detkit.viz.console import make_console
 
 WARMUP = 2  # rounds before the clock starts
 
@@ -46,7 +46,7 @@ def _finish(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def tell(table: Table, result: dict[str, Any]) -> dict[str, Any]:
+def print_result(table: Table, result: dict[str, Any]) -> dict[str, Any]:
     """Print the table and, as the last line of standard output, the result as JSON; return the result."""
     make_console().print(table)
     print(json.dumps(result))

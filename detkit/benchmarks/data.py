@@ -15,16 +15,16 @@ import cv2
 import torch
 from rich.table import Table
 
-from detkit.benchmarks.common import WARMUP, tell
+from detkit.benchmarks.common import WARMUP, print_result
 from detkit.benchmarks.peer import start_peer
 from detkit.data.annotations import Annotations
-from detkit.data.augment import AugmentedDataset, partner_window
+from detkit.data.augment.pipeline import AugmentedDataset, mosaic_window
 from detkit.data.cache import KEPT_BYTES, LocalImages
 from detkit.data.dataset import DetectionDataset
+from detkit.data.formats.writers import write_set
 from detkit.data.loader import EpochSampler
-from detkit.data.writers import write_set
+from detkit.data.read import read_split
 from detkit.errors import DetkitError
-from detkit.tasks.common import read_split
 
 # data.cache of each variant, and what a process keeps beside it; the peer, too, keeps some images where it has no cache
 CACHES = {"uncached": (None, KEPT_BYTES), "cached": ("ram", 0), "nothing_kept": (None, 0)}
@@ -100,7 +100,7 @@ def run(cfg: dict[str, Any]) -> dict[str, Any]:
             result[f"ratio_{name}"] = speed[name] / speed[peer]
             row[2:] = f"{speed[peer]:.1f}", f"{result[f'ratio_{name}']:.2f}"
         table.add_row(*row)
-    return tell(table, result)
+    return print_result(table, result)
 
 
 @contextmanager
@@ -127,7 +127,7 @@ def _turn(annotations: Annotations, cfg: dict[str, Any], cache: str | None, keep
     transforms = {name: cfg["augment"]["transforms"].get(name) for name in TRANSFORMS}
     augment = {**cfg["augment"], "transforms": transforms}
     dataset = AugmentedDataset(images, size, augment, cfg["seed"], epochs=2**31)
-    window = partner_window(augment["mosaic"].get("partners", "auto"), images, batch_size)
+    window = mosaic_window(augment["mosaic"].get("partners", "auto"), images, batch_size)
     keys = _endless(EpochSampler(len(images), cfg["seed"], window=window))
 
     def turn() -> float:

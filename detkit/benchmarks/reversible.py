@@ -7,10 +7,11 @@ import torch
 from rich.table import Table
 from torch import Tensor, nn
 
-from detkit.benchmarks.common import describe, tell, time_in_turns
-from detkit.engine.measure import saved_bytes
-from detkit.engine.precision import make_deterministic, pick_device
+from detkit.benchmarks.common import describe, print_result, time_in_turns
+from detkit.engine.precision import seed_everything
 from detkit.models.backbones.revcol import STRIDES, RevCol
+from detkit.models.profiling import activation_bytes
+from detkit.ops.device import pick_device
 
 COLUMNS = (1, 2, 4, 8, 16)
 PLAIN = "plain"
@@ -29,7 +30,7 @@ def run(cfg: dict[str, Any]) -> dict[str, Any]:
     first value, 1e-6, would hide what the blocks add.
     """
     device = pick_device(cfg["device"])
-    make_deterministic(cfg["seed"])
+    seed_everything(cfg["seed"])
     caption = f"errors: {ERROR_SIZE} px, {ERROR_CHANNELS} channels, gamma {GAMMA}, alpha 0.5; bf16: autocast"
     columns = ("columns", "keep_every", "MiB saved", *(f"error, {name}" for name in PRECISIONS), "ms")
     table = Table(*columns, header_style="bold", title=f"RevCol, {SIZE} px, batch 1", caption=caption)
@@ -42,7 +43,7 @@ def run(cfg: dict[str, Any]) -> dict[str, Any]:
             table.add_row(
                 str(count), name.removeprefix("keep_every="), f"{row['mib']:.1f}", *errors, f"{row['ms']:.0f}"
             )
-    return tell(table, result)
+    return print_result(table, result)
 
 
 def _measure(columns: int, rounds: int, device: torch.device) -> dict[str, dict[str, Any]]:
@@ -55,7 +56,7 @@ def _measure(columns: int, rounds: int, device: torch.device) -> dict[str, dict[
         _total(_set(model, setting)(x)).backward()
 
     seconds = time_in_turns({name: lambda name=name: step(name) for name in SETTINGS}, rounds, device)
-    mib = {name: saved_bytes(_set(model, name), x) / 2**20 for name in SETTINGS}
+    mib = {name: activation_bytes(_set(model, name), x) / 2**20 for name in SETTINGS}
     small = torch.randn(1, 3, ERROR_SIZE, ERROR_SIZE, device=device)
     narrow = _make(ERROR_CHANNELS, columns).to(device)
     errors = {precision: _errors(narrow, small, precision) for precision in PRECISIONS}

@@ -17,18 +17,20 @@ from PIL import Image
 from rich.table import Table
 from torch.utils.flop_counter import FlopCounterMode
 
-from detkit.benchmarks.common import WARMUP, describe, tell, time_once
+from detkit.benchmarks.common import WARMUP, describe, print_result, time_once
 from detkit.benchmarks.peer import start_peer
 from detkit.config import import_plugins
+from detkit.engine.auto_batch import check_batch
 from detkit.engine.compile import compile_network
-from detkit.engine.measure import random_batch
-from detkit.engine.memory import check_batch
-from detkit.engine.optim import Recipe, Schedule
-from detkit.engine.precision import Precision, is_out_of_memory, keep_freed_memory, make_deterministic, pick_device
+from detkit.engine.optimizer import Recipe, Schedule
+from detkit.engine.precision import Precision, is_out_of_memory, seed_everything, tune_malloc
 from detkit.engine.step import TrainStep
 from detkit.errors import DetkitError
 from detkit.models.detector import build_detector, build_loss
+from detkit.models.profiling import dummy_batch
+from detkit.ops.device import pick_device
 from detkit.structures import Batch
+from detkit.viz.console import setup_logging
 
 MATRIX = {"cpu": 2048, "cuda": 8192}  # side of the matrices whose product measures what the device can do
 PEER_BATCHES = 4  # of the set that a peer goes through again and again
@@ -125,7 +127,7 @@ def run(cfg: dict[str, Any]) -> dict[str, Any]:
     """
     device = pick_device(cfg["device"])
     check_batch(cfg["batch_size"], cfg["image_size"], device)
-    variants = [v for v in VARIANTS if v.amp != "bf16" or Precision.pick("auto", device).dtype is torch.bfloat16]
+    variants = [v for v in VARIANTS if v.amp != "bf16" or Precision.from_config("auto", device).dtype is torch.bfloat16]
     if device.type == "cuda":  # whose memory is not the C library's
         variants = [v for v in variants if v.amp != "off" or not v.keep_memory]
     if cfg["compile"]:
@@ -158,7 +160,7 @@ def run(cfg: dict[str, Any]) -> dict[str, Any]:
     }
     if "peer" in seconds:
         result["ratio_to_peer"] = {name: seconds["peer"] / value for name, value in seconds.items()}
-    return tell(table, result)
+    return print_result(table, result)
 
 
 def _in_turns(cfg: dict[str, Any], device: torch.device, variants: list[Variant]) -> tuple[int, dict[str, Timing]]:
@@ -218,15 +220,15 @@ def _own_process(cfg: dict[str, Any], variant: Variant) -> Iterator[tuple[Callab
 
 def _serve(pipe: Connection, cfg: dict[str, Any], variant: Variant) -> None:
     """In a process of its own: run one step for every message; answer a sentence where that is not possible."""
+    setup_logging()
     device = pick_device(cfg["device"])
-    said: list[str] = []
     try:
-        step = _make_step(cfg, variant, said.append)
+        step = _make_step(cfg, variant)
         with FlopCounterMode(display=False) as counter:
             step()
         torch.cuda.empty_cache()  # for those whose turn is next; does nothing without CUDA
-        pipe.send(said[-1] if said[1:] else counter.get_total_flops())
-        dtype = Precision.pick(variant.amp, device).dtype
+        pipe.send(counter.get_total_flops())
+        dtype = Precision.from_config(variant.amp, device).dtype
         while pipe.recv():
             if device.type == "cuda":
                 step()  # to have the memory again that was handed back below
@@ -264,22 +266,24 @@ def _peak_memory(device: torch.device) -> int:
     return peak if sys.platform == "darwin" else 1024 * peak
 
 
-def _make_step(cfg: dict[str, Any], variant: Variant, tell: Callable[[str], None]) -> Callable[[], object]:
+def _make_step(cfg: dict[str, Any], variant: Variant) -> Callable[[], object]:
     """Build the training step and one batch; return the function that trains on it once."""
     import_plugins(cfg["plugins"])
-    make_deterministic(cfg["seed"])
+    seed_everything(cfg["seed"])
     device = pick_device(cfg["device"])
-    precision = Precision.pick(variant.amp, device)
+    precision = Precision.from_config(variant.amp, device)
     if variant.keep_memory and device.type == "cpu":
-        keep_freed_memory()
+        tune_malloc()
     layout = torch.channels_last if variant.channels_last else torch.contiguous_format
     detector = build_detector(cfg, [str(k) for k in range(cfg["num_classes"])]).to(device, memory_format=layout).train()
     images = cfg["batch_size"]
-    recipe = Recipe.pick(cfg["optim"], batch_size=images, total_steps=1, num_classes=cfg["num_classes"])
-    schedule = Schedule.pick(recipe, cfg["optim"], epochs=1, batches=1)
+    recipe = Recipe.from_config(cfg["optim"], batch_size=images, total_steps=1, num_classes=cfg["num_classes"])
+    schedule = Schedule.from_config(recipe, cfg["optim"], epochs=1, batches=1)
     network = detector
     if variant.compiled:
-        network = compile_network(detector, precision, cfg["image_size"], images, tell)
+        network = compile_network(detector, precision, cfg["image_size"], images)
+        if network is detector:
+            raise DetkitError("the network does not compile: the reason is above")
     loss, options = build_loss(cfg, detector.head), {"accumulate": 1, "clip": 10.0, "network": network}
     step = TrainStep(detector, loss, recipe, schedule, precision, **options)
     batch = _noise(cfg, images)
@@ -291,7 +295,7 @@ def _make_step(cfg: dict[str, Any], variant: Variant, tell: Callable[[str], None
 
 def _noise(cfg: dict[str, Any], images: int) -> Batch:
     """Return a batch of noise."""
-    return random_batch(images, (cfg["image_size"],) * 2, cfg["boxes"], cfg["num_classes"])
+    return dummy_batch(images, (cfg["image_size"],) * 2, cfg["boxes"], cfg["num_classes"])
 
 
 @contextmanager

@@ -114,7 +114,7 @@ class Tiles(Section):
 
     size: int | None = whole("side of a training tile in pixels; null disables tiling", 32, 2**20)
     overlap: float = number("overlap of neighboring tiles, as a fraction of the tile size", 0, 0.9)
-    share: float = share("fraction of each epoch's tiles that contain an object")
+    positive_fraction: float = share("fraction of each epoch's tiles that contain an object")
 
 
 class Data(Section):
@@ -152,7 +152,7 @@ class Mosaic(Section):
     """Four images in one."""
 
     p: float = number("probability of building a sample from four images", 0, 1)
-    off_epochs: int = whole("number of final epochs without mosaic, copy-paste and mixup")
+    close_epochs: int = whole("number of final epochs without mosaic, copy-paste and mixup")
     partners: Literal["auto", "set", "window"] = field(
         "where the other three images are drawn from: the whole set, or a window of the epoch's order", default="auto"
     )
@@ -213,8 +213,8 @@ class Optim(Section):
     weight_decay: float = number(
         "weight decay for nominal_batch images per step; applies to weights, not to biases or norms", 0
     )
-    shape: Literal["linear", "cosine", "constant", "one_cycle"] = field("shape of the learning-rate schedule")
-    final: float = number("final learning rate, as a fraction of lr", 0, 1)
+    schedule: Literal["linear", "cosine", "constant", "one_cycle"] = field("shape of the learning-rate schedule")
+    final_lr_factor: float = number("final learning rate, as a fraction of lr", 0, 1)
     warmup_epochs: float = number("length of the warm-up in epochs", 0)
     warmup_min_batches: int = whole("minimum length of the warm-up in batches")
     warmup_momentum: float = number("momentum of SGD at the start of the warm-up", 0, 1)
@@ -245,7 +245,7 @@ class Trainer(Section):
     rank_timeout: float = positive("seconds to wait for another rank before it counts as dead", 10_000_000)
     loader_timeout: float = positive("seconds to wait for a batch before the run saves and ends", 10_000_000)
     freeze: Names = field("modules that are not trained", "a list of parts, such as [backbone.stem]")
-    max_bad_steps: int = whole("consecutive steps with a non-finite loss or gradient after which the run ends", 1)
+    max_nonfinite_steps: int = whole("consecutive steps with a non-finite loss or gradient after which the run ends", 1)
     patience: int | None = whole(
         "epochs in a row with an AP below the best after which the run stops; null never stops early", 1
     )

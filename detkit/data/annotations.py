@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from detkit.data.problems import ProblemLog
+from detkit.data.issues import IssueLog
 
 
 class PathTable(Sequence[Path]):
@@ -96,7 +96,7 @@ class Annotations:
         areas: (T,) float64 pixels, what COCO's small / medium / large go by.
         crowd: (T,) bool, a region of many objects: never trained on, ignored when evaluating.
         class_names: C names; category_ids: the source's id of each.
-        problems: what was found wrong, and mended or left out.
+        issues: what was found wrong, and fixed or skipped.
         watched: whether the index would see a change of any image: False where one lies outside the set's folders.
     """
 
@@ -111,7 +111,7 @@ class Annotations:
     crowd: np.ndarray
     class_names: tuple[str, ...]
     category_ids: tuple[int, ...]
-    problems: ProblemLog = field(default_factory=ProblemLog)
+    issues: IssueLog = field(default_factory=IssueLog)
     watched: bool = True
 
     def __len__(self) -> int:

@@ -17,7 +17,7 @@ import numpy as np
 from detkit.data.annotations import Annotations
 from detkit.errors import DetkitError
 from detkit.ops.files import cache_dir
-from detkit.ops.image import picture_file, shrunk_sizes
+from detkit.ops.image import fit_sizes, image_file
 from detkit.ops.memory import free_memory, gib
 
 KEPT_BYTES = 128 * 2**20  # what a process keeps where there is no cache,
@@ -118,7 +118,7 @@ def shared_bytes(annotations: Annotations, longest: int) -> int:
 
 def _image_shapes(annotations: Annotations, longest: int) -> np.ndarray:
     """Return the (N, 2) heights and widths that the images have in a cache."""
-    return shrunk_sizes(annotations.sizes, longest)
+    return fit_sizes(annotations.sizes, longest)
 
 
 def _image_bytes(annotations: Annotations, longest: int) -> np.ndarray:
@@ -176,7 +176,7 @@ def _cache_file(annotations: Annotations, longest: int) -> Path:
     digest = hashlib.blake2b(b"%d " % VERSION + np.ascontiguousarray(annotations.sizes).tobytes(), digest_size=8)
     for path in annotations.paths:
         try:
-            status = os.stat(picture_file(path))
+            status = os.stat(image_file(path))
         except OSError as error:
             raise DetkitError(f"cannot read image {path}: {error.strerror or error}") from None
         digest.update(os.fsencode(path) + b"\0%d %d\n" % (status.st_size, status.st_mtime_ns))

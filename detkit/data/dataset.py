@@ -1,6 +1,6 @@
 """Torch datasets over Annotations: raw images, and images letterboxed for evaluation.
 
-A key is ``(epoch, index)`` or a ``Key``: what a sample looks like depends on nothing else but the seed.
+A key is ``(epoch, index)`` or a ``SampleKey``: what a sample looks like depends on nothing else but the seed.
 """
 
 from itertools import pairwise
@@ -11,8 +11,8 @@ from torch.utils.data import Dataset
 from detkit.data.annotations import Annotations
 from detkit.data.cache import open_cache
 from detkit.errors import UnreadableImage
-from detkit.ops.image import Letterbox, decode_shrunk, read_bytes
-from detkit.structures import Key, Origin, Sample
+from detkit.ops.image import Letterbox, decode_resized, read_bytes
+from detkit.structures import ImageMeta, Sample, SampleKey
 
 
 class DetectionDataset(Dataset):
@@ -46,7 +46,7 @@ class DetectionDataset(Dataset):
         """Whether any image is at hand without decoding, once each was decoded."""
         return self.cache is not None and self.cache.holds_all
 
-    def __getitem__(self, key: Key | tuple[int, int]) -> Sample:
+    def __getitem__(self, key: SampleKey | tuple[int, int]) -> Sample:
         """Return image ``key[1]``, its pixels to be read only.
 
         Raises:
@@ -74,12 +74,12 @@ class DetectionDataset(Dataset):
             boxes, labels = boxes[keep], labels[keep]
         if image.shape[:2] != size:
             boxes *= np.float32((image.shape[1] / size[1], image.shape[0] / size[0]) * 2)
-        return Sample(image, boxes, labels, Origin(index, a.paths[index], size))
+        return Sample(image, boxes, labels, ImageMeta(index, a.paths[index], size))
 
     def _pixels(self, index: int, data: np.ndarray) -> np.ndarray:
         """Return the picture of a file's bytes, of a training's size."""
         path, size = self.annotations.paths[index], tuple(self.annotations.sizes[index].tolist())
-        image, found = decode_shrunk(data, path, size, self.longest or max(size))
+        image, found = decode_resized(data, path, size, self.longest or max(size))
         if found != size:
             raise UnreadableImage(
                 f"image {path} is now {found[1]}x{found[0]} pixels; when its labels were read it was "
@@ -113,14 +113,14 @@ class LetterboxDataset(Dataset):
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, key: Key | tuple[int, int]) -> Sample:
+    def __getitem__(self, key: SampleKey | tuple[int, int]) -> Sample:
         """Return item ``key[1]`` letterboxed, its boxes along with it."""
         epoch, item = key[:2]
         sample = self.dataset[epoch, int(self.order[item])]
         height, width = self.frames[item].tolist()
-        box = Letterbox.fit(sample.origin.size, (height, width))
+        box = Letterbox.fit(sample.meta.size, (height, width))
         sample.image = box.apply(sample.image)
-        sample.origin.scale, sample.origin.offset = box.scale, box.offset
+        sample.meta.scale, sample.meta.offset = box.scale, box.offset
         sample.boxes = sample.boxes * np.float32((*box.scale, *box.scale)) + np.float32((*box.offset, *box.offset))
         return sample
 

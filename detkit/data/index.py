@@ -1,4 +1,4 @@
-"""The index: a set's annotations as read, mended and looked at once, kept for the next start.
+"""The index: a set's annotations as read, validated once, kept for the next start.
 
 One file in the user's cache folder, in the safetensors layout: 8 bytes of length, a json header, flat arrays. It is
 mapped into memory, so all worker processes share one copy; it is never unpickled. Its name says what it was built
@@ -18,8 +18,8 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from detkit.data.annotations import Annotations, PathTable
-from detkit.data.files import names_in, walk
-from detkit.data.problems import ProblemLog
+from detkit.data.file_utils import names_in, walk
+from detkit.data.issues import IssueLog
 from detkit.ops.files import cache_dir, open_regular
 from detkit.ops.image import max_pixels
 
@@ -34,8 +34,8 @@ def cached(
     files: Sequence[Path],
     folders: Sequence[Path],
     flat: Sequence[Path],
-    log: ProblemLog | None,
-    build: Callable[[ProblemLog], Annotations],
+    log: IssueLog | None,
+    build: Callable[[IssueLog], Annotations],
     **arguments: Any,
 ) -> Annotations:
     """Return what ``build`` makes of these files and folders, from the index where nothing has changed since.
@@ -54,7 +54,7 @@ def cached(
     index = index_folder() / f"{prefix}-{fingerprint(files, folders, flat)}.safetensors"
     annotations = open_index(index)
     if annotations is None:
-        annotations = build(ProblemLog())
+        annotations = build(IssueLog())
         if annotations.watched and write_index(annotations, index):
             _remove_older(prefix, index)
             annotations = open_index(index) or annotations
@@ -99,7 +99,7 @@ def write_index(annotations: Annotations, file: Path) -> bool:
         "source": str(annotations.source),
         "class_names": annotations.class_names,
         "category_ids": annotations.category_ids,
-        "problems": annotations.problems.as_dict(),
+        "problems": annotations.issues.as_dict(),
     }
     scratch = None
     try:
@@ -157,7 +157,7 @@ def open_index(file: Path) -> Annotations | None:
             paths=table,
             class_names=tuple(about["class_names"]),
             category_ids=tuple(about["category_ids"]),
-            problems=ProblemLog.from_dict(about["problems"]),
+            issues=IssueLog.from_dict(about["problems"]),
             **{name: arrays[name] for name in ARRAYS},
         )
     except (OSError, ValueError, KeyError, TypeError):

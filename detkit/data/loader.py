@@ -11,20 +11,20 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from detkit.data.sampling import draw_items, epoch_length
 from detkit.data.workers import TIMEOUT, Workers, init_worker, share, worker_context
+from detkit.distributed.collectives import world_size
 from detkit.errors import DetkitError, UnreadableImage
-from detkit.ops.ranks import rank_count
-from detkit.structures import Batch, Key, Sample
+from detkit.structures import Batch, Sample, SampleKey
 
 
-class EpochSampler(Sampler[Key]):
+class EpochSampler(Sampler[SampleKey]):
     """Yields keys (epoch, index, repeat), shuffled by (seed, epoch); set ``epoch`` before each pass.
 
     The epoch travels in the key, so worker processes that outlive an epoch know which one they serve.
 
     Args:
         length: of the data set.
-        window: positions of the order that name each other as ``Key.partners``, whoever's turn it is; the last stretch
-            of an epoch overlaps the one before. 0: none are named.
+        window: positions of the order that are each other's ``SampleKey.mosaic_pool``; the last window of an epoch
+            overlaps the one before. 0: none are named.
         expected: (length,) how often each index is expected in an epoch (``sampling.expected_draws``); None for once.
     """
 
@@ -46,7 +46,7 @@ class EpochSampler(Sampler[Key]):
     def __len__(self) -> int:
         return self.length if self.expected is None else epoch_length(self.expected)
 
-    def __iter__(self) -> Iterator[Key]:
+    def __iter__(self) -> Iterator[SampleKey]:
         rng = np.random.default_rng((self.seed, self.epoch))
         items, repeats = np.arange(self.length), np.zeros(self.length, np.int64)
         if self.expected is not None:
@@ -60,10 +60,10 @@ class EpochSampler(Sampler[Key]):
             stop = min(start + width, len(items))
             partners = items[max(stop - width, 0) : stop] if self.window else None
             for k in range(start, stop):
-                yield Key(self.epoch, items[k], repeats[k], partners)
+                yield SampleKey(self.epoch, items[k], repeats[k], partners)
 
 
-class BatchSampler(Sampler[list[Key]]):
+class BatchSampler(Sampler[list[SampleKey]]):
     """Yields the keys of every batch, or this rank's share of each: together the ranks see the batches of one process.
 
     A last, smaller batch is shared as equally as it can be; a rank without any of it gets an empty list.
@@ -80,13 +80,13 @@ class BatchSampler(Sampler[list[Key]]):
         self.skip = 0
         self.sampler = sampler
         self.starts = range(0, len(sampler), batch_size) if starts is None else starts
-        self.ranks = rank_count()
+        self.ranks = world_size()
         self.rank = dist.get_rank() if self.ranks > 1 else 0
 
     def __len__(self) -> int:
         return len(self.starts)
 
-    def __iter__(self) -> Iterator[list[Key]]:
+    def __iter__(self) -> Iterator[list[SampleKey]]:
         bounds = [*self.starts, len(self.sampler)][min(self.skip, len(self)) :]
         keys = islice(self.sampler, bounds[0], None)
         for start, stop in pairwise(bounds):
@@ -124,7 +124,7 @@ class BatchLoader:
     ) -> None:
         self.sampler = EpochSampler(len(dataset), seed, shuffle, expected, window)
         self.batches = BatchSampler(self.sampler, batch_size, starts)
-        self.problems: list[str] = []
+        self.issues: list[str] = []
         loader = DataLoader(
             _Guarded(dataset),
             batch_sampler=self.batches,
@@ -147,7 +147,7 @@ class BatchLoader:
         return len(self.sampler)
 
     def epoch(self, epoch: int, skip: int = 0) -> Iterator[Batch]:
-        """Yield the batches of one epoch; images that cannot be read are missing, and named in ``batch.problems``.
+        """Yield the batches of one epoch; images that cannot be read are missing, and named in ``batch.issues``.
 
         Args:
             skip: leave out the batches up to the one of this ``position``: they were had before.
@@ -157,11 +157,11 @@ class BatchLoader:
             WorkersLost: a process has died, or there was no batch in time.
         """
         self.sampler.epoch, self.batches.skip = epoch, skip
-        yield from made_batches(self.workers, self.problems, skip)
+        yield from made_batches(self.workers, self.issues, skip)
 
 
 def made_batches(
-    results: Iterable[tuple[Batch | DetkitError | None, list[str]]], problems: list[str], skip: int
+    results: Iterable[tuple[Batch | DetkitError | None, list[str]]], issues: list[str], skip: int
 ) -> Iterator[Batch]:
     """Yield what worker processes made, with the problems met since the batch before.
 
@@ -176,21 +176,21 @@ def made_batches(
     Raises:
         DetkitError: the mistake that came instead of a batch, or there was no batch at all.
     """
-    empty = rank_count() == 1 and skip == 0  # of several ranks, one may well have no image
+    empty = world_size() == 1 and skip == 0  # of several ranks, one may well have no image
     for position, (batch, sentences) in enumerate(results, 1 + skip):
-        problems += sentences
+        issues += sentences
         if isinstance(batch, DetkitError):
             raise type(batch)(str(batch))  # not itself: a cycle with this frame would make the workers end late
         empty = empty and batch is None
-        if batch is None and rank_count() > 1:
+        if batch is None and world_size() > 1:
             batch = Batch.empty()
         if batch is not None:
             batch.position = position
-            batch.problems = problems.copy()
-            problems.clear()
+            batch.issues = issues.copy()
+            issues.clear()
             yield batch
     if empty:
-        raise DetkitError(f"no image of this epoch can be read; the first: {problems[0] if problems else 'none there'}")
+        raise DetkitError(f"no image of this epoch can be read; the first: {issues[0] if issues else 'none there'}")
 
 
 def worker_count(workers: int | str) -> int:
@@ -217,7 +217,7 @@ def collate(samples: list[Sample]) -> Batch:
         boxes[i, :n] = torch.from_numpy(sample.boxes)
         labels[i, :n] = torch.from_numpy(sample.labels)
         valid[i, :n] = True
-    return Batch(images, boxes, labels, valid, [s.origin for s in samples])
+    return Batch(images, boxes, labels, valid, [s.meta for s in samples])
 
 
 class _Guarded(Dataset):
@@ -226,7 +226,7 @@ class _Guarded(Dataset):
     def __init__(self, dataset: Dataset) -> None:
         self.dataset = dataset
 
-    def __getitem__(self, key: Key | tuple[int, int]) -> Sample | DetkitError:
+    def __getitem__(self, key: SampleKey | tuple[int, int]) -> Sample | DetkitError:
         try:
             return self.dataset[key]
         except DetkitError as error:
@@ -234,10 +234,10 @@ class _Guarded(Dataset):
 
 
 def _collate(items: list[Sample | DetkitError]) -> tuple[Batch | DetkitError | None, list[str]]:
-    problems = [str(item) for item in items if isinstance(item, UnreadableImage)]
+    issues = [str(item) for item in items if isinstance(item, UnreadableImage)]
     fault = next((e for e in items if isinstance(e, DetkitError) and not isinstance(e, UnreadableImage)), None)
     samples = [item for item in items if isinstance(item, Sample)]
     try:
-        return fault or (share(collate(samples)) if samples else None), problems
+        return fault or (share(collate(samples)) if samples else None), issues
     except DetkitError as error:
-        return error, problems
+        return error, issues

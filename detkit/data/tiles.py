@@ -9,9 +9,9 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from detkit.data.annotations import Annotations
+from detkit.data.augment.mosaic import clip_boxes
 from detkit.data.dataset import DetectionDataset
-from detkit.data.mosaic import clip_boxes
-from detkit.structures import Key, Origin, Sample
+from detkit.structures import ImageMeta, Sample, SampleKey
 
 PAIRS = 1 << 18  # boxes times tiles that are looked at together, to bound the memory
 
@@ -26,17 +26,19 @@ class TiledDataset(Dataset):
         dataset: the whole images; the tiles are read in full from the files, whatever size it has its images in.
         size: side of a tile in pixels; where an image is narrower or lower, its tiles are.
         overlap: share of ``size`` that neighbours have in common, or more.
-        share: of an epoch's tiles, those that show an object; the rest are empty ones, which come in turn.
+        positive_fraction: of an epoch's tiles, those that show an object; the rest are empty ones, which come in turn.
     """
 
-    def __init__(self, dataset: DetectionDataset, size: int, overlap: float = 0.2, share: float = 0.5) -> None:
+    def __init__(
+        self, dataset: DetectionDataset, size: int, overlap: float = 0.2, positive_fraction: float = 0.5
+    ) -> None:
         self.dataset = dataset
         self.files = DetectionDataset(dataset.annotations)
         self.image_of_tile, self.windows, self._boxed = find_tiles(dataset.annotations, size, overlap)
         shows = np.zeros(len(self.windows), bool)
         shows[self._boxed[0]] = True
         self.filled, self.empty = np.flatnonzero(shows), np.flatnonzero(~shows)
-        self.empty_slots = min(round(len(self.filled) * (1 - share) / share), len(self.empty))
+        self.empty_slots = min(round(len(self.filled) * (1 - positive_fraction) / positive_fraction), len(self.empty))
 
     @property
     def in_memory(self) -> bool:
@@ -46,7 +48,7 @@ class TiledDataset(Dataset):
     def __len__(self) -> int:
         return len(self.dataset) + len(self.filled) + self.empty_slots
 
-    def __getitem__(self, key: Key | tuple[int, int]) -> Sample:
+    def __getitem__(self, key: SampleKey | tuple[int, int]) -> Sample:
         """Return item ``key[1]`` in epoch ``key[0]``: an image, or a tile of one."""
         epoch, index = key[:2]
         if index < len(self.dataset):
@@ -56,9 +58,9 @@ class TiledDataset(Dataset):
         window = self.windows[tile]
         x1, y1, x2, y2 = (int(v) for v in window)
         boxes, keep = clip_boxes(sample.boxes, window)
-        origin = Origin(sample.origin.index, sample.origin.path, sample.origin.size, offset=(-x1, -y1))
+        meta = ImageMeta(sample.meta.index, sample.meta.path, sample.meta.size, offset=(-x1, -y1))
         boxes = (boxes - (x1, y1, x1, y1)).astype(np.float32)
-        return Sample(sample.image[y1:y2, x1:x2].copy(), boxes, sample.labels[keep], origin)
+        return Sample(sample.image[y1:y2, x1:x2].copy(), boxes, sample.labels[keep], meta)
 
     def tile(self, epoch: int, slot: int) -> int:
         """Return the tile of ``slot`` among the items after the whole images."""

@@ -3,7 +3,6 @@
 import json
 import os
 from collections.abc import Iterable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,8 +12,9 @@ from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
 from detkit.config.check import check_values, first_odd_value
-from detkit.errors import DetkitError, is_name, naming, shorten
+from detkit.errors import DetkitError, error_context, is_name, shorten
 from detkit.models.detector import Detector, build_detector, sketch_detector, without_pretrained
+from detkit.ops.atomic_write import write_atomically
 from detkit.ops.files import open_regular
 from detkit.ops.memory import free_memory, gib
 
@@ -169,11 +169,11 @@ def build_from_checkpoint(path: str | Path) -> Detector:
     cfg, plugins = without_pretrained(header.cfg), header.cfg.get("plugins")  # never imported on a file's word
     words = f"; it was trained with plugins={shorten(plugins)}: import these first, or pass the same"
     hint = words if plugins else ""
-    with naming(path, hint):
+    with error_context(path, hint):
         planned = sketch_detector(cfg, header.class_names)
     if planned is not None:
         _check_fit(planned, header, path)
-    with naming(path, hint):
+    with error_context(path, hint):
         detector = build_detector(cfg, header.class_names)
     _check_fit(detector, header, path)
     detector.load_state_dict(read_weights(path, header.tensors))
@@ -181,7 +181,7 @@ def build_from_checkpoint(path: str | Path) -> Detector:
 
 
 def _check_fit(detector: Detector, header: Header, path: str | Path) -> None:
-    if odd := misfits(detector.state_dict(), header.tensors):
+    if odd := first_mismatch(detector.state_dict(), header.tensors):
         raise DetkitError(f"{path} does not fit the model in its header: {odd}")
 
 
@@ -223,7 +223,7 @@ def _first_odd(content: Mapping[str, Any]) -> str:
     return first_odd_value(content["metrics"])
 
 
-def misfits(own: Mapping[str, Tensor], theirs: Mapping[str, Tensor | TensorInfo]) -> str:
+def first_mismatch(own: Mapping[str, Tensor], theirs: Mapping[str, Tensor | TensorInfo]) -> str:
     """Say which tensors are missing, unknown or of another shape than one's own; an empty string if none is."""
     odd = [name for name in own if name not in theirs or not alike(own[name], theirs[name])]
     odd += [name for name in theirs if name not in own]
@@ -240,36 +240,3 @@ def first_not_finite(tensors: Mapping[str, Tensor]) -> str:
     """Return the name of the first tensor that holds NaN or infinity; an empty string where none does."""
     floating = ((name, tensor) for name, tensor in tensors.items() if tensor.is_floating_point())
     return next((name for name, tensor in floating if not tensor.float().isfinite().all()), "")
-
-
-def write_atomically(path: Path, data: bytes | memoryview, keep: int = 1) -> None:
-    """Write a file under a temporary name, then rename it: a reader sees the old one or the new one, whole.
-
-    Args:
-        keep: how many there are to be: ``path`` itself and those that it was before, see ``earlier``.
-
-    Raises:
-        OSError: it cannot be written, with ``path`` as its file; what was there is as it was.
-    """
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with suppress(OSError):
-            temporary.unlink()  # opening a pipe would be waited for, and a link may lead anywhere
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        for age in range(keep - 1, 0, -1):
-            with suppress(FileNotFoundError):
-                os.replace(earlier(path, age - 1), earlier(path, age))
-        os.replace(temporary, path)
-    except OSError as error:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)  # a full disk needs the room
-        error.filename, error.filename2 = str(path), None
-        raise
-
-
-def earlier(path: Path, age: int) -> Path:
-    """Return where ``write_atomically`` keeps what ``path`` was ``age`` writes ago: ``state-1.pt`` for ``state.pt``."""
-    return path.with_name(f"{path.stem}-{age}{path.suffix}") if age else path

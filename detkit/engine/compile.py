@@ -1,17 +1,19 @@
 """torch.compile for the network, and the way back where it fails."""
 
-from collections.abc import Callable
+import logging
 
 import torch
 from torch import Tensor, nn
 
-from detkit.engine.distributed import largest_of_ranks
-from detkit.engine.health import Statistics
-from detkit.engine.measure import random_batch
-from detkit.engine.parts import train_mode
+from detkit.distributed.process_group import all_reduce_max
+from detkit.distributed.sync_batch_norm import SyncBatchNorm
+from detkit.engine.nonfinite import BatchNormSnapshot
+from detkit.engine.param_groups import train_mode
 from detkit.engine.precision import Precision
-from detkit.layers.sync_norm import SyncBatchNorm
 from detkit.models.detector import Detector
+from detkit.models.profiling import dummy_batch
+
+logger = logging.getLogger(__name__)
 
 
 def compile_network(
@@ -19,7 +21,6 @@ def compile_network(
     precision: Precision,
     image_size: int,
     batch_size: int,
-    tell: Callable[[str], None],
     *,
     dynamic: bool = False,
 ) -> nn.Module:
@@ -30,7 +31,6 @@ def compile_network(
 
     Args:
         image_size, batch_size: of this rank's batches, the size in pixels.
-        tell: is given a line before, and one where it fails.
         dynamic: compile for images of any size.
     """
     reason = ""
@@ -40,14 +40,15 @@ def compile_network(
     torch.compiler.set_stance("default")
     torch._dynamo.reset()  # what earlier jobs of a sweep compiled counts against a limit
     if not reason:
-        tell("compiling the network, which takes minutes")
+        logger.info("compiling the network, which takes minutes")
     try:
         if not reason:
             _try(network, detector, precision, image_size, batch_size)
     except Exception as error:  # of any kind: Dynamo's, Inductor's, a C++ compiler's that is not there
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-    if largest_of_ranks(int(bool(reason))):
-        tell(f"trainer.compile: the network runs uncompiled ({reason or 'compiling failed on another rank'})")
+    if all_reduce_max(int(bool(reason))):
+        reason = reason or "compiling failed on another rank"
+        logger.warning("trainer.compile: the network runs uncompiled (%s)", reason)
         return detector
     torch.compiler.set_stance("eager_on_recompile")
     return network
@@ -56,11 +57,11 @@ def compile_network(
 def _try(network: nn.Module, detector: Detector, precision: Precision, image_size: int, batch_size: int) -> None:
     """Run one forward and backward pass of noise as a training does; of it the compiled code alone remains."""
     train_mode(detector)
-    statistics = Statistics(detector)
+    statistics = BatchNormSnapshot(detector)
     before = statistics.copy()
     try:
         with torch.random.fork_rng([precision.device] if precision.device.type == "cuda" else []):
-            images = random_batch(batch_size, (image_size, image_size), 1, 1).to(precision.device).images
+            images = dummy_batch(batch_size, (image_size, image_size), 1, 1).to(precision.device).images
             images = images.contiguous(memory_format=torch.channels_last).float() / 255
             with precision.autocast():
                 out = network(images)

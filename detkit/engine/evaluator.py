@@ -12,13 +12,13 @@ from faster_coco_eval import COCO, COCOeval_faster
 from torch import Tensor
 
 from detkit.data.annotations import Annotations
-from detkit.engine.curves import Curves
-from detkit.engine.distributed import from_main, gather, gather_lines, is_main
+from detkit.distributed.collectives import world_size
+from detkit.distributed.process_group import gather_messages, gather_objects, is_main_process, run_on_main
 from detkit.engine.precision import Precision
-from detkit.models.detector import Detector, to_original
-from detkit.ops.nms import select_boxes
-from detkit.ops.ranks import rank_count
-from detkit.structures import Batch, Origin
+from detkit.models.detector import Detector, unletterbox
+from detkit.ops.curves import Curves
+from detkit.ops.nms import non_max_suppression
+from detkit.structures import Batch, ImageMeta
 
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR100")
 STAT_INDEX = (0, 1, 2, 3, 4, 5, 8)  # of those, in COCO's twelve
@@ -32,7 +32,7 @@ class Evaluation:
     Attributes:
         metrics: METRICS in 0..1 (-1 where the set has no such boxes), and ``per_class``: {name: {AP, AP50, boxes}}.
         predictions: COCO results: image_id, category_id, bbox [x, y, w, h] in pixels of the image, score. Of several
-            ranks, rank 0 has all of them and of the ``problems``, the others none.
+            ranks, rank 0 has all of them and of the ``issues``, the others none.
         pictures: the first batch's origins with their boxes (N, 4), scores (N,) and labels (N,), for drawing.
         problems: a sentence for each image that could not be read; its boxes count as missed.
         curves: precision and recall; on rank 0 alone.
@@ -40,8 +40,8 @@ class Evaluation:
 
     metrics: dict[str, Any]
     predictions: list[dict[str, Any]]
-    pictures: list[tuple[Origin, Tensor, Tensor, Tensor]]
-    problems: list[str]
+    pictures: list[tuple[ImageMeta, Tensor, Tensor, Tensor]]
+    issues: list[str]
     curves: Curves | None = None
 
 
@@ -71,29 +71,29 @@ def evaluate(
     precision = precision or Precision(device, None)
     detector.eval()
     rows: list[Tensor] = [torch.zeros(0, len(ROW), dtype=torch.float64)]
-    pictures: list[tuple[Origin, Tensor, Tensor, Tensor]] = []
-    problems: list[str] = []
+    pictures: list[tuple[ImageMeta, Tensor, Tensor, Tensor]] = []
+    issues: list[str] = []
     for k, batch in enumerate(batches):
-        problems += batch.problems
+        issues += batch.issues
         selected: list[tuple[Tensor, Tensor, Tensor]] = []
         if len(batch.images):  # else only other ranks have images of it
             batch = batch.to(device)
             with precision.autocast():
                 out = detector(batch.images.float() / 255)
             boxes, scores = detector.decode(out)
-            selected = select_boxes(boxes, scores, score=score, iou=iou, max_det=max_det)
-        for origin, (xyxy, confidence, labels) in zip(batch.origins, selected, strict=True):
-            xyxy = to_original(xyxy, origin.scale, origin.offset, origin.size).cpu()
+            selected = non_max_suppression(boxes, scores, score=score, iou=iou, max_det=max_det)
+        for meta, (xyxy, confidence, labels) in zip(batch.metas, selected, strict=True):
+            xyxy = unletterbox(xyxy, meta.scale, meta.offset, meta.size).cpu()
             found = (xyxy, confidence.cpu(), labels.cpu())
-            rows.append(_rows(origin.index, *found))
+            rows.append(_rows(meta.index, *found))
             if k == 0:
-                pictures.append((origin, *found))
+                pictures.append((meta, *found))
         advance()
     predictions = _coco_results(annotations, gather_rows(torch.cat(rows)))
-    problems = gather_lines(problems)
-    scored, curves = coco_metrics(annotations, predictions) if is_main() else (None, None)
-    metrics = from_main(lambda: scored)
-    return Evaluation(metrics, predictions, pictures, problems, curves)
+    issues = gather_messages(issues)
+    scored, curves = coco_metrics(annotations, predictions) if is_main_process() else (None, None)
+    metrics = run_on_main(lambda: scored)
+    return Evaluation(metrics, predictions, pictures, issues, curves)
 
 
 def coco_metrics(annotations: Annotations, predictions: list[dict[str, Any]]) -> tuple[dict[str, Any], Curves]:
@@ -134,9 +134,9 @@ def _rows(index: int, xyxy: Tensor, scores: Tensor, labels: Tensor) -> Tensor:
 
 def gather_rows(rows: Tensor) -> Tensor:
     """Return the ROWs of all ranks in the order of the set's images on rank 0, no rows elsewhere; alone, ``rows``."""
-    if rank_count() == 1:
+    if world_size() == 1:
         return rows
-    everything = [np.frombuffer(data).reshape(-1, len(ROW)) for data in gather(rows.numpy().tobytes())]
+    everything = [np.frombuffer(data).reshape(-1, len(ROW)) for data in gather_objects(rows.numpy().tobytes())]
     rows = torch.from_numpy(np.concatenate(everything or [np.zeros((0, len(ROW)))]))
     return rows[rows[:, 0].argsort(stable=True)]
 

@@ -1,4 +1,4 @@
-"""Device, mixed precision and seeds."""
+"""Mixed precision and seeds."""
 
 import contextlib
 import ctypes
@@ -11,30 +11,6 @@ import numpy as np
 import torch
 
 from detkit.errors import DetkitError
-
-
-def pick_device(name: str) -> torch.device:
-    """Return the device called ``"auto"``, ``"cpu"``, ``"cuda"`` or ``"cuda:N"``, which is then the current one.
-
-    Raises:
-        DetkitError: a CUDA device was asked for and there is none, or the name is no device.
-    """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise DetkitError(f"device={name} is unknown: use auto, cpu or cuda") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise DetkitError(
-            "device=cuda, but torch sees no CUDA device: use device=cpu or install a CUDA build and driver"
-        )
-    if device.type == "cuda" and device.index is not None:
-        devices = torch.cuda.device_count()
-        if device.index >= devices:
-            raise DetkitError(f"device={name}: torch sees {devices} CUDA devices, the last is cuda:{devices - 1}")
-        torch.cuda.set_device(device)  # page-locked memory, say, would else belong to the first
-    return device
 
 
 @dataclass(frozen=True)
@@ -50,7 +26,7 @@ class Precision:
     dtype: torch.dtype | None
 
     @classmethod
-    def pick(cls, amp: str, device: torch.device) -> "Precision":
+    def from_config(cls, amp: str, device: torch.device) -> "Precision":
         """Read the ``amp`` key: off, bf16, fp16 (CUDA), or auto.
 
         ``auto`` is bf16 where the device computes in it, fp16 on older CUDA devices, float32 on older CPUs,
@@ -79,7 +55,7 @@ class Precision:
         return str(self.dtype or torch.float32).removeprefix("torch.")
 
 
-def make_deterministic(seed: int) -> None:
+def seed_everything(seed: int) -> None:
     """Seed Python, NumPy and torch, choose deterministic kernels where torch has them, and float32 that is float32."""
     random.seed(seed)
     np.random.seed(seed)
@@ -100,7 +76,7 @@ def is_out_of_memory(error: Exception) -> bool:
     return found or isinstance(error, torch.OutOfMemoryError)
 
 
-def keep_freed_memory() -> None:
+def tune_malloc() -> None:
     """Tell glibc to keep freed memory for the next step instead of handing it back to the kernel.
 
     Every training step allocates the same activations again; on a CPU the page faults cost about a fifth of it.

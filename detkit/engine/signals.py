@@ -29,7 +29,7 @@ def ignore_hangup() -> Iterator[None]:
             signal.signal(hangup, signal.SIG_DFL)
 
 
-class StopRequest:
+class GracefulExit:
     """Whether signals have asked for the end."""
 
     def __init__(self) -> None:
@@ -42,7 +42,7 @@ class StopRequest:
         return max(self.asked, default=None)
 
     @contextmanager
-    def watch(self) -> Iterator[None]:
+    def install(self) -> Iterator[None]:
         """Note SIGTERM, SIGUSR1 and SIGINT, and SIGUSR2 where there is a handler for it; the same signal again has its
         usual effect.
 
@@ -62,7 +62,7 @@ class StopRequest:
             for signum, handler in self.before.items():
                 signal.signal(signum, handler)
 
-    def obey(self, signum: int) -> None:
+    def exit(self, signum: int) -> None:
         """End the process with the status that schedulers know: 128 and the signal's number.
 
         Where somebody had installed a handler for the signal before, it is handed over to that instead; should the

@@ -4,10 +4,11 @@ The file is a zip archive; the checksums in it are verified before anything else
 """
 
 import io
+import logging
 import os
 import random
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from itertools import count, takewhile
 from pathlib import Path
@@ -17,15 +18,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from detkit.engine.checkpoint import earlier, first_not_finite, misfits, write_atomically
-from detkit.engine.optim import Recipe
-from detkit.engine.saved import first_wrong, wrong_memory
+from detkit.distributed.collectives import world_size
+from detkit.engine.checkpoint import first_mismatch, first_not_finite
+from detkit.engine.optimizer import Recipe
+from detkit.engine.state_schema import first_wrong, wrong_memory
 from detkit.engine.step import TrainStep
 from detkit.errors import DetkitError, shorten
+from detkit.ops.atomic_write import rotated_path, write_atomically
 from detkit.ops.files import open_regular
 from detkit.ops.memory import free_memory, gib
-from detkit.ops.ranks import rank_count
 from detkit.structures import Batch
+
+logger = logging.getLogger(__name__)
 
 SCHEMA_VERSION = 1
 STATE = "state.pt"
@@ -101,7 +105,7 @@ class TrainState:
     history: list[dict[str, float]] = field(default_factory=list)
 
 
-def capture(step: TrainStep, state: TrainState, batches: int) -> dict[str, Any]:
+def training_state_dict(step: TrainStep, state: TrainState, batches: int) -> dict[str, Any]:
     """Return the content of ``state.pt``: tensors, numbers, strings, lists and dicts.
 
     Args:
@@ -113,7 +117,7 @@ def capture(step: TrainStep, state: TrainState, batches: int) -> dict[str, Any]:
         "cfg": step.detector.cfg,
         "recipe": asdict(step.schedule.recipe),
         "batches": batches,
-        "ranks": rank_count(),
+        "ranks": world_size(),
         "state": asdict(state),
         "model": step.detector.state_dict(),
         "ema": step.ema.model.state_dict(),
@@ -142,8 +146,8 @@ def saved_recipe(content: Mapping[str, Any]) -> Recipe:
     return Recipe(**content["recipe"])
 
 
-def restore(content: Mapping[str, Any], step: TrainStep, batches: int) -> TrainState:
-    """Put a run back to where ``content`` was captured; the inverse of ``capture``.
+def load_training_state(content: Mapping[str, Any], step: TrainStep, batches: int) -> TrainState:
+    """Put a run back to where ``content`` was captured; the inverse of ``training_state_dict``.
 
     Raises:
         DetkitError: it is the state of another model, optimizer or training set, or holds what no training saves.
@@ -161,7 +165,7 @@ def restore(content: Mapping[str, Any], step: TrainStep, batches: int) -> TrainS
     gradients = {name: p for name, p in parameters.items() if name in content["gradients"]}
     try:
         for name, mine in (("model", own), ("ema", own), ("gradients", gradients)):
-            if odd := misfits(mine, content[name]):
+            if odd := first_mismatch(mine, content[name]):
                 raise DetkitError(f"{file} does not fit the run's model: of its '{name}', {odd}")
         for name in ("model", "ema"):
             if odd := first_not_finite(content[name]):
@@ -184,7 +188,7 @@ def restore(content: Mapping[str, Any], step: TrainStep, batches: int) -> TrainS
         set_rng_state(content["rng"], device)
         state = TrainState(**content["state"])
         state.current = EpochState(**content["state"]["current"])
-        state.current.images = state.current.images * content["ranks"] // rank_count()  # each counts its own
+        state.current.images = state.current.images * content["ranks"] // world_size()  # each counts its own
         step.grad_norm = state.current.grad_norm = state.current.grad_norm.to(device)
         state.current.losses = {name: total.to(device) for name, total in state.current.losses.items()}
     except DetkitError:
@@ -206,24 +210,25 @@ def write_state(run_dir: Path, content: Mapping[str, Any], keep: int) -> None:
     write_atomically(run_dir / STATE, data.getbuffer(), keep)
 
 
-def read_state(run_dir: Path, tell: Callable[[str], None]) -> dict[str, Any] | None:
+def read_state(run_dir: Path, *, warn: bool = True) -> dict[str, Any] | None:
     """Return the newest undamaged content of ``state.pt`` and those before it, on the CPU; None where nothing is saved.
 
     Its ``file`` is where it was read.
 
     Args:
-        tell: is given a sentence about each damaged one.
+        warn: log a warning about each damaged one.
 
     Raises:
         DetkitError: all are damaged, or the newest is of a schema this version does not know, or has a key missing.
     """
-    older = takewhile(Path.exists, (earlier(run_dir / STATE, age) for age in count(1)))
+    older = takewhile(Path.exists, (rotated_path(run_dir / STATE, age) for age in count(1)))
     files = [path for path in (run_dir / STATE, *older) if path.exists()]  # between two renames the first is missing
     for path in files:
         try:
             content = _load(path)
         except DetkitError as error:
-            tell(str(error))
+            if warn:
+                logger.warning("%s", error)
             continue
         _check_content(content, path)
         return {**content, "file": path}

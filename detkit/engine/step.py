@@ -3,15 +3,15 @@
 import torch
 from torch import Tensor, nn
 
-from detkit.engine.distributed import parallel
+from detkit.distributed.collectives import all_reduce_sum, world_size
+from detkit.distributed.process_group import wrap_ddp
+from detkit.distributed.sync_batch_norm import average_bn_stats, without_bn_stats
 from detkit.engine.ema import EMA
-from detkit.engine.health import Health, Statistics
 from detkit.engine.multi_scale import draw_size, resize_batch
-from detkit.engine.optim import Recipe, Schedule, step_if
+from detkit.engine.nonfinite import BatchNormSnapshot, NonFiniteMonitor
+from detkit.engine.optimizer import Recipe, Schedule, step_if
 from detkit.engine.precision import Precision
-from detkit.layers.sync_norm import average_statistics, outside_statistics
 from detkit.models.detector import Detector
-from detkit.ops.ranks import rank_count, sum_over_ranks
 from detkit.structures import Batch, DenseOutput
 
 
@@ -63,12 +63,12 @@ class TrainStep:
         self.multi_scale = multi_scale
         self.seed = seed
         # before the average is copied: it starts from rank 0's weights
-        self.network = parallel(detector if network is None else network)
+        self.network = wrap_ddp(detector if network is None else network)
         self.optimizer = recipe.build(detector)
         self.scaler = torch.amp.GradScaler(precision.device.type, enabled=precision.dtype is torch.float16)
         self.ema = EMA(detector)
-        self.health = Health(precision.device, remember=accumulate)
-        self.statistics = Statistics(detector)
+        self.health = NonFiniteMonitor(precision.device, remember=accumulate)
+        self.statistics = BatchNormSnapshot(detector)
         self.grad_norm = torch.zeros((), device=precision.device)
         self.pending = 0
 
@@ -88,12 +88,12 @@ class TrainStep:
             out = self.network(images) if len(images) else self.forward_without_image()
         terms = self.loss(out, batch)
         loss = sum(terms.values())
-        finite = sum_over_ranks(loss.detach().clone()).isfinite()
+        finite = all_reduce_sum(loss.detach().clone()).isfinite()
         self.health.add_loss(finite, batch)
         # A loss that is not finite must not pass for one by a finite gradient, on this process or on another.
         loss = loss * torch.where(finite, self.weight(len(images)), torch.nan)
         self.scaler.scale(loss).backward()
-        average_statistics(self.detector)
+        average_bn_stats(self.detector)
         self.statistics.keep_finite(statistics, finite)
         self.pending += 1
         if self.pending >= self.gathered(step):
@@ -103,7 +103,7 @@ class TrainStep:
     def forward_without_image(self) -> DenseOutput:
         """Run the network where only other ranks have images of the batch: they wait for gradients, here zeros."""
         side = 2 * self.detector.max_stride
-        with outside_statistics(self.detector):
+        with without_bn_stats(self.detector):
             out = self.network(torch.zeros(1, 3, side, side, device=self.precision.device))
         return out.of_no_image()
 
@@ -112,11 +112,11 @@ class TrainStep:
 
         The gradients of all ranks are averaged where they should be summed, hence their number once more.
         """
-        return sum_over_ranks(torch.full((), float(images), device=self.precision.device)) * rank_count()
+        return all_reduce_sum(torch.full((), float(images), device=self.precision.device)) * world_size()
 
     def sum_terms(self, terms: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return the terms of the whole batch, of which each rank has its share, detached."""
-        summed = sum_over_ranks(torch.stack([term.detach() for term in terms.values()]))
+        summed = all_reduce_sum(torch.stack([term.detach() for term in terms.values()]))
         return dict(zip(terms, summed.unbind(), strict=True))
 
     def gathered(self, step: int) -> int:

@@ -1,6 +1,7 @@
 """The training loop."""
 
 import json
+import logging
 import signal
 import time
 from collections.abc import Callable, Mapping
@@ -11,23 +12,26 @@ import torch
 
 from detkit.data.annotations import Annotations
 from detkit.data.loader import BatchLoader
-from detkit.data.stream import ShardLoader
+from detkit.data.shard_loader import ShardLoader
 from detkit.data.workers import WorkersLost
-from detkit.engine.checkpoint import save_checkpoint, write_atomically
-from detkit.engine.distributed import from_main, gather_lines, is_main, largest_of_ranks, wait
+from detkit.distributed.collectives import all_reduce_sum
+from detkit.distributed.process_group import all_reduce_max, barrier, gather_messages, is_main_process, run_on_main
+from detkit.engine.checkpoint import save_checkpoint
+from detkit.engine.epoch_stats import EpochStats, learning_rates, memory_gib, time_data_wait
 from detkit.engine.evaluator import METRICS, Evaluation, evaluate
-from detkit.engine.logging import Bar, RunLog, clock, show_progress
-from detkit.engine.parts import train_mode
-from detkit.engine.pictures import picture_batch, picture_predictions
-from detkit.engine.progress import Reading, count_waiting, learning_rates, memory_gib
-from detkit.engine.signals import StopRequest
-from detkit.engine.state import STATE, EpochState, TrainState, capture, write_state
+from detkit.engine.param_groups import train_mode
+from detkit.engine.run_log import Bar, RunLog, clock, show_progress
+from detkit.engine.signals import GracefulExit
+from detkit.engine.state import STATE, EpochState, TrainState, training_state_dict, write_state
 from detkit.engine.step import TrainStep
 from detkit.errors import DetkitError
-from detkit.ops.ranks import sum_over_ranks
-from detkit.report.plots import draw_evaluation, plot_history
+from detkit.ops.atomic_write import write_atomically
+from detkit.viz.batch_images import draw_batch, draw_predictions
+from detkit.viz.plots import draw_evaluation, plot_history
 
-PICTURED_BATCHES = 3  # of the first epoch
+logger = logging.getLogger(__name__)
+
+DRAWN_BATCHES = 3  # of the first epoch
 
 
 class Trainer:
@@ -38,8 +42,8 @@ class Trainer:
         step: learns from one batch.
         train_loader, val_loader: batches; ``annotations`` are the validation set's.
         epochs: of the run.
-        max_bad_steps: stop after this many optimizer steps in a row that were skipped.
-        stop_early: asked between epochs and at the end for a reason to train no more, or None; see ``no_better``.
+        max_nonfinite_steps: stop after this many optimizer steps in a row that were skipped.
+        stop_early: asked between epochs and at the end for a reason to train no more, or None; see ``early_stopping``.
         run_dir: an existing folder for everything that is written.
         log: where numbers and pictures go.
         state: where the run stands.
@@ -59,7 +63,7 @@ class Trainer:
         run_dir: Path,
         log: RunLog,
         state: TrainState,
-        max_bad_steps: int = 10,
+        max_nonfinite_steps: int = 10,
         stop_early: Callable[[TrainState], str | None] = lambda state: None,
         save_every: int | None = None,
         keep_last: int = 1,
@@ -72,14 +76,14 @@ class Trainer:
         self.epochs = epochs
         self.run_dir = run_dir
         self.log = log
-        self.max_bad_steps = max_bad_steps
+        self.max_nonfinite_steps = max_nonfinite_steps
         self.stop_early = stop_early
         self.state = state
         self.save_every = save_every
         self.keep_last = keep_last
         self.log_every = log_every
-        self.logged: Reading | None = None  # of the epoch under way, when last the loggers were told
-        self.stop = StopRequest()
+        self.logged: EpochStats | None = None  # of the epoch under way, when last the loggers were told
+        self.stop = GracefulExit()
 
     def fit(self) -> dict[str, Any]:
         """Train the epochs that are left; return the best and the last one's metrics, as in ``metrics.json``.
@@ -88,12 +92,12 @@ class Trainer:
             SystemExit: a signal asked for the end; the state is saved.
             DetkitError: the batches do not come any more; the state is saved.
         """
-        with self.stop.watch():
+        with self.stop.install():
             try:
                 while not self.is_over():
                     self.fit_epoch(self.state.epoch)
                     self.save()
-                    self.obey()
+                    self.exit_if_requested()
             except WorkersLost as error:
                 self.save()
                 raise DetkitError(f"{error}; resume={self.run_dir} goes on from what is saved") from None
@@ -116,9 +120,9 @@ class Trainer:
         row["seconds"] = time.perf_counter() - start
         state.history.append(row)
         state.current = EpochState(grad_norm=self.step.grad_norm)
-        if is_main():
+        if is_main_process():
             self.record(losses, evaluation)
-        wait()  # with patience: writing may take longer than ranks wait in a step
+        barrier()  # with patience: writing may take longer than ranks wait in a step
 
     def record(self, losses: Mapping[str, float], evaluation: Evaluation) -> None:
         """Write the weights, metrics and history of the epoch that has ended, and its pictures if it is the best."""
@@ -127,7 +131,7 @@ class Trainer:
         if best:
             save_checkpoint(self.step.ema.model, self.run_dir / "best.safetensors", last)
             with self.log.drawing("the evaluation"):
-                self.picture_evaluation(evaluation)
+                self.draw_best_epoch(evaluation)
         save_checkpoint(self.step.ema.model, self.run_dir / "last.safetensors", last)
         write_atomically(self.run_dir / "metrics.json", json.dumps(state.results, indent=2).encode())
         line = self.epoch_line(state.history[-1], losses)
@@ -137,58 +141,58 @@ class Trainer:
 
     def is_over(self) -> bool:
         """Whether all epochs are done, or there is a reason to stop early, of which rank 0's counts; says that one."""
-        reason = from_main(lambda: self.stop_early(self.state))
+        reason = run_on_main(lambda: self.stop_early(self.state))
         if reason and self.state.epoch < self.epochs:
-            self.log.console.print(f"stopped early: {reason}")
+            logger.info("stopped early: %s", reason)
         return bool(reason) or self.state.epoch >= self.epochs
 
     def train_epoch(self, epoch: int) -> tuple[dict[str, float], float]:
         """Go through the rest of the training set; return the epoch's mean loss terms and images per second.
 
         Raises:
-            DetkitError: ``max_bad_steps`` in a row had a loss or gradient that was not finite.
+            DetkitError: ``max_nonfinite_steps`` in a row had a loss or gradient that was not finite.
             SystemExit: a signal asked for the end; the state is saved.
         """
         train_mode(self.step.detector)
         state, current, batches = self.state, self.state.current, len(self.train_loader)
         if not current.position:
             self.step.health.start_epoch()
-        problems: list[str] = []
+        issues: list[str] = []
         start = time.perf_counter() - current.seconds
-        self.logged = Reading.of(current, self.learnt())
-        with show_progress(self.label(epoch), batches, self.log.console, current.position) as bar:
-            for batch in count_waiting(self.train_loader.epoch(epoch, skip=current.position), current):
-                self.log.problems(batch.problems)
-                problems += batch.problems
-                if epoch == 0 and current.batches < PICTURED_BATCHES and is_main() and len(batch.images):
+        self.logged = EpochStats.of(current, self.learnt())
+        with show_progress(self.label(epoch), batches, current.position) as bar:
+            for batch in time_data_wait(self.train_loader.epoch(epoch, skip=current.position), current):
+                self.log.warn(batch.issues)
+                issues += batch.issues
+                if epoch == 0 and current.batches < DRAWN_BATCHES and is_main_process() and len(batch.images):
                     with self.log.drawing("the training batches"):
-                        picture = picture_batch(batch, self.step.detector.class_names)
-                        self.log.picture(f"train_batch{current.batches}", picture, 0)
+                        picture = draw_batch(batch, self.step.detector.class_names)
+                        self.log.image(f"train_batch{current.batches}", picture, 0)
                 terms = self.step(batch.to(self.step.precision.device), state.step, epoch)
                 state.step += 1
                 current.add(batch, terms, time.perf_counter() - start)
                 current.grad_norm = self.step.grad_norm
-                self.tell(bar, epoch)
+                self.log_progress(bar, epoch)
                 if self.save_every and state.step % self.save_every == 0 and current.position < batches:
                     self.save()
-                self.obey()
-        self.log.problems(gather_lines(problems))
-        images = int(sum_over_ranks(torch.tensor(current.images, device=self.step.precision.device)))
+                self.exit_if_requested()
+        self.log.warn(gather_messages(issues))
+        images = int(all_reduce_sum(torch.tensor(current.images, device=self.step.precision.device)))
         if not images:
             raise DetkitError("no image of this epoch can be read, on any rank: detkit check_data says why")
         return current.means(self.learnt()), images / current.seconds
 
-    def tell(self, bar: Bar, epoch: int) -> None:
+    def log_progress(self, bar: Bar, epoch: int) -> None:
         """Between two batches: advance the bar, and say how the epoch goes where that is due, on rank 0.
 
         This alone waits for the device.
         """
         state, current, batches = self.state, self.state.current, len(self.train_loader)
         nth, last = state.step % self.log_every == 0, current.position == batches
-        if not (is_main() and (nth or last or bar.is_due())):
+        if not (is_main_process() and (nth or last or bar.is_due())):
             bar.advance()
             return
-        reading = Reading.of(current, self.learnt())
+        reading = EpochStats.of(current, self.learnt())
         left = clock(self.seconds_left(epoch))
         bar.advance(f"{reading}  {left} left of the run")
         if not (nth or last):
@@ -222,10 +226,10 @@ class Trainer:
         """Return of how many of the epoch's batches so far the loss was finite.
 
         Raises:
-            DetkitError: ``max_bad_steps`` in a row were not; names the images of one, and where the weights are.
+            DetkitError: ``max_nonfinite_steps`` in a row were not; names the images of one, and where the weights are.
         """
         counts = self.step.health.read()
-        if counts.in_a_row < self.max_bad_steps or not is_main():  # rank 0 ends the run for all
+        if counts.in_a_row < self.max_nonfinite_steps or not is_main_process():  # rank 0 ends the run for all
             return self.state.current.batches - counts.bad_losses
         files = [str(file) for file in self.step.health.suspects()]
         path = self.run_dir / "last.safetensors"  # the weights are those from before the steps that were skipped
@@ -246,37 +250,38 @@ class Trainer:
 
     def validate(self) -> Evaluation:
         """Evaluate the averaged weights on the validation set, in the precision of the training."""
-        with show_progress("validation", len(self.val_loader), self.log.console) as bar:
+        with show_progress("validation", len(self.val_loader)) as bar:
 
             def advance() -> None:
                 bar.advance()
-                self.obey()
+                self.exit_if_requested()
 
             batches, precision = self.val_loader.epoch(0), self.step.precision
             result = evaluate(self.step.ema.model, batches, self.annotations, precision, advance=advance)
-        self.log.problems(result.problems)
+        self.log.warn(result.issues)
         return result
 
     def save(self) -> None:
-        """Write ``state.pt``; where that fails, say so: the one before is as it was, and the training goes on."""
-        if not is_main():
+        """Write ``state.pt``; where that fails, warn: the one before is as it was, and the training goes on."""
+        if not is_main_process():
             return
         try:
-            write_state(self.run_dir, capture(self.step, self.state, len(self.train_loader)), self.keep_last)
-        except OSError as error:
-            self.log.console.print(
-                f"{self.run_dir / STATE} cannot be saved ({error.strerror}): what was saved before is kept"
+            write_state(
+                self.run_dir, training_state_dict(self.step, self.state, len(self.train_loader)), self.keep_last
             )
+        except OSError as error:
+            path = self.run_dir / STATE
+            logger.warning("%s cannot be saved (%s): what was saved before is kept", path, error.strerror)
 
-    def obey(self) -> None:
+    def exit_if_requested(self) -> None:
         """Between two batches: save and end the process, if a signal has asked for that, on whatever rank."""
-        signum = largest_of_ranks(self.stop.signum or 0)
+        signum = all_reduce_max(self.stop.signum or 0)
         if signum:
             self.save()
             name = signal.Signals(signum).name
-            self.log.console.print(f"{name}: saved after {self.state.step} batches; resume={self.run_dir} goes on")
-            wait()
-            self.stop.obey(signum)
+            logger.info("%s: saved after %d batches; resume=%s goes on", name, self.state.step, self.run_dir)
+            barrier()
+            self.stop.exit(signum)
 
     def label(self, epoch: int) -> str:
         """Return how a line about an epoch begins."""
@@ -292,16 +297,16 @@ class Trainer:
             f"AP50 {row['AP50']:.4f}  {row['images_per_s']:.0f} images/s  {clock(row['seconds'])}{skipped}{star}"
         )
 
-    def picture_evaluation(self, evaluation: Evaluation) -> None:
+    def draw_best_epoch(self, evaluation: Evaluation) -> None:
         """Draw what was found in the first validation images, and where the network errs in all of them."""
         names, step = self.annotations.class_names, self.state.step
-        self.log.picture("val_predictions", picture_predictions(evaluation, self.annotations), step)
-        for name, figure in draw_evaluation(evaluation, self.annotations).items():
+        self.log.image("val_predictions", draw_predictions(evaluation.pictures, self.annotations), step)
+        for name, figure in draw_evaluation(evaluation.curves, evaluation.predictions, self.annotations).items():
             self.log.plot(name, figure, step)
         self.log.precision_recall(evaluation.curves, names, step)
 
 
-def no_better(patience: int | None) -> Callable[[TrainState], str | None]:
+def early_stopping(patience: int | None) -> Callable[[TrainState], str | None]:
     """Return a reason to stop early: no AP as good as the best for ``patience`` epochs; None: there is none."""
 
     def reason(state: TrainState) -> str | None:

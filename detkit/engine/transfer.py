@@ -14,20 +14,20 @@ class TransferRow:
     """One part of a detector, in numbers (elements of its parameters): together they are ``parameters``.
 
     Attributes:
-        matched: taken from the file.
-        differs: in the file under the same name, in another shape.
+        loaded: copied from the file.
+        mismatched: in the file under the same name, in another shape.
         missing: not in the file.
     """
 
     part: str
-    matched: int
-    differs: int
+    loaded: int
+    mismatched: int
     missing: int
 
     @property
     def parameters(self) -> int:
         """Return how many there are."""
-        return self.matched + self.differs + self.missing
+        return self.loaded + self.mismatched + self.missing
 
 
 @dataclass(frozen=True)
@@ -37,21 +37,21 @@ class TransferReport:
     Attributes:
         rows: one for each of backbone, neck and head.
         afresh: names of the detector's tensors that kept their own values.
-        unused: how many of the file's tensors have no place in the detector.
+        unexpected_keys: how many of the file's tensors have no place in the detector.
         warnings: sentences on what starts from noise though a percentage may look well.
     """
 
     path: Path
     rows: tuple[TransferRow, ...]
-    afresh: tuple[str, ...]
-    unused: int
+    missing_keys: tuple[str, ...]
+    unexpected_keys: int
     warnings: tuple[str, ...] = ()
 
     @property
     def total(self) -> TransferRow:
         """Return the rows' sum."""
         return TransferRow(
-            "all", *(sum(getattr(r, key) for r in self.rows) for key in ("matched", "differs", "missing"))
+            "all", *(sum(getattr(r, key) for r in self.rows) for key in ("loaded", "mismatched", "missing"))
         )
 
 
@@ -73,16 +73,16 @@ def load_weights(detector: nn.Module, path: str | Path) -> TransferReport:
     detector.load_state_dict(fitting, strict=False)
 
     def row(part: str) -> TransferRow:
-        counts = {"matched": 0, "differs": 0, "missing": 0}
+        counts = {"loaded": 0, "mismatched": 0, "missing": 0}
         for name, parameter in detector.named_parameters():
             if name.startswith(f"{part}."):
-                kind = "matched" if name in fitting else "differs" if name in theirs else "missing"
+                kind = "loaded" if name in fitting else "mismatched" if name in theirs else "missing"
                 counts[kind] += parameter.numel()
         return TransferRow(part, **counts)
 
-    afresh = tuple(name for name in own if name not in fitting)
+    missing_keys = tuple(name for name in own if name not in fitting)
     rows = tuple(row(part) for part, _ in detector.named_children())
-    warnings = [f"the {row.part} starts from noise" for row in rows if row.matched < 0.01 * row.parameters]
+    warnings = [f"the {row.part} starts from noise" for row in rows if row.loaded < 0.01 * row.parameters]
     known, ours = header.class_names, getattr(detector, "class_names", ())
     if known and ours and known != ours:
         few, wanted = (shorten(", ".join((*names[:3], "..."))) for names in (known, ours))
@@ -90,4 +90,4 @@ def load_weights(detector: nn.Module, path: str | Path) -> TransferReport:
             f"the file knows {len(known)} classes ({few}), this model has {len(ours)} ({wanted}): "
             "what tells them apart has to be learnt"
         )
-    return TransferReport(path, rows, afresh, sum(name not in own for name in theirs), tuple(warnings))
+    return TransferReport(path, rows, missing_keys, sum(name not in own for name in theirs), tuple(warnings))

@@ -42,7 +42,7 @@ class AKConv(nn.Module):
         self.stride = s
         self.sampling = sampling
         self.p_conv = nn.Conv2d(c1, 2 * n, 3, s, 1)
-        self.p_conv.lr_factor = 0.1  # engine/optim.py gives it a parameter group of its own
+        self.p_conv.lr_factor = 0.1  # engine/optimizer.py gives it a parameter group of its own
         nn.init.zeros_(self.p_conv.weight)
         norm = nn.BatchNorm2d(c2, eps=1e-3, momentum=0.03)
         self.conv = nn.Sequential(nn.Conv2d(c1, c2, (n, 1), (n, 1), bias=False), norm, nn.SiLU(inplace=True))

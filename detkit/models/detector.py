@@ -15,7 +15,7 @@ from detkit.errors import DetkitError, shorten
 from detkit.models import backbones, heads, losses, necks  # noqa: F401  (register themselves)
 from detkit.models.budget import sketch
 from detkit.ops.image import IMAGE_SUFFIXES, Letterbox, is_image, read_image
-from detkit.ops.nms import select_boxes
+from detkit.ops.nms import non_max_suppression
 from detkit.registry import BACKBONES, HEADS, LOSSES, NECKS
 from detkit.structures import DenseOutput, Detections
 
@@ -109,8 +109,8 @@ class Detector(nn.Module):
         box = Letterbox.fit((height, width), (size, size))
         pixels = torch.from_numpy(box.apply(image)).to(parameter.device).permute(2, 0, 1)[None]
         boxes, scores = self.decode(self(pixels.to(parameter.dtype) / 255))
-        ((xyxy, confidence, labels),) = select_boxes(boxes, scores, **thresholds)
-        xyxy = to_original(xyxy, box.scale, box.offset, (height, width))
+        ((xyxy, confidence, labels),) = non_max_suppression(boxes, scores, **thresholds)
+        xyxy = unletterbox(xyxy, box.scale, box.offset, (height, width))
         return Detections(xyxy.cpu(), confidence.cpu(), labels.cpu(), self.class_names, (height, width), path)
 
     def fuse(self) -> "Detector":
@@ -122,7 +122,7 @@ class Detector(nn.Module):
         return fused.to(memory_format=torch.channels_last)
 
 
-def to_original(xyxy: Tensor, scale: tuple[float, float], offset: tuple[float, float], size: tuple[int, int]) -> Tensor:
+def unletterbox(xyxy: Tensor, scale: tuple[float, float], offset: tuple[float, float], size: tuple[int, int]) -> Tensor:
     """Undo a letterbox: boxes (N, 4) in the frame -> pixels of the source image of ``size`` (h, w), clipped to it."""
     height, width = size
     xyxy = (xyxy - xyxy.new_tensor((*offset, *offset))) / xyxy.new_tensor((*scale, *scale))
@@ -208,7 +208,7 @@ def build_loss(cfg: Mapping[str, Any], head: nn.Module) -> nn.Module:
     return loss
 
 
-def list_pictures(path: Path) -> list[Path]:
+def expand_source(path: Path) -> list[Path]:
     """Return the images of a folder by name, or the one file.
 
     Raises:
@@ -240,7 +240,7 @@ def _pictures(source: Source) -> Iterator[tuple[Path | None, np.ndarray]]:
             raise DetkitError(f"an image array must be (H, W, 3) uint8 RGB, this one is {source.shape} {source.dtype}")
         yield None, source
     elif isinstance(source, (str, Path)):
-        for file in list_pictures(Path(source)):
+        for file in expand_source(Path(source)):
             yield file, read_image(file)
     elif not isinstance(source, Sequence):
         raise DetkitError(

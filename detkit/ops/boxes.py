@@ -6,19 +6,19 @@ import torch
 from torch import Tensor
 
 
-def distances_to_boxes(ltrb: Tensor, points: Tensor) -> Tensor:
+def ltrb_to_xyxy(ltrb: Tensor, points: Tensor) -> Tensor:
     """Turn (..., A, 4) distances left, top, right, bottom of (A, 2) points into xyxy boxes, same units."""
     lt, rb = ltrb.chunk(2, -1)
     return torch.cat((points - lt, points + rb), -1)
 
 
-def boxes_to_distances(xyxy: Tensor, points: Tensor) -> Tensor:
+def xyxy_to_ltrb(xyxy: Tensor, points: Tensor) -> Tensor:
     """Turn (..., A, 4) xyxy boxes into distances left, top, right, bottom from (A, 2) points, same units."""
     x1y1, x2y2 = xyxy.chunk(2, -1)
     return torch.cat((points - x1y1, x2y2 - points), -1)
 
 
-def expected_distances(logits: Tensor, bins: Tensor) -> Tensor:
+def dfl_expectation(logits: Tensor, bins: Tensor) -> Tensor:
     """Expectation of each side's distribution: (..., 4 * K) logits, side-major, over (K,) bins -> (..., 4)."""
     return logits.unflatten(-1, (4, len(bins))).softmax(-1) @ bins
 

@@ -36,7 +36,7 @@ MAX_PIXELS = 178_956_970  # of a picture, where max_pixels says nothing else: 53
 MAX_BYTES = 2**30  # of a picture's file
 AVIF_PIXELS = 2**28  # libavif's own limit
 _MAX_PIXELS_VARIABLE = "DETKIT_MAX_PIXELS"  # in the environment, which processes started later inherit
-FILL = 114  # the gray that YOLO models see around an image
+PAD_VALUE = 114  # the gray that YOLO models see around an image
 # OpenCV's flags for a reduced decoding carry no order of colours: IMREAD_COLOR_RGB is added to them.
 _REDUCED = {
     1: 0,
@@ -78,13 +78,13 @@ def tar_member(path: str | Path) -> tuple[str, int, int] | None:
     return (match[1], int(match[2]), int(match[3])) if match else None
 
 
-def picture_file(path: str | Path) -> str:
+def image_file(path: str | Path) -> str:
     """Return the file that holds a picture: itself, or the tar file that its path leads into."""
     member = tar_member(path)
     return str(path) if member is None else member[0]
 
 
-def open_picture(path: str | Path) -> BinaryIO:
+def open_image(path: str | Path) -> BinaryIO:
     """Open a picture's bytes for reading, wherever they are.
 
     Raises:
@@ -182,7 +182,7 @@ def read_bytes(path: Path) -> np.ndarray:
         UnreadableImage: the file is missing, no regular file, or larger than MAX_BYTES.
     """
     try:
-        with open_picture(path) as file:
+        with open_image(path) as file:
             data = file.read(MAX_BYTES + 1)
         if len(data) > MAX_BYTES:
             raise OSError(errno.EFBIG, f"it is larger than {MAX_BYTES // 2**20} MiB")
@@ -225,16 +225,16 @@ def decode_image(data: np.ndarray, path: Path, reduce: int = 1) -> np.ndarray:
     return image
 
 
-def shrunk_sizes(sizes: np.ndarray, longest: int) -> np.ndarray:
+def fit_sizes(sizes: np.ndarray, longest: int) -> np.ndarray:
     """Return (N, 2) heights and widths with the longer side brought down to ``longest``; smaller ones stay."""
     ratio = np.minimum(longest / sizes.max(1, keepdims=True), 1.0)
     return np.maximum(np.rint(sizes * ratio), 1).astype(np.int64)
 
 
-def decode_shrunk(
+def decode_resized(
     data: np.ndarray, path: Path, size: tuple[int, int], longest: int
 ) -> tuple[np.ndarray, tuple[int, int]]:
-    """Decode a picture's bytes as ``read_image`` does and shrink it to ``shrunk_sizes``.
+    """Decode a picture's bytes as ``read_image`` does and shrink it to ``fit_sizes``.
 
     A JPEG much larger than that is decoded at a half, a quarter or an eighth of its size.
 
@@ -255,7 +255,7 @@ def decode_shrunk(
     elif reduce > 1:  # the label lies: what size has the file?
         image = decode_image(data, path)
         found = image.shape[:2]
-    height, width = shrunk_sizes(np.array((found,)), longest)[0].tolist()
+    height, width = fit_sizes(np.array((found,)), longest)[0].tolist()
     return (image if image.shape[:2] == (height, width) else resize(image, width, height)), found
 
 
@@ -303,4 +303,8 @@ class Letterbox:
         if image.shape[:2] != (self.height, self.width):
             image = resize(image, self.width, self.height)
         sides = (self.top, self.bottom, self.left, self.right)
-        return cv2.copyMakeBorder(image, *sides, cv2.BORDER_CONSTANT, value=(FILL, FILL, FILL)) if any(sides) else image
+        return (
+            cv2.copyMakeBorder(image, *sides, cv2.BORDER_CONSTANT, value=(PAD_VALUE, PAD_VALUE, PAD_VALUE))
+            if any(sides)
+            else image
+        )

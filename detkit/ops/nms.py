@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 
-def select_boxes(
+def non_max_suppression(
     boxes_ba4: Tensor,
     scores_bac: Tensor,
     *,

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 
-def make_points(
+def make_grid_points(
     sizes: Sequence[tuple[int, int]], strides: Sequence[int], device: torch.device
 ) -> tuple[Tensor, Tensor]:
     """Centres of the cells of several feature maps, level after level, row after row.

@@ -2,19 +2,23 @@
 
 import contextlib
 import sys
+from collections.abc import Sequence
 from typing import Any
 
-from detkit.engine.composition import Composition
-from detkit.engine.logging import show_progress
-from detkit.engine.precision import make_deterministic, pick_device
-from detkit.engine.properties import CHECKS, FIGURES, Finding, examine
+from rich.console import Console
+from rich.table import Table
+
+from detkit.checks.harness import Composition
+from detkit.checks.model_checks import CHECKS, FIGURES, CheckResult, run_check
+from detkit.engine.precision import seed_everything
+from detkit.engine.run_log import show_progress
 from detkit.models.detector import build_detector, build_loss
-from detkit.report.console import make_console
-from detkit.report.tables import print_findings
+from detkit.ops.device import pick_device
 from detkit.tasks.common import model_name
+from detkit.viz.console import make_console
 
 
-def run(cfg: dict[str, Any]) -> list[Finding]:
+def run(cfg: dict[str, Any]) -> list[CheckResult]:
     """Check what ``cfg`` (configs/check.yaml, resolved) composes; print a table and one sentence, return the findings.
 
     Raises:
@@ -23,20 +27,37 @@ def run(cfg: dict[str, Any]) -> list[Finding]:
     """
     console = make_console()
     device = pick_device(cfg["device"])
-    make_deterministic(cfg["seed"])
+    seed_everything(cfg["seed"])
     detector = build_detector(cfg, [f"class{k}" for k in range(cfg["num_classes"])]).to(device)
     composition = Composition(detector, build_loss(cfg, detector.head), cfg["image_size"])
     with contextlib.suppress(Exception):  # what is wrong with the detector, the checks will say
-        composition.awaken()
+        composition.randomize_norms()
     findings = []
-    with show_progress("check", len(CHECKS) + len(FIGURES), console) as bar:
+    with show_progress("check", len(CHECKS) + len(FIGURES)) as bar:
         for title, check in (CHECKS | FIGURES).items():
-            findings.append(examine(composition, title, check))
+            findings.append(run_check(composition, title, check))
             bar.advance()
-    print_findings(findings[: len(CHECKS)], findings[len(CHECKS) :], console)
+    print_check_results(findings[: len(CHECKS)], findings[len(CHECKS) :], console)
     name, failed = model_name(cfg), [finding.title for finding in findings if finding.status == "fail"]
     if failed:
         console.print(f"{name} on {device}: {len(failed)} of {len(findings)} rows failed: {', '.join(failed)}.")
         sys.exit(1)
     console.print(f"{name} on {device}: every check passed.")
     return findings
+
+
+STYLES = {"pass": "green", "fail": "bold red", "-": "dim"}
+
+
+def print_check_results(checks: Sequence[CheckResult], figures: Sequence[CheckResult], console: Console) -> None:
+    """Print what came of every check, then the figures; a figure that could not be had shows as failed."""
+    table = Table(header_style="bold")
+    for name in ("check", "", "what was seen"):
+        table.add_column(name, overflow="fold")
+    for finding in checks:
+        table.add_row(finding.title, finding.status, finding.words, style=STYLES[finding.status])
+    table.add_section()
+    for finding in figures:
+        failed = finding.status == "fail"
+        table.add_row(finding.title, "fail" if failed else "", finding.words, style=STYLES["fail"] if failed else None)
+    console.print(table, soft_wrap=False)

@@ -1,29 +1,32 @@
 """Report on an image set, and what is wrong with it."""
 
+import logging
 import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
 
 from detkit.data.annotations import Annotations
-from detkit.data.inspection import inspect_images
+from detkit.data.audit import audit_images
+from detkit.data.formats.writers import require_empty_dir, write_set
+from detkit.data.issues import FIXED, NOTE, SKIPPED, UNFIXED, IssueLog
 from detkit.data.loader import worker_count
-from detkit.data.problems import LEFT_OUT, MENDED, NOTE, WRONG, ProblemLog
+from detkit.data.read import explain_empty, read_splits
 from detkit.data.splits import TRAINED
-from detkit.data.writers import refuse_full, write_set
 from detkit.errors import DetkitError
 from detkit.registry import WRITERS
-from detkit.report.console import make_console
-from detkit.report.data_plots import plot_set
-from detkit.report.data_tables import print_classes, print_problems, print_splits, write_findings
-from detkit.tasks.common import explain_empty, make_run_dir, read_splits, train_command
+from detkit.tasks.common import make_run_dir, train_command
+from detkit.viz.console import make_console
+from detkit.viz.data_plots import plot_set
+from detkit.viz.data_tables import print_classes, print_problems, print_splits, write_findings
+
+logger = logging.getLogger(__name__)
 
 KEPT = 100_000  # findings of a kind that are listed; all are counted
 
 
-def run(cfg: dict[str, Any]) -> dict[str, ProblemLog]:
+def run(cfg: dict[str, Any]) -> dict[str, IssueLog]:
     """Check what ``cfg`` (configs/check_data.yaml, resolved) names; return what was found in each split.
 
     Prints tables and findings, writes ``findings.csv`` and ``plots/*.png``, and a cleaned copy where ``fix`` is set.
@@ -37,16 +40,16 @@ def run(cfg: dict[str, Any]) -> dict[str, ProblemLog]:
     if cfg["format"] is not None:
         WRITERS.get(cfg["format"])
     if copy is not None:
-        refuse_full(copy)
-    splits = read_splits(cfg["data"], console, KEPT)
-    logs = {split: annotations.problems for split, annotations in splits.items()}
+        require_empty_dir(copy)
+    splits = read_splits(cfg["data"], KEPT)
+    logs = {split: annotations.issues for split, annotations in splits.items()}
     for split, annotations in splits.items():
         if not len(annotations.labels):
             fault = split in TRAINED and not cfg["data"].get("allow_empty")
             kind = "empty_split" if fault else "unlabelled_split"
             logs[split].add(kind, annotations.source, None, f"holds no boxes: {explain_empty(annotations)}")
     run_dir = make_run_dir(cfg, "check_data", cfg["data"]["name"])
-    keep = inspect_images(splits, logs, worker_count(cfg["workers"]))
+    keep = audit_images(splits, logs, worker_count(cfg["workers"]))
 
     try:
         write_findings(logs, run_dir / "findings.csv")
@@ -57,21 +60,21 @@ def run(cfg: dict[str, Any]) -> dict[str, ProblemLog]:
         print_problems(logs, console)
     if copy is not None:
         own = cfg["data"]["name"] if cfg["data"]["name"] in WRITERS.names() else "coco"
-        _write_copy(_cleaned(splits, keep, console), cfg["format"] or own, copy, console)
+        _write_copy(_cleaned(splits, keep), cfg["format"] or own, copy)
     wrong, notes = (
         sum(sum(log.of(*outcomes).values()) for log in logs.values())
-        for outcomes in ((LEFT_OUT, MENDED, WRONG), (NOTE,))
+        for outcomes in ((SKIPPED, FIXED, UNFIXED), (NOTE,))
     )
     counts = ", ".join(
         f"{count or 'no'} {word}{'' if count == 1 else 's'}" for count, word in ((wrong, "error"), (notes, "note"))
     )
-    console.print(f"{counts}: findings.csv and plots are in {run_dir}")
+    logger.info("%s: findings.csv and plots are in %s", counts, run_dir)
     if wrong:
         sys.exit(2)
     return logs
 
 
-def _cleaned(splits: dict[str, Annotations], keep: dict[str, np.ndarray], console: Console) -> dict[str, Annotations]:
+def _cleaned(splits: dict[str, Annotations], keep: dict[str, np.ndarray]) -> dict[str, Annotations]:
     """Return the images to keep of every split that has any.
 
     Raises:
@@ -85,14 +88,14 @@ def _cleaned(splits: dict[str, Annotations], keep: dict[str, np.ndarray], consol
         elif split in TRAINED:
             raise DetkitError(f"nothing of {split} {words}")
         else:
-            console.print(f"{split} is left out, as nothing of it {words}", style="bold red")
+            logger.warning("%s is skipped, as nothing of it %s", split, words)
     return cleaned
 
 
-def _write_copy(splits: dict[str, Annotations], form: str, folder: Path, console: Console) -> None:
+def _write_copy(splits: dict[str, Annotations], form: str, folder: Path) -> None:
     """Write what is left, and say so."""
     written = write_set(form, splits, folder)
     counts = ", ".join(f"{len(a)} {split} images with {len(a.labels)} boxes" for split, a in splits.items())
-    console.print(f"cleaned copy, {form}: {counts}; train on it: {train_command(written.data)}")
+    logger.info("cleaned copy, %s: %s; train on it: %s", form, counts, train_command(written.data))
     for remark in written.remarks:
-        console.print(f"mind: {remark}")
+        logger.warning("mind: %s", remark)

@@ -2,11 +2,11 @@
 
 import itertools
 import json
+import logging
 import re
 import shlex
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,22 +15,19 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.types import RunMode
 from omegaconf import OmegaConf
-from rich.console import Console
 
 import detkit.data  # noqa: F401  (registers the formats)
 from detkit.data.annotations import Annotations
 from detkit.data.dataset import DetectionDataset, LetterboxDataset
+from detkit.data.issues import FIXED, SKIPPED
 from detkit.data.loader import BatchLoader, local_ranks, worker_count
-from detkit.data.problems import LEFT_OUT, MENDED, ProblemLog
-from detkit.data.splits import TRAINED, MissingSplit, splits_of
 from detkit.data.workers import TIMEOUT, check_shared_memory
+from detkit.distributed.collectives import world_size
 from detkit.errors import DetkitError
-from detkit.ops.ranks import rank_count
-from detkit.registry import DATASETS
+
+logger = logging.getLogger(__name__)
 
 AUTO = "auto"  # resume=auto: go on with the run in the named folder, if there is one
-# Keys of data that are no arguments of its reader.
-DATA_OPTIONS = ("preset", "strict", "allow_empty", "cache", "sampling", "repeat_threshold", "tiles")
 
 
 def make_run_dir(cfg: Mapping[str, Any], task: str, name: str) -> Path:
@@ -109,98 +106,6 @@ def _new_folder(path: Path) -> Path:
             continue
 
 
-def read_split(data: Mapping[str, Any], split: str, log: ProblemLog | None = None) -> Annotations:
-    """Read one split of the configured data set.
-
-    Args:
-        log: where problems go; given one, the files are read anew, and no problem is refused.
-
-    Raises:
-        DetkitError: it cannot be read, or has problems where ``data.strict`` is set.
-    """
-    if log is not None:
-        return DATASETS.build(_reader_arguments(data), split, log=log)
-    annotations = DATASETS.build(_reader_arguments(data), split)
-    if data.get("strict"):
-        annotations.problems.refuse()
-    return annotations
-
-
-def read_splits(data: Mapping[str, Any], console: Console, kept: int | None = None) -> dict[str, Annotations]:
-    """Read every split of the configured data set; say which are left out, as their files are not there or
-    their classes are others.
-
-    Args:
-        kept: read the files anew and keep so many problems of a kind.
-
-    Raises:
-        DetkitError: one cannot be read, train or val are not there, or have different classes.
-    """
-    splits: dict[str, Annotations] = {}
-    for split in splits_of(_reader_arguments(data)):
-        try:
-            splits[split] = read_split(data, split, None if kept is None else ProblemLog(kept))
-        except MissingSplit as error:
-            if split in TRAINED:
-                raise
-            console.print(f"{split} is left out: {error}", style="bold red")
-    train_set = splits["train"]
-    for split, annotations in list(splits.items()):
-        if not annotations.class_names:  # images alone
-            ids = train_set.category_ids
-            splits[split] = replace(annotations, class_names=train_set.class_names, category_ids=ids)
-        try:
-            check_classes(train_set, splits[split])
-        except DetkitError as error:
-            if split in TRAINED:
-                raise
-            console.print(f"{split} is left out: {error}", style="bold red")
-            del splits[split]
-    return splits
-
-
-def read_training(data: Mapping[str, Any]) -> tuple[Annotations, Annotations]:
-    """Read the splits that a training takes, train and val.
-
-    Raises:
-        DetkitError: one cannot be read, their classes differ, or one has no boxes and ``data.allow_empty`` is not set.
-    """
-    train_set, val_set = (read_split(data, split) for split in TRAINED)
-    check_classes(train_set, val_set)
-    for split, annotations in zip(TRAINED, (train_set, val_set), strict=True):
-        if not len(annotations.labels) and not data.get("allow_empty"):
-            words = "correct that, or train all the same with data.allow_empty=true (check_data lists what is wrong)"
-            raise DetkitError(f"{split} has no boxes: {explain_empty(annotations)}; {words}")
-    return train_set, val_set
-
-
-def explain_empty(annotations: Annotations) -> str:
-    """Say where the boxes of a split without any were looked for, and what was found there."""
-    problems, count = annotations.problems, len(annotations)
-    without = problems.counts["unlabelled_image"]
-    words = [f"{count} images in {annotations.source}"]
-    if without:
-        first = next(problem for problem in problems.problems if problem.kind == "unlabelled_image")
-        words += [f"label files found: {max(count - without, 0)} of {count}", f"the first image: {first}"]
-    if problems.summary():
-        words += [problems.summary(), f"the first: {problems.first(LEFT_OUT, MENDED)}"]
-    return "; ".join(words)
-
-
-def _reader_arguments(data: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in data.items() if key not in DATA_OPTIONS}
-
-
-def check_classes(train_set: Annotations, other: Annotations) -> None:
-    """Check that two splits define the same classes.
-
-    Raises:
-        DetkitError: they do not.
-    """
-    if train_set.class_names != other.class_names:
-        raise DetkitError(f"{other.source} has other classes than {train_set.source}: give both the same")
-
-
 def train_command(data: Mapping[str, str]) -> str:
     """Return the command that trains on a set, from the keys of ``data`` that read it."""
     words = [f"data={data['name']}"]
@@ -211,13 +116,14 @@ def train_command(data: Mapping[str, str]) -> str:
     return f"python tools/train.py {shlex.join(words)}"
 
 
-def tell_split(split: str, annotations: Annotations, console: Console) -> None:
-    """Print a line of what a split holds, and one of what was mended or left out, if anything was."""
-    console.print(f"{split}: {len(annotations)} images, {len(annotations.labels)} boxes")
-    summary = annotations.problems.summary()
+def log_split(split: str, annotations: Annotations) -> None:
+    """Log a line of what a split holds, and one of what was fixed or skipped, if anything was."""
+    logger.info("%s: %d images, %d boxes", split, len(annotations), len(annotations.labels))
+    summary = annotations.issues.summary()
     if summary:
-        first = annotations.problems.first(LEFT_OUT, MENDED)
-        console.print(f"{split}: {summary}; the first: {first} (check_data lists all, data.strict=true refuses them)")
+        first = annotations.issues.first(SKIPPED, FIXED)
+        words = "check_data lists all, data.strict=true refuses them"
+        logger.warning("%s: %s; the first: %s (%s)", split, summary, first, words)
 
 
 def check_room(cfg: Mapping[str, Any]) -> None:
@@ -226,7 +132,7 @@ def check_room(cfg: Mapping[str, Any]) -> None:
     Raises:
         DetkitError: they have not.
     """
-    images = -(-cfg["batch_size"] // rank_count())
+    images = -(-cfg["batch_size"] // world_size())
     check_shared_memory(3 * images * cfg["image_size"] ** 2, worker_count(cfg["workers"]) * local_ranks())
 
 

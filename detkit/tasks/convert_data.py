@@ -1,29 +1,31 @@
 """Write an image set in another format."""
 
+import logging
 from pathlib import Path
 from typing import Any
 
-from detkit.data.writers import Written, refuse_full, write_set
+from detkit.data.formats.writers import WriteResult, require_empty_dir, write_set
+from detkit.data.read import read_splits
 from detkit.registry import WRITERS
-from detkit.report.console import make_console
-from detkit.tasks.common import read_splits, tell_split, train_command
+from detkit.tasks.common import log_split, train_command
+
+logger = logging.getLogger(__name__)
 
 
-def run(cfg: dict[str, Any]) -> Written:
+def run(cfg: dict[str, Any]) -> WriteResult:
     """Convert what ``cfg`` (configs/convert_data.yaml, resolved) names; print how to train on the result.
 
     Raises:
         DetkitError: the set cannot be read, or ``dst`` cannot be written or holds something.
     """
-    console = make_console()
     folder = Path(str(cfg["dst"]))
     WRITERS.get(cfg["format"])
-    refuse_full(folder)
-    splits = read_splits(cfg["data"], console)
+    require_empty_dir(folder)
+    splits = read_splits(cfg["data"])
     for split, annotations in splits.items():
-        tell_split(split, annotations, console)
+        log_split(split, annotations)
     written = write_set(cfg["format"], splits, folder)
     for remark in written.remarks:
-        console.print(f"mind: {remark}")
-    console.print(f"{cfg['format']} written to {folder}; train on it: {train_command(written.data)}")
+        logger.warning("mind: %s", remark)
+    logger.info("%s written to %s; train on it: %s", cfg["format"], folder, train_command(written.data))
     return written

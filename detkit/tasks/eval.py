@@ -1,31 +1,28 @@
 """Evaluate a checkpoint."""
 
 import json
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from detkit.engine.checkpoint import build_from_checkpoint, write_atomically
-from detkit.engine.distributed import from_main, is_main, join, main_first
+from detkit.data.read import explain_empty, read_split
+from detkit.distributed.process_group import init_distributed, is_main_process, main_process_first, run_on_main
+from detkit.engine.auto_batch import check_batch
+from detkit.engine.checkpoint import build_from_checkpoint
 from detkit.engine.evaluator import evaluate
-from detkit.engine.logging import show_progress
-from detkit.engine.memory import check_batch
-from detkit.engine.precision import Precision, make_deterministic
-from detkit.errors import DetkitError, naming, shorten
-from detkit.report.console import make_console
-from detkit.report.plots import draw_evaluation, save_figure
-from detkit.report.tables import print_metrics
-from detkit.tasks.common import (
-    check_room,
-    checkpoint_name,
-    explain_empty,
-    make_run_dir,
-    read_split,
-    tell_split,
-    val_loader,
-)
+from detkit.engine.precision import Precision, seed_everything
+from detkit.engine.run_log import show_progress
+from detkit.errors import DetkitError, error_context, shorten
+from detkit.ops.atomic_write import write_atomically
+from detkit.tasks.common import check_room, checkpoint_name, log_split, make_run_dir, val_loader
+from detkit.viz.console import make_console
+from detkit.viz.plots import draw_evaluation, save_figure
+from detkit.viz.tables import print_metrics
+
+logger = logging.getLogger(__name__)
 
 RANK_TIMEOUT = 60  # seconds that ranks wait for one another to start
 
@@ -39,16 +36,15 @@ def run(cfg: dict[str, Any]) -> dict[str, Any]:
     Raises:
         DetkitError: an unreadable checkpoint, or a set with other classes.
     """
-    device = join(cfg["device"], RANK_TIMEOUT)
-    console = make_console(quiet=not is_main())
-    make_deterministic(cfg["seed"])
+    device = init_distributed(cfg["device"], RANK_TIMEOUT)
+    seed_everything(cfg["seed"])
     detector = build_from_checkpoint(str(cfg["ckpt"])).to(device)
     cfg["image_size"] = cfg["image_size"] or detector.cfg["image_size"]
     check_batch(cfg["batch_size"], cfg["image_size"], device)
     data = cfg.get("data") or detector.cfg.get("data")
     if data is None:
         raise DetkitError(f"{cfg['ckpt']} does not say what it was trained with: add data=coco data.root=DIR")
-    with main_first(), naming(None if cfg.get("data") else cfg["ckpt"]):  # the first leaves an index
+    with main_process_first(), error_context(None if cfg.get("data") else cfg["ckpt"]):  # the first leaves an index
         annotations = read_split(data, cfg["split"])
     if not len(annotations.labels) and not data.get("allow_empty"):
         words = "to see what is found in its images, run predict with source=FOLDER"
@@ -56,26 +52,27 @@ def run(cfg: dict[str, Any]) -> dict[str, Any]:
     if annotations.class_names != detector.class_names:
         ours, theirs = (shorten(", ".join(names)) for names in (detector.class_names, annotations.class_names))
         raise DetkitError(f"{cfg['ckpt']} knows the classes {ours}; {annotations.source} has {theirs}")
-    tell_split(cfg["split"], annotations, console)
-    run_dir = Path(from_main(lambda: str(make_run_dir(cfg, "eval", checkpoint_name(cfg["ckpt"])))))
+    log_split(cfg["split"], annotations)
+    run_dir = Path(run_on_main(lambda: str(make_run_dir(cfg, "eval", checkpoint_name(cfg["ckpt"])))))
 
     check_room(cfg)
     loader = val_loader(annotations, cfg, device)
     thresholds = {key: cfg[key] for key in ("score", "iou", "max_det")}
-    precision = Precision.pick(cfg["amp"] or _amp_of_training(detector.cfg, device), device)
-    with show_progress("evaluation", len(loader), console) as bar:
+    precision = Precision.from_config(cfg["amp"] or _amp_of_training(detector.cfg, device), device)
+    with show_progress("evaluation", len(loader)) as bar:
         result = evaluate(detector, loader.epoch(0), annotations, precision, **thresholds, advance=bar.advance)
     try:
-        if is_main():
+        if is_main_process():
             write_atomically(run_dir / "metrics.json", json.dumps(result.metrics, indent=2).encode())
             write_atomically(run_dir / "predictions.json", json.dumps(result.predictions).encode())
-            for name, figure in draw_evaluation(result, annotations, cfg["score"]).items():
+            for name, figure in draw_evaluation(result.curves, result.predictions, annotations, cfg["score"]).items():
                 save_figure(figure, run_dir / "plots" / f"{name}.png")
     finally:
-        for sentence in result.problems:
-            console.print(f"skipped, its boxes count as missed: {sentence}")
-        print_metrics(result.metrics, console)
-    console.print(f"AP {result.metrics['AP']:.6f} on {len(annotations)} images; written to {run_dir}")
+        for sentence in result.issues:
+            logger.warning("skipped, its boxes count as missed: %s", sentence)
+        if is_main_process():
+            print_metrics(result.metrics, make_console())
+    logger.info("AP %.6f on %d images; written to %s", result.metrics["AP"], len(annotations), run_dir)
     return result.metrics
 
 

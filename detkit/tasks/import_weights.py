@@ -1,5 +1,6 @@
 """Turn another project's checkpoint into one of detkit's."""
 
+import logging
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,11 +21,12 @@ from detkit.engine.checkpoint import (
 from detkit.errors import DetkitError, shorten
 from detkit.models.detector import build_detector
 from detkit.registry import BACKBONES
-from detkit.report.console import make_console
 from detkit.weights.fused import unfuse
-from detkit.weights.naming import Recognised
-from detkit.weights.recognise import recognise
+from detkit.weights.identify import identify
+from detkit.weights.naming import Identified
 from detkit.weights.source import Source, read_source
+
+logger = logging.getLogger(__name__)
 
 MAX_CLASSES = 10_000
 AKCONVS = ("akconv", "c3_akconv")
@@ -45,7 +47,7 @@ def run(cfg: dict[str, Any]) -> Checkpoint:
         checkpoint, sentence = read_checkpoint(src), f"{src} is a checkpoint of detkit: copied to {dst}"
     else:
         source = read_source(src)
-        found = recognise(src, source.tensors)
+        found = identify(src, source.tensors)
         chosen, named = _chosen(src, cfg, found)
         chosen = _with_sampling(src, found, chosen, cfg["sampling"])
         checkpoint = make_checkpoint(src, source, found, chosen, named)
@@ -56,11 +58,11 @@ def run(cfg: dict[str, Any]) -> Checkpoint:
         write_checkpoint(dst, checkpoint)
     except OSError as error:
         raise DetkitError(f"cannot write dst={dst}: {error.strerror}") from None
-    make_console().print(sentence)
+    logger.info(sentence)
     return checkpoint
 
 
-def _tell(src: Path, dst: Path, found: Recognised, named: str, checkpoint: Checkpoint, place: str) -> str:
+def _tell(src: Path, dst: Path, found: Identified, named: str, checkpoint: Checkpoint, place: str) -> str:
     """Say what was imported, and what to do with it."""
     told = f"{src}{f', in its {shorten(place)!r},' if place else ''} is {found.what} ({named})"
     if checkpoint.part:
@@ -83,7 +85,7 @@ def _check_destination(dst: Path) -> None:
         raise DetkitError(f"dst={dst}: the folder {dst.parent} does not exist")
 
 
-def _chosen(src: Path, cfg: dict[str, Any], found: Recognised) -> tuple[dict[str, Any], str]:
+def _chosen(src: Path, cfg: dict[str, Any], found: Identified) -> tuple[dict[str, Any], str]:
     """Return the config the user named, or else the one recognised; and its choices in words."""
     if "backbone" in cfg:
         if found.part is None and "neck" not in cfg:
@@ -98,7 +100,7 @@ def _chosen(src: Path, cfg: dict[str, Any], found: Recognised) -> tuple[dict[str
     return resolve(compose_config("train", ["~data", *found.choices])), shlex.join(found.choices)
 
 
-def _with_sampling(src: Path, found: Recognised, cfg: Mapping[str, Any], sampling: str | None) -> Mapping[str, Any]:
+def _with_sampling(src: Path, found: Identified, cfg: Mapping[str, Any], sampling: str | None) -> Mapping[str, Any]:
     """Return the config whose AKConvs sample as ``sampling=`` says, which a file's tensors do not tell.
 
     Raises:
@@ -134,7 +136,7 @@ def _sampled(spec: Any, sampling: str) -> Any:
     return spec
 
 
-def make_checkpoint(path: Path, source: Source, found: Recognised, cfg: Mapping[str, Any], named: str) -> Checkpoint:
+def make_checkpoint(path: Path, source: Source, found: Identified, cfg: Mapping[str, Any], named: str) -> Checkpoint:
     """Return the checkpoint of what was recognised in ``path``, built as ``cfg`` says.
 
     Args:
@@ -192,7 +194,7 @@ def _shapes(cfg: Mapping[str, Any], names: tuple[str, ...]) -> dict[str, tuple[i
     return {name: tuple(tensor.shape) for name, tensor in state.items()}
 
 
-def _first_odd(shapes: Mapping[str, tuple[int, ...]], found: Recognised) -> str:
+def _first_odd(shapes: Mapping[str, tuple[int, ...]], found: Identified) -> str:
     """Say what the first tensor is that does not fit; an empty string where all do."""
     for name, shape in shapes.items():
         if name not in found.tensors:

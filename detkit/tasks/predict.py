@@ -2,20 +2,23 @@
 
 import errno
 import json
+import logging
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from detkit.engine.checkpoint import build_from_checkpoint, write_atomically
-from detkit.engine.precision import pick_device
+from detkit.engine.checkpoint import build_from_checkpoint
 from detkit.errors import DetkitError, printable, shorten
-from detkit.models.detector import list_pictures
+from detkit.models.detector import expand_source
+from detkit.ops.atomic_write import write_atomically
+from detkit.ops.device import pick_device
 from detkit.ops.image import read_image
-from detkit.report.console import make_console
-from detkit.report.drawing import draw_boxes, save_picture
 from detkit.structures import Detections
 from detkit.tasks.common import checkpoint_name, make_run_dir
+from detkit.viz.drawing import draw_boxes, save_image
+
+logger = logging.getLogger(__name__)
 
 
 def run(cfg: dict[str, Any]) -> list[dict[str, Any]]:
@@ -32,9 +35,8 @@ def run(cfg: dict[str, Any]) -> list[dict[str, Any]]:
         DetkitError: an unreadable checkpoint or picture, or a picture that cannot be written.
         OSError: ``predictions.json`` cannot be written.
     """
-    console = make_console()
     detector = build_from_checkpoint(str(cfg["ckpt"])).to(pick_device(cfg["device"])).fuse()
-    files = list_pictures(Path(str(cfg["source"])))
+    files = expand_source(Path(str(cfg["source"])))
     run_dir = make_run_dir(cfg, "predict", checkpoint_name(cfg["ckpt"]))
     settings = {key: cfg[key] for key in ("score", "iou", "max_det", "image_size", "multi_label")}
     records: list[dict[str, Any]] = []
@@ -45,18 +47,18 @@ def run(cfg: dict[str, Any]) -> list[dict[str, Any]]:
                 image = read_image(file)
                 (found,) = detector.predict(image, **settings)
                 records.append(as_record(file, found))
-                console.print(f"{printable(file.name)}: {_count(found)}")
+                logger.info("%s: %s", printable(file.name), _count(found))
                 boxes, labels, scores = found.boxes.numpy(), found.labels.tolist(), found.scores.tolist()
-                save_picture(draw_boxes(image, boxes, labels, detector.class_names, scores), run_dir / name)
+                save_image(draw_boxes(image, boxes, labels, detector.class_names, scores), run_dir / name)
                 continue
             except DetkitError as error:
                 failures.append(str(error))
             except OSError as error:
                 failures.append(f"cannot write {run_dir / name}: {error.strerror or error}")
-            console.print(failures[-1])
+            logger.warning(failures[-1])
     finally:
         _write_records(records, run_dir)
-        console.print(f"{len(records)} of {len(files)} pictures, and predictions.json: {run_dir}")
+        logger.info("%d of %d images, and predictions.json: %s", len(records), len(files), run_dir)
     if failures:
         more = f" (and {len(failures) - 1} more)" if len(failures) > 1 else ""
         raise DetkitError(failures[0] + more)

@@ -1,25 +1,28 @@
 """Going on with a run: its own configuration, and what the command line may change in it."""
 
+import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
-from rich.console import Console
 
 from detkit.config import check_values, flatten
-from detkit.engine.lock import LOCK, find_job
-from detkit.engine.meeting import recall
+from detkit.distributed.rendezvous import store_get
 from detkit.engine.state import TrainState, check_state, read_state
-from detkit.errors import DetkitError, naming, shorten
+from detkit.errors import DetkitError, error_context, shorten
 from detkit.ops.files import read_yaml
 from detkit.tasks.common import AUTO, named_folder
+from detkit.tasks.run_lock import LOCK, find_run_of_job
+
+logger = logging.getLogger(__name__)
 
 CHANGEABLE_TRAINER = (
     "epochs",
     "patience",
-    "max_bad_steps",
+    "max_nonfinite_steps",
     "save_every",
     "keep_last",
     "loader_timeout",
@@ -54,44 +57,60 @@ def restarted_run(cfg: Mapping[str, Any]) -> Path | None:
     Raises:
         DetkitError: torchrun's other processes do not come.
     """
-    told = recall(job_name(), cfg["trainer"]["rank_timeout"])
+    told = store_get(job_name(), cfg["trainer"]["rank_timeout"])
     if told is not None:
         return Path(told)
     if os.environ.get("SLURM_RESTART_COUNT", "0") == "0":
         return None
-    return named_folder(cfg) or find_job(Path("runs") / "train", job_name())
+    return named_folder(cfg) or find_run_of_job(Path("runs") / "train", job_name())
 
 
-def resumed_run(
-    cfg: Mapping[str, Any], restarted: Path | None, tell: Callable[[str], None]
-) -> tuple[Path | None, dict[str, Any], dict[str, Any] | None]:
-    """Return what ``resume=RUN_DIR`` goes on with: the folder, the configuration, and the content of ``state.pt``.
+@dataclass(frozen=True)
+class RunPlan:
+    """What a command trains: a new run, or one that goes on.
 
-    The content is None where the run ended before anything was saved: then it begins anew. ``resume=auto`` is the same
-    command once more: the folder is the one it names, and None where that holds no run yet.
+    Attributes:
+        cfg: the configuration, of a run that goes on its own with what the command line may change.
+        run_dir: of a run that goes on; None: it has none yet.
+        saved: the content of its ``state.pt``; None where nothing is saved, and the run begins anew.
+        restarted: the command may have been started before, by ``resume=auto`` or a restart of its processes.
+    """
+
+    cfg: dict[str, Any]
+    run_dir: Path | None
+    saved: dict[str, Any] | None
+    restarted: bool
+
+
+def resolve_run(cfg: dict[str, Any]) -> RunPlan:
+    """Find out whether a command begins a run or goes on with one, by ``resume`` or as its processes were restarted.
+
+    ``resume=auto`` is the same command once more: the folder is the one it names, and None where that holds no run yet.
 
     Args:
         cfg: as the command line composed it.
-        restarted: the folder of this job's earlier start, if there was one; that implies ``resume=auto``.
-        tell: is given sentences about damaged files.
 
     Raises:
-        DetkitError: it cannot be resumed, or what was changed may not be.
+        DetkitError: the run cannot be resumed, or what was changed may not be.
     """
+    folder = restarted_run(cfg)
+    restarted = cfg["resume"] == AUTO or folder is not None
+    if cfg["resume"] is None and folder is None:
+        return RunPlan(cfg, None, None, restarted)
     same_command = cfg["resume"] in (None, AUTO)
-    run_dir = (restarted or named_folder(cfg)) if same_command else Path(str(cfg["resume"]))
+    run_dir = (folder or named_folder(cfg)) if same_command else Path(str(cfg["resume"]))
     if run_dir is None and not {"TORCHELASTIC_RUN_ID", "SLURM_JOB_ID"} & os.environ.keys():
         raise DetkitError("resume=auto needs run_dir=DIR, a folder that every start of the run names")
     if same_command and (run_dir is None or not (run_dir / "config.yaml").exists()):
-        began = restarted is not None and (restarted / LOCK).exists()
-        return restarted if began else None, {**cfg, "resume": AUTO}, None
-    saved = read_state(run_dir, tell)
+        began = folder is not None and (folder / LOCK).exists()
+        return RunPlan({**cfg, "resume": AUTO}, folder if began else None, None, restarted)
+    saved = read_state(run_dir)
     if saved is not None:
         check_state(saved)
     own = resumed_config(run_dir, cfg, saved and saved["cfg"], same_command)
     if saved is None:
-        tell(f"nothing is saved in {run_dir} yet: the run begins anew")
-    return run_dir, own, saved
+        logger.info("nothing is saved in %s yet: the run begins anew", run_dir)
+    return RunPlan(own, run_dir, saved, restarted)
 
 
 def resumed_config(
@@ -160,13 +179,13 @@ def _difference(now: Mapping[str, Any], then: Mapping[str, Any]) -> tuple[str, A
     return None
 
 
-def tell_progress(state: TrainState, epochs: int, console: Console) -> None:
-    """Print where a resumed run of ``epochs`` goes on."""
+def log_progress(state: TrainState, epochs: int) -> None:
+    """Log where a resumed run of ``epochs`` goes on."""
     if state.epoch >= epochs:
-        console.print(f"all {state.epoch} epochs are done: a larger trainer.epochs would go on")
+        logger.info("all %d epochs are done: a larger trainer.epochs would go on", state.epoch)
     else:
         within = f" and {state.current.position} batches of the next" if state.current.position else ""
-        console.print(f"going on after {state.epoch} of {epochs} epochs{within}")
+        logger.info("going on after %d of %d epochs%s", state.epoch, epochs, within)
 
 
 def typed_keys() -> list[str]:
@@ -200,7 +219,7 @@ def _read_config(path: Path, cfg: Mapping[str, Any]) -> dict[str, Any]:
             raise DetkitError(f"{path} has no '{key}': it was written by another version of detkit")
     if isinstance(content["trainer"], dict):
         content["trainer"] = {key: cfg["trainer"][key] for key in CHANGEABLE_TRAINER} | content["trainer"]
-    with naming(path):
+    with error_context(path):
         check_values(content)
     return content
 

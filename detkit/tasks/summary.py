@@ -1,13 +1,16 @@
 """Show what a composition is made of."""
 
 import contextlib
+import logging
 from typing import Any
 
-from detkit.engine.precision import pick_device
 from detkit.models.detector import build_detector, sketch_detector
-from detkit.report.console import make_console
-from detkit.report.summary import Row, print_summary, summarize
+from detkit.models.summary import Row, print_summary, summarize
+from detkit.ops.device import pick_device
 from detkit.tasks.common import model_name
+from detkit.viz.console import make_console
+
+logger = logging.getLogger(__name__)
 
 
 def run(cfg: dict[str, Any]) -> list[Row]:
@@ -26,8 +29,7 @@ def run(cfg: dict[str, Any]) -> list[Row]:
     if rows is None:
         detector = build_detector(cfg, class_names).to(pick_device(cfg["device"]))
         rows = summarize(detector, cfg["image_size"], cfg["depth"])
-    console = make_console()
-    print_summary(rows, console)
+    print_summary(rows, make_console())
     size = cfg["image_size"]
-    console.print(f"{model_name(cfg)}: one image of {size}x{size} pixels, {cfg['num_classes']} classes.")
+    logger.info("%s: one image of %dx%d pixels, %d classes.", model_name(cfg), size, size, cfg["num_classes"])
     return rows

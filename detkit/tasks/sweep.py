@@ -8,6 +8,7 @@ import csv
 import functools
 import io
 import json
+import logging
 import os
 import platform
 import sys
@@ -23,14 +24,16 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from detkit.data.loader import worker_count
-from detkit.engine.checkpoint import write_atomically
-from detkit.engine.distributed import first_to_say, mistake_elsewhere
-from detkit.engine.lock import lock_file
+from detkit.distributed.process_group import claim_error_message, peer_user_error
 from detkit.errors import DetkitError
+from detkit.ops.atomic_write import write_atomically
 from detkit.ops.processes import end_with_parent
-from detkit.report.console import Output, make_console
-from detkit.report.tables import print_rows
 from detkit.tasks.common import AUTO, sweep_folder
+from detkit.tasks.run_lock import lock_file
+from detkit.viz.console import Output, make_console
+from detkit.viz.tables import print_rows
+
+logger = logging.getLogger(__name__)
 
 RECORDS = ".jobs"
 COLUMNS = ("job", "AP", "AP50", "best_epoch", "epochs", "status", "error", "folder")
@@ -48,7 +51,7 @@ class SweepStart(Callback):
             _sweep = Path(config.hydra.sweep.dir).resolve()
             for record in (_sweep / RECORDS).glob("*.json"):  # of an earlier sweep in the same folder
                 record.unlink()
-            make_console().print(f"sweep: {_sweep}")
+            logger.info("sweep: %s", _sweep)
 
 
 def in_sweep() -> bool:
@@ -67,15 +70,15 @@ def run_job(work: Callable[[], object]) -> None:
     record: dict[str, Any] = {"job": folder.name, "status": "running", "folder": str(folder)}
     record |= {"host": platform.node(), "pid": os.getpid()}
     _write(folder, record)
-    with _output(folder) as tell:
+    with _output(folder) as print_line:
         try:
-            tell(f"job {folder.name}")
+            print_line(f"job {folder.name}")
             record |= {"status": "done", **_results(work())}
-            tell(_line(record))
+            print_line(_line(record))
         except DetkitError as error:
             record |= {"status": "mistake", "error": str(error)}
-            if first_to_say(str(error)):
-                tell(f"{folder.name}: error: {error}")
+            if claim_error_message(str(error)):
+                print_line(f"{folder.name}: error: {error}")
         except SystemExit as stop:
             code = stop.code if isinstance(stop.code, int) else 1
             record["status"] = "done" if stop.code in (0, None) else "failed" if code in (1, 2) else "stopped"
@@ -84,12 +87,12 @@ def run_job(work: Callable[[], object]) -> None:
             if record["status"] == "stopped":
                 raise
         except Exception as error:
-            if mistake := mistake_elsewhere():
+            if mistake := peer_user_error():
                 record |= {"status": "mistake", "error": mistake}
                 return
             traceback.print_exc()
             record |= {"status": "failed", "error": f"{type(error).__name__}: {error}".partition("\n")[0]}
-            tell(f"{folder.name}: {record['error']}")
+            print_line(f"{folder.name}: {record['error']}")
         finally:
             _write(folder, record)
 
@@ -124,7 +127,6 @@ def finish_sweep() -> int | None:
     sweep, _sweep = _sweep, None
     if sweep is None or not (sweep / RECORDS).is_dir():
         return None if sweep is None else 0
-    console = make_console()
     files = sorted((sweep / RECORDS).glob("*.json"), key=lambda file: int(file.stem))
     records = [json.loads(file.read_text()) for file in files]
     text = io.StringIO()
@@ -138,10 +140,10 @@ def finish_sweep() -> int | None:
     except OSError as error:
         raise DetkitError(f"{table} cannot be written: {error.strerror}") from None
     finally:
-        print_rows(records, COLUMNS[:6], console)
+        print_rows(records, COLUMNS[:6], make_console())
         for record in undone:
-            console.print(f"{record['job']}: {record.get('error', 'did not end')}")
-    console.print(f"{len(records) - len(undone)} of {len(records)} jobs are done: {table}")
+            logger.warning("%s: %s", record["job"], record.get("error", "did not end"))
+    logger.info("%d of %d jobs are done: %s", len(records) - len(undone), len(records), table)
     return 0 if not undone else 2 if all(record["status"] == "mistake" for record in undone) else 1
 
 

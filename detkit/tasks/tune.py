@@ -8,6 +8,7 @@ is taken up again where it was.
 import csv
 import io
 import json
+import logging
 import shlex
 import traceback
 import warnings
@@ -17,18 +18,16 @@ from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 from hydra.core.hydra_config import HydraConfig
-from rich.console import Console
 
 from detkit.config import flatten
-from detkit.engine.checkpoint import write_atomically
-from detkit.engine.lock import lock_file
-from detkit.engine.meeting import Place
+from detkit.data.read import read_training
+from detkit.distributed.rendezvous import RankInfo
 from detkit.engine.state import TrainState
 from detkit.errors import DetkitError
-from detkit.report.console import make_console
-from detkit.report.tables import print_rows
+from detkit.ops.atomic_write import write_atomically
 from detkit.tasks import train
-from detkit.tasks.common import AUTO, model_name, read_training
+from detkit.tasks.common import AUTO, model_name
+from detkit.tasks.run_lock import lock_file
 from detkit.tasks.search_space import (
     TUNING,
     as_overrides,
@@ -38,12 +37,16 @@ from detkit.tasks.search_space import (
     suggest,
     trial_config,
 )
+from detkit.viz.console import make_console
+from detkit.viz.tables import print_rows
 
 if TYPE_CHECKING:
     from optuna import Study, Trial
     from optuna.distributions import BaseDistribution
     from optuna.pruners import BasePruner
     from optuna.trial import FrozenTrial
+
+logger = logging.getLogger(__name__)
 
 FREE = ("trials", "pruner", "storage", "run_dir", "resume", "device", "workers", "data.root", "data.yaml")
 MEASURED = ("AP", "AP50", "best_epoch", "epochs")
@@ -57,10 +60,9 @@ def run(cfg: dict[str, Any]) -> list[dict[str, Any]]:
         SystemExit: with status 1 where no trial came to an end; or a signal asked for the end.
     """
     _import_optuna()
-    if Place.find().ranks > 1:
+    if RankInfo.from_env().ranks > 1:
         words = "start tune once for each GPU (device=cuda:N), without torchrun, by SLURM as a step of one task each"
         raise DetkitError(f"a trial trains in one process: {words} (srun --ntasks=1 --gpus=1 --exact ... &)")
-    console = make_console()
     typed = list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else []
     space = read_space(cfg["search"])
     check_space(space, typed)
@@ -68,18 +70,19 @@ def run(cfg: dict[str, Any]) -> list[dict[str, Any]]:
 
     folder = Path(str(cfg["run_dir"] or Path("runs") / "tune" / f"{model_name(cfg)}_{cfg['data']['name']}"))
     study = _open_study(folder, cfg)
-    console.print(f"study {folder}: {len(study.get_trials(deepcopy=False))} of {cfg['trials']} trials began before")
+    begun = len(study.get_trials(deepcopy=False))
+    logger.info("study %s: %d of %d trials began before", folder, begun, cfg["trials"])
     while (taken := _take_trial(study, space, folder, cfg)) is not None:
         trial, chosen, lock = taken
         run_dir = str(folder / folder_name(trial.number, chosen))
         trial.set_user_attr("folder", run_dir)
-        console.print(f"trial {trial.number}: {' '.join(as_overrides(chosen))}")
-        _run_trial(study, trial, typed, chosen, run_dir, console)
+        logger.info("trial %d: %s", trial.number, " ".join(as_overrides(chosen)))
+        _run_trial(study, trial, typed, chosen, run_dir)
         if lock is not None:
             lock.close()
         _write_table(study, folder)
     rows = _write_table(study, folder)
-    _tell_result(study, rows, typed, folder, console)
+    _log_result(study, rows, typed, folder)
     return rows
 
 
@@ -89,7 +92,6 @@ def _run_trial(
     typed: Sequence[str],
     chosen: Mapping[str, Any],
     run_dir: str,
-    console: Console,
 ) -> None:
     """Train with the ``chosen`` values in ``run_dir``, and tell the study what came of it, also why it failed."""
     from optuna.trial import TrialState
@@ -118,7 +120,7 @@ def _run_trial(
         pruned = epochs < cfg["trainer"]["epochs"] and trial.should_prune()
         study.tell(trial, **({"state": TrialState.PRUNED} if pruned else {"values": best["AP"]}))
         return
-    console.print(f"trial {trial.number} failed: {reason}")
+    logger.warning("trial %d failed: %s", trial.number, reason)
     trial.set_user_attr("error", reason)
     study.tell(trial, state=TrialState.FAIL)
 
@@ -227,22 +229,22 @@ def _row(trial: "FrozenTrial") -> dict[str, Any]:
     return {"trial": trial.number, "state": trial.state.name.lower(), **measured, **trial.params, **rest}
 
 
-def _tell_result(study: "Study", rows: list[dict[str, Any]], typed: list[str], folder: Path, console: Console) -> None:
+def _log_result(study: "Study", rows: list[dict[str, Any]], typed: list[str], folder: Path) -> None:
     """Print the table, what failed, the best trial and how to train it again; end with status 1 where there is none."""
     chosen = {t.number: {"chosen": " ".join(as_overrides(t.params))} for t in study.get_trials(deepcopy=False)}
-    print_rows([row | chosen[row["trial"]] for row in rows], ("trial", "state", *MEASURED, "chosen"), console)
+    print_rows([row | chosen[row["trial"]] for row in rows], ("trial", "state", *MEASURED, "chosen"), make_console())
     for row in rows:
         if row["error"]:
-            console.print(f"trial {row['trial']} failed: {row['error']}")
-    console.print(f"{folder / 'study.csv'}")
+            logger.warning("trial %d failed: %s", row["trial"], row["error"])
+    logger.info("%s", folder / "study.csv")
     complete = [row for row in rows if row["state"] == "complete"]
     if not complete:
-        console.print("no trial came to its end")
+        logger.info("no trial was completed")
         raise SystemExit(1)
     best = study.best_trial
-    console.print(f"best: trial {best.number}, AP {best.value:.4f}: {best.user_attrs['folder']}")
+    logger.info("best: trial %d, AP %.4f: %s", best.number, best.value, best.user_attrs["folder"])
     words = [word for word in typed if word.lstrip("+").partition("=")[0].partition(".")[0] not in (*TUNING, "run_dir")]
-    console.print(f"python tools/train.py {shlex.join([*words, *as_overrides(best.params)])}")
+    logger.info("python tools/train.py %s", shlex.join([*words, *as_overrides(best.params)]))
 
 
 def _import_optuna() -> None:

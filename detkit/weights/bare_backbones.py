@@ -5,13 +5,13 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from detkit.weights.naming import Recognised, renamed, rows
+from detkit.weights.naming import Identified, renamed, rows
 
 REVCOLS = {(64, 4): "tiny", (64, 8): "small", (72, 16): "base", (128, 8): "large", (224, 8): "xlarge"}  # and columns
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
-def revcol(tensors: Mapping[str, Tensor]) -> Recognised | None:
+def revcol(tensors: Mapping[str, Tensor]) -> Identified | None:
     """Bare, with a classifier, or in a detector of mmdet: there below ``backbone.``."""
     for prefix in ("", "backbone."):
         if f"{prefix}stem.0.weight" not in tensors or f"{prefix}subnet0.alpha0" not in tensors:
@@ -20,7 +20,7 @@ def revcol(tensors: Mapping[str, Tensor]) -> Recognised | None:
         taken, left_out = renamed(tensors, {f"{prefix}{name}": f"backbone.{name}" for name in ("stem", *columns)})
         choice = revcol_choice(tensors, prefix)
         _take_plain_images(taken, "backbone.stem.0.weight", "backbone.stem.0.bias")
-        return Recognised("RevCol", choice, taken, left_out, "backbone")
+        return Identified("RevCol", choice, taken, left_out, "backbone")
     return None
 
 
@@ -35,14 +35,14 @@ def revcol_choice(tensors: Mapping[str, Tensor], prefix: str) -> tuple[str, ...]
     return (f"backbone=revcol_{REVCOLS[size]}",) if size in REVCOLS else ()
 
 
-def mobilenetv2_torchvision(tensors: Mapping[str, Tensor]) -> Recognised | None:
+def mobilenetv2_torchvision(tensors: Mapping[str, Tensor]) -> Identified | None:
     """``features.K.conv.J``."""
     if not {"features.0.0.weight", "features.17.conv.3.weight"} <= set(tensors):
         return None
     return _mobilenetv2(tensors, {f"features.{k}": f"backbone.features.{k}" for k in range(18)})
 
 
-def mobilenetv2_timm(tensors: Mapping[str, Tensor]) -> Recognised | None:
+def mobilenetv2_timm(tensors: Mapping[str, Tensor]) -> Identified | None:
     """timm numbers the blocks stage by stage; its first has no expansion, the others name their convolutions."""
     if not {"conv_stem.weight", "blocks.0.0.conv_dw.weight", "blocks.6.0.conv_pwl.weight"} <= set(tensors):
         return None
@@ -57,14 +57,14 @@ def mobilenetv2_timm(tensors: Mapping[str, Tensor]) -> Recognised | None:
     return _mobilenetv2(tensors, places)
 
 
-def _mobilenetv2(tensors: Mapping[str, Tensor], places: Mapping[str, str]) -> Recognised:
+def _mobilenetv2(tensors: Mapping[str, Tensor], places: Mapping[str, str]) -> Identified:
     taken, left_out = renamed(tensors, places)
     _take_plain_images(taken, "backbone.features.0.0.weight", "backbone.features.0.1.running_mean")
     for name in [name for name in taken if name.endswith(".running_var")]:
         weight, variance = taken.get(name.replace(".running_var", ".weight")), taken[name]
         if weight is not None and weight.shape == variance.shape:  # detectors divide by sqrt(var + 1e-3)
             taken[name.replace(".running_var", ".weight")] = weight * ((variance + 1e-3) / (variance + 1e-5)).sqrt()
-    return Recognised("MobileNetV2", mobilenetv2_choices(taken), taken, left_out, "backbone")
+    return Identified("MobileNetV2", mobilenetv2_choices(taken), taken, left_out, "backbone")
 
 
 def mobilenetv2_choices(taken: Mapping[str, Tensor]) -> tuple[str, ...]:

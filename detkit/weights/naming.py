@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Recognised:
+class Identified:
     """What a checkpoint is.
 
     Attributes:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from detkit.weights.bare_backbones import mobilenetv2_choices, revcol_choice
-from detkit.weights.naming import Recognised, renamed, rows
+from detkit.weights.naming import Identified, renamed, rows
 
 SCALES = {16: "n", 32: "s", 48: "m", 64: "l", 80: "x"}  # by the channels of the stem
 STRIDES = (8, 16, 32)
@@ -41,26 +41,26 @@ _GOLD_NECK = {
 }
 
 
-def yolov8(tensors: Mapping[str, Tensor]) -> Recognised | None:
+def yolov8(tensors: Mapping[str, Tensor]) -> Identified | None:
     """YOLOv8, its convolutions possibly exchanged for others, such as DynamicConv."""
     if not {"model.0.conv.weight", "model.22.dfl.conv.weight"} <= set(tensors):
         return None
     taken, left_out = _renamed(tensors, _BACKBONE | _V8_NECK | _v8_head(22))
     choices = _csp_choices("yolov8", "c2f", tensors, taken)
-    return Recognised("YOLOv8", choices, taken, left_out, akconv=_has_akconv(taken))
+    return Identified("YOLOv8", choices, taken, left_out, akconv=_has_akconv(taken))
 
 
-def yolov5u(tensors: Mapping[str, Tensor]) -> Recognised | None:
+def yolov5u(tensors: Mapping[str, Tensor]) -> Identified | None:
     """YOLOv5 with YOLOv8's head, as Ultralytics has it."""
     if not {"model.0.conv.weight", "model.24.dfl.conv.weight"} <= set(tensors):
         return None
     taken, left_out = _renamed(tensors, _BACKBONE | _V5_NECK | _v8_head(24))
     choices = _csp_choices("yolov5", "c3", tensors, taken)
     choices = (*choices, "head=yolov8") if choices else ()
-    return Recognised("YOLOv5u", choices, taken, left_out, akconv=_has_akconv(taken))
+    return Identified("YOLOv5u", choices, taken, left_out, akconv=_has_akconv(taken))
 
 
-def yolov5(tensors: Mapping[str, Tensor]) -> Recognised | None:
+def yolov5(tensors: Mapping[str, Tensor]) -> Identified | None:
     """YOLOv5 of release 7, its bottlenecks possibly with AKConv."""
     if not {"model.0.conv.weight", "model.24.m.0.weight", "model.24.anchors"} <= set(tensors):
         return None
@@ -72,10 +72,10 @@ def yolov5(tensors: Mapping[str, Tensor]) -> Recognised | None:
     taken, left_out = _renamed(rest, _BACKBONE | _V5_NECK | {"24.m": "head.predictions"})
     taken["head.anchors_la2"] = torch.tensor([pixels[stride] for stride in STRIDES]).view(anchors.shape)
     choices = _csp_choices("yolov5", "c3", tensors, taken)
-    return Recognised("YOLOv5", choices, taken, left_out, head={"anchors": pixels}, akconv=_has_akconv(taken))
+    return Identified("YOLOv5", choices, taken, left_out, head={"anchors": pixels}, akconv=_has_akconv(taken))
 
 
-def yolov8_with_backbone(tensors: Mapping[str, Tensor]) -> Recognised | None:
+def yolov8_with_backbone(tensors: Mapping[str, Tensor]) -> Identified | None:
     """YOLOv8 whose first layer is a whole RevCol or MobileNetV2. Both have learnt from plain images in 0..1."""
     if "model.14.dfl.conv.weight" not in tensors:
         return None
@@ -88,7 +88,7 @@ def yolov8_with_backbone(tensors: Mapping[str, Tensor]) -> Recognised | None:
         return None
     taken, left_out = _renamed(tensors, backbone | _NECK_AFTER_ONE_LAYER | _v8_head(14))
     choices = revcol_choice(tensors, "model.0.") if "0" in backbone else mobilenetv2_choices(taken)
-    return Recognised(what, (f"model=yolov8{scale}", *choices) if scale and choices else (), taken, left_out)
+    return Identified(what, (f"model=yolov8{scale}", *choices) if scale and choices else (), taken, left_out)
 
 
 def _mobilenetv2_places(tensors: Mapping[str, Tensor]) -> dict[str, str]:
@@ -104,7 +104,7 @@ def _mobilenetv2_places(tensors: Mapping[str, Tensor]) -> dict[str, str]:
     return places
 
 
-def gold(tensors: Mapping[str, Tensor]) -> Recognised | None:
+def gold(tensors: Mapping[str, Tensor]) -> Identified | None:
     """YOLOv8 with Gold-YOLO's neck."""
     if not {"model.0.conv.weight", "model.11.conv1.conv.weight", "model.31.dfl.conv.weight"} <= set(tensors):
         return None
@@ -112,7 +112,7 @@ def gold(tensors: Mapping[str, Tensor]) -> Recognised | None:
     taken = {n.replace(".c.", ".conv.") if n.startswith("neck.high_ifm") else n: t for n, t in taken.items()}
     scale = SCALES.get(rows(tensors["model.0.conv.weight"]))
     choices = ("model=yolov8n_gold",) if scale == "n" else (f"model=yolov8{scale}", "neck=repgd") if scale else ()
-    return Recognised("YOLOv8 with Gold-YOLO's neck", choices, taken, left_out)
+    return Identified("YOLOv8 with Gold-YOLO's neck", choices, taken, left_out)
 
 
 def _v8_head(layer: int) -> dict[str, str]:

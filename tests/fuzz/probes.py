@@ -16,8 +16,8 @@ def load(*overrides: str) -> None:
     from detkit.config import compose_config, resolve
     from detkit.data.dataset import DetectionDataset, LetterboxDataset
     from detkit.data.loader import BatchLoader
+    from detkit.data.read import read_split
     from detkit.errors import DetkitError
-    from detkit.tasks.common import read_split
 
     try:
         annotations = read_split(resolve(compose_config("train", list(overrides)))["data"], "train")

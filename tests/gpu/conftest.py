@@ -6,13 +6,13 @@ from contextlib import contextmanager
 import pytest
 import torch
 
+from detkit.checks.harness import Composition
 from detkit.config import compose_config, resolve
-from detkit.engine.composition import Composition
-from detkit.engine.measure import random_batch
-from detkit.engine.optim import Recipe, Schedule
+from detkit.engine.optimizer import Recipe, Schedule
 from detkit.engine.precision import Precision
 from detkit.engine.step import TrainStep
 from detkit.models.detector import build_detector, build_loss
+from detkit.models.profiling import dummy_batch
 from detkit.structures import Batch
 
 SMALL = "model.width=0.125 model.depth=0.1"
@@ -38,14 +38,14 @@ def make_step(words: str, device: torch.device, amp: str, optimizer: str = "adam
     composition = compose(words, device)
     recipe = Recipe(optimizer, 0.002, 0.9, 5e-4, 0.0)
     schedule = Schedule(recipe, epochs=10, final=0.01, shape="constant", warmup=0, warmup_momentum=0.8)
-    precision = Precision.pick(amp if device.type == "cuda" or amp != "fp16" else "bf16", device)
+    precision = Precision.from_config(amp if device.type == "cuda" or amp != "fp16" else "bf16", device)
     options = {"accumulate": 1, "clip": 10.0}
     return TrainStep(composition.detector, composition.loss, recipe, schedule, precision, **options)
 
 
 def noise(device: torch.device, images: int = 4, side: int = 64) -> Batch:
     """Images of noise with three boxes each, channels-last as a loader's are."""
-    batch = random_batch(images, (side, side), 3, 3).to(device)
+    batch = dummy_batch(images, (side, side), 3, 3).to(device)
     batch.images = batch.images.contiguous(memory_format=torch.channels_last)
     return batch
 

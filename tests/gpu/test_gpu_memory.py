@@ -7,8 +7,8 @@ import torch
 
 import detkit
 from detkit.config import compose_config, resolve
-from detkit.data import shapes
-from detkit.engine.memory import choose_batch_size, trial
+from detkit.data.formats import shapes
+from detkit.engine.auto_batch import choose_batch_size, make_trial_step
 from detkit.engine.precision import Precision, is_out_of_memory
 from detkit.errors import DetkitError
 from detkit.models.backbones.revcol import STRIDES, RevCol
@@ -44,7 +44,7 @@ def test_running_out_of_memory_is_a_sentence_with_a_batch_that_fits(compiled, la
 def test_the_batch_that_is_chosen_trains(optimizer, amp, cuda):
     """With little to spare: one twice as large does not, in the same memory."""
     step = make_step("model=yolov8n", cuda, amp, optimizer)
-    attempt = trial(step.detector, step.loss, step.precision, 320)
+    attempt = make_trial_step(step.detector, step.loss, step.precision, 320)
     with limited_memory(cuda, gib=2):
         size = choose_batch_size(attempt, cuda)
         assert size & (size - 1) == 0
@@ -62,7 +62,7 @@ def test_what_never_fits_is_said(cuda):
     detector = detkit.create_model("yolov8n", num_classes=3).to(cuda)
     loss = make_step("model=yolov8n", cuda, "bf16").loss
     with limited_memory(cuda, gib=0.5), pytest.raises(DetkitError, match="not one image fits"):
-        choose_batch_size(trial(detector, loss, Precision.pick("bf16", cuda), 4096), cuda)
+        choose_batch_size(make_trial_step(detector, loss, Precision.from_config("bf16", cuda), 4096), cuda)
 
 
 class Graph:

@@ -19,13 +19,13 @@ from torch import nn
 
 from detkit.config import compose_config, resolve
 from detkit.data.dataset import DetectionDataset, LetterboxDataset
+from detkit.data.formats.shapes import read_shapes
 from detkit.data.loader import BatchLoader
-from detkit.data.shapes import read_shapes
-from detkit.engine import distributed, trainer
+from detkit.distributed import collectives, process_group
+from detkit.engine import trainer
 from detkit.engine.checkpoint import build_from_checkpoint
 from detkit.engine.evaluator import METRICS, evaluate
 from detkit.engine.precision import Precision
-from detkit.ops import ranks
 from detkit.tasks import benchmark, check, predict, train
 from detkit.tasks import eval as eval_task
 from tests.gpu.conftest import SMALL, make_step, noise
@@ -148,7 +148,7 @@ def test_validation_finds_what_a_cpu_finds(amp, finished_run, shapes_root, cuda)
 
     def metrics(device: torch.device, amp: str) -> dict[str, float]:
         loader = BatchLoader(dataset, 4, workers=0, pin=device.type == "cuda")
-        precision = Precision.pick(amp if device.type == "cuda" or amp != "fp16" else "bf16", device)
+        precision = Precision.from_config(amp if device.type == "cuda" or amp != "fp16" else "bf16", device)
         return evaluate(detector.to(device), loader.epoch(0), annotations, precision).metrics
 
     mine, theirs = metrics(cuda, amp), metrics(torch.device("cpu"), "off")
@@ -186,19 +186,19 @@ def test_nccl_carries_a_step(cuda, monkeypatch):
     backend = "nccl" if cuda.type == "cuda" else "gloo"
     dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     try:
-        monkeypatch.setattr(distributed, "_patient", dist.new_group(backend="gloo"))
-        for module in (ranks, distributed):
-            monkeypatch.setattr(module, "rank_count", lambda: 2)
+        monkeypatch.setattr(process_group, "_patient", dist.new_group(backend="gloo"))
+        for module in (collectives, process_group):
+            monkeypatch.setattr(module, "world_size", lambda: 2)
         step = make_step(f"model=yolov8n {SMALL}", cuda, "bf16")
         assert isinstance(step.network, nn.parallel.DistributedDataParallel)
         for k in range(3):
             terms = step(noise(cuda), k, 0)
         assert all(term.isfinite() for term in terms.values())
         assert step.health.read().skipped_steps == 0
-        assert distributed.from_main(lambda: {"a": [1, "b"]}) == {"a": [1, "b"]}
-        assert distributed.largest_of_ranks(3) == 3
-        assert distributed.gather(b"words")[0] == b"words"
-        distributed.wait()
+        assert process_group.run_on_main(lambda: {"a": [1, "b"]}) == {"a": [1, "b"]}
+        assert process_group.all_reduce_max(3) == 3
+        assert process_group.gather_objects(b"words")[0] == b"words"
+        process_group.barrier()
     finally:
         dist.destroy_process_group()
 

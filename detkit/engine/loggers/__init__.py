@@ -1,23 +1,26 @@
 """Where a run's numbers, curves and pictures go: a file a logger, behind the interface of ``base.py``.
 
 What is registered in LOGGERS is called with the run directory, the ``id`` that the logger had there before (None in a
-new run), and what says a sentence to the user; it returns a ``Logger`` with an ``id`` of letters, digits and ``_-``.
+new run); it returns a ``Logger`` with an ``id`` of letters, digits and ``_-``.
 """
 
 import importlib.util
 import json
+import logging
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from detkit.engine.checkpoint import write_atomically
+from detkit.engine.loggers.async_logger import AsyncLogger, SafeLogger
 from detkit.engine.loggers.base import Logger
-from detkit.engine.loggers.channel import BackgroundChannel, Channel
-from detkit.engine.loggers.tensorboard import TensorBoard
+from detkit.engine.loggers.tensorboard_logger import TensorBoard
 from detkit.errors import DetkitError
+from detkit.ops.atomic_write import write_atomically
 from detkit.ops.files import read_regular
 from detkit.registry import LOGGERS
+
+logger = logging.getLogger(__name__)
 
 OPTIONAL = ("wandb", "mlflow")
 IDS = "loggers.json"  # in the run directory: by what W&B and MLflow know the run
@@ -35,47 +38,44 @@ def check_loggers(names: Sequence[str]) -> None:
             raise DetkitError(f"trainer.loggers={name} needs a package that is missing: pip install 'detkit[{name}]'")
 
 
-def open_loggers(
-    names: Sequence[str], run_dir: Path, step: int, tell: Callable[[str], None], *, resumed: bool = False
-) -> list[Channel]:
+def open_loggers(names: Sequence[str], run_dir: Path, step: int, *, resumed: bool = False) -> list[SafeLogger]:
     """Open TensorBoard and the optional loggers ``names``, which go on with the runs they had for this directory.
 
     Args:
         step: batches that the run has done.
-        tell: is given a sentence where a logger fails, and on where its run is.
         resumed: the run goes on without a logger that does not open.
 
     Raises:
         DetkitError: a logger of a new run does not open.
     """
-    channels = [Channel("TensorBoard", TensorBoard(run_dir, step), tell)]
+    opened = [SafeLogger("TensorBoard", TensorBoard(run_dir, step))]
     ids = _read_ids(run_dir / IDS)
     for name in names:
         try:
-            logger = LOGGERS.get(name)(run_dir, ids.get(name), tell)
+            backend = LOGGERS.get(name)(run_dir, ids.get(name))
         except Exception as error:  # whatever these packages and their servers come up with
             reason = (str(error) or type(error).__name__).splitlines()[0]
             if not resumed:
                 raise DetkitError(f"trainer.loggers: {name} does not open: {reason}") from None
-            tell(f"{name} does not open ({reason}): the run goes on without it")
+            logger.warning("%s does not open (%s): the run goes on without it", name, reason)
             continue
-        ids[name] = logger.id
-        channels.append(BackgroundChannel(name, logger, tell))
+        ids[name] = backend.id
+        opened.append(AsyncLogger(name, backend))
     if ids:
         write_atomically(run_dir / IDS, json.dumps(ids).encode())
-    return channels
+    return opened
 
 
 @LOGGERS.register("wandb")
-def _wandb(run_dir: Path, run: str | None, tell: Callable[[str], None]) -> Logger:
-    from detkit.engine.loggers.wandb import WandB
+def _wandb(run_dir: Path, run: str | None) -> Logger:
+    from detkit.engine.loggers.wandb_logger import WandB
 
-    return WandB(run_dir, run, tell)
+    return WandB(run_dir, run)
 
 
 @LOGGERS.register("mlflow")
-def _mlflow(run_dir: Path, run: str | None, tell: Callable[[str], None]) -> Logger:
-    from detkit.engine.loggers.mlflow import MLflow
+def _mlflow(run_dir: Path, run: str | None) -> Logger:
+    from detkit.engine.loggers.mlflow_logger import MLflow
 
     return MLflow(run_dir, run)
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
-from detkit.engine.curves import Curves
+from detkit.ops.curves import Curves
 
 Value = bool | int | float | str
 
@@ -19,7 +19,7 @@ class Logger(Protocol):
     def scalars(self, values: Mapping[str, float], step: int) -> None:
         """Keep numbers by name, such as ``val/AP``."""
 
-    def picture(self, name: str, path: Path, step: int) -> None:
+    def image(self, name: str, path: Path, step: int) -> None:
         """Keep a picture that lies at ``path``, a JPEG or PNG."""
 
     def precision_recall(self, curves: Curves, class_names: Sequence[str], step: int) -> None:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from detkit.errors import DetkitError
 from detkit.ops.anchors import anchor_boxes
-from detkit.ops.points import make_points
+from detkit.ops.points import make_grid_points
 from detkit.registry import HEADS
 from detkit.structures import AnchorOutput
 
@@ -57,7 +57,7 @@ class YOLOv5Head(nn.Module):
             maps.append(conv(x).permute(0, 2, 3, 1).reshape(batch, h * w * per_cell, 5 + self.num_classes))
             anchors.append(anchors_a2.repeat(h * w, 1))
         sizes = [x.shape[-2:] for x in features]
-        points, strides = make_points(sizes, self.strides, features[0].device)
+        points, strides = make_grid_points(sizes, self.strides, features[0].device)
         reg, objectness, cls = torch.cat(maps, 1).split((4, 1, self.num_classes), -1)
         return AnchorOutput(
             cls,

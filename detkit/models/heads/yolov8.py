@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from detkit.errors import DetkitError
 from detkit.layers.conv import Conv
-from detkit.ops.boxes import distances_to_boxes, expected_distances
-from detkit.ops.points import make_points
+from detkit.ops.boxes import dfl_expectation, ltrb_to_xyxy
+from detkit.ops.points import make_grid_points
 from detkit.registry import HEADS
 from detkit.structures import DenseOutput
 
@@ -59,13 +59,13 @@ class YOLOv8Head(nn.Module):
         """Features (B, c, h, w), finest first -> DenseOutput over all their points."""
         reg = [branch(x) for branch, x in zip(self.box_branches, features, strict=True)]
         cls = [branch(x) for branch, x in zip(self.cls_branches, features, strict=True)]
-        points, strides = make_points([x.shape[-2:] for x in features], self.strides, features[0].device)
+        points, strides = make_grid_points([x.shape[-2:] for x in features], self.strides, features[0].device)
         return DenseOutput(_flatten(cls), _flatten(reg), points, strides)
 
     def decode(self, out: DenseOutput) -> tuple[Tensor, Tensor]:
         """Return boxes (B, A, 4) xyxy in input pixels and scores (B, A, C) in 0..1, both float32."""
-        distances = expected_distances(out.reg.float(), self.bins.float())
-        return distances_to_boxes(distances, out.points) * out.strides, out.cls.float().sigmoid()
+        distances = dfl_expectation(out.reg.float(), self.bins.float())
+        return ltrb_to_xyxy(distances, out.points) * out.strides, out.cls.float().sigmoid()
 
 
 def _flatten(maps: list[Tensor]) -> Tensor:

@@ -4,10 +4,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from detkit.distributed.collectives import all_reduce_sum
 from detkit.errors import DetkitError
 from detkit.models.losses.assigner import assign_task_aligned
-from detkit.ops.boxes import boxes_to_distances, ciou, distances_to_boxes, expected_distances
-from detkit.ops.ranks import sum_over_ranks
+from detkit.ops.boxes import ciou, dfl_expectation, ltrb_to_xyxy, xyxy_to_ltrb
 from detkit.registry import LOSSES
 from detkit.structures import Batch, DenseOutput
 
@@ -52,7 +52,7 @@ class TaskAlignedLoss(nn.Module):
         """Return the weighted terms; their sum, over the ranks too, is the loss of the batch's mean image."""
         cls, reg = out.cls.float(), out.reg.float()
         bins = torch.arange(reg.shape[-1] // 4, device=reg.device, dtype=torch.float32)
-        boxes_ba4 = distances_to_boxes(expected_distances(reg, bins), out.points)  # in strides
+        boxes_ba4 = ltrb_to_xyxy(dfl_expectation(reg, bins), out.points)  # in strides
         targets = assign_task_aligned(
             cls.detach().sigmoid(),
             boxes_ba4.detach() * out.strides,
@@ -62,7 +62,7 @@ class TaskAlignedLoss(nn.Module):
             batch.valid_bm,
             **self.assigner,
         )
-        total = sum_over_ranks(targets.scores_bac.sum()).clamp(min=1)
+        total = all_reduce_sum(targets.scores_bac.sum()).clamp(min=1)
         terms = {"cls": F.binary_cross_entropy_with_logits(cls, targets.scores_bac, reduction="sum") / total}
         if batch.boxes_bm4.shape[1]:
             index = targets.box_index_ba[..., None].expand(-1, -1, 4)
@@ -72,7 +72,7 @@ class TaskAlignedLoss(nn.Module):
             target_boxes_ba4 = torch.where(foreground, target_boxes_ba4, boxes_ba4.detach())
             weight_ba = targets.scores_bac.sum(-1) / total
             terms["box"] = ((1 - ciou(boxes_ba4, target_boxes_ba4)) * weight_ba).sum()
-            distances_ba4 = boxes_to_distances(target_boxes_ba4, out.points)
+            distances_ba4 = xyxy_to_ltrb(target_boxes_ba4, out.points)
             terms["dfl"] = (distribution_focal_loss(reg, distances_ba4).mean(-1) * weight_ba).sum()
         else:
             terms["box"] = terms["dfl"] = reg.sum() * 0  # keeps every parameter in the graph

@@ -6,10 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from detkit.distributed.collectives import all_reduce_sum
 from detkit.errors import DetkitError
 from detkit.ops.anchors import anchor_boxes
 from detkit.ops.boxes import ciou
-from detkit.ops.ranks import sum_over_ranks
 from detkit.registry import LOSSES
 from detkit.structures import AnchorOutput, Batch
 
@@ -123,7 +123,7 @@ def _level_terms(
     """Return the unweighted terms box, obj and cls of one level, whose n anchors gave (B, n, ...)."""
     weight_bk = matches.valid_bk.float()
     counts = torch.stack((weight_bk.sum(), weight_bk.new_full((), objectness.numel())))
-    count, anchors = sum_over_ranks(counts).clamp(min=1).unbind()
+    count, anchors = all_reduce_sum(counts).clamp(min=1).unbind()
     image_b1 = torch.arange(len(boxes), device=boxes.device)[:, None]
     # By two indices, not by gather: its gradients would make a GPU wait where algorithms are deterministic.
     found_bk4 = boxes[image_b1, matches.index_bk]

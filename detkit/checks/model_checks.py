@@ -1,0 +1,256 @@
+"""What must hold for a detector whatever it is made of: one function a property, and one a figure.
+
+A check returns a few words about what it saw, and raises PropertyError with a few words about what differed.
+``detkit check`` prints them all; the tests run them over the composition grid.
+"""
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from detkit.checks.harness import Composition, PropertyError, deviations, some
+from detkit.engine.precision import Precision
+from detkit.models.detector import Detector
+from detkit.models.profiling import activation_bytes, count_flops
+
+FUSED_TOLERANCE = 1e-3  # deviation of boxes and of scores (composition.deviations)
+COPY_TOLERANCE = 1e-6
+HALF_TOLERANCE = 8  # times the deviation that rounding the weights causes; 1 to 4 times is usual
+REVERSED_TOLERANCE = 1e-6  # deviation of each parameter's gradient, in float64
+
+Check = Callable[[Composition], str]
+
+
+class DoesNotApply(Exception):  # noqa: N818  (no error)
+    """There is nothing of the kind in this detector."""
+
+
+@dataclass(frozen=True)
+class CheckResult:
+    """What came of a check: ``status`` is pass, fail, or - where there was nothing to check."""
+
+    title: str
+    status: str
+    words: str
+
+
+def run_check(composition: Composition, title: str, check: Check) -> CheckResult:
+    """Run one check; whatever it raises is a finding."""
+    try:
+        return CheckResult(title, "pass", check(composition))
+    except PropertyError as error:
+        return CheckResult(title, "fail", str(error))
+    except DoesNotApply as reason:
+        return CheckResult(title, "-", str(reason))
+    except Exception as error:  # whatever somebody's part does when it is run
+        first_line = (str(error).splitlines() or [""])[0]
+        return CheckResult(title, "fail", f"{type(error).__name__}: {first_line}")
+
+
+def output_shapes(composition: Composition) -> str:
+    """Square images: features match the declared channels and strides, as many boxes as scores, inputs untouched."""
+    side = composition.size[0]
+    _check_shapes(composition, side, side)
+    return f"as declared; strides {', '.join(map(str, composition.detector.head.strides))}"
+
+
+def non_square_input(composition: Composition) -> str:
+    """The same, lying and standing."""
+    height, width = composition.size
+    _check_shapes(composition, height, width)
+    _check_shapes(composition, width, height)
+    return f"{height}x{width} and {width}x{height}"
+
+
+def batch_of_one(composition: Composition) -> str:
+    """A single image trains."""
+    composition.backward(composition.batch(images=1, boxes=4))
+    return "trains"
+
+
+def unused_parameters(composition: Composition) -> str:
+    """Every parameter that learns gets a finite gradient from the loss."""
+    composition.backward(composition.batch(images=2, boxes=4))
+    silent = composition.without_gradient()
+    if silent:
+        raise PropertyError(f"no gradient reaches {some(silent)}")
+    return f"all {sum(p.requires_grad for p in composition.detector.parameters())} tensors that learn get a gradient"
+
+
+def empty_targets(composition: Composition) -> str:
+    """Images without boxes give a finite loss, and gradients to the same parameters as images with boxes."""
+    composition.backward(composition.batch(images=2, boxes=3))
+    silent = set(composition.without_gradient())
+    padded = composition.batch(images=2, boxes=3)
+    padded.valid_bm[:] = False
+    for batch in (composition.batch(images=2, boxes=0), padded):
+        loss = composition.backward(batch)
+        more = sorted(set(composition.without_gradient()) - silent)
+        if more:
+            raise PropertyError(f"without boxes no gradient reaches {some(more)}")
+    return f"loss {loss:.3g} without a box"
+
+
+def half_precision(composition: Composition) -> str:
+    """Under autocast (bf16 on a CPU, what ``amp=auto`` picks on a GPU) it trains, and decodes nearly the same.
+
+    How far half precision deviates depends on how much the network magnifies rounding errors, so the measure is what
+    the same detector in float32 deviates by when only its weights are rounded to half precision.
+    """
+    precision = Precision.from_config("bf16" if composition.device.type == "cpu" else "auto", composition.device)
+    expected = composition.decode()
+    with precision.autocast():
+        found = deviations(composition.decode(), expected)
+    rounded = copy.deepcopy(composition.detector)
+    with torch.no_grad():
+        for parameter in rounded.parameters():
+            parameter.copy_(parameter.to(precision.dtype))
+    unavoidable = deviations(composition.decode(rounded), expected)
+    for name, deviation, unit in zip(("boxes", "scores"), found, unavoidable, strict=True):
+        if deviation > HALF_TOLERANCE * max(unit, 0.01):
+            raise PropertyError(f"{precision} {name} deviate by {deviation:.1%}, by {unit:.1%} from rounded weights")
+    composition.backward(composition.batch(images=2, boxes=4), precision)
+    return f"{precision} boxes deviate by {found[0]:.1%}, by {unavoidable[0]:.1%} from rounded weights"
+
+
+def deep_copy(composition: Composition) -> str:
+    """A copy says the same, and what is done to it does not reach the original."""
+    detector = composition.detector
+    expected = composition.decode()
+    twin = Composition(copy.deepcopy(detector), composition.loss)
+    deviation = max(deviations(twin.decode(), expected))
+    if deviation > COPY_TOLERANCE:
+        raise PropertyError(f"the copy's outputs deviate by {deviation:.2g}")
+    detector.zero_grad()
+    twin.backward(twin.batch(images=2, boxes=4))
+    reached = [name for name, parameter in detector.named_parameters() if parameter.grad is not None]
+    if reached:
+        raise PropertyError(f"training the copy gives the original gradients: {some(reached)}")
+    with torch.no_grad():
+        for tensor in (*twin.detector.parameters(), *twin.detector.buffers()):
+            tensor.zero_()
+    if max(deviations(composition.decode(), expected)) > COPY_TOLERANCE:
+        raise PropertyError("changing the copy changes the original")
+    return "equal and independent"
+
+
+def reversible_gradients(composition: Composition) -> str:
+    """Parts with ``save_memory`` give the same gradients with it as without it, in float64."""
+    twin = copy.deepcopy(composition.detector).double().train()
+    parts = [module for module in twin.modules() if hasattr(module, "save_memory")]
+    if not parts:
+        raise DoesNotApply("nothing recomputes in backward")
+    images = torch.rand(2, 3, *composition.size, device=composition.device, dtype=torch.float64)
+    found, expected = (_gradients(twin, parts, images, save_memory) for save_memory in (True, False))
+    if found.keys() != expected.keys():
+        raise PropertyError(f"other parameters get a gradient: {some(sorted(found.keys() ^ expected.keys()))}")
+    floor = 1e-9 * max(float(gradient.norm()) for gradient in expected.values())
+    errors = {n: float((found[n] - g).norm()) / max(float(g.norm()), floor) for n, g in expected.items()}
+    worst = max(errors, key=errors.__getitem__)
+    if not errors[worst] <= REVERSED_TOLERANCE:
+        raise PropertyError(f"the gradient of {worst} deviates by {errors[worst]:.2g} of its norm")
+    return f"deviate by {errors[worst]:.0e} in float64, tolerated is {REVERSED_TOLERANCE:.0e}"
+
+
+def fused_outputs(composition: Composition) -> str:
+    """The deployed form says the same in float64, and making it leaves the original as it was.
+
+    In float32 a batch norm over next to no variance magnifies rounding, as much before as after it is folded.
+    """
+    detector = composition.detector.double()
+    try:
+        expected = composition.decode()
+        deviation = max(deviations(composition.decode(detector.fuse()), expected))
+        changed = max(deviations(composition.decode(), expected))
+    finally:
+        detector.float()
+    if deviation > FUSED_TOLERANCE:
+        raise PropertyError(f"deviate by {deviation:.2g}, tolerated is {FUSED_TOLERANCE:.0e}")
+    if changed > COPY_TOLERANCE:
+        raise PropertyError("fusing changes the original")
+    return f"deviate by {deviation:.0e}, tolerated is {FUSED_TOLERANCE:.0e}"
+
+
+def parameter_count(composition: Composition) -> str:
+    """Parameters, and those of the deployed form."""
+    detectors = composition.detector, composition.detector.fuse()
+    plain, fused = (sum(p.numel() for p in detector.parameters()) for detector in detectors)
+    return f"{plain:,}; fused {fused:,}"
+
+
+def gflops(composition: Composition) -> str:
+    """Operations of one image in eval mode, counted by operator; a multiply-add is 2."""
+    size = composition.image_size
+    image = torch.zeros(1, 3, size, size, device=composition.device)
+    return f"{count_flops(composition.detector.eval(), image) / 1e9:.1f} at {size}x{size}"
+
+
+def activation_memory(composition: Composition) -> str:
+    """What autograd keeps of one image for the backward pass."""
+    size = composition.image_size
+    image = torch.rand(1, 3, size, size, device=composition.device)
+    return f"{activation_bytes(composition.detector.train(), image) / 2**20:.0f} MiB an image at {size}x{size}"
+
+
+CHECKS: dict[str, Check] = {
+    "output shapes": output_shapes,
+    "non-square input": non_square_input,
+    "batch of 1": batch_of_one,
+    "unused parameters": unused_parameters,
+    "empty targets": empty_targets,
+    "half precision": half_precision,
+    "deepcopy": deep_copy,
+    "reversible gradients": reversible_gradients,
+    "fused outputs": fused_outputs,
+}
+FIGURES: dict[str, Check] = {
+    "parameters": parameter_count,
+    "GFLOPs": gflops,
+    "activation memory": activation_memory,
+}
+
+
+def _check_shapes(composition: Composition, height: int, width: int) -> None:
+    """Run images of this size through the parts one by one, looking at shapes only (a meta device will do)."""
+    detector = composition.detector.eval()
+    maps: Tensor | tuple[Tensor, ...] = torch.rand(2, 3, height, width, device=composition.device)
+    with torch.no_grad():
+        for name, part in (("backbone", detector.backbone), ("neck", detector.neck)):
+            maps = _leaving_inputs_alone(name, part, maps)
+            expected = [(2, c, height // s, width // s) for c, s in zip(part.out_channels, part.strides, strict=True)]
+            found = [tuple(feature.shape) for feature in maps]
+            if found != expected:
+                raise PropertyError(f"the {name} declares {_shapes(expected)} and gives {_shapes(found)}")
+        boxes, scores = detector.decode(_leaving_inputs_alone("head", detector.head, maps))
+    expected = [(2, scores.shape[1], 4), (2, scores.shape[1], len(detector.class_names))]
+    if [boxes.shape, scores.shape] != expected:
+        found = _shapes([boxes.shape, scores.shape])
+        raise PropertyError(f"decoded boxes and scores are {found}, they should be {_shapes(expected)}")
+
+
+def _leaving_inputs_alone(name: str, part: nn.Module, inputs: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Return ``part(inputs)``; raises PropertyError where it writes into its inputs, which others may still want."""
+    tensors = inputs if isinstance(inputs, tuple) else (inputs,)
+    versions = [tensor._version for tensor in tensors]
+    outputs = part(inputs)
+    if versions != [tensor._version for tensor in tensors]:
+        raise PropertyError(f"the {name} changes its input in place")
+    return outputs
+
+
+def _gradients(twin: Detector, parts: list[nn.Module], images: Tensor, save_memory: bool) -> dict[str, Tensor]:
+    """Return each parameter's gradient of the mean square of the outputs, with the same random numbers each time."""
+    for part in parts:
+        part.save_memory = save_memory
+    twin.zero_grad()
+    torch.manual_seed(0)
+    out = twin(images)
+    (out.cls.square().mean() + out.reg.square().mean()).backward()
+    return {name: p.grad.clone() for name, p in twin.named_parameters() if p.grad is not None}
+
+
+def _shapes(shapes: list[tuple[int, ...]]) -> str:
+    return ", ".join("x".join(map(str, shape)) for shape in shapes)

@@ -1,0 +1,1 @@
+"""Training augmentation: mosaic, affine, copy-paste, mixup and per-image transforms."""

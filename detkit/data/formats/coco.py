@@ -1,0 +1,238 @@
+"""COCO json: the format most tools write (https://cocodataset.org/#format-data)."""
+
+import math
+import os
+from array import array
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from detkit.data.annotations import Annotations
+from detkit.data.builder import AnnotationBuilder
+from detkit.data.formats.coco_fields import LARGEST, NONSENSE, Categories, Ids, box_of, fault, file_name, flag, side
+from detkit.data.formats.image_names import ImageNames
+from detkit.data.formats.json_stream import read_records
+from detkit.data.formats.unsupported import other_format_of
+from detkit.data.index import cached
+from detkit.data.issues import IssueLog
+from detkit.data.splits import ALIASES, TRAINED, pick_split
+from detkit.errors import DetkitError, shorten
+from detkit.registry import DATASETS, SPLIT_NAMES
+
+ROBOFLOW = "_annotations.coco.json"  # beside the images of a split, as Roboflow exports it
+LISTS = ("images", "annotations", "categories")
+
+
+@DATASETS.register("coco")
+def read_coco(
+    split: str,
+    *,
+    root: str | int,
+    train_images: str = "images/train",
+    train_annotations: str = "annotations/instances_train.json",
+    val_images: str = "images/val",
+    val_annotations: str = "annotations/instances_val.json",
+    test_images: str | None = "images/test",
+    test_annotations: str | None = "annotations/instances_test.json",
+    log: IssueLog | None = None,
+) -> Annotations:
+    """Read a split; the folders and files are relative to ``root``.
+
+    Beside train, val and test a set has the splits of which there are ``annotations/instances_NAME.json`` and
+    ``images/NAME``. Where there are no default files, ``NAME/_annotations.coco.json`` with its images beside it does.
+
+    Args:
+        test_images, test_annotations: without the default file, there is no such split.
+        log: where problems go; given one, the files are read anew instead of the index.
+
+    Raises:
+        DetkitError: ``root`` is no folder, there is no such split, or as ``read_coco_json``.
+    """
+    keys = {"train": (train_annotations, train_images), "val": (val_annotations, val_images)}
+    files = _split_files(root, keys | {"test": (test_annotations, test_images)})
+    split = pick_split(split, files, root)
+    file, image_dir = files[split]
+    labelled = split in TRAINED
+    return cached("coco", [file], [image_dir], [], log, lambda log: read_coco_json(file, image_dir, log, labelled))
+
+
+@SPLIT_NAMES.register("coco")
+def coco_splits(*, root: str | int, **keys: str | None) -> list[str]:
+    """Return the splits that ``read_coco`` finds; it takes the same keys."""
+    named = {
+        split: (
+            keys.get(f"{split}_annotations", f"annotations/instances_{split}.json"),
+            keys.get(f"{split}_images", f"images/{split}"),
+        )
+        for split in (*TRAINED, "test")
+    }
+    return [*_split_files(root, named)]
+
+
+def _split_files(root: str | int, keys: Mapping[str, tuple[Any, Any]]) -> dict[str, tuple[Path, Path]]:
+    """Return json and image folder of every split: of the named ones by their ``keys``, then of others found."""
+    base = Path(str(root))
+    if not base.is_dir():
+        raise DetkitError(f"data.root={root} is not a folder")
+    found: dict[str, tuple[Path, Path]] = {}
+    for split, (annotations, images) in keys.items():
+        if annotations is None or images is None:
+            continue
+        place = base / str(annotations), base / str(images)
+        typed = annotations != f"annotations/instances_{split}.json"
+        if not typed and not place[0].exists():
+            names = (split, *(alias for alias, name in ALIASES.items() if name == split))
+            others = [(base / "annotations" / f"instances_{name}.json", base / "images" / name) for name in names]
+            others += [(base / name / ROBOFLOW, base / name) for name in names]
+            place = next((other for other in others if other[0].is_file()), place)
+        if split in TRAINED or typed or place[0].exists():
+            found[split] = place
+    taken = {os.path.realpath(file) for file, _ in found.values()}
+    others = [(file.stem.removeprefix("instances_"), file) for file in base.glob("annotations/instances_*.json")]
+    places = {name: (file, base / "images" / name) for name, file in others}
+    places |= {file.parent.name: (file, file.parent) for file in base.glob(f"*/{ROBOFLOW}")}
+    for name, (file, images) in sorted(places.items()):
+        if name and name not in keys and os.path.realpath(file) not in taken and images.is_dir():
+            found[name] = file, images
+    return found
+
+
+def read_coco_json(file: Path, image_dir: Path, log: IssueLog | None = None, labelled: bool = True) -> Annotations:
+    """Read one COCO json whose image files lie under ``image_dir``.
+
+    Category ids may have gaps: labels are their ranks. A record without a ``bbox`` has that of its polygons or mask.
+    Ids and sizes may be written as text; an id that is no number gets one of its own. Records that make no sense are
+    left out and logged; boxes and images are judged as in data/validation.py.
+
+    Args:
+        labelled: whether the lists ``annotations`` and ``categories`` must be there, as those of a test set may not.
+
+    Raises:
+        DetkitError: a missing or malformed file, categories that make no sense, or no image left.
+    """
+    reader = _Reader(file, image_dir, IssueLog() if log is None else log)
+    categories: list[Any] = []
+    take = {"images": reader.image, "annotations": reader.box, "categories": lambda k, line, c: categories.append(c)}
+    missing = set(LISTS)
+    for key, position, line, record in read_records(file, LISTS):
+        if position < 0:
+            missing.discard(key)
+        else:
+            take[key](position, line, record)
+    missing -= set() if labelled else {"annotations", "categories"}
+    if missing:
+        hint = other_format_of(file)
+        raise DetkitError(f"{file} is not a COCO detection file: it has no list '{min(missing)}'{hint}")
+    unlabelled = not labelled and not categories and not reader.builder.boxes
+    annotations = reader.build(*(((), ()) if unlabelled else reader.categories.ranked(categories, file)))
+    annotations.watched = reader.watched
+    return annotations
+
+
+class _Reader:
+    """Gathers the records that make sense; what ids they name is looked up at the end."""
+
+    def __init__(self, file: Path, image_dir: Path, log: IssueLog) -> None:
+        self.file, self.image_dir, self.log = file, image_dir, log
+        self.builder = AnnotationBuilder(file, log)
+        self.images, self.categories = Ids(), Categories()
+        self.names = ImageNames(image_dir)
+        self.seen: set[int] = set()
+        self.watched = True
+
+    def image(self, position: int, line: int, record: Any) -> None:
+        """Take images[position]."""
+        try:
+            image_id, given = self.images.number(record["id"]), file_name(record)
+            stated = side(record.get("height")), side(record.get("width"))
+        except NONSENSE:
+            needs = {
+                "id": ("a whole 'id'", self.images.number),
+                "file_name": ("a 'file_name'", lambda _: file_name(record)),
+                "height": ("'height' in whole pixels", side),
+                "width": ("'width' in whole pixels", side),
+            }
+            self.log.add("malformed_image", self.file, line, f"images[{position}] {fault(record, needs)}")
+            return
+        if image_id in self.seen:
+            words = f"images[{position}] has the id {shorten(record['id'])}, given before"
+            self.log.add("repeated_image", self.file, line, words)
+            return
+        name, taken_by = self.names.locate(given)
+        if taken_by:
+            words = f"images[{position}] is {shorten(given)}, but {name} is the image of {shorten(taken_by)}"
+            self.log.add("repeated_image", self.file, line, words)
+            return
+        self.seen.add(image_id)
+        self.builder.add_image(self.image_dir / name, image_id, stated)
+        if name.startswith(("/", ".")) or "/." in name:
+            self.watched = False  # it may lie outside image_dir, or hidden
+
+    def box(self, position: int, line: int, record: Any) -> None:
+        """Take annotations[position]."""
+        try:
+            image_id, category_id = self.images.number(record["image_id"]), self.categories.use(record["category_id"])
+            x, y, w, h = box_of(record)
+            area, crowd = record.get("area"), flag(record.get("iscrowd"))
+        except NONSENSE:
+            needs = {
+                "image_id": ("a whole 'image_id'", self.images.number),
+                "category_id": ("a whole 'category_id'", self.categories.number),
+                "bbox": ("'bbox' as [x, y, width, height] in numbers", lambda bbox: bbox and box_of(record)),
+                "segmentation": ("a 'bbox', or a 'segmentation' of polygons or a mask", lambda _: box_of(record)),
+                "iscrowd": ("'iscrowd' to be 0 or 1", flag),
+            }
+            self.log.add("malformed_box", self.file, line, f"annotations[{position}] {fault(record, needs)}")
+            return
+        area = float(area) if type(area) in (int, float) and abs(area) < LARGEST**2 else math.nan
+        corners = (x, y, x + w, y + h)
+        self.builder.add_box(image_id, category_id, corners, line, position, area=area, crowd=crowd)
+
+    def build(self, category_ids: tuple[int, ...], class_names: tuple[str, ...]) -> Annotations:
+        """Return the boxes whose image and class exist."""
+        builder = self.builder
+        builder.class_names, builder.category_ids = class_names, category_ids
+        self.seen.clear()
+        image_of, label_of = _Positions(builder.image_ids), _Positions(category_ids)
+
+        def translate(rows: np.ndarray) -> np.ndarray:
+            image, has_image = image_of(rows["image"])
+            label, has_label = label_of(rows["label"])
+            self._log_unknown("labels_without_image", "image_id", self.images, rows, rows["image"], ~has_image)
+            self._log_unknown(
+                "unknown_class", "category_id", self.categories, rows, rows["label"], has_image & ~has_label
+            )
+            rows["image"], rows["label"] = image, label
+            return rows[has_image & has_label]
+
+        return builder.build(lambda _, line, position: self._place(line, position), translate)
+
+    def _log_unknown(
+        self, kind: str, key: str, known: Ids, rows: np.ndarray, ids: np.ndarray, mask: np.ndarray
+    ) -> None:
+        def describe(k: int) -> tuple[Path, int, str]:
+            words = f"has {key} {known.word(int(ids[k]))}, which the file does not define"
+            return self._place(int(rows["line"][k]), int(rows["position"][k]), words)
+
+        self.log.extend(kind, np.flatnonzero(mask), describe)
+
+    def _place(self, line: int, position: int, words: str = "") -> tuple[Path, int, str]:
+        """Return file, line and words about ``annotations[position]``."""
+        return self.file, line, f"annotations[{position}] {words}"
+
+
+class _Positions:
+    """Where ids are in a list: ``positions(wanted)`` returns the position of each (T,), and whether it is there."""
+
+    def __init__(self, ids: array | tuple[int, ...]) -> None:
+        self.ids = np.array(ids, np.int64)
+        self.order = np.argsort(self.ids)
+
+    def __call__(self, wanted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        if not self.ids.size:
+            return np.zeros(len(wanted), np.int64), np.zeros(len(wanted), bool)
+        nearest = np.searchsorted(self.ids, wanted, sorter=self.order).clip(max=len(self.ids) - 1)
+        position = self.order[nearest]
+        return position, self.ids[position] == wanted

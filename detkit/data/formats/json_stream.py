@@ -1,0 +1,158 @@
+"""Reading a large json file record by record: a COCO file of ten million boxes would not fit into memory as objects."""
+
+import json
+import re
+from collections.abc import Iterator
+from io import TextIOWrapper
+from pathlib import Path
+from typing import Any, TextIO
+
+from detkit.data.formats.unsupported import other_format_of
+from detkit.errors import DetkitError
+from detkit.ops.files import open_regular
+
+CHUNK = 2**20  # characters read at a time
+MAX_VALUE = 2**28  # characters of one record
+SPACE = " \t\r\n"
+AFTER = tuple(f"{SPACE},:]}}")  # what may follow a value
+_spaces = re.compile(f"[{SPACE}]*").match
+_decode = json.JSONDecoder().raw_decode
+
+
+def read_records(file: Path, lists: tuple[str, ...]) -> Iterator[tuple[str, int, int, Any]]:
+    """Yield the elements of the named lists of a json object, as they stand in the file.
+
+    Yields:
+        key of the list, position in it (-1 with None as the record, where the list begins), line in the file, record.
+
+    Raises:
+        DetkitError: not a file, not an object, malformed (with line and column), or one of the lists is none.
+    """
+    try:
+        with TextIOWrapper(open_regular(file), encoding="utf-8-sig") as stream:
+            yield from _Reader(stream, file).records(lists)
+    except OSError as error:
+        raise DetkitError(f"cannot read annotations {file}: {error.strerror or error}") from None
+    except UnicodeDecodeError:
+        raise DetkitError(f"{file} is not a json file: it is not UTF-8 text{other_format_of(file)}") from None
+
+
+class _Reader:
+    """A window of text that moves over the file, ``line`` being where it stands."""
+
+    def __init__(self, stream: TextIO, file: Path) -> None:
+        self.stream = stream
+        self.file = file
+        self.text = ""
+        self.at = 0
+        self.line = 1
+        self.column = 0  # characters of the line before the window
+
+    def records(self, lists: tuple[str, ...]) -> Iterator[tuple[str, int, int, Any]]:
+        if self.next_character() != "{":
+            words = f"is not a COCO detection file: it is no json object with lists {lists}{other_format_of(self.file)}"
+            raise DetkitError(f"{self.file} {words}")
+        self.advance(1)
+        met: set[str] = set()
+        while self.next_character() != "}":
+            key = self.value()
+            if not isinstance(key, str):
+                raise self.malformed("a key is expected")
+            self.expect(":")
+            if key not in lists:
+                self.pass_over()
+            elif self.next_character() != "[":
+                words = f"is not a COCO detection file: '{key}' is no list (line {self.line})"
+                raise DetkitError(f"{self.file} {words}{other_format_of(self.file)}")
+            elif key in met:
+                raise self.malformed(f"there is another list '{key}' before this one")
+            else:
+                met.add(key)
+                yield key, -1, self.line, None
+                yield from ((key, *element) for element in self.elements())
+            if self.next_character() != "}":
+                self.expect(",")
+        self.advance(1)
+        if not self.at_end():
+            raise self.malformed("something follows the end of the object, as where two files were put into one")
+
+    def pass_over(self) -> None:
+        """Take a value that nobody asks for; a list one element at a time."""
+        if self.next_character() == "[":
+            for _ in self.elements():
+                pass
+        else:
+            self.value()
+
+    def elements(self) -> Iterator[tuple[int, int, Any]]:
+        self.advance(1)
+        position = 0
+        while self.next_character() != "]":
+            line = self.line
+            yield position, line, self.value()
+            position += 1
+            if self.next_character() != "]":
+                self.expect(",")
+        self.advance(1)
+
+    def next_character(self) -> str:
+        """Pass over white space; return the character that comes then, without taking it."""
+        if self.at < len(self.text) and self.text[self.at] not in SPACE:
+            return self.text[self.at]
+        if self.at_end():
+            raise self.malformed("the file ends too early")
+        return self.text[self.at]
+
+    def at_end(self) -> bool:
+        """Pass over white space; return whether nothing comes after it."""
+        while True:
+            self.advance(_spaces(self.text, self.at).end() - self.at)
+            if self.at < len(self.text) or not self.more():
+                return self.at == len(self.text)
+
+    def expect(self, character: str) -> None:
+        if self.next_character() != character:
+            raise self.malformed(f"'{character}' is expected")
+        self.advance(1)
+
+    def value(self) -> Any:
+        """Take one json value."""
+        self.next_character()
+        while True:
+            try:
+                value, end = _decode(self.text, self.at)
+                taken = end - self.at
+                if self.text[end : end + 1] in AFTER or not self.more():  # else a number that may go on: 12 of 12.5
+                    self.advance(taken)
+                    return value
+            except json.JSONDecodeError as error:
+                fault = error.pos - self.at
+                if not self.more():
+                    self.advance(fault)
+                    raise self.malformed(error.msg) from None
+            except (ValueError, RecursionError) as error:  # a number of thousands of digits, lists without end
+                raise self.malformed(str(error)) from None
+
+    def advance(self, count: int) -> None:
+        end = self.at + count
+        lines = self.text.count("\n", self.at, end)
+        if lines:
+            self.line += lines
+            self.column = -self.text.rfind("\n", self.at, end) - 1
+        self.at = end
+
+    def more(self) -> bool:
+        """Read on, twice as far as what is left unread; return whether there was anything."""
+        left = len(self.text) - self.at
+        if left > MAX_VALUE:
+            raise self.malformed(f"one record is longer than {MAX_VALUE} characters, or broken")
+        chunk = self.stream.read(max(CHUNK, left))
+        self.column += self.at
+        self.text = self.text[self.at :] + chunk
+        self.at = 0
+        return bool(chunk)
+
+    def malformed(self, words: str) -> DetkitError:
+        return DetkitError(
+            f"{self.file} is malformed json, line {self.line} column {self.column + self.at + 1}: {words}"
+        )

@@ -1,0 +1,192 @@
+"""Vectorised validation of images and boxes: keep, fix or skip."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from detkit.data.image_probe import (
+    ALPHA,
+    CMYK,
+    DEEP,
+    GRAY,
+    MISSING,
+    ORIENTATION_SHIFT,
+    ROTATED,
+    TRUNCATED,
+    UNREADABLE,
+    UNUSABLE,
+    why_unreadable,
+)
+from detkit.data.issues import IssueLog
+
+OVERHANG = 1.0  # pixels that a box may reach over its image's edge before that is called a problem: rounding
+BEYOND = 1e-3  # the same of normalised values
+ASPECT_TOLERANCE = 0.02  # relative: a resized image keeps its aspect to within this
+ISSUES_OF_FLAGS = {
+    MISSING: ("missing_image", "the file does not exist"),
+    UNREADABLE: ("unreadable_image", ""),  # why: see images.why_unreadable
+    TRUNCATED: ("truncated_image", "the file ends before the picture does"),
+    ROTATED: ("exif_rotated", "turned upright by its EXIF orientation"),
+    GRAY: ("gray_image", "gray"),
+    DEEP: ("deep_image", "more than 8 bits a channel"),
+    CMYK: ("cmyk_image", "CMYK"),
+    ALPHA: ("alpha_image", "has transparency"),
+}
+
+
+@dataclass
+class ImageValidation:
+    """What becomes of N images, and of the boxes that were drawn in them.
+
+    Attributes:
+        usable: (N,) bool.
+        first_of: (N,) int64, of a file that is listed twice the first image, which has the boxes of both.
+        scale: (N, 2) x and y by which an image was resized after labelling, 1 for most.
+        turned: (N,) bool: labelled before its EXIF turn.
+        stored: (N, 2) height and width before that turn; orientation: (N,) of EXIF.
+    """
+
+    usable: np.ndarray
+    first_of: np.ndarray
+    scale: np.ndarray
+    turned: np.ndarray
+    stored: np.ndarray
+    orientation: np.ndarray
+
+    def move(self, image_of: np.ndarray, boxes: np.ndarray, areas: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return (T, 4) boxes and (T,) areas, of the images ``image_of`` (T,), in the frame of the upright image."""
+        if (self.scale != 1).any():
+            factors = self.scale[image_of]
+            boxes, areas = boxes * np.tile(factors, 2), areas * factors.prod(1)
+        rows = np.flatnonzero(self.turned[image_of])
+        if rows.size:
+            images = image_of[rows]
+            boxes = boxes.copy()
+            boxes[rows] = orient_boxes(boxes[rows], self.stored[images], self.orientation[images])
+        return boxes, areas
+
+
+def validate_images(paths: Sequence[str], probes: np.ndarray, stated: np.ndarray, log: IssueLog) -> ImageValidation:
+    """Decide which images can be used, and how the boxes of those that are of another size than stated come along.
+
+    An image whose stated size is that before its EXIF turn has its boxes turned; one that keeps the stated aspect was
+    resized after labelling, and its boxes are scaled; any other cannot be trusted.
+
+    Args:
+        probes: (N, 5) int32 of ``images.probe``.
+        stated: (N, 2) height and width that the labels state, 0 where they do not.
+    """
+    sizes, stored, flags = probes[:, :2], probes[:, 2:4], probes[:, 4]
+    for bit, (kind, words) in ISSUES_OF_FLAGS.items():
+        found = np.flatnonzero(flags & bit)
+        log.extend(kind, found, lambda k, words=words: (paths[k], None, words or why_unreadable(paths[k])))
+    positions, first_of = np.arange(len(paths)), _first_of_each(paths)
+    first = first_of == positions
+    log.extend("repeated_image", np.flatnonzero(~first), lambda k: (paths[k], None, "listed before"))
+    readable = (flags & UNUSABLE) == 0
+
+    differs = readable & (stated > 0).all(1) & (stated != sizes).any(1)
+    turned = differs & (flags & ROTATED > 0) & (stated == stored).all(1)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        scale = sizes / stated
+        resized = differs & ~turned & (np.abs(scale[:, 0] / scale[:, 1] - 1) < ASPECT_TOLERANCE)
+    contradicting = differs & ~turned & ~resized
+
+    def describe(k: int) -> tuple[str, None, str]:
+        (h, w), (stated_h, stated_w) = sizes[k], stated[k]
+        return paths[k], None, f"is {w}x{h} pixels, its labels state {stated_w}x{stated_h}"
+
+    log.extend("stated_size", np.flatnonzero(turned | resized), describe)
+    log.extend("contradicting_size", np.flatnonzero(contradicting), describe)
+    scale = np.where(resized[:, None], scale[:, ::-1], 1.0)
+    usable = readable & first & ~contradicting
+    first_of = np.where(contradicting, positions, first_of)  # boxes that cannot be trusted are not given to the first
+    return ImageValidation(usable, first_of, scale, turned, stored, flags >> ORIENTATION_SHIFT)
+
+
+def orient_boxes(boxes: np.ndarray, stored: np.ndarray, orientation: np.ndarray) -> np.ndarray:
+    """Turn (T, 4) xyxy boxes of images (height, width) ``stored`` as their EXIF ``orientation`` (T,), 5 to 8, asks."""
+    x, y = boxes[:, 0::2], boxes[:, 1::2]
+    height, width = stored[:, :1], stored[:, 1:]
+    new_x = np.where(np.isin(orientation, (6, 7))[:, None], height - y, y)
+    new_y = np.where(np.isin(orientation, (7, 8))[:, None], width - x, x)
+    return np.stack((new_x.min(1), new_y.min(1), new_x.max(1), new_y.max(1)), 1)
+
+
+def validate_boxes(
+    boxes: np.ndarray,
+    labels: np.ndarray,
+    image_of: np.ndarray,
+    sizes: np.ndarray,
+    normalised: bool,
+    place: Callable[[int], tuple[object, int | None, str]],
+    log: IssueLog,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Clip boxes to their images, and decide which can be used.
+
+    Args:
+        boxes: (T, 4) finite xyxy, in pixels, or in 0..1 where ``normalised``.
+        labels, image_of: (T,); sizes: (N, 2) height and width of the images.
+        place: number of a box -> its file, its line and words that introduce it.
+
+    Returns:
+        the boxes in pixels, clipped; and (T,) bool.
+    """
+    given = boxes
+
+    def report(kind: str, mask: np.ndarray, words: str) -> None:
+        def describe(k: int) -> tuple[object, int | None, str]:
+            file, line, intro = place(k)
+            return file, line, f"{intro}[{', '.join(f'{v:g}' for v in given[k])}] {words}"
+
+        log.extend(kind, np.flatnonzero(mask), describe)
+
+    height, width = sizes.T.astype(np.float64)[:, image_of]
+    if normalised:
+        beyond = ((boxes < -BEYOND) | (boxes > 1 + BEYOND)).any(1)
+        boxes = boxes * np.stack((width, height, width, height), 1)
+    clipped = np.empty_like(boxes)
+    for side, limit in enumerate((width, height, width, height)):
+        np.clip(boxes[:, side], 0, limit, out=clipped[:, side])
+    w, h = (boxes[:, 2:] - boxes[:, :2]).T
+    visible_w, visible_h = (clipped[:, 2:] - clipped[:, :2]).T
+    flat = (w <= 0) | (h <= 0)
+    report("degenerate_box", flat, "(x1, y1, x2, y2) has no area")
+    outside = ~flat & ((visible_w <= 0) | (visible_h <= 0))
+    report("outside_box", outside, "(x1, y1, x2, y2) lies outside its image")
+    keep = ~flat & ~outside
+    again = _repeated(clipped, labels, image_of, keep)
+    report("duplicate_box", again, "(x1, y1, x2, y2) of the same class was given before")
+    keep &= ~again
+    if normalised:
+        report("beyond_one", keep & beyond, "(x1, y1, x2, y2 from centre and size) reaches beyond 0..1")
+    else:
+        over = np.abs(clipped - boxes).max(1, initial=0) > OVERHANG
+        report("overhanging_box", keep & over, "(x1, y1, x2, y2) reaches beyond its image")
+    return clipped, keep
+
+
+def _repeated(boxes: np.ndarray, labels: np.ndarray, image_of: np.ndarray, keep: np.ndarray) -> np.ndarray:
+    """Return (T,) bool: the same box and label stand earlier in the same image."""
+    rows = np.flatnonzero(keep)
+    order = rows[
+        np.lexsort((*boxes[rows].T, labels[rows], image_of[rows]))
+    ]  # stable: the first of its like comes first
+    same = (boxes[order][1:] == boxes[order][:-1]).all(1)
+    same &= (labels[order][1:] == labels[order][:-1]) & (image_of[order][1:] == image_of[order][:-1])
+    again = np.zeros(len(keep), bool)
+    again[order[1:][same]] = True
+    return again
+
+
+def _first_of_each(paths: Sequence[str]) -> np.ndarray:
+    """Return (N,) int64, where each file was listed first."""
+    first = np.arange(len(paths))
+    hashes = np.fromiter((hash(path) for path in paths), np.int64, len(paths))  # a dictionary of all would be large
+    order = np.argsort(hashes, kind="stable")
+    equal = np.flatnonzero(hashes[order][1:] == hashes[order][:-1])
+    seen: dict[str, int] = {}
+    for k in np.union1d(order[equal], order[equal + 1]).tolist():
+        first[k] = seen.setdefault(paths[k], k)
+    return first

@@ -1,0 +1,173 @@
+"""Where a run's numbers and pictures go: the terminal, history.csv, plots/ and the loggers."""
+
+import csv
+import io
+import logging
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+from detkit.distributed.process_group import is_main_process
+from detkit.engine.loggers.async_logger import Call, SafeLogger
+from detkit.engine.loggers.base import Value, tag
+from detkit.ops.atomic_write import write_atomically
+from detkit.ops.curves import Curves
+from detkit.viz.console import make_console
+from detkit.viz.drawing import encode_figure, encode_image
+
+logger = logging.getLogger(__name__)
+
+COMPARED = ("AP", "AP50", "AP75", "AR100", "epoch")  # of the best epoch, by which runs of a sweep are compared
+
+
+class RunLog:
+    """Writes into a run directory and to the terminal; only rank 0 may give it anything to write.
+
+    Args:
+        loggers: see ``open_loggers``; none on other ranks.
+    """
+
+    def __init__(self, run_dir: Path, loggers: Sequence[SafeLogger] = ()) -> None:
+        self.run_dir = run_dir
+        self.loggers = loggers
+        self.warned: set[str] = set()  # sentences of ``warn``
+        self.undrawn: set[str] = set()  # of ``drawing``
+
+    def start(self, hyper_parameters: Mapping[str, Value], texts: Mapping[str, str]) -> None:
+        """Keep what the run is made with, and texts in Markdown by name."""
+        self._send(lambda logger: logger.hyper_parameters(hyper_parameters))
+        for name, text in texts.items():
+            self._send(lambda logger, name=name, text=text: logger.text(name, text))
+
+    def scalars(self, values: Mapping[str, float], step: int) -> None:
+        """Hand numbers to the loggers, but those below 0, which is COCO's for nothing to measure."""
+        measured = {name: value for name, value in values.items() if not value < 0}
+        self._send(lambda logger: logger.scalars(measured, step))
+
+    def line(self, text: str) -> None:
+        """Log the progress, with the time, where no bar shows it."""
+        if not has_bar():
+            logger.info("%s  %s", time.strftime("%m-%d %H:%M:%S"), text)
+
+    def epoch(
+        self, history: Sequence[Mapping[str, float]], metrics: Mapping[str, Any], best: bool, step: int, line: str
+    ) -> None:
+        """Record the last epoch of a history: ``history.csv``, the loggers, one line on the terminal.
+
+        Args:
+            history: rows of ``epoch`` and what was measured; not all have the same columns.
+            metrics: of the evaluation, see ``coco_metrics``.
+            best: whether no epoch was better.
+        """
+        text = io.StringIO()
+        writer = csv.DictWriter(text, list(dict.fromkeys(name for row in history for name in row)))
+        writer.writeheader()
+        writer.writerows(history)
+        write_atomically(self.run_dir / "history.csv", text.getvalue().encode())
+        row = history[-1]
+        values = {f"val/{name}": value for name, value in metrics.items() if name.startswith(("AP", "AR"))}
+        values |= {f"class_AP/{tag(name)}": scores["AP"] for name, scores in metrics["per_class"].items()}
+        values |= {f"epoch/{name}": row[name] for name in ("seconds", "skipped_steps", "overflow_steps")}
+        if best:
+            values |= {f"best/{name}": row[name] for name in COMPARED}
+        self.scalars(values, step)
+        logger.info(line)
+
+    @contextmanager
+    def drawing(self, what: str) -> Iterator[None]:
+        """Run a block that draws ``what``; where it raises, say so once and go on, unless the disk is full."""
+        try:
+            yield
+        except OSError:
+            raise
+        except Exception as error:  # whatever a plugin's part or an odd set comes up with
+            if what not in self.undrawn:
+                self.undrawn.add(what)
+                reason = (str(error) or type(error).__name__).splitlines()[0]
+                logger.warning("%s cannot be drawn (%s): the training goes on", what, reason)
+
+    def warn(self, sentences: Sequence[str]) -> None:
+        """Warn, once for each image, that it was skipped."""
+        for sentence in sentences:
+            if sentence not in self.warned:
+                self.warned.add(sentence)
+                logger.warning("skipped: %s", sentence)
+
+    def image(self, name: str, image: np.ndarray, step: int) -> None:
+        """Keep an (H, W, 3) uint8 RGB picture as ``plots/NAME.jpg`` and in the loggers."""
+        self._keep(name, self.run_dir / "plots" / f"{name}.jpg", encode_image(image), step)
+
+    def plot(self, name: str, figure: Figure, step: int) -> None:
+        """Keep a figure as ``plots/NAME.png`` and in the loggers."""
+        self._keep(name, self.run_dir / "plots" / f"{name}.png", encode_figure(figure), step)
+
+    def precision_recall(self, curves: Curves, class_names: Sequence[str], step: int) -> None:
+        """Hand the curves of a set's classes to the loggers."""
+        self._send(lambda logger: logger.precision_recall(curves, class_names, step))
+
+    def close(self, finished: bool = True) -> None:
+        """Let the loggers write what waits; ``finished`` is False where the run was cut short."""
+        for logger in self.loggers:
+            logger.close(finished)
+
+    def __enter__(self) -> "RunLog":
+        return self
+
+    def __exit__(self, error: type[BaseException] | None, *_: Any) -> None:
+        self.close(finished=error is None)
+
+    def _keep(self, name: str, path: Path, data: bytes, step: int) -> None:
+        path.parent.mkdir(exist_ok=True)  # but not a run directory that somebody has removed
+        write_atomically(path, data)
+        self._send(lambda logger: logger.image(name, path, step))
+
+    def _send(self, call: Call) -> None:
+        for logger in self.loggers:
+            logger.call(call)
+
+
+def has_bar() -> bool:
+    """Whether a progress bar is shown: on a terminal, by rank 0."""
+    console = make_console()
+    return is_main_process() and console.is_interactive and console.file.isatty()  # FORCE_COLOR makes no terminal
+
+
+@contextmanager
+def show_progress(label: str, total: int, done: int = 0) -> Iterator["Bar"]:
+    """Show a bar on a terminal, nothing elsewhere, of which ``done`` is done; yields what advances it."""
+    columns = (TextColumn("{task.description}"), BarColumn(24), MofNCompleteColumn(), TextColumn("{task.fields[info]}"))
+    with Progress(*columns, console=make_console(), transient=True, disable=not has_bar()) as progress:
+        yield Bar(progress, label, total, done)
+
+
+class Bar:
+    """One bar of a Progress."""
+
+    def __init__(self, progress: Progress, label: str, total: int, done: int) -> None:
+        self.progress = progress
+        self.spoke = time.perf_counter()
+        self.task = progress.add_task(label, total=total, completed=done, info="")
+
+    def is_due(self) -> bool:
+        """Whether the bar is shown, and has said nothing new for a second."""
+        return not self.progress.disable and time.perf_counter() - self.spoke > 1
+
+    def advance(self, info: str | None = None) -> None:
+        """Move by one, and say ``info`` beside the bar."""
+        fields = {} if info is None else {"info": info}
+        if info is not None:
+            self.spoke = time.perf_counter()
+        self.progress.update(self.task, advance=1, **fields)
+
+
+def clock(seconds: float) -> str:
+    """Return a duration as h:mm:ss or m:ss."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

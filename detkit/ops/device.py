@@ -1,0 +1,29 @@
+"""Choosing the device."""
+
+import torch
+
+from detkit.errors import DetkitError
+
+
+def pick_device(name: str) -> torch.device:
+    """Return the device called ``"auto"``, ``"cpu"``, ``"cuda"`` or ``"cuda:N"``, which is then the current one.
+
+    Raises:
+        DetkitError: a CUDA device was asked for and there is none, or the name is no device.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise DetkitError(f"device={name} is unknown: use auto, cpu or cuda") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise DetkitError(
+            "device=cuda, but torch sees no CUDA device: use device=cpu or install a CUDA build and driver"
+        )
+    if device.type == "cuda" and device.index is not None:
+        devices = torch.cuda.device_count()
+        if device.index >= devices:
+            raise DetkitError(f"device={name}: torch sees {devices} CUDA devices, the last is cuda:{devices - 1}")
+        torch.cuda.set_device(device)  # page-locked memory, say, would else belong to the first
+    return device

@@ -1,0 +1,111 @@
+"""Pictures with boxes, names and scores."""
+
+import io
+import math
+import warnings
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
+from PIL import Image, ImageDraw, ImageFont
+
+from detkit.errors import shorten
+
+PALETTE = (  # told apart on light and dark pictures alike; classes take them in turn
+    (230, 25, 75), (60, 180, 75), (0, 130, 200), (245, 130, 48), (145, 30, 180), (70, 240, 240), (240, 50, 230),
+    (210, 245, 60), (250, 190, 212), (0, 128, 128), (220, 190, 255), (170, 110, 40), (255, 225, 25), (128, 0, 0),
+    (170, 255, 195), (128, 128, 0), (255, 215, 180), (0, 0, 128),
+)  # fmt: skip
+
+
+def draw_boxes(
+    image: np.ndarray,
+    boxes: np.ndarray,
+    labels: Sequence[int],
+    class_names: Sequence[str],
+    scores: Sequence[float] | None = None,
+) -> np.ndarray:
+    """Return a copy of an (H, W, 3) uint8 RGB image with (N, 4) xyxy boxes, their names and scores drawn on it.
+
+    Line and letter sizes follow the image's; where boxes come with scores, the best are drawn last, on top.
+    """
+    picture = Image.fromarray(image)
+    draw = ImageDraw.Draw(picture)
+    line = max(round(max(image.shape[:2]) / 400), 1)
+    font = _font(max(round(max(image.shape[:2]) / 45), 9))
+    for k in reversed(range(len(boxes))):
+        colour = PALETTE[int(labels[k]) % len(PALETTE)]
+        x1, y1, x2, y2 = (float(v) for v in boxes[k])
+        draw.rectangle((x1, y1, max(x1, x2 - 1), max(y1, y2 - 1)), outline=colour, width=line)
+        text = shorten(class_names[int(labels[k])], 40) + ("" if scores is None else f" {float(scores[k]):.2f}")
+        left, top, right, bottom = draw.textbbox((0, 0), text, font=font)
+        width, height = right - left + 4, bottom - top + 4
+        x = min(max(x1, 0), max(picture.width - width, 0))
+        y = y1 - height if y1 >= height else y1  # inside the box where there is no room above it
+        draw.rectangle((x, y, x + width, y + height), fill=colour)
+        draw.text((x + 2 - left, y + 2 - top), text, font=font, fill=_ink(colour))
+    return np.asarray(picture)
+
+
+def grid(pictures: Sequence[np.ndarray], columns: int = 4, side: int = 320, titles: Sequence[str] = ()) -> np.ndarray:
+    """Lay pictures of any size out in rows, each shrunk or grown into a ``side`` x ``side`` cell.
+
+    Args:
+        titles: of the columns; none, or as many as these.
+    """
+    rows = math.ceil(len(pictures) / columns)
+    top = 28 if titles else 0
+    sheet = Image.new("RGB", (columns * side, rows * side + top), (114, 114, 114))
+    for k, title in enumerate(titles):
+        ImageDraw.Draw(sheet).text((k * side + 8, 4), title, font=_font(16), fill=(255, 255, 255))
+    for k, picture in enumerate(pictures):
+        image = Image.fromarray(picture)
+        ratio = side / max(image.size)
+        image = image.resize((max(round(image.width * ratio), 1), max(round(image.height * ratio), 1)))
+        x, y = k % columns * side, k // columns * side + top
+        sheet.paste(image, (x + (side - image.width) // 2, y + (side - image.height) // 2))
+    return np.asarray(sheet)
+
+
+def save_image(image: np.ndarray, path: Path) -> None:
+    """Write an (H, W, 3) uint8 RGB image as JPEG.
+
+    Raises:
+        OSError: it cannot be written, or has a side of more than 65,500 pixels; no part of it is left.
+    """
+    data = encode_image(image)
+    try:
+        path.write_bytes(data)
+    except OSError:
+        path.unlink(missing_ok=True)
+        raise
+
+
+def encode_image(image: np.ndarray) -> bytes:
+    """Return an (H, W, 3) uint8 RGB image as JPEG."""
+    data = io.BytesIO()
+    Image.fromarray(image).save(data, "jpeg", quality=92)
+    return data.getvalue()
+
+
+def encode_figure(figure: Figure) -> bytes:
+    """Return a figure as PNG."""
+    data = io.BytesIO()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from")  # of a class's name; a box is drawn in its place
+        figure.savefig(data, dpi=100)
+    return data.getvalue()
+
+
+def _ink(colour: tuple[int, int, int]) -> tuple[int, int, int]:
+    """Black or white, whichever reads better on ``colour``."""
+    r, g, b = colour
+    return (0, 0, 0) if 0.299 * r + 0.587 * g + 0.114 * b > 140 else (255, 255, 255)
+
+
+@cache
+def _font(size: int) -> ImageFont.FreeTypeFont:
+    return ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts/ttf/DejaVuSans.ttf", size)
