@@ -5,6 +5,7 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import hydra
 from omegaconf import DictConfig
@@ -14,10 +15,10 @@ from detkit.config import (
     FLAGS_ERRORS,
     GROUP_ERROR,
     as_hydra,
-    check_values,
     config_dir,
     explain,
     import_plugins,
+    parse_config,
     resolve,
 )
 from detkit.distributed.process_group import claim_error_message, cleanup_distributed, is_peer_failure, peer_user_error
@@ -50,7 +51,7 @@ def launch(task: str) -> None:
     except DetkitError as error:
         _exit(str(error))
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # let errors through to here
-    run: Callable[[dict], object] = importlib.import_module(f"detkit.tasks.{task}").run
+    run: Callable[[Any], object] = importlib.import_module(f"detkit.tasks.{task}").run
 
     @hydra.main(version_base="1.3", config_path=str(config_dir()), config_name=task)
     def main(cfg: DictConfig) -> None:
@@ -116,20 +117,19 @@ def main() -> None:
     launch(task)
 
 
-def _perform(task: str, run: Callable[[dict], object], cfg: DictConfig) -> object:
+def _perform(task: str, run: Callable[[Any], object], cfg: DictConfig) -> object:
     """Check a composed configuration and run the task with it; return what it returns.
 
     Raises:
         DetkitError: a user's mistake; or the system refuses a file.
     """
-    resolved = resolve(cfg)
-    check_values(resolved, task)
-    set_max_pixels(resolved["max_pixels"])
-    import_plugins(resolved["plugins"])
+    config = parse_config(resolve(cfg), task)
+    set_max_pixels(config.max_pixels)
+    import_plugins(config.plugins)
     if in_sweep():
-        prepare_job(resolved)
+        config = prepare_job(config)
     try:
-        return run(resolved)
+        return run(config)
     except OSError as error:
         if not (sentence := explain_oserror(error)):
             raise
@@ -137,10 +137,9 @@ def _perform(task: str, run: Callable[[dict], object], cfg: DictConfig) -> objec
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
-    device = resolved["device"]
-    hints = [f"lower {key}" for key in ("batch_size", "image_size") if key in resolved]
-    hints += ["use device=cpu"] if device != "cpu" else []
-    raise DetkitError(f"device={device} has too little memory for this: {' or '.join(hints) or 'free some'}")
+    hints = [f"lower {key}" for key in ("batch_size", "image_size") if hasattr(config, key)]
+    hints += ["use device=cpu"] if config.device != "cpu" else []
+    raise DetkitError(f"device={config.device} has too little memory for this: {' or '.join(hints) or 'free some'}")
 
 
 def _exit(sentence: str, status: int = 2) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 
 class SampleKey(NamedTuple):
-    """What a data set is asked for: with the seed of the run, all that a sample depends on.
+    """Identifies one draw of a sample: with the seed of the run, all that the sample depends on.
 
     A plain tuple ``(epoch, index)`` will do.
 
@@ -110,7 +110,7 @@ class Batch:
 
 @dataclass
 class DenseOutput:
-    """What a head says at every point of every level, before any choice is made.
+    """Raw predictions at every grid point of every level, before decoding and non-maximum suppression.
 
     Attributes:
         cls: (B, A, C) class logits.
@@ -125,13 +125,13 @@ class DenseOutput:
     strides: Tensor
 
     def of_no_image(self) -> "DenseOutput":
-        """Return what is said of the first 0 images of the batch, still a function of the weights."""
+        """Return the predictions for the first 0 images of the batch, still a function of the weights."""
         return replace(self, cls=self.cls[:0], reg=self.reg[:0])
 
 
 @dataclass
 class AnchorOutput(DenseOutput):
-    """The same of a head with anchors: a point stands once for each anchor of its level.
+    """The raw predictions of an anchor-based head: a point appears once for each anchor of its level.
 
     ``reg`` is (B, A, 4): logits of the box's centre x, y and of its width and height (ops/anchors.py).
 
@@ -146,7 +146,7 @@ class AnchorOutput(DenseOutput):
     levels: tuple[tuple[int, int, int], ...]
 
     def of_no_image(self) -> "AnchorOutput":
-        """Return what is said of the first 0 images of the batch, still a function of the weights."""
+        """Return the predictions for the first 0 images of the batch, still a function of the weights."""
         return replace(super().of_no_image(), objectness=self.objectness[:0])
 
 

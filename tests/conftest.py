@@ -18,8 +18,11 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from detkit import cli
-from detkit.config import compose_config, resolve
+from detkit.config import load_config
 from detkit.data.formats import shapes
+from detkit.engine.run_log import RunLog
+from detkit.engine.saver import Saver
+from detkit.engine.state import TrainState
 from detkit.viz.console import setup_logging
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -30,6 +33,12 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     """Skip what needs a GPU without one."""
     if item.get_closest_marker("gpu") and item.config.getoption("--on") == "cuda" and not torch.cuda.is_available():
         pytest.skip("needs a GPU")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the files that hold slow tests, so that at the end no process is left alone with one."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -100,7 +109,7 @@ def finished_run(tmp_path_factory: pytest.TempPathFactory, train_overrides: list
     from detkit.tasks.train import run
 
     run_dir = tmp_path_factory.mktemp("runs") / "run"
-    run(resolve(compose_config("train", [*train_overrides, f"run_dir={run_dir}"])))
+    run(load_config("train", [*train_overrides, f"run_dir={run_dir}"]))
     return run_dir
 
 
@@ -162,6 +171,12 @@ def _seeded() -> None:
 @pytest.fixture(scope="session", autouse=True)
 def _log_messages() -> None:
     setup_logging()
+
+
+def trainer_options(tmp_path: Path, **changes: object) -> dict:
+    """The arguments of a Trainer that writes into ``tmp_path``; ``changes`` are keys of the group ``trainer``."""
+    options = load_config("train").trainer.replace(**changes)
+    return {"state": TrainState(), "log": RunLog(tmp_path), "saver": Saver(tmp_path), "options": options}
 
 
 def run_command(

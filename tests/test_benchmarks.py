@@ -8,13 +8,13 @@ import pytest
 
 from detkit.benchmarks import akconv, reversible, train_step
 from detkit.benchmarks.data import CACHES
-from detkit.config import compose_config, resolve
+from detkit.config import load_config
 from detkit.errors import DetkitError
 from detkit.tasks import benchmark
 
 
 def last_line(task: str, capsys: pytest.CaptureFixture, *overrides: str) -> dict:
-    result = benchmark.run(resolve(compose_config("benchmark", [f"task={task}", "rounds=1", "device=cpu", *overrides])))
+    result = benchmark.run(load_config("benchmark", [f"task={task}", "rounds=1", "device=cpu", *overrides]))
     line = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert line == json.loads(json.dumps(result))
     return line
@@ -99,4 +99,4 @@ def test_data_beside_a_peer(shapes_root, peer, capsys):
 def test_mistakes_of_the_benchmarks(overrides, sentence, shapes_root):
     root = [f"data.root={shapes_root}", "image_size=64"] if "data=shapes" in overrides else []
     with pytest.raises(DetkitError, match=sentence):
-        benchmark.run(resolve(compose_config("benchmark", [*overrides, *root])))
+        benchmark.run(load_config("benchmark", [*overrides, *root]))

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from detkit import cli
-from detkit.config import compose_config, config_dir, group_options, resolve
+from detkit.config import compose_config, config_dir, group_options, load_config, resolve
 from detkit.engine.trainer import Trainer
 from detkit.errors import DetkitError
 from detkit.tasks.common import make_run_dir
@@ -123,7 +123,7 @@ def test_a_sweep_runs_every_choice_in_a_directory_of_its_own(monkeypatch, tmp_pa
     seen = []
 
     def run(cfg):
-        seen.append((cfg["seed"], make_run_dir(cfg, "train", "x")))
+        seen.append((cfg.seed, make_run_dir(cfg, "train", "x")))
         time.sleep(0.6)  # the clock of a sweep's name moves on while its jobs run
 
     monkeypatch.setattr(train, "run", run)
@@ -140,7 +140,8 @@ def test_a_sweep_runs_every_choice_in_a_directory_of_its_own(monkeypatch, tmp_pa
 
 def test_default_run_directories_never_meet(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    assert len({make_run_dir({"run_dir": None}, "train", "yolov8n") for _ in range(3)}) == 3
+    cfg = load_config("train")
+    assert len({make_run_dir(cfg, "train", "yolov8n") for _ in range(3)}) == 3
 
 
 def test_an_unknown_task_is_named(monkeypatch, capsys):

@@ -9,7 +9,7 @@ from functorch.compile import nop
 from torch._dynamo.backends.common import aot_autograd
 
 from detkit.api import create_model
-from detkit.config import compose_config, resolve
+from detkit.config import load_config
 from detkit.distributed.sync_batch_norm import convert_sync_batchnorm
 from detkit.engine.compile import compile_network
 from detkit.engine.param_groups import train_mode
@@ -80,6 +80,7 @@ def test_the_trial_leaves_no_trace():
     assert all(p.grad is None for p in detector.parameters())
 
 
+@pytest.mark.slow
 def test_a_training_with_it_learns_the_same(shapes_root, tmp_path, monkeypatch):
     """The whole task; an epoch's last batch is smaller than the others, and not compiled."""
     runs = []
@@ -96,7 +97,7 @@ def test_a_training_with_it_learns_the_same(shapes_root, tmp_path, monkeypatch):
     results = []
     for value in ("false", "true"):
         overrides = [*common, f"trainer.compile={value}", f"run_dir={tmp_path / value}"]
-        results.append(train.run(resolve(compose_config("train", overrides))))
+        results.append(train.run(load_config("train", overrides)))
         full_batches = len(list((shapes_root / "images" / "train").iterdir())) // 48 * 2
         assert len(runs) == (1 + full_batches if value == "true" else 0)  # the trial, and two epochs
     assert results[0] == results[1]

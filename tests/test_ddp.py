@@ -18,7 +18,7 @@ from timm.layers import BatchNormAct2d
 from torch import nn
 
 import detkit
-from detkit.config import compose_config, resolve
+from detkit.config import load_config
 from detkit.data.dataset import DetectionDataset, LetterboxDataset
 from detkit.data.formats.shapes import read_shapes
 from detkit.data.loader import BatchLoader
@@ -156,6 +156,7 @@ def difference(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]
     return float((a - b).norm() / b.norm())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_two_ranks_train_as_one(ranks, case):
     """Batch norms in training magnify rounding: one process differs from itself by 7e-5 when a batch is reordered."""
@@ -221,6 +222,7 @@ def torchrun(folder: Path, *arguments: str, plugin: str = "", tool: str = "train
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120)
 
 
+@pytest.mark.slow
 def test_a_run_of_two_ranks_leaves_one_directory(tmp_path, train_overrides):
     """24 images in batches of 22: the second is one for each rank."""
     done = torchrun(tmp_path, *train_overrides, "batch_size=22", "trainer.sync_bn=true")
@@ -235,6 +237,7 @@ def test_a_run_of_two_ranks_leaves_one_directory(tmp_path, train_overrides):
     assert detkit.load(run_dir / "best.safetensors").class_names
 
 
+@pytest.mark.slow
 def test_eval_by_two_ranks_is_that_of_one(tmp_path, finished_run):
     arguments = [f"ckpt={finished_run / 'last.safetensors'}", "device=cpu", "workers=0", "batch_size=3", "amp=off"]
     done = torchrun(tmp_path, *arguments, "run_dir=two", tool="eval.py")
@@ -242,7 +245,7 @@ def test_eval_by_two_ranks_is_that_of_one(tmp_path, finished_run):
     assert done.stdout.count("written to") == 1
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as torchrun's ranks have; sums of more are another in the last digit
-    eval_task.run(resolve(compose_config("eval", [*arguments, f"run_dir={tmp_path / 'one'}"])))
+    eval_task.run(load_config("eval", [*arguments, f"run_dir={tmp_path / 'one'}"]))
     torch.set_num_threads(threads)
     one, two = (json.loads((tmp_path / folder / "predictions.json").read_text()) for folder in ("one", "two"))
     assert one and [(p["image_id"], p["category_id"]) for p in one] == [(p["image_id"], p["category_id"]) for p in two]
@@ -265,6 +268,7 @@ TrainStep.__call__ = call
 MISTAKE = 'from detkit.errors import DetkitError; raise DetkitError("a mistake of one")'
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("raised", ['raise ValueError("a fault")', MISTAKE], ids=["fault", "mistake"])
 def test_a_rank_that_fails_ends_the_run(tmp_path, train_overrides, raised):
     start = time.monotonic()

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import DynamicOutputShapeException
 
 from detkit.config import compose_config, group_options, resolve
+from detkit.config.schema import OptimConfig
 from detkit.engine.optimizer import Recipe, Schedule
 from detkit.engine.precision import Precision
 from detkit.engine.step import TrainStep
@@ -65,8 +66,9 @@ def test_a_step_and_an_evaluation_stay_on_the_device(words):
     with torch.device("meta"):
         detector = build_detector(cfg, ["a", "b", "c"])
     loss = build_loss(cfg, detector.head)
-    recipe = Recipe.from_config(cfg["optim"], batch_size=2, total_steps=1, num_classes=3)
-    schedule = Schedule.from_config(recipe, cfg["optim"], epochs=1, batches=1)
+    optim = OptimConfig(**cfg["optim"])
+    recipe = Recipe.from_config(optim, batch_size=2, total_steps=1, num_classes=3)
+    schedule = Schedule.from_config(recipe, optim, epochs=1, batches=1)
     multi_scale = cfg["trainer"]["multi_scale"]
     with fake_cuda():
         precision = Precision(CUDA, torch.float16)

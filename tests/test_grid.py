@@ -7,6 +7,7 @@ from torch import nn
 from detkit.checks.harness import Composition
 from detkit.checks.model_checks import fused_outputs, non_square_input, output_shapes
 from detkit.config import compose_config, group_options, resolve
+from detkit.config.schema import OptimConfig
 from detkit.engine.optimizer import Recipe, Schedule
 from detkit.engine.precision import Precision
 from detkit.engine.step import TrainStep
@@ -38,8 +39,8 @@ def build(cfg: dict, device: torch.device) -> Composition:
 
 
 @pytest.fixture(scope="module")
-def optim() -> dict:
-    return resolve(compose_config("train", ["~data"]))["optim"]
+def optim() -> OptimConfig:
+    return OptimConfig(**resolve(compose_config("train", ["~data"]))["optim"])
 
 
 @pytest.mark.parametrize("words", GRID)

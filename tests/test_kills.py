@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from detkit.config import compose_config, resolve
+from detkit.config import load_config
 from detkit.errors import DetkitError
 from detkit.tasks import resume, train
 from tests.test_resume import assert_same_run, overrides, whole_run  # noqa: F401
@@ -28,7 +28,7 @@ def start(arguments: list[str], log: Path) -> multiprocessing.Process:
         resume.typed_keys = lambda: [argument.partition("=")[0] for argument in arguments]
         with open(log, "a", buffering=1) as file, redirect_stdout(file):
             try:
-                train.run(resolve(compose_config("train", arguments)))
+                train.run(load_config("train", arguments))
             except DetkitError as error:
                 print(error)
                 raise SystemExit(2) from None

@@ -6,14 +6,15 @@ from torch import nn
 
 import detkit
 from detkit.config import compose_config, resolve
+from detkit.config.schema import OptimConfig
 from detkit.engine.ema import EMA
 from detkit.engine.optimizer import Recipe, Schedule, accumulation, describe_factors, parameter_groups
 from detkit.engine.param_groups import backbone_layers, learning_rate_factors
 from detkit.errors import DetkitError
 
 
-def optim(**changes) -> dict:
-    return resolve(compose_config("train", ["~data"]))["optim"] | changes
+def optim(**changes) -> OptimConfig:
+    return OptimConfig(**resolve(compose_config("train", ["~data"]))["optim"] | changes)
 
 
 def test_every_parameter_is_in_one_group():
@@ -127,7 +128,7 @@ def test_shapes_of_the_schedule(shape, expected):
 
 
 def test_one_cycle_moves_every_batch_and_the_momentum_against_it():
-    changes = optim(name="sgd", shape="one_cycle")
+    changes = optim(name="sgd", schedule="one_cycle")
     recipe = Recipe.from_config(changes, batch_size=64, total_steps=10, num_classes=3)
     schedule = Schedule.from_config(recipe, changes, epochs=10, batches=10)
     assert schedule.warmup == 0

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from detkit.config import check_values, compose_config, resolve
+from detkit.config import check_values, compose_config, load_config, resolve
 from detkit.data.dataset import DetectionDataset
 from detkit.data.formats.shapes import read_shapes
 from detkit.data.tiles import TiledDataset
@@ -23,16 +23,14 @@ def test_a_run_with_every_option(train_overrides, shapes_root: Path, tmp_path):
         "+augment.transforms.RandomCrop={height: 40, width: 40}",
     ]
     options += ["data.tiles={size: 160}", "data.sampling=class_balanced", "trainer.multi_scale=0.5", "rect=true"]
-    cfg = resolve(compose_config("train", [*train_overrides, *options, f"run_dir={tmp_path / 'run'}"]))
-    check_values(cfg)
-    train.run(cfg)
+    train.run(load_config("train", [*train_overrides, *options, f"run_dir={tmp_path / 'run'}"]))
     tiled = TiledDataset(DetectionDataset(read_shapes("train", root=str(shapes_root))), 160, 0.2, 0.5)
     assert len(tiled.windows) == 4 * 24
     reported = json.loads((tmp_path / "run" / "metrics.json").read_text())["last"]
     ckpt = tmp_path / "run" / "last.safetensors"
     for rect in ("true", "false"):
         overrides = [f"ckpt={ckpt}", f"run_dir={tmp_path / rect}", "workers=0", f"rect={rect}", "device=cpu"]
-        metrics = eval_task.run(resolve(compose_config("eval", overrides)))
+        metrics = eval_task.run(load_config("eval", overrides))
         assert [metrics[name] for name in METRICS] == pytest.approx([reported[name] for name in METRICS], abs=1e-6)
 
 
@@ -44,7 +42,7 @@ def test_a_run_with_every_option(train_overrides, shapes_root: Path, tmp_path):
         ("data.tiles.size=8", "data.tiles.size=8 must be a whole number, 32 or more, or null"),
         ("data.tiles.overlap=1", "data.tiles.overlap=1 must be a number from 0 to 0.9"),
         ("data.tiles.positive_fraction=0", "data.tiles.positive_fraction=0 must be a number above 0, and 1 at most"),
-        ("+data.tiles.stride=3", "data.tiles=.* must be null, or a mapping of size, overlap and share"),
+        ("+data.tiles.stride=3", "data.tiles=.* must be null, or a mapping of size, overlap and positive_fraction"),
         ("trainer.multi_scale=1", "trainer.multi_scale=1 must be a number from 0 to 0.9"),
         ("rect=2", "rect=2 must be true or false"),
         ("augment.mixup.p=2", "augment.mixup.p=2 must be a number from 0 to 1"),

@@ -168,6 +168,7 @@ def test_a_wrong_command_is_found(command):
         compose_config(task, without_flags(arguments))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("readme", [readme for readme in READMES if blocks(readme, "python")], ids=name_of)
 def test_python_blocks_run(readme, tmp_path):
     """All blocks of a README in a process of their own, but those that begin with ``# needs``."""

@@ -73,6 +73,7 @@ def assert_same_weights(run_dir: Path, whole: Path) -> None:
         assert all(torch.equal(mine[key], theirs[key]) for key in theirs)
 
 
+@pytest.mark.slow
 def test_one_agent_restarts_its_ranks(whole_run, training, tmp_path):
     """Rank 1 dies within the first epoch, and rank 0, asked by SIGTERM to save, cannot agree with it; nobody named a
     run directory."""
@@ -83,6 +84,7 @@ def test_one_agent_restarts_its_ranks(whole_run, training, tmp_path):
     assert "going on after 0 of 2 epochs and 3 batches of the next" in (tmp_path / "log").read_text()
 
 
+@pytest.mark.slow
 def test_two_agents_restart_their_ranks(whole_run, training, tmp_path):
     """Rank 0 dies within the second epoch, with a run directory that the command names."""
     with contextlib.closing(socket.socket()) as free:
@@ -149,6 +151,7 @@ sys.exit(max(code if code >= 0 else 128 - code for code in [rank.wait() for rank
 """
 
 
+@pytest.mark.slow
 def test_slow_loggers_do_not_keep_the_slurm_script_from_queueing(training, tmp_path):
     """Rank 1 ends first after SIGUSR1, and srun --kill-on-bad-exit sends SIGTERM to rank 0, which closes loggers."""
     path = os.pathsep.join((str(tmp_path), str(Path(sys.executable).parent), os.environ["PATH"]))

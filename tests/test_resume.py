@@ -24,14 +24,14 @@ from torch import nn
 
 import detkit
 from detkit import cli
-from detkit.config import compose_config, resolve
+from detkit.config import compose_config, load_config, resolve
 from detkit.data.augment.pipeline import Augmentation, AugmentedDataset
 from detkit.data.dataset import DetectionDataset
 from detkit.data.formats.shapes import read_shapes
 from detkit.data.formats.tar_shards import read_webdataset, write_webdataset
 from detkit.data.loader import BatchLoader
 from detkit.data.shard_loader import ShardLoader
-from detkit.engine import checkpoint, loggers, state, trainer
+from detkit.engine import checkpoint, loggers, saver, state
 from detkit.engine.optimizer import Recipe, Schedule
 from detkit.engine.precision import Precision
 from detkit.engine.state import TrainState, load_training_state, read_state, training_state_dict, write_state
@@ -63,7 +63,7 @@ def overrides(shapes_root: Path) -> list[str]:
 def whole_run(overrides: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Such a run, uninterrupted."""
     run_dir = tmp_path_factory.mktemp("whole") / "run"
-    train.run(resolve(compose_config("train", [*overrides, f"run_dir={run_dir}"])))
+    train.run(load_config("train", [*overrides, f"run_dir={run_dir}"]))
     return run_dir
 
 
@@ -71,7 +71,7 @@ def go_on(run_dir: Path, *more: str) -> dict:
     """Resume in this process, as ``train resume=RUN_DIR MORE`` does."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(resume, "typed_keys", lambda: [key.partition("=")[0] for key in more])
-        return train.run(resolve(compose_config("train", [f"resume={run_dir}", *more])))
+        return train.run(load_config("train", [f"resume={run_dir}", *more]))
 
 
 def history(run_dir: Path) -> list[dict[str, str]]:
@@ -94,6 +94,7 @@ def assert_same_run(run_dir: Path, whole: Path) -> None:
     assert [event.step for event in events.Scalars("val/AP")] == [6, 12]
 
 
+@pytest.mark.slow
 def test_killed_at_random_moments(whole_run, overrides, tmp_path):
     """SIGKILL, with 0 or 2 loader processes by turns."""
     run_dir, rng = tmp_path / "run", random.Random(time.time_ns())
@@ -112,6 +113,7 @@ def test_killed_at_random_moments(whole_run, overrides, tmp_path):
     assert_same_run(run_dir, whole_run)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["SIGKILL", "SIGSTOP"])
 def test_a_lost_loader_process_ends_a_run_that_goes_on(whole_run, overrides, tmp_path, name):
     """One is killed, as the out-of-memory killer does, or stops: saved, one sentence, the same end."""
@@ -132,9 +134,10 @@ def test_a_lost_loader_process_ends_a_run_that_goes_on(whole_run, overrides, tmp
     assert_same_run(run_dir, whole_run)
 
 
+@pytest.mark.slow
 def test_every_saved_state_leads_to_the_same_end(whole_run, overrides, tmp_path, monkeypatch):
     """The state of a batch, and that of the end of an epoch."""
-    run_dir, write = tmp_path / "run", trainer.write_state
+    run_dir, write = tmp_path / "run", saver.write_state
     saves = []
 
     def keep(folder: Path, content: dict, keep: int) -> None:
@@ -142,8 +145,8 @@ def test_every_saved_state_leads_to_the_same_end(whole_run, overrides, tmp_path,
         saves.append(tmp_path / f"save{len(saves)}")
         shutil.copytree(folder, saves[-1])
 
-    monkeypatch.setattr(trainer, "write_state", keep)
-    train.run(resolve(compose_config("train", [*overrides, f"run_dir={run_dir}"])))
+    monkeypatch.setattr(saver, "write_state", keep)
+    train.run(load_config("train", [*overrides, f"run_dir={run_dir}"]))
     monkeypatch.undo()
     assert len(saves) == 12  # 5 batches and the end, twice
     for save in (saves[2], saves[5]):
@@ -165,7 +168,7 @@ def test_a_signal_saves_and_ends(whole_run, overrides, tmp_path, monkeypatch, na
     handler, terminated = signal.getsignal(getattr(signal, name)), signal.getsignal(signal.SIGTERM)
     with pytest.raises(SystemExit) as end:
         arguments = [*overrides, "trainer.save_every=null", f"run_dir={tmp_path / 'run'}"]
-        train.run(resolve(compose_config("train", arguments)))
+        train.run(load_config("train", arguments))
     assert end.value.code == status
     assert signal.getsignal(getattr(signal, name)) is handler
     ignored = signal.signal(signal.SIGTERM, terminated) is signal.SIG_IGN
@@ -212,7 +215,7 @@ def test_a_full_disk_keeps_what_was_saved(whole_run, tmp_path, monkeypatch, caps
             write(path, data, keep)
 
     monkeypatch.setattr(state, "write_atomically", save)
-    train.run(resolve(compose_config("train", [*overrides, f"run_dir={tmp_path / 'run'}"])))
+    train.run(load_config("train", [*overrides, f"run_dir={tmp_path / 'run'}"]))
     assert capsys.readouterr().out.count("cannot be saved (No space left on device): what was saved before") == 10
     monkeypatch.undo()
     assert not list((tmp_path / "run").glob(".*.tmp"))
@@ -275,11 +278,11 @@ def test_auto_goes_on_or_begins(whole_run, overrides, tmp_path, monkeypatch, cap
     step = TrainStep.__call__
     with monkeypatch.context() as patch, pytest.raises(KeyError):
         patch.setattr(TrainStep, "__call__", lambda *a: step(*a) if a[2] < 4 else {}["killed"])
-        train.run(resolve(compose_config("train", command)))
-    train.run(resolve(compose_config("train", command)))
+        train.run(load_config("train", command))
+    train.run(load_config("train", command))
     assert "going on after 0 of 2 epochs and 4 batches of the next" in capsys.readouterr().out
     assert_same_run(run_dir, whole_run)
-    results = train.run(resolve(compose_config("train", command)))
+    results = train.run(load_config("train", command))
     assert results["last"]["epoch"] == 2
     assert "all 2 epochs are done" in capsys.readouterr().out
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
@@ -295,15 +298,16 @@ def test_auto_goes_on_or_begins(whole_run, overrides, tmp_path, monkeypatch, cap
 )
 def test_auto_refuses_another_run(whole_run, overrides, command, sentence):
     with pytest.raises(DetkitError, match=sentence):
-        train.run(resolve(compose_config("train", [*overrides, f"run_dir={whole_run}", "resume=auto", *command])))
+        train.run(load_config("train", [*overrides, f"run_dir={whole_run}", "resume=auto", *command]))
 
 
 def test_auto_does_not_write_into_a_folder_of_something_else(overrides, tmp_path):
     (tmp_path / "thesis.tex").touch()
     with pytest.raises(DetkitError, match="is not empty"):
-        train.run(resolve(compose_config("train", [*overrides, f"run_dir={tmp_path}", "resume=auto"])))
+        train.run(load_config("train", [*overrides, f"run_dir={tmp_path}", "resume=auto"]))
 
 
+@pytest.mark.slow
 def test_auto_in_a_sweep(overrides, tmp_path, monkeypatch, capsys):
     """Each job has a folder of its own, found again by the same command."""
     command = ["train", "-m", *overrides, "seed=0,1", "resume=auto", "hydra.sweep.dir=sweep", "trainer.epochs=1"]
@@ -326,7 +330,7 @@ def test_a_requeued_slurm_job_goes_on(whole_run, overrides, tmp_path, monkeypatc
             patch.setenv("SLURM_JOB_ID", job)
             patch.setattr(resume, "_overrides", lambda: [name])
             patch.setattr(TrainStep, "__call__", lambda *a: step(*a) if not fails or a[2] < 4 else {}["killed"])
-            train.run(resolve(compose_config("train", overrides)))
+            train.run(load_config("train", overrides))
 
     for job, name in (("7", "mine"), ("7", "other"), ("8", "mine")):
         with pytest.raises(KeyError):
@@ -406,7 +410,7 @@ def test_a_signal_is_handed_over_to_somebody_s_handler(whole_run, overrides, tmp
         monkeypatch.setattr(TrainStep, "__call__", signalled)
         with pytest.raises(SystemExit) as end:
             arguments = [*overrides, "trainer.save_every=null", f"run_dir={tmp_path / 'run'}"]
-            train.run(resolve(compose_config("train", arguments)))
+            train.run(load_config("train", arguments))
         assert all(signal.getsignal(signum) is requeue for signum in before)
     finally:
         for signum, handler in before.items():

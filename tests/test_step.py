@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import detkit
-import detkit.engine.trainer as trainer_module
-from detkit.config import check_values, compose_config, resolve
+from detkit.config import check_values, compose_config, load_config, resolve
 from detkit.engine.auto_batch import choose_batch_size, explain_out_of_memory, largest_batch, make_trial_step
 from detkit.engine.ema import EMA
 from detkit.engine.evaluator import METRICS, Evaluation
@@ -18,7 +17,6 @@ from detkit.engine.nonfinite import NonFiniteCounts, NonFiniteMonitor
 from detkit.engine.optimizer import Recipe, Schedule
 from detkit.engine.param_groups import freeze, train_mode
 from detkit.engine.precision import Precision
-from detkit.engine.run_log import RunLog
 from detkit.engine.state import TrainState
 from detkit.engine.step import TrainStep
 from detkit.engine.trainer import Trainer, early_stopping
@@ -28,6 +26,7 @@ from detkit.models.losses.yolov5 import YOLOv5Loss
 from detkit.models.profiling import dummy_batch
 from detkit.structures import Batch, DenseOutput, ImageMeta
 from detkit.tasks import train
+from tests.conftest import trainer_options
 
 CPU = torch.device("cpu")
 
@@ -225,40 +224,31 @@ class Batches(list):
 def test_too_many_in_a_row_end_the_run_by_a_sentence(tmp_path, monkeypatch):
     step = toy_step()
     batches = Batches([toy_batch(0), *(toy_batch(k, torch.inf) for k in (1, 2, 3))])
-    log = RunLog(tmp_path)
-    trainer = Trainer(
-        step, batches, [], None, epochs=1, run_dir=tmp_path, log=log, state=TrainState(), max_nonfinite_steps=3
-    )
-    monkeypatch.setattr(
-        trainer_module, "draw_batch", lambda batch, names: torch.zeros(8, 8, 3, dtype=torch.uint8).numpy()
-    )
+    trainer = Trainer(step, batches, [], None, **trainer_options(tmp_path, epochs=1, max_nonfinite_steps=3))
     monkeypatch.setattr(trainer, "save", lambda: None)  # of what is no detector
     with pytest.raises(DetkitError, match=r"not finite in 3 steps in a row.*image3_0\.png, .*last\.safetensors"):
         trainer.train_epoch(0)
     assert (tmp_path / "last.safetensors").is_file()
-    trainer.max_nonfinite_steps = 4
+    trainer.options = trainer.options.replace(max_nonfinite_steps=4)
     step.health = NonFiniteMonitor(CPU, remember=1)
     trainer.state = TrainState()
     losses, _ = trainer.train_epoch(0)
-    log.close()
+    trainer.log.close()
     assert losses["square"] > 0  # the mean over the one batch that was finite
     assert trainer.skipped() == {"skipped_steps": 3, "overflow_steps": 0}
 
 
 def test_patience_counts_epochs_without_a_better_ap(tmp_path, monkeypatch):
     scores = iter((0.1, 0.3, 0.2, 0.3, 0.2, 0.1, 0.9))
-    log = RunLog(tmp_path)
-    options = {"run_dir": tmp_path, "log": log, "state": TrainState()}
-    trainer = Trainer(toy_step(), [], [], None, epochs=7, stop_early=early_stopping(2), **options)
+    options = trainer_options(tmp_path, epochs=7)
+    trainer = Trainer(toy_step(), [], [], None, stop_early=early_stopping(2), **options)
     monkeypatch.setattr(trainer, "save", lambda: None)
     monkeypatch.setattr(trainer, "train_epoch", lambda epoch: ({"box": 1.0}, 1.0))
     blank = dict.fromkeys(METRICS, 0.0)
     evaluation = lambda: Evaluation(blank | {"AP": next(scores), "per_class": {}}, [], [], [])  # noqa: E731
     monkeypatch.setattr(trainer, "validate", evaluation)
-    monkeypatch.setattr(trainer, "draw_best_epoch", lambda evaluation: None)
-    monkeypatch.setattr(trainer_module, "plot_history", lambda *arguments: None)
     results = trainer.fit()
-    log.close()
+    trainer.log.close()
     assert (results["best"]["epoch"], results["last"]["epoch"]) == (4, 6)
 
 
@@ -363,7 +353,7 @@ def test_running_out_of_memory_is_one_sentence(train_overrides, tmp_path, monkey
     monkeypatch.setattr(Trainer, "fit", fit)
     overrides = [*train_overrides, f"run_dir={tmp_path / 'run'}", "batch_size=3"]
     with pytest.raises(DetkitError, match="batch_size=3 is too much for the memory of cpu: batch_size=1 would fit"):
-        train.run(resolve(compose_config("train", overrides)))
+        train.run(load_config("train", overrides))
 
 
 def test_other_faults_of_a_trial_are_not_taken_for_memory():

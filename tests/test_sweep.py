@@ -33,6 +33,7 @@ def command(*arguments: str) -> list[str]:
     return [sys.executable, TOOL, "-m", *arguments, *TINY]
 
 
+@pytest.mark.slow
 def test_joblib_runs_jobs_side_by_side(train_overrides, tmp_path):
     """One of two jobs fails by a mistake: the other ends, it is named, and the status says so."""
     choices = ["backbone.block=c2f,[c2f,c2f]", "hydra/launcher=parallel", f"hydra.sweep.dir={tmp_path}/sweep"]
@@ -49,6 +50,7 @@ def test_joblib_runs_jobs_side_by_side(train_overrides, tmp_path):
     assert "1 of 2 jobs are done" in done.stdout
 
 
+@pytest.mark.slow
 def test_a_preempted_job_is_queued_again_and_goes_on(train_overrides, tmp_path):
     """submitit's local executor: the job gets the signal that SLURM would send, saves, and resumes in its folder."""
     sweep = tmp_path / "sweep"
@@ -82,7 +84,7 @@ def test_a_fault_of_one_job_leaves_the_others(train_overrides, tmp_path, monkeyp
     from detkit.tasks import train
 
     def run(cfg):
-        if cfg["seed"] == 0:
+        if cfg.seed == 0:
             raise RuntimeError("a bug\nand its details")
         return {"best": {"AP": 0.5, "AP50": 0.7, "epoch": 2}, "last": {"epoch": 3}}
 
@@ -120,7 +122,7 @@ def test_a_mistake_of_another_rank_is_the_job_s(train_overrides, tmp_path, monke
 def test_a_job_that_exits_without_an_error_is_done(train_overrides, tmp_path, monkeypatch, capsys):
     from detkit.tasks import train
 
-    monkeypatch.setattr(train, "run", lambda cfg: sys.exit(cfg["seed"]))
+    monkeypatch.setattr(train, "run", lambda cfg: sys.exit(cfg.seed))
     arguments = ["train", "-m", *train_overrides, "seed=0,1", f"hydra.sweep.dir={tmp_path}"]
     assert run_command(monkeypatch, capsys, *arguments)[0] == 1
     found = [(row["status"], row["error"]) for row in rows(tmp_path / "sweep.csv")]

@@ -13,19 +13,18 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import detkit
-from detkit.config import compose_config, resolve
+from detkit.config import load_config
 from detkit.engine.checkpoint import read_checkpoint
 from detkit.engine.evaluator import METRICS, Evaluation
 from detkit.engine.optimizer import Recipe, Schedule
 from detkit.engine.precision import Precision
-from detkit.engine.run_log import RunLog
-from detkit.engine.state import TrainState
 from detkit.engine.step import TrainStep
 from detkit.engine.trainer import Trainer
 from detkit.models.losses.task_aligned import TaskAlignedLoss
 from detkit.models.profiling import dummy_batch
 from detkit.tasks import eval as eval_task
 from detkit.tasks import predict, train
+from tests.conftest import trainer_options
 
 
 def test_a_run_directory_holds_what_it_should(finished_run: Path):
@@ -49,7 +48,7 @@ def test_a_run_directory_holds_what_it_should(finished_run: Path):
 
 
 def test_training_twice_gives_the_same_weights(finished_run, train_overrides, tmp_path):
-    train.run(resolve(compose_config("train", [*train_overrides, "workers=2", f"run_dir={tmp_path / 'again'}"])))
+    train.run(load_config("train", [*train_overrides, "workers=2", f"run_dir={tmp_path / 'again'}"]))
     first, again = (load_file(path / "last.safetensors") for path in (finished_run, tmp_path / "again"))
     assert all(torch.equal(first[name], again[name]) for name in first)
 
@@ -57,7 +56,7 @@ def test_training_twice_gives_the_same_weights(finished_run, train_overrides, tm
 def test_evaluation_reproduces_the_training_s_ap(finished_run, tmp_path):
     ckpt = finished_run / "last.safetensors"
     overrides = [f"ckpt={ckpt}", f"run_dir={tmp_path / 'eval'}", "workers=0", "batch_size=3", "device=cpu"]
-    metrics = eval_task.run(resolve(compose_config("eval", overrides)))
+    metrics = eval_task.run(load_config("eval", overrides))
     reported = json.loads((finished_run / "metrics.json").read_text())["last"]
     for name in METRICS:
         assert metrics[name] == pytest.approx(reported[name], abs=1e-6)
@@ -78,7 +77,7 @@ def test_predictions_are_written_as_pictures_and_json(finished_run, shapes_root,
         "score=0.001",
         "max_det=3",
     ]
-    predict.run(resolve(compose_config("predict", overrides)))
+    predict.run(load_config("predict", overrides))
     records = json.loads((out / "predictions.json").read_text())
     assert [Path(r["file"]).name for r in records] == sorted(p.name for p in source.iterdir())
     found = [d for r in records for d in r["detections"]]
@@ -164,16 +163,14 @@ def test_accumulation_grows_in_the_warm_up(make_step, warmup, accumulate):
 def test_best_is_the_latest_of_the_best(tmp_path, monkeypatch, make_step):
     """Three epochs of AP -1 (a set without boxes), then 0.2, 0.1: best is the fourth, last the fifth."""
     scores = iter((-1.0, -1.0, -1.0, 0.2, 0.1))
-    log = RunLog(tmp_path)
-    trainer = Trainer(make_step(1), [], [], None, epochs=5, run_dir=tmp_path, log=log, state=TrainState())
+    trainer = Trainer(make_step(1), [], [], None, **trainer_options(tmp_path, epochs=5))
     monkeypatch.setattr(trainer, "train_epoch", lambda epoch: ({"box": 1.0}, 1.0))
     blank = dict.fromkeys(METRICS, 0.0)
     monkeypatch.setattr(
         trainer, "validate", lambda: Evaluation(blank | {"AP": next(scores), "per_class": {}}, [], [], [])
     )
-    monkeypatch.setattr(trainer, "draw_best_epoch", lambda evaluation: None)
     results = trainer.fit()
-    log.close()
+    trainer.log.close()
     assert (results["best"]["epoch"], results["last"]["epoch"]) == (4, 5)
     assert read_checkpoint(tmp_path / "best.safetensors").metrics["AP"] == 0.2
     assert read_checkpoint(tmp_path / "last.safetensors").metrics["AP"] == 0.1
@@ -184,7 +181,7 @@ def test_training_starts_from_weights_of_another_class_count(finished_run, train
     boxes = [{"id": k + 1, "image_id": k, "category_id": 1, "bbox": [8, 8, 40, 40]} for k in range(4)]
     root = coco_set(images, boxes, [{"id": 1, "name": "one"}])
     rest = [f"data.root={root}", f"weights={finished_run / 'best.safetensors'}", f"run_dir={tmp_path / 'run'}"]
-    train.run(resolve(compose_config("train", [*train_overrides, "data=coco", "trainer.epochs=1", *rest])))
+    train.run(load_config("train", [*train_overrides, "data=coco", "trainer.epochs=1", *rest]))
     printed = {line.replace("│", " ").split()[0]: line for line in capsys.readouterr().out.splitlines() if "│" in line}
     assert printed["backbone"].count("100 %") == printed["neck"].count("100 %") == 1
     assert "99.9 %" in printed["head"]  # the three 1x1 convolutions to the classes differ: 195 of 751,507 numbers
@@ -195,6 +192,6 @@ def test_evaluation_on_another_set_of_the_same_classes(finished_run, shapes_root
     images = {"val_images": "images/train", "val_annotations": "annotations/instances_train.json"}
     keys = [f"data.{key}={value}" for key, value in images.items()]
     overrides = [f"ckpt={finished_run / 'best.safetensors'}", "data=coco", f"data.root={shapes_root}", *keys]
-    eval_task.run(resolve(compose_config("eval", [*overrides, f"run_dir={tmp_path / 'eval'}", "workers=0"])))
+    eval_task.run(load_config("eval", [*overrides, f"run_dir={tmp_path / 'eval'}", "workers=0"]))
     results = json.loads((tmp_path / "eval" / "predictions.json").read_text())
     assert max(r["image_id"] for r in results) > 10  # of the 24 training images, not the 10 others

@@ -20,9 +20,9 @@ from tensorboard.plugins.hparams import plugin_data_pb2
 from tensorboard.summary.writer.record_writer import RecordWriter
 from torchvision.ops import box_iou
 
-from detkit.config import compose_config, resolve
+from detkit.config import load_config
 from detkit.data.annotations import Annotations
-from detkit.engine import epoch_stats, loggers, trainer
+from detkit.engine import epoch_stats, loggers, run_log
 from detkit.engine.epoch_stats import EpochStats, memory_gib, time_data_wait
 from detkit.engine.evaluator import Evaluation, coco_metrics
 from detkit.engine.loggers import async_logger, open_loggers
@@ -199,7 +199,7 @@ def test_lines_without_a_terminal(train_overrides, tmp_path, monkeypatch, capsys
     """A line every two batches that says time, epoch, batch, losses, speed, waiting and the time left."""
     monkeypatch.setenv("FORCE_COLOR", "1")  # as many CI services do
     arguments = [*train_overrides, f"run_dir={tmp_path / 'run'}", "trainer.log_every=2"]
-    train.run(resolve(compose_config("train", arguments)))
+    train.run(load_config("train", arguments))
     said = capsys.readouterr().out
     said = re.sub(r"\x1b\[[\d;]*m", "", said)  # colours
     assert "\r" not in said
@@ -259,7 +259,7 @@ def test_a_logger_that_fails_ends_nothing(train_overrides, tmp_path, monkeypatch
     for name in ("one", "two"):
         monkeypatch.setitem(LOGGERS._parts, name, lambda *_: Broken())
     arguments = [*train_overrides, f"run_dir={tmp_path / 'run'}", "trainer.loggers=[one,two]"]
-    assert train.run(resolve(compose_config("train", arguments)))["last"]["epoch"] == 2
+    assert train.run(load_config("train", arguments))["last"]["epoch"] == 2
     said = capsys.readouterr().out
     for name in ("TensorBoard", "one", "two"):
         assert said.count(f"{name} fails (no route to host): what it was to keep is lost") == 1
@@ -271,13 +271,13 @@ def test_what_cannot_be_drawn_ends_nothing(train_overrides, tmp_path, monkeypatc
     drawn = {
         (run_logging, "summarize"): "the model's summary",
         (run_logging, "draw_labels"): "labels.png",
-        (trainer, "draw_batch"): "the training batches",
-        (trainer, "draw_evaluation"): "the evaluation",
-        (trainer, "plot_history"): "history.png",
+        (run_log, "draw_batch"): "the training batches",
+        (run_log, "draw_evaluation"): "the evaluation",
+        (run_log, "plot_history"): "history.png",
     }
     for place, name in drawn:
         monkeypatch.setattr(place, name, Broken(ValueError).any)
-    train.run(resolve(compose_config("train", [*train_overrides, f"run_dir={tmp_path / 'run'}"])))
+    train.run(load_config("train", [*train_overrides, f"run_dir={tmp_path / 'run'}"]))
     said = capsys.readouterr().out
     for what in drawn.values():
         assert said.count(f"{what} cannot be drawn (no route to host): the training goes on") == 1
@@ -427,7 +427,7 @@ def test_a_resumed_run_is_the_same_to_mlflow(train_overrides, tmp_path, monkeypa
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     arguments = [*train_overrides, "run_dir=run", "trainer.loggers=[mlflow]", "trainer.epochs=1"]
-    train.run(resolve(compose_config("train", arguments)))
+    train.run(load_config("train", arguments))
     go_on(Path("run"), "trainer.epochs=2")
     assert "fails" not in capsys.readouterr().out
     client = mlflow.MlflowClient((tmp_path / "mlruns").as_uri())
@@ -443,7 +443,7 @@ def go_on(run_dir: Path, *more: str) -> dict:
     """Resume in this process, as ``train resume=RUN_DIR MORE`` does."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(resume, "typed_keys", lambda: [key.partition("=")[0] for key in more])
-        return train.run(resolve(compose_config("train", [f"resume={run_dir}", *more])))
+        return train.run(load_config("train", [f"resume={run_dir}", *more]))
 
 
 def test_a_run_of_an_earlier_version_goes_on(finished_run, tmp_path):

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from detkit.config import compose_config, resolve
+from detkit.config import load_config
 from detkit.data.annotations import Annotations
 from detkit.data.augment.pipeline import Augmentation
 from detkit.data.dataset import DetectionDataset
@@ -271,12 +271,12 @@ def test_training_on_shards(shards, shapes_root, tmp_path, capsys):
     common = ["image_size=64", "device=cpu", "amp=off"]
     data = ["data=webdataset", f"data.root={shards}"]
     rest = ["batch_size=8", "workers=2", "trainer.epochs=1", f"run_dir={tmp_path / 'run'}"]
-    train.run(resolve(compose_config("train", [*common, *data, *rest])))
+    train.run(load_config("train", [*common, *data, *rest]))
     assert (tmp_path / "run" / "plots").is_dir()
     ckpt = [f"ckpt={tmp_path / 'run' / 'last.safetensors'}", "workers=0", "score=0.0001"]
     metrics, predictions = [], []
     for name, given in (("shards", []), ("files", ["data=shapes", f"data.root={shapes_root}"])):
-        cfg = resolve(compose_config("eval", [*common, *ckpt, *given, f"run_dir={tmp_path / name}"]))
+        cfg = load_config("eval", [*common, *ckpt, *given, f"run_dir={tmp_path / name}"])
         metrics.append(eval_task.run(cfg))
         predictions.append(json.loads((tmp_path / name / "predictions.json").read_text()))
     assert metrics[0] == metrics[1]

@@ -12,7 +12,7 @@ from torch import nn
 
 import detkit
 from detkit import cli
-from detkit.config import compose_config, group_options, resolve
+from detkit.config import compose_config, group_options, load_config, resolve
 from detkit.engine.checkpoint import build_from_checkpoint, read_checkpoint, save_checkpoint
 from detkit.errors import DetkitError
 from detkit.models.backbones.revcol import RevCol
@@ -88,7 +88,7 @@ def save_and_forget(content, path: Path, monkeypatch) -> Path:
 
 def imported(src: Path, dst: Path, *overrides: str):
     """What ``detkit import_weights src=... dst=...`` does."""
-    return import_weights(resolve(compose_config("import_weights", [f"src={src}", f"dst={dst}", *overrides])))
+    return import_weights(load_config("import_weights", [f"src={src}", f"dst={dst}", *overrides]))
 
 
 def test_an_ultralytics_yolov8_comes_back_as_it_was(tmp_path, monkeypatch, ultralytics):

@@ -134,6 +134,7 @@ def test_processes_the_system_does_not_allow_are_a_sentence(monkeypatch):
         list(odd(int))
 
 
+@pytest.mark.slow
 def test_children_of_others_may_end(loader):
     """Their SIGCHLD is none of ours, nor are those of a loader that was given up."""
     lost = odd(int)

@@ -8,6 +8,7 @@ from rich.table import Table
 from torch import Tensor
 
 from detkit.benchmarks.common import describe, print_result, time_in_turns
+from detkit.config.commands import BenchmarkConfig
 from detkit.engine.precision import seed_everything
 from detkit.layers.akconv import AKConv
 from detkit.ops.device import pick_device
@@ -46,15 +47,15 @@ class GatherAKConv(AKConv):
         return samples.transpose(3, 4).reshape(batch, channels, h * self.n, w)
 
 
-def run(cfg: dict[str, Any]) -> dict[str, Any]:
+def run(cfg: BenchmarkConfig) -> dict[str, Any]:
     """Time forward and backward of the module for N = 3, 5, 9; detkit's in both memory layouts."""
-    device = pick_device(cfg["device"])
-    seed_everything(cfg["seed"])
+    device = pick_device(cfg.device)
+    seed_everything(cfg.seed)
     title = f"AKConv, {CHANNELS} channels {SIZE}x{SIZE}, batch {BATCH}, forward and backward"
     table = Table("N", "way", "ms", "times as fast", header_style="bold", title=title)
     result: dict[str, Any] = {"task": "akconv", **describe(device), "ms": {}, "ratio": {}}
     for n in POINTS:
-        seconds = _time(n, cfg["rounds"], device)
+        seconds = _time(n, cfg.rounds, device)
         result["ms"][n] = {name: 1000 * value for name, value in seconds.items()}
         result["ratio"][n] = {name: seconds["gather"] / value for name, value in seconds.items()}
         for name in seconds:

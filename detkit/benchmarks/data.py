@@ -17,6 +17,7 @@ from rich.table import Table
 
 from detkit.benchmarks.common import WARMUP, print_result
 from detkit.benchmarks.peer import start_peer
+from detkit.config.commands import BenchmarkConfig
 from detkit.data.annotations import Annotations
 from detkit.data.augment.pipeline import AugmentedDataset, mosaic_window
 from detkit.data.cache import KEPT_BYTES, LocalImages
@@ -60,7 +61,7 @@ for line in sys.stdin:
 """
 
 
-def run(cfg: dict[str, Any]) -> dict[str, Any]:
+def run(cfg: BenchmarkConfig) -> dict[str, Any]:
     """Time passes over the shuffled training split with data.cache=null and ram; print a table and a line of JSON.
 
     One core makes ``image_size`` samples one by one, of the configured mosaic and affine, HSV and flip; they are not
@@ -74,24 +75,24 @@ def run(cfg: dict[str, Any]) -> dict[str, Any]:
     Raises:
         DetkitError: no data set was given, or the peer does not work.
     """
-    if "data" not in cfg:
+    if cfg.data is None:
         raise DetkitError("task=data needs a data set: add data=coco data.root=DIR")
-    annotations = read_split(cfg["data"], "train")
+    annotations = read_split(cfg.data.as_dict(), "train")
     with ExitStack() as stack:
         stack.enter_context(_one_core())
         turns = {name: _turn(annotations, cfg, *cache) for name, cache in CACHES.items()}
-        if cfg["peer"] is not None:
-            ask = stack.enter_context(_peer(str(cfg["peer"]), annotations, cfg))
+        if cfg.peer is not None:
+            ask = stack.enter_context(_peer(str(cfg.peer), annotations, cfg))
             turns |= {f"peer_{name}": lambda name=name: ask(name) for name in set(PEERS.values())}
         seconds: dict[str, list[float]] = {name: [] for name in turns}
-        a_pass = math.ceil(len(annotations) / cfg["batch_size"])
-        for k in range((WARMUP + cfg["rounds"]) * a_pass):
+        a_pass = math.ceil(len(annotations) / cfg.batch_size)
+        for k in range((WARMUP + cfg.rounds) * a_pass):
             for name, turn in turns.items():
                 value = turn()
                 if k >= WARMUP * a_pass:
                     seconds[name].append(value)
     speed = {name: 1 / statistics.median(values) for name, values in seconds.items()}
-    result = {"task": "data", "images": len(annotations), "image_size": cfg["image_size"], **speed}
+    result = {"task": "data", "images": len(annotations), "image_size": cfg.image_size, **speed}
     table = Table("samples", "images/s", "peer's", "ratio", header_style="bold")
     for name in CACHES:
         row = [name, f"{speed[name]:.1f}", "", ""]
@@ -118,17 +119,17 @@ def _one_core() -> Iterator[None]:
         torch.set_num_threads(torch_threads)
 
 
-def _turn(annotations: Annotations, cfg: dict[str, Any], cache: str | None, keep: int) -> Callable[[], float]:
+def _turn(annotations: Annotations, cfg: BenchmarkConfig, cache: str | None, keep: int) -> Callable[[], float]:
     """Return a function that makes the next ``batch_size`` samples and returns seconds a sample."""
-    size, batch_size = cfg["image_size"], cfg["batch_size"]
+    size, batch_size = cfg.image_size, cfg.batch_size
     images = DetectionDataset(annotations, size, cache)
     if cache is None:
         images.cache = LocalImages(annotations, size, keep)
-    transforms = {name: cfg["augment"]["transforms"].get(name) for name in TRANSFORMS}
-    augment = {**cfg["augment"], "transforms": transforms}
-    dataset = AugmentedDataset(images, size, augment, cfg["seed"], epochs=2**31)
-    window = mosaic_window(augment["mosaic"].get("partners", "auto"), images, batch_size)
-    keys = _endless(EpochSampler(len(images), cfg["seed"], window=window))
+    transforms = {name: cfg.augment.transforms.get(name) for name in TRANSFORMS}
+    augment = {**cfg.augment.as_dict(), "transforms": transforms}
+    dataset = AugmentedDataset(images, size, augment, cfg.seed, epochs=2**31)
+    window = mosaic_window(cfg.augment.mosaic.partners, images, batch_size)
+    keys = _endless(EpochSampler(len(images), cfg.seed, window=window))
 
     def turn() -> float:
         chosen = list(itertools.islice(keys, batch_size))
@@ -147,11 +148,11 @@ def _endless(sampler: EpochSampler) -> Iterator[tuple]:
 
 
 @contextmanager
-def _peer(python: str, annotations: Annotations, cfg: dict[str, Any]) -> Iterator[Callable[[str], float]]:
+def _peer(python: str, annotations: Annotations, cfg: BenchmarkConfig) -> Iterator[Callable[[str], float]]:
     """Start the peer on a copy of the set; yield a function that lets it take a turn and returns seconds a sample."""
     with tempfile.TemporaryDirectory(prefix="detkit-peer-") as folder:
         write_set("yolo", {"train": annotations}, Path(folder) / "set")
         images = Path(folder) / "set" / "images" / "train"
-        arguments = (images, cfg["image_size"], cfg["batch_size"], len(annotations.class_names))
+        arguments = (images, cfg.image_size, cfg.batch_size, len(annotations.class_names))
         with start_peer(python, PEER, arguments) as ask:
             yield ask

@@ -8,6 +8,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from detkit.benchmarks.common import describe, print_result, time_in_turns
+from detkit.config.commands import BenchmarkConfig
 from detkit.engine.precision import seed_everything
 from detkit.models.backbones.revcol import STRIDES, RevCol
 from detkit.models.profiling import activation_bytes
@@ -22,21 +23,21 @@ GAMMA = 0.3
 PRECISIONS = {"float64": torch.float64, "float32": torch.float32, "bf16": torch.float32}
 
 
-def run(cfg: dict[str, Any]) -> dict[str, Any]:
+def run(cfg: BenchmarkConfig) -> dict[str, Any]:
     """Measure RevCol of revcol_tiny's widths, batch 1, for every number of columns and every setting.
 
     The error, of a narrower one on a smaller image, is the largest of all parameters: the norm of the difference to
     plain autograd's gradient in the same precision, relative to that gradient's. The blocks' gammas are 0.3: their
     first value, 1e-6, would hide what the blocks add.
     """
-    device = pick_device(cfg["device"])
-    seed_everything(cfg["seed"])
+    device = pick_device(cfg.device)
+    seed_everything(cfg.seed)
     caption = f"errors: {ERROR_SIZE} px, {ERROR_CHANNELS} channels, gamma {GAMMA}, alpha 0.5; bf16: autocast"
     columns = ("columns", "keep_every", "MiB saved", *(f"error, {name}" for name in PRECISIONS), "ms")
     table = Table(*columns, header_style="bold", title=f"RevCol, {SIZE} px, batch 1", caption=caption)
     result: dict[str, Any] = {"task": "reversible", **describe(device), "image_size": SIZE, "columns": {}}
     for count in COLUMNS:
-        measured = _measure(count, cfg["rounds"], device)
+        measured = _measure(count, cfg.rounds, device)
         result["columns"][count] = measured
         for name, row in measured.items():
             errors = (f"{row['error'][precision]:.1e}" for precision in PRECISIONS)

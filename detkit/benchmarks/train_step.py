@@ -20,6 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from detkit.benchmarks.common import WARMUP, describe, print_result, time_once
 from detkit.benchmarks.peer import start_peer
 from detkit.config import import_plugins
+from detkit.config.commands import BenchmarkConfig
 from detkit.engine.auto_batch import check_batch
 from detkit.engine.compile import compile_network
 from detkit.engine.optimizer import Recipe, Schedule
@@ -110,7 +111,7 @@ VARIANTS = (
 )
 
 
-def run(cfg: dict[str, Any]) -> dict[str, Any]:
+def run(cfg: BenchmarkConfig) -> dict[str, Any]:
     """Time the training step of the configured model in every variant; print a table and one line of JSON.
 
     Each variant lives in a process of its own, as the allocator's settings cannot be taken back; they take turns, so
@@ -125,17 +126,17 @@ def run(cfg: dict[str, Any]) -> dict[str, Any]:
     Raises:
         DetkitError: the peer does not work, or the network cannot be compiled.
     """
-    device = pick_device(cfg["device"])
-    check_batch(cfg["batch_size"], cfg["image_size"], device)
+    device = pick_device(cfg.device)
+    check_batch(cfg.batch_size, cfg.image_size, device)
     variants = [v for v in VARIANTS if v.amp != "bf16" or Precision.from_config("auto", device).dtype is torch.bfloat16]
     if device.type == "cuda":  # whose memory is not the C library's
         variants = [v for v in variants if v.amp != "off" or not v.keep_memory]
-    if cfg["compile"]:
+    if cfg.compile:
         last = variants[-1]
         variants.append(replace(last, name="+ compiled", compiled=True))
     flops, timings = _in_turns(cfg, device, variants)
     seconds = {name: statistics.median(timing.seconds) for name, timing in timings.items()}
-    speed = {name: cfg["batch_size"] / value for name, value in seconds.items()}
+    speed = {name: cfg.batch_size / value for name, value in seconds.items()}
     ratio = {name: seconds[PLAIN.name] / value for name, value in seconds.items()}
     limit = {name: statistics.median(timing.limit) for name, timing in timings.items() if timing.limit}
     share = {name: flops / seconds[name] / value for name, value in limit.items()}
@@ -146,11 +147,11 @@ def run(cfg: dict[str, Any]) -> dict[str, Any]:
         table.add_row(name, *row, f"{timings[name].memory / 2**20:.0f}")
     result = {
         "task": "train",
-        "model": cfg["model"]["name"],
+        "model": cfg.model.name,
         **describe(device),
-        "compile": cfg["compile"],
-        "image_size": cfg["image_size"],
-        "batch_size": cfg["batch_size"],
+        "compile": cfg.compile,
+        "image_size": cfg.image_size,
+        "batch_size": cfg.batch_size,
         "images_per_s": speed,
         "ratio": ratio,
         "gflops_a_step": flops / 1e9,
@@ -163,22 +164,22 @@ def run(cfg: dict[str, Any]) -> dict[str, Any]:
     return print_result(table, result)
 
 
-def _in_turns(cfg: dict[str, Any], device: torch.device, variants: list[Variant]) -> tuple[int, dict[str, Timing]]:
+def _in_turns(cfg: BenchmarkConfig, device: torch.device, variants: list[Variant]) -> tuple[int, dict[str, Timing]]:
     """Let a process for each variant, and the peer, run one step after another in turns.
 
     Returns:
         the operations of a step, and what was measured.
     """
-    timings = {name: Timing() for name in [v.name for v in variants] + ["peer"] * (cfg["peer"] is not None)}
+    timings = {name: Timing() for name in [v.name for v in variants] + ["peer"] * (cfg.peer is not None)}
     with ExitStack() as stack:
         asks, counts = {}, []
         for variant in variants:
             ask, flops = stack.enter_context(_own_process(cfg, variant))
             asks[variant.name] = ask
             counts.append(flops)
-        if cfg["peer"] is not None:
+        if cfg.peer is not None:
             asks["peer"] = stack.enter_context(_peer(cfg, device))
-        for k in range(WARMUP + cfg["rounds"]):
+        for k in range(WARMUP + cfg.rounds):
             for name, ask in asks.items():
                 answer = ask("go")
                 timings[name].memory = answer["memory"]
@@ -189,7 +190,7 @@ def _in_turns(cfg: dict[str, Any], device: torch.device, variants: list[Variant]
 
 
 @contextmanager
-def _own_process(cfg: dict[str, Any], variant: Variant) -> Iterator[tuple[Callable[[str], Any], int]]:
+def _own_process(cfg: BenchmarkConfig, variant: Variant) -> Iterator[tuple[Callable[[str], Any], int]]:
     """Start a process for a variant; yield a function that lets it run a step, and the operations of one."""
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
@@ -218,10 +219,10 @@ def _own_process(cfg: dict[str, Any], variant: Variant) -> Iterator[tuple[Callab
         process.join()
 
 
-def _serve(pipe: Connection, cfg: dict[str, Any], variant: Variant) -> None:
+def _serve(pipe: Connection, cfg: BenchmarkConfig, variant: Variant) -> None:
     """In a process of its own: run one step for every message; answer a sentence where that is not possible."""
     setup_logging()
-    device = pick_device(cfg["device"])
+    device = pick_device(cfg.device)
     try:
         step = _make_step(cfg, variant)
         with FlopCounterMode(display=False) as counter:
@@ -242,7 +243,7 @@ def _serve(pipe: Connection, cfg: dict[str, Any], variant: Variant) -> None:
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
-        pipe.send(f"batch_size={cfg['batch_size']} is too much for the memory of {device}")
+        pipe.send(f"batch_size={cfg.batch_size} is too much for the memory of {device}")
 
 
 def _arithmetic_limit(device: torch.device, dtype: torch.dtype | None) -> float:
@@ -266,25 +267,27 @@ def _peak_memory(device: torch.device) -> int:
     return peak if sys.platform == "darwin" else 1024 * peak
 
 
-def _make_step(cfg: dict[str, Any], variant: Variant) -> Callable[[], object]:
+def _make_step(cfg: BenchmarkConfig, variant: Variant) -> Callable[[], object]:
     """Build the training step and one batch; return the function that trains on it once."""
-    import_plugins(cfg["plugins"])
-    seed_everything(cfg["seed"])
-    device = pick_device(cfg["device"])
+    import_plugins(cfg.plugins)
+    seed_everything(cfg.seed)
+    device = pick_device(cfg.device)
     precision = Precision.from_config(variant.amp, device)
     if variant.keep_memory and device.type == "cpu":
         tune_malloc()
     layout = torch.channels_last if variant.channels_last else torch.contiguous_format
-    detector = build_detector(cfg, [str(k) for k in range(cfg["num_classes"])]).to(device, memory_format=layout).train()
-    images = cfg["batch_size"]
-    recipe = Recipe.from_config(cfg["optim"], batch_size=images, total_steps=1, num_classes=cfg["num_classes"])
-    schedule = Schedule.from_config(recipe, cfg["optim"], epochs=1, batches=1)
+    detector = (
+        build_detector(cfg.as_dict(), [str(k) for k in range(cfg.num_classes)]).to(device, memory_format=layout).train()
+    )
+    images = cfg.batch_size
+    recipe = Recipe.from_config(cfg.optim, batch_size=images, total_steps=1, num_classes=cfg.num_classes)
+    schedule = Schedule.from_config(recipe, cfg.optim, epochs=1, batches=1)
     network = detector
     if variant.compiled:
-        network = compile_network(detector, precision, cfg["image_size"], images)
+        network = compile_network(detector, precision, cfg.image_size, images)
         if network is detector:
             raise DetkitError("the network does not compile: the reason is above")
-    loss, options = build_loss(cfg, detector.head), {"accumulate": 1, "clip": 10.0, "network": network}
+    loss, options = build_loss(cfg.as_dict(), detector.head), {"accumulate": 1, "clip": 10.0, "network": network}
     step = TrainStep(detector, loss, recipe, schedule, precision, **options)
     batch = _noise(cfg, images)
     batch.images = batch.images.to(memory_format=layout)
@@ -293,29 +296,29 @@ def _make_step(cfg: dict[str, Any], variant: Variant) -> Callable[[], object]:
     return lambda: step(batch.to(device), 0, 0)
 
 
-def _noise(cfg: dict[str, Any], images: int) -> Batch:
+def _noise(cfg: BenchmarkConfig, images: int) -> Batch:
     """Return a batch of noise."""
-    return dummy_batch(images, (cfg["image_size"],) * 2, cfg["boxes"], cfg["num_classes"])
+    return dummy_batch(images, (cfg.image_size,) * 2, cfg.boxes, cfg.num_classes)
 
 
 @contextmanager
-def _peer(cfg: dict[str, Any], device: torch.device) -> Iterator[Callable[[str], Any]]:
+def _peer(cfg: BenchmarkConfig, device: torch.device) -> Iterator[Callable[[str], Any]]:
     """Start the peer's training on files of noise; yield a function that lets it run a step."""
     with tempfile.TemporaryDirectory(prefix="detkit-noise-") as folder:
-        root, side = Path(folder), cfg["image_size"]
+        root, side = Path(folder), cfg.image_size
         for name in ("images", "labels"):
             (root / name).mkdir()
-        batch = _noise(cfg, PEER_BATCHES * cfg["batch_size"])
+        batch = _noise(cfg, PEER_BATCHES * cfg.batch_size)
         for k, (image, boxes, labels) in enumerate(zip(batch.images, batch.boxes_bm4, batch.labels_bm, strict=True)):
             Image.fromarray(image.permute(1, 2, 0).numpy()).save(root / "images" / f"{k}.png")
             corner, extent = boxes[:, :2] / side, (boxes[:, 2:] - boxes[:, :2]) / side
             rows = torch.cat((labels[:, None], corner + extent / 2, extent), 1).tolist()
             lines = [f"{int(label)} {' '.join(map(str, box))}" for label, *box in rows]
             (root / "labels" / f"{k}.txt").write_text("\n".join(lines))
-        names = [str(k) for k in range(cfg["num_classes"])]
+        names = [str(k) for k in range(cfg.num_classes)]
         description = {"path": folder, "train": "images", "val": "images", "names": names}
         (root / "data.yaml").write_text(yaml.safe_dump(description))
         place = "cpu" if device.type == "cpu" else str(device.index or 0)
-        arguments = (root / "data.yaml", cfg["model"]["name"], side, cfg["batch_size"], place)
-        with start_peer(str(cfg["peer"]), PEER, arguments) as ask:
+        arguments = (root / "data.yaml", cfg.model.name, side, cfg.batch_size, place)
+        with start_peer(str(cfg.peer), PEER, arguments) as ask:
             yield ask

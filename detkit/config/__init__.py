@@ -1,6 +1,9 @@
 """Configurations: composed of ``configs/`` by Hydra (compose.py), and what their keys may be (schema.py)."""
 
-from detkit.config.check import check_values
+from collections.abc import Sequence
+from typing import Any
+
+from detkit.config.check import check_values, parse_config
 from detkit.config.compose import (
     CONFIG_ERRORS,
     FLAGS_ERRORS,
@@ -30,5 +33,16 @@ __all__ = [
     "import_plugins",
     "is_number",
     "is_whole",
+    "load_config",
+    "parse_config",
     "resolve",
 ]
+
+
+def load_config(task: str, overrides: Sequence[str] = ()) -> Any:
+    """Return the configuration of a task as the command line would compose it, as a model such as ``TrainConfig``.
+
+    Raises:
+        DetkitError: a key that does not exist, or a value that is not allowed.
+    """
+    return parse_config(resolve(compose_config(task, overrides)), task)

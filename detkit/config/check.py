@@ -30,6 +30,16 @@ def check_values(cfg: Mapping[str, Any], task: str = "train", partial: bool = Fa
         raise DetkitError(odd)
 
 
+def parse_config(values: Mapping[str, Any], task: str = "train") -> Any:
+    """Return a resolved configuration as the model of its task, such as ``TrainConfig``.
+
+    Raises:
+        DetkitError: as ``check_values``.
+    """
+    check_values(values, task)
+    return TASKS[task].model_validate(values)
+
+
 def first_mistake(schema: type[Section], values: Mapping[str, Any], partial: bool = False) -> str:
     """Return a sentence on the first mistake in ``values``; an empty string where there is none."""
     try:

@@ -8,17 +8,17 @@ from pydantic_core import PydanticCustomError
 from detkit.config.fields import Location, field, number, path, whole
 from detkit.config.schema import (
     MAX_BATCH,
-    Augment,
-    Data,
-    Head,
-    Model,
+    AugmentConfig,
+    DataConfig,
+    HeadConfig,
+    ModelConfig,
     Names,
-    Neck,
-    Optim,
-    Part,
-    Pruner,
+    NeckConfig,
+    OptimConfig,
+    PartConfig,
+    PrunerConfig,
     Section,
-    Trainer,
+    TrainerConfig,
 )
 
 MAX_IMAGE = 8192  # pixels of a side: a batch of one would take 800 MB as the network's input; tiles show more
@@ -56,7 +56,7 @@ def _batch_size() -> Any:
     return field("images per forward pass, over all ranks", "a whole number, 1 or more", most=MAX_BATCH)
 
 
-class Common(Section):
+class CommonConfig(Section):
     """What every task takes."""
 
     device: Device = field("device to compute on", "auto, cpu, cuda or cuda:N")
@@ -74,18 +74,18 @@ class Common(Section):
     )
 
 
-class Composed(Common):
+class ComposedConfig(CommonConfig):
     """A task that composes a detector."""
 
-    backbone: Part
-    neck: Neck
-    head: Head
-    loss: Part
-    model: Model
+    backbone: PartConfig
+    neck: NeckConfig
+    head: HeadConfig
+    loss: PartConfig
+    model: ModelConfig
     image_size: ImageSize = _image_size()
 
 
-class Train(Composed):
+class TrainConfig(ComposedConfig):
     """``configs/train.yaml``."""
 
     batch_size: AnyBatch = field(
@@ -99,27 +99,27 @@ class Train(Composed):
     rect: bool = field("validate each image in the smallest frame that holds it instead of a square")
     weights: Location | None = path("checkpoint to start from")
     resume: Location | None = path("run directory to resume; auto resumes the run in run_dir if there is one")
-    data: Data
-    augment: Augment
-    optim: Optim
-    trainer: Trainer
+    data: DataConfig
+    augment: AugmentConfig
+    optim: OptimConfig
+    trainer: TrainerConfig
 
 
-class Tune(Train):
+class TuneConfig(TrainConfig):
     """``configs/tune.yaml``."""
 
     search: Any = field("mapping of keys to the values to try: lists of choices, or ranges {low, high}")
     trials: int = whole("total number of trials in the study", 1)
-    pruner: Pruner
+    pruner: PrunerConfig
     storage: Url | None = field(
         "URL of the study's database; null keeps the study in a file in run_dir", "null, or the URL of a database"
     )
 
 
-class Eval(Common):
+class EvalConfig(CommonConfig):
     """``configs/eval.yaml``."""
 
-    data: Data = field("data set; by default the one the checkpoint was trained with", default=None)
+    data: DataConfig = field("data set; by default the one the checkpoint was trained with", default=None)
     ckpt: Location = path("checkpoint to load")
     split: str = field("split to evaluate", "the name of a split", min_length=1, max_length=200)
     image_size: ImageSize | None = _image_size()
@@ -131,7 +131,7 @@ class Eval(Common):
     max_det: int = whole("maximum number of detections per image", 1, 100_000)
 
 
-class Predict(Common):
+class PredictConfig(CommonConfig):
     """``configs/predict.yaml``."""
 
     ckpt: Location = path("checkpoint to load")
@@ -145,36 +145,36 @@ class Predict(Common):
     )
 
 
-class Check(Composed):
+class CheckConfig(ComposedConfig):
     """``configs/check.yaml``."""
 
     num_classes: int = whole("number of classes", 1, MAX_CLASSES)
 
 
-class Summary(Composed):
+class SummaryConfig(ComposedConfig):
     """``configs/summary.yaml``."""
 
     num_classes: int = whole("number of classes", 1, MAX_CLASSES)
     depth: int = whole("nesting depth of the modules to list", 1)
 
 
-class CheckData(Common):
+class CheckDataConfig(CommonConfig):
     """``configs/check_data.yaml``."""
 
-    data: Data
+    data: DataConfig
     fix: Location | None = path("new or empty folder in which to write a cleaned copy")
     format: str | None = field("format of the cleaned copy; null keeps that of the set", "the name of a format")
 
 
-class ConvertData(Common):
+class ConvertDataConfig(CommonConfig):
     """``configs/convert_data.yaml``."""
 
-    data: Data
+    data: DataConfig
     dst: Location = path("new or empty folder in which to write the converted set")
     format: str = field("format to convert to", "the name of a format")
 
 
-class ImportWeights(Common):
+class ImportWeightsConfig(CommonConfig):
     """``configs/import_weights.yaml``."""
 
     src: Location = path("checkpoint of another project")
@@ -182,21 +182,21 @@ class ImportWeights(Common):
     sampling: Literal["paper", "tutorial"] | None = field(
         "sampling grid of the AKConv layers in the file; null for files without any"
     )
-    backbone: Part = field(
+    backbone: PartConfig = field(
         "backbone in the file, for a file that holds only a backbone; inferred if not given", default=None
     )
-    neck: Neck = field("neck of the model; set by model", default=None)
-    head: Head = field("head of the model; set by model", default=None)
-    model: Model = field("model in the file; inferred from the tensors if not given", default=None)
+    neck: NeckConfig = field("neck of the model; set by model", default=None)
+    head: HeadConfig = field("head of the model; set by model", default=None)
+    model: ModelConfig = field("model in the file; inferred from the tensors if not given", default=None)
 
 
-class Benchmark(Composed):
+class BenchmarkConfig(ComposedConfig):
     """``configs/benchmark.yaml``."""
 
     task: str = field("benchmark to run", "the name of a benchmark")
-    data: Data = field("data set for task=data", default=None)
-    augment: Augment
-    optim: Optim
+    data: DataConfig = field("data set for task=data", default=None)
+    augment: AugmentConfig
+    optim: OptimConfig
     batch_size: BatchSize = _batch_size()
     num_classes: int = whole("number of classes", 1, MAX_CLASSES)
     boxes: int = whole("ground-truth boxes per image", 0, 10_000)
@@ -208,14 +208,14 @@ class Benchmark(Composed):
 
 
 TASKS: dict[str, type[Section]] = {
-    "train": Train,
-    "tune": Tune,
-    "eval": Eval,
-    "predict": Predict,
-    "check": Check,
-    "summary": Summary,
-    "check_data": CheckData,
-    "convert_data": ConvertData,
-    "import_weights": ImportWeights,
-    "benchmark": Benchmark,
+    "train": TrainConfig,
+    "tune": TuneConfig,
+    "eval": EvalConfig,
+    "predict": PredictConfig,
+    "check": CheckConfig,
+    "summary": SummaryConfig,
+    "check_data": CheckDataConfig,
+    "convert_data": ConvertDataConfig,
+    "import_weights": ImportWeightsConfig,
+    "benchmark": BenchmarkConfig,
 }

@@ -12,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 from pydantic.fields import FieldInfo
 
 from detkit.config.check import allowed_values, section_of
-from detkit.config.commands import TASKS, Common, Train, Tune
+from detkit.config.commands import TASKS, CommonConfig, TrainConfig, TuneConfig
 from detkit.config.compose import compose_config, config_dir
 from detkit.config.fields import MOST
 from detkit.config.schema import Section
@@ -39,10 +39,10 @@ class Row(NamedTuple):
 def render() -> str:
     """Return the block of tables, without the markers."""
     cfg = compose_config("train", ["data=coco", "data.root=."])
-    train = [Row(f"`{row.key}`", *row[1:]) for row in _rows(Train, cfg)]
+    train = [Row(f"`{row.key}`", *row[1:]) for row in _rows(TrainConfig, cfg)]
     names = {row.key.strip("`"): row for row in train}
-    common = [names[name] for name in Common.model_fields]
-    own = [row for name, row in names.items() if "." not in name and name not in Common.model_fields]
+    common = [names[name] for name in CommonConfig.model_fields]
+    own = [row for name, row in names.items() if "." not in name and name not in CommonConfig.model_fields]
     tables = [("Keys of every command", common), ("`train` (and every trial of `tune`)", own)]
     for group in GROUPS:
         rows = [row for name, row in names.items() if name.startswith(f"{group}.")]
@@ -121,10 +121,10 @@ def _other_commands() -> list[tuple[str, ...]]:
     """Return the rows of the keys that ``train`` does not have, each after the commands that have it."""
     commands: dict[Row, list[str]] = {}
     for task, schema in TASKS.items():
-        known = {*Common.model_fields, *(Train.model_fields if schema is Tune else ())}
+        known = {*CommonConfig.model_fields, *(TrainConfig.model_fields if schema is TuneConfig else ())}
         cfg = compose_config(task)
         for name, field in schema.model_fields.items():
-            if schema is Train or name in known:
+            if schema is TrainConfig or name in known:
                 continue
             if not (nested := section_of(field)):
                 rows = [Row(name, _default(name, cfg), _allowed(field), field.description or "")]

@@ -5,7 +5,7 @@ parts of a detector take arguments of their own, so their mappings are open: wha
 registered classes say (registry.py).
 """
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
@@ -20,6 +20,14 @@ class Section(BaseModel):
     """Some keys of a configuration. Types are strict: no text for a number, but a whole number for any number."""
 
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the keys that were given, groups as plain dicts: what a file or a checkpoint keeps."""
+        return self.model_dump(exclude_unset=True)
+
+    def replace(self, **changes: Any) -> Self:
+        """Return a copy with other values for some keys."""
+        return self.model_copy(update=changes)
 
 
 def _printable(text: str) -> str:
@@ -64,7 +72,7 @@ Loggers = Annotated[Names, AfterValidator(_each_once)]
 Factors = dict[str, Annotated[float, Field(gt=0, le=1e6)]]
 
 
-class Part(Section):
+class PartConfig(Section):
     """A backbone, a neck, a head or a loss: its registered name, and arguments of its own."""
 
     model_config = ConfigDict(extra="allow")
@@ -72,7 +80,7 @@ class Part(Section):
     name: Name = field("name under which the part is registered", "the name of a part")
 
 
-class Neck(Part):
+class NeckConfig(PartConfig):
     """A neck, which asks the backbone for its strides."""
 
     in_strides: Strides | None = field(
@@ -82,7 +90,7 @@ class Neck(Part):
     )
 
 
-class Head(Part):
+class HeadConfig(PartConfig):
     """A head, perhaps with anchors."""
 
     anchors: Anchors = field(
@@ -92,7 +100,7 @@ class Head(Part):
     )
 
 
-class Model(Section):
+class ModelConfig(Section):
     """A preset of ``configs/model``: what scales the parts, and what they are made of."""
 
     model_config = ConfigDict(extra="allow")
@@ -109,7 +117,7 @@ class Model(Section):
     neck: dict[str, Any] = field("neck arguments that belong to this preset", "a mapping of arguments", default=None)
 
 
-class Tiles(Section):
+class TilesConfig(Section):
     """Large training images seen in parts at full resolution."""
 
     size: int | None = whole("side of a training tile in pixels; null disables tiling", 32, 2**20)
@@ -117,7 +125,7 @@ class Tiles(Section):
     positive_fraction: float = share("fraction of each epoch's tiles that contain an object")
 
 
-class Data(Section):
+class DataConfig(Section):
     """A data set: the name of its reader, what every reader takes, and arguments of its own."""
 
     model_config = ConfigDict(extra="allow")
@@ -142,13 +150,13 @@ class Data(Section):
     repeat_threshold: float = share(
         "classes in a smaller fraction of the images than this are oversampled by repeat_factor", default=None
     )
-    tiles: Tiles | None = field("tiling of large training images", default=None)
+    tiles: TilesConfig | None = field("tiling of large training images", default=None)
     preset: dict[str, Any] | None = field(
         "defaults for keys of other groups that suit this data set", "a mapping", default=None
     )
 
 
-class Mosaic(Section):
+class MosaicConfig(Section):
     """Four images in one."""
 
     p: float = number("probability of building a sample from four images", 0, 1)
@@ -158,7 +166,7 @@ class Mosaic(Section):
     )
 
 
-class Affine(Section):
+class AffineConfig(Section):
     """How an image is scaled, moved and turned."""
 
     scale: ScaleRange = field(
@@ -171,7 +179,7 @@ class Affine(Section):
     )
 
 
-class CopyPaste(Section):
+class CopyPasteConfig(Section):
     """Objects of another picture, pasted."""
 
     p: float = number("probability of pasting objects into a sample", 0, 1)
@@ -179,27 +187,27 @@ class CopyPaste(Section):
     max_side: float = share("longest side of a pasted object, as a fraction of the image size")
 
 
-class Mixup(Section):
+class MixupConfig(Section):
     """Two pictures blended."""
 
     p: float = number("probability of blending a sample with another image", 0, 1)
     alpha: float = positive("parameter of the Beta(alpha, alpha) distribution of the blending weight")
 
 
-class Augment(Section):
+class AugmentConfig(Section):
     """What the network sees of a training image."""
 
-    mosaic: Mosaic
-    affine: Affine
-    copy_paste: CopyPaste = field("copy-paste of objects between images", default=None)
-    mixup: Mixup = field("mixup of two images", default=None)
+    mosaic: MosaicConfig
+    affine: AffineConfig
+    copy_paste: CopyPasteConfig = field("copy-paste of objects between images", default=None)
+    mixup: MixupConfig = field("mixup of two images", default=None)
     transforms: dict[str, Any] = field(
         "transforms applied in this order, from detkit or, by class name, from albumentations",
         "a mapping of transforms to their arguments",
     )
 
 
-class Optim(Section):
+class OptimConfig(Section):
     """The optimizer and its learning rate."""
 
     name: Literal["auto", "sgd", "adamw", "muon"] = field(
@@ -230,7 +238,7 @@ class Optim(Section):
     )
 
 
-class Trainer(Section):
+class TrainerConfig(Section):
     """How long a training runs, what learns, and what is kept."""
 
     epochs: int = whole("number of epochs to train", 1)
@@ -259,7 +267,7 @@ class Trainer(Section):
     )
 
 
-class Pruner(Section):
+class PrunerConfig(Section):
     """Which trials of a study end early."""
 
     name: Literal["median", "hyperband", "none"] = field("algorithm that ends unpromising trials early")

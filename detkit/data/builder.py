@@ -1,4 +1,4 @@
-"""From what a format's reader meets, record by record, to clean Annotations."""
+"""Builds validated Annotations from the raw records of a format's reader."""
 
 from array import array
 from collections.abc import Callable, Sequence

@@ -1,4 +1,4 @@
-"""Decoded images kept for the next time, so that a training decodes each of them seldom or once.
+"""Caches of decoded images: per process, shared in RAM, or on disk.
 
 They keep images of a training's size (uint8, the longer side that many pixels at most) and have one method,
 ``fetch(index, load)``: return image ``index``, made by ``load()`` where it is not there yet.
@@ -21,7 +21,7 @@ from detkit.ops.image import fit_sizes, image_file
 from detkit.ops.memory import free_memory, gib
 
 KEPT_BYTES = 128 * 2**20  # what a process keeps where there is no cache,
-LAST_IMAGES = 32  # and how many it remembers beside them: more than a window of the order (augment.py) has
+LAST_IMAGES = 32  # and how many it remembers beside them: more than a window of the order (augment/pipeline.py) has
 MARGIN = 0.8  # share of the free memory or disk that a cache may take
 VERSION = 1  # of the files: how their pixels are made and laid out
 

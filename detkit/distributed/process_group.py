@@ -1,4 +1,4 @@
-"""Several processes that train as one, and how they talk outside of the gradients; meeting.py says who they are.
+"""The process group of a training, and what its ranks exchange beside gradients; see also rendezvous.py.
 
 With one process there is no group, and every function here does nothing.
 
@@ -7,17 +7,16 @@ What rank 0 does for all (a directory's name, COCO's metrics) goes through a sec
 A process that dies closes its connections, which the others see at once in both.
 """
 
-import json
 import re
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 
 from detkit.distributed.collectives import world_size
 from detkit.distributed.rendezvous import RankInfo, current_store, is_local_main, rendezvous, reset_rendezvous
@@ -133,61 +132,42 @@ def main_process_first() -> Iterator[None]:
 
 
 def run_on_main(make: Callable[[], Any]) -> Any:
-    """Return on every rank what ``make`` returns on rank 0, where alone it runs: anything that JSON knows.
+    """Return on every rank what ``make`` returns on rank 0, where alone it runs.
 
     Raises:
         DetkitError: ``make`` did; on every rank.
     """
     if world_size() == 1:
         return make()
-    message: Mapping[str, Any] = {}
+    answer: list[Any] = [None, None]
     if is_main_process():
         try:
-            message = {"value": make()}
+            answer[0] = make()
         except DetkitError as error:
-            message = {"error": str(error)}
-    data = json.dumps(message).encode()
-    length = torch.tensor([len(data)])
-    dist.broadcast(length, 0, group=_patient)
-    text = _as_tensor(data) if is_main_process() else torch.empty(int(length), dtype=torch.uint8)
-    dist.broadcast(text, 0, group=_patient)
-    message = json.loads(text.numpy().tobytes())
-    if "error" in message:
-        raise DetkitError(message["error"])
-    return message["value"]
+            answer[1] = str(error)
+    dist.broadcast_object_list(answer, 0, group=_patient)
+    value, message = answer
+    if message is not None:
+        raise DetkitError(message)
+    return value
 
 
-def gather_objects(data: bytes) -> list[bytes]:
-    """Return every rank's ``data`` on rank 0, in their order; elsewhere none."""
+def gather_objects(value: Any) -> list[Any]:
+    """Return every rank's ``value`` on rank 0, in their order; elsewhere none."""
     if world_size() == 1:
-        return [data]
-    lengths = torch.zeros(world_size(), dtype=torch.int64)
-    lengths[rank()] = len(data)
-    dist.all_reduce(lengths, group=_patient)
-    if not is_main_process():
-        if data:
-            dist.send(_as_tensor(data), 0, group=_patient)
-        return []
-    received = [data]
-    for source, length in enumerate(lengths.tolist()[1:], 1):
-        text = torch.empty(length, dtype=torch.uint8)
-        if length:
-            dist.recv(text, source, group=_patient)
-        received.append(text.numpy().tobytes())
-    return received
+        return [value]
+    gathered = [None] * world_size() if is_main_process() else None
+    dist.gather_object(value, gathered, 0, group=_patient)
+    return gathered or []
 
 
-def gather_messages(lines: Sequence[str]) -> list[str]:
-    """Return the sentences of all ranks on rank 0, elsewhere none; names in them that are not UTF-8 are escaped."""
-    return [
-        line
-        for text in gather_objects("\n".join(map(printable, lines)).encode())
-        for line in text.decode().splitlines()
-    ]
+def gather_messages(messages: Sequence[str]) -> list[str]:
+    """Return the messages of all ranks on rank 0, elsewhere none; names in them that are not UTF-8 are escaped."""
+    return [printable(message) for of_rank in gather_objects(list(messages)) for message in of_rank]
 
 
 def claim_error_message(sentence: str) -> bool:
-    """Whether no other rank has said ``sentence`` before this run ended by it; before they met, one a node does."""
+    """True if this rank should print the error, being the first to claim it; before the rendezvous, one per node is."""
     store = current_store()
     if store is None:
         return is_local_main()
@@ -198,10 +178,7 @@ def claim_error_message(sentence: str) -> bool:
 
 
 def peer_user_error() -> str | None:
-    """Return the mistake of a user's by which another rank has ended: losing that is not a fault of this one.
-
-    None: there is none.
-    """
+    """Return the user error that ended another rank, or None: losing that rank is not a fault of this one."""
     store = current_store()
     try:
         return store.get("mistake").decode() if store is not None and store.check(["mistake"]) else None
@@ -228,7 +205,3 @@ def _device_of_rank(device: str, local: int) -> torch.device:
     picked = torch.device("cuda", local)
     torch.cuda.set_device(picked)
     return picked
-
-
-def _as_tensor(data: bytes) -> Tensor:
-    return torch.frombuffer(bytearray(data), dtype=torch.uint8)

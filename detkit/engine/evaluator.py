@@ -136,8 +136,8 @@ def gather_rows(rows: Tensor) -> Tensor:
     """Return the ROWs of all ranks in the order of the set's images on rank 0, no rows elsewhere; alone, ``rows``."""
     if world_size() == 1:
         return rows
-    everything = [np.frombuffer(data).reshape(-1, len(ROW)) for data in gather_objects(rows.numpy().tobytes())]
-    rows = torch.from_numpy(np.concatenate(everything or [np.zeros((0, len(ROW)))]))
+    gathered = gather_objects(rows)
+    rows = torch.cat(gathered) if gathered else rows[:0]
     return rows[rows[:, 0].argsort(stable=True)]
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from detkit.config.schema import OptimConfig
 from detkit.engine.param_groups import learning_rate_factors
 
 AUTO_ADAMW_BELOW = 10_000  # optimizer steps
@@ -47,7 +48,7 @@ def parameter_groups(
 
 
 def describe_factors(optimizer: torch.optim.Optimizer) -> str:
-    """Return how many numbers learn at which share of the learning rate, the slowest first."""
+    """Return parameter counts per learning-rate factor, the slowest first."""
     counts: dict[float, int] = {}
     for group in optimizer.param_groups:
         counts[group["lr_factor"]] = counts.get(group["lr_factor"], 0) + sum(p.numel() for p in group["params"])
@@ -79,14 +80,14 @@ class Recipe:
     layer_decay: float | None = None
 
     @classmethod
-    def from_config(cls, optim: Mapping[str, Any], *, batch_size: int, total_steps: int, num_classes: int) -> "Recipe":
+    def from_config(cls, optim: OptimConfig, *, batch_size: int, total_steps: int, num_classes: int) -> "Recipe":
         """Read the ``optim`` group.
 
         ``auto`` takes AdamW for runs shorter than 10,000 optimizer steps, else SGD. Where ``lr`` and the like are null,
         AdamW starts from 0.01 / (4 + classes) with a first beta of 0.9, Muon from the same with a momentum of 0.95, SGD
         from 0.01 with a momentum of 0.937. The weight decay is scaled to the images that really make an optimizer step.
         """
-        name = optim["name"]
+        name = optim.name
         if name == "auto":
             name = "adamw" if total_steps < AUTO_ADAMW_BELOW else "sgd"
         if name in ("adamw", "muon"):
@@ -94,10 +95,12 @@ class Recipe:
             defaults = {"lr": round(0.002 * 5 / (4 + num_classes), 6), "momentum": momentum, "warmup_bias_lr": 0.0}
         else:
             defaults = {"lr": 0.01, "momentum": 0.937, "warmup_bias_lr": 0.1}
-        chosen = {key: default if optim[key] is None else optim[key] for key, default in defaults.items()}
-        nominal = optim["nominal_batch"]
-        decay = optim["weight_decay"] * batch_size * accumulation(batch_size, nominal) / nominal
-        return cls(name, weight_decay=decay, lr_factors=optim["lr_factors"], layer_decay=optim["layer_decay"], **chosen)
+        chosen = {
+            key: default if getattr(optim, key) is None else getattr(optim, key) for key, default in defaults.items()
+        }
+        nominal = optim.nominal_batch
+        decay = optim.weight_decay * batch_size * accumulation(batch_size, nominal) / nominal
+        return cls(name, weight_decay=decay, lr_factors=optim.lr_factors, layer_decay=optim.layer_decay, **chosen)
 
     def build(self, model: nn.Module) -> torch.optim.Optimizer:
         """Return the optimizer over the model's parameter groups, with fused kernels where it has them.
@@ -148,16 +151,14 @@ class Schedule:
     batches: int = 1
 
     @classmethod
-    def from_config(cls, recipe: Recipe, optim: Mapping[str, Any], *, epochs: int, batches: int) -> "Schedule":
+    def from_config(cls, recipe: Recipe, optim: OptimConfig, *, epochs: int, batches: int) -> "Schedule":
         """Read the ``optim`` group for a run of ``epochs`` of ``batches`` each.
 
         The warm-up lasts ``warmup_epochs``, but one fewer than the run has, and at least ``warmup_min_batches``.
         """
-        warmup_epochs = min(optim["warmup_epochs"], epochs - 1) if optim["schedule"] != "one_cycle" else 0
-        warmup = max(round(warmup_epochs * batches), optim["warmup_min_batches"]) if warmup_epochs > 0 else 0
-        return cls(
-            recipe, epochs, optim["final_lr_factor"], optim["schedule"], warmup, optim["warmup_momentum"], batches
-        )
+        warmup_epochs = min(optim.warmup_epochs, epochs - 1) if optim.schedule != "one_cycle" else 0
+        warmup = max(round(warmup_epochs * batches), optim.warmup_min_batches) if warmup_epochs > 0 else 0
+        return cls(recipe, epochs, optim.final_lr_factor, optim.schedule, warmup, optim.warmup_momentum, batches)
 
     def factor(self, epoch: float) -> float:
         """Return the share of the starting learning rate in ``epoch`` (from 0; 0.5 is the middle of the first)."""

@@ -13,13 +13,19 @@ import numpy as np
 from matplotlib.figure import Figure
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
+from detkit.data.annotations import Annotations
 from detkit.distributed.process_group import is_main_process
+from detkit.engine.evaluator import Evaluation
 from detkit.engine.loggers.async_logger import Call, SafeLogger
 from detkit.engine.loggers.base import Value, tag
+from detkit.engine.state import TrainState
 from detkit.ops.atomic_write import write_atomically
 from detkit.ops.curves import Curves
+from detkit.structures import Batch
+from detkit.viz.batch_images import draw_batch, draw_predictions
 from detkit.viz.console import make_console
 from detkit.viz.drawing import encode_figure, encode_image
+from detkit.viz.plots import draw_evaluation, plot_history
 
 logger = logging.getLogger(__name__)
 
@@ -56,28 +62,44 @@ class RunLog:
             logger.info("%s  %s", time.strftime("%m-%d %H:%M:%S"), text)
 
     def epoch(
-        self, history: Sequence[Mapping[str, float]], metrics: Mapping[str, Any], best: bool, step: int, line: str
+        self,
+        state: TrainState,
+        losses: Mapping[str, float],
+        evaluation: Evaluation,
+        val_set: Annotations,
+        epochs: int,
     ) -> None:
-        """Record the last epoch of a history: ``history.csv``, the loggers, one line on the terminal.
+        """Record the epoch that has ended: ``history.csv`` and its figure, the loggers, one line on the terminal, and
+        figures of the evaluation if no epoch was better.
 
         Args:
-            history: rows of ``epoch`` and what was measured; not all have the same columns.
-            metrics: of the evaluation, see ``coco_metrics``.
-            best: whether no epoch was better.
+            state: its ``history`` ends with the epoch's row; not all rows have the same columns.
+            losses: the epoch's mean loss terms.
+            epochs: of the run.
         """
+        best, row, metrics = state.best_epoch == state.epoch, state.history[-1], evaluation.metrics
+        if best:
+            with self.drawing("the evaluation"):
+                self._draw_evaluation(evaluation, val_set, state.step)
         text = io.StringIO()
-        writer = csv.DictWriter(text, list(dict.fromkeys(name for row in history for name in row)))
+        writer = csv.DictWriter(text, list(dict.fromkeys(name for row in state.history for name in row)))
         writer.writeheader()
-        writer.writerows(history)
+        writer.writerows(state.history)
         write_atomically(self.run_dir / "history.csv", text.getvalue().encode())
-        row = history[-1]
         values = {f"val/{name}": value for name, value in metrics.items() if name.startswith(("AP", "AR"))}
         values |= {f"class_AP/{tag(name)}": scores["AP"] for name, scores in metrics["per_class"].items()}
         values |= {f"epoch/{name}": row[name] for name in ("seconds", "skipped_steps", "overflow_steps")}
         if best:
             values |= {f"best/{name}": row[name] for name in COMPARED}
-        self.scalars(values, step)
-        logger.info(line)
+        self.scalars(values, state.step)
+        logger.info(_epoch_line(row, losses, epochs, best))
+        with self.drawing("history.png"):
+            plot_history(state.history, losses, self.run_dir / "plots" / "history.png")
+
+    def train_batch(self, batch: Batch, class_names: Sequence[str], number: int) -> None:
+        """Draw a training batch as the network sees it."""
+        with self.drawing("the training batches"):
+            self.image(f"train_batch{number}", draw_batch(batch, class_names), 0)
 
     @contextmanager
     def drawing(self, what: str) -> Iterator[None]:
@@ -122,6 +144,13 @@ class RunLog:
     def __exit__(self, error: type[BaseException] | None, *_: Any) -> None:
         self.close(finished=error is None)
 
+    def _draw_evaluation(self, evaluation: Evaluation, val_set: Annotations, step: int) -> None:
+        """Draw the predictions of the first validation images, the curves and the confusion matrix."""
+        self.image("val_predictions", draw_predictions(evaluation.pictures, val_set), step)
+        for name, figure in draw_evaluation(evaluation.curves, evaluation.predictions, val_set).items():
+            self.plot(name, figure, step)
+        self.precision_recall(evaluation.curves, val_set.class_names, step)
+
     def _keep(self, name: str, path: Path, data: bytes, step: int) -> None:
         path.parent.mkdir(exist_ok=True)  # but not a run directory that somebody has removed
         write_atomically(path, data)
@@ -130,6 +159,17 @@ class RunLog:
     def _send(self, call: Call) -> None:
         for logger in self.loggers:
             logger.call(call)
+
+
+def _epoch_line(row: Mapping[str, float], losses: Mapping[str, float], epochs: int, best: bool) -> str:
+    """Return the terminal's line on an epoch; a star marks the best so far."""
+    terms = "  ".join(f"{name} {value:.3f}" for name, value in losses.items())
+    star = " *" if best else ""
+    skipped = f"  {row['skipped_steps']} steps skipped" if row["skipped_steps"] else ""
+    return (
+        f"epoch {row['epoch']:>{len(str(epochs))}}/{epochs}  {terms}  AP {row['AP']:.4f}  "
+        f"AP50 {row['AP50']:.4f}  {row['images_per_s']:.0f} images/s  {clock(row['seconds'])}{skipped}{star}"
+    )
 
 
 def has_bar() -> bool:

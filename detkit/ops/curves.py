@@ -1,4 +1,4 @@
-"""What one look at AP does not tell: precision and recall over the score, and which class is taken for which."""
+"""Precision, recall and F1 over the score threshold."""
 
 from dataclasses import dataclass
 

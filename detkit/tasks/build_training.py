@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from detkit.config.commands import TrainConfig
 from detkit.data.annotations import Annotations
 from detkit.data.augment.pipeline import Augmentation, AugmentedDataset, mosaic_window
 from detkit.data.dataset import DetectionDataset
@@ -48,7 +49,7 @@ class Training:
         transfer: what ``weights`` gave; None without it.
     """
 
-    cfg: dict[str, Any]
+    cfg: TrainConfig
     step: TrainStep
     state: TrainState
     train_set: Annotations
@@ -66,28 +67,29 @@ def build_training(plan: RunPlan, device: torch.device) -> Training:
         DetkitError: a user's mistake.
     """
     cfg, saved = _absolute_paths(plan.cfg), plan.saved
-    if cfg["batch_size"] != "auto":
-        per_rank_batch_size(cfg["batch_size"])
-    check_batch(cfg["batch_size"], cfg["image_size"], device)
-    precision = Precision.from_config(cfg["amp"], device)
-    seed_everything(cfg["seed"])
+    if cfg.batch_size != "auto":
+        per_rank_batch_size(cfg.batch_size)
+    check_batch(cfg.batch_size, cfg.image_size, device)
+    precision = Precision.from_config(cfg.amp, device)
+    seed_everything(cfg.seed)
     if device.type == "cpu":
         tune_malloc()
     with main_process_first():  # which leaves an index, or draws the set
-        train_set, val_set = read_training(cfg["data"])
+        train_set, val_set = read_training(cfg.data.as_dict())
 
-    built_as, copies = without_pretrained(cfg) if saved else cfg, COPIES_TRAINED if device.type == "cpu" else 1
+    values = cfg.as_dict()
+    built_as, copies = without_pretrained(values) if saved else values, COPIES_TRAINED if device.type == "cpu" else 1
     detector = build_detector(built_as, train_set.class_names, copies).to(device)
-    transfer = load_weights(detector, str(cfg["weights"])) if cfg["weights"] is not None and not saved else None
-    frozen = freeze(detector, cfg["trainer"]["freeze"])
-    trial_step = make_trial_step(detector, build_loss(cfg, detector.head), precision, _largest_image(detector, cfg))
-    if cfg["batch_size"] == "auto":
-        cfg = {**cfg, "batch_size": run_on_main(lambda: choose_batch_size(trial_step, device)) * world_size()}
-        logger.info("batch_size=auto: %d images", cfg["batch_size"])
-    detector.cfg = cfg
+    transfer = load_weights(detector, str(cfg.weights)) if cfg.weights is not None and not saved else None
+    frozen = freeze(detector, cfg.trainer.freeze)
+    trial_step = make_trial_step(detector, build_loss(values, detector.head), precision, _largest_image(detector, cfg))
+    if cfg.batch_size == "auto":
+        cfg = cfg.replace(batch_size=run_on_main(lambda: choose_batch_size(trial_step, device)) * world_size())
+        logger.info("batch_size=auto: %d images", cfg.batch_size)
+    detector.cfg = cfg.as_dict()
     check_room(cfg)
     loader = _train_loader(train_set, cfg, device)
-    if cfg["trainer"]["sync_bn"] and world_size() > 1:
+    if cfg.trainer.sync_bn and world_size() > 1:
         convert_sync_batchnorm(detector)
     recipe = saved_recipe(saved) if saved else _recipe(detector, cfg, loader.samples)
     step = _train_step(detector, cfg, precision, recipe, len(loader))
@@ -95,90 +97,87 @@ def build_training(plan: RunPlan, device: torch.device) -> Training:
     if saved and state.current.position and isinstance(loader, ShardLoader):
         _check_shares(cfg, saved)
     if rank():
-        torch.manual_seed(cfg["seed"] + rank() + state.step)  # after the weights are drawn: what is dropped differs
+        torch.manual_seed(cfg.seed + rank() + state.step)  # after the weights are drawn: what is dropped differs
     return Training(cfg, step, state, train_set, val_set, loader, trial_step, frozen, transfer)
 
 
-def _absolute_paths(cfg: dict[str, Any]) -> dict[str, Any]:
+def _absolute_paths(cfg: TrainConfig) -> TrainConfig:
     """Return the configuration with a number of workers, and the data set's absolute paths: a checkpoint keeps them."""
-    data = dict(cfg["data"])
-    for key in ("root", "yaml"):
-        if data.get(key) is not None:
-            data[key] = os.path.realpath(str(data[key]))  # of a link to itself, too
-    return {**cfg, "workers": worker_count(cfg["workers"]), "data": data}
+    given = {key: getattr(cfg.data, key) for key in ("root", "yaml")}
+    paths = {key: os.path.realpath(str(path)) for key, path in given.items() if path is not None}  # of a link to itself
+    return cfg.replace(workers=worker_count(cfg.workers), data=cfg.data.replace(**paths))
 
 
-def _check_shares(cfg: dict[str, Any], saved: dict[str, Any]) -> None:
+def _check_shares(cfg: TrainConfig, saved: dict[str, Any]) -> None:
     """Check that tar shards are shared among as many processes as when the epoch under way began.
 
     Raises:
         DetkitError: they are not, so images would come twice, or never.
     """
-    now, then = (cfg["workers"], world_size()), (saved["cfg"].get("workers"), saved["ranks"])
+    now, then = (cfg.workers, world_size()), (saved["cfg"].get("workers"), saved["ranks"])
     if now != then:
         words = f"of {now[1]} ranks: within an epoch of tar shards, go on with workers={then[0]} of {then[1]} ranks"
         raise DetkitError(f"workers={now[0]} {words}")
 
 
-def _largest_image(detector: Detector, cfg: dict[str, Any]) -> int:
+def _largest_image(detector: Detector, cfg: TrainConfig) -> int:
     """Return the largest side, in pixels, at which a batch is trained."""
     stride = detector.max_stride
-    return max(int(cfg["image_size"] * (1 + cfg["trainer"]["multi_scale"]) / stride), 1) * stride
+    return max(int(cfg.image_size * (1 + cfg.trainer.multi_scale) / stride), 1) * stride
 
 
-def _train_loader(annotations: Annotations, cfg: dict[str, Any], device: torch.device) -> BatchLoader | ShardLoader:
+def _train_loader(annotations: Annotations, cfg: TrainConfig, device: torch.device) -> BatchLoader | ShardLoader:
     """Return the augmented set, with its tiles and the sampling that ``data`` asks for, shuffled every epoch.
 
     Tar shards are read as streams, unless something is asked for that needs single images.
     """
-    data, batch_size, epochs = cfg["data"], cfg["batch_size"], cfg["trainer"]["epochs"]
-    images = DetectionDataset(annotations, cfg["image_size"], data.get("cache"))
-    tiles = data.get("tiles")
-    if tiles and tiles["size"] is not None:
-        images = TiledDataset(images, **tiles)
-    expected = expected_draws(images, data)
-    options = {"workers": worker_count(cfg["workers"]), "seed": cfg["seed"], "pin": device.type == "cuda"}
-    options["timeout"] = cfg["trainer"]["loader_timeout"]
-    streams = expected is None and data.get("cache") is None and not isinstance(images, TiledDataset)
-    if data["name"] == "webdataset" and streams:
-        augmentation = Augmentation(cfg["image_size"], cfg["augment"], epochs)
+    data, batch_size, epochs = cfg.data, cfg.batch_size, cfg.trainer.epochs
+    images = DetectionDataset(annotations, cfg.image_size, data.cache)
+    if data.tiles and data.tiles.size is not None:
+        images = TiledDataset(images, **data.tiles.as_dict())
+    expected = expected_draws(images, data.as_dict())
+    options = {"workers": worker_count(cfg.workers), "seed": cfg.seed, "pin": device.type == "cuda"}
+    options["timeout"] = cfg.trainer.loader_timeout
+    streams = expected is None and data.cache is None and not isinstance(images, TiledDataset)
+    if data.name == "webdataset" and streams:
+        augmentation = Augmentation(cfg.image_size, cfg.augment.as_dict(), epochs)
         return ShardLoader(images, augmentation, per_rank_batch_size(batch_size), **options)
-    dataset = AugmentedDataset(images, cfg["image_size"], cfg["augment"], cfg["seed"], epochs)
-    window = mosaic_window(cfg["augment"]["mosaic"].get("partners", "auto"), images, batch_size)
+    dataset = AugmentedDataset(images, cfg.image_size, cfg.augment.as_dict(), cfg.seed, epochs)
+    window = mosaic_window(cfg.augment.mosaic.partners, images, batch_size)
     return BatchLoader(dataset, batch_size, shuffle=True, expected=expected, window=window, **options)
 
 
-def _recipe(detector: Detector, cfg: dict[str, Any], images: int) -> Recipe:
+def _recipe(detector: Detector, cfg: TrainConfig, images: int) -> Recipe:
     """Work the recipe out for a run over ``images`` an epoch."""
-    optim, batch_size = cfg["optim"], cfg["batch_size"]
-    total_steps = math.ceil(images / max(batch_size, optim["nominal_batch"])) * cfg["trainer"]["epochs"]
+    optim, batch_size = cfg.optim, cfg.batch_size
+    total_steps = math.ceil(images / max(batch_size, optim.nominal_batch)) * cfg.trainer.epochs
     num_classes = len(detector.class_names)
     return Recipe.from_config(optim, batch_size=batch_size, total_steps=total_steps, num_classes=num_classes)
 
 
 def _train_step(
     detector: Detector,
-    cfg: dict[str, Any],
+    cfg: TrainConfig,
     precision: Precision,
     recipe: Recipe,
     batches: int,
 ) -> TrainStep:
     """Return the step of a run of ``batches`` an epoch."""
-    optim, trainer = cfg["optim"], cfg["trainer"]
-    schedule = Schedule.from_config(recipe, optim, epochs=trainer["epochs"], batches=batches)
+    optim, trainer = cfg.optim, cfg.trainer
+    schedule = Schedule.from_config(recipe, optim, epochs=trainer.epochs, batches=batches)
     network = detector
-    if trainer["compile"]:
-        size, share = cfg["image_size"], per_rank_batch_size(cfg["batch_size"])
-        network = compile_network(detector, precision, size, share, dynamic=trainer["multi_scale"] > 0)
+    if trainer.compile:
+        size, share = cfg.image_size, per_rank_batch_size(cfg.batch_size)
+        network = compile_network(detector, precision, size, share, dynamic=trainer.multi_scale > 0)
     return TrainStep(
         detector,
-        build_loss(cfg, detector.head),
+        build_loss(cfg.as_dict(), detector.head),
         recipe,
         schedule,
         precision,
-        accumulate=accumulation(cfg["batch_size"], optim["nominal_batch"]),
-        clip=trainer["clip_grad_norm"],
-        multi_scale=trainer["multi_scale"],
-        seed=cfg["seed"],
+        accumulate=accumulation(cfg.batch_size, optim.nominal_batch),
+        clip=trainer.clip_grad_norm,
+        multi_scale=trainer.multi_scale,
+        seed=cfg.seed,
         network=network,
     )

@@ -3,13 +3,13 @@
 import contextlib
 import sys
 from collections.abc import Sequence
-from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 from detkit.checks.harness import Composition
 from detkit.checks.model_checks import CHECKS, FIGURES, CheckResult, run_check
+from detkit.config.commands import CheckConfig
 from detkit.engine.precision import seed_everything
 from detkit.engine.run_log import show_progress
 from detkit.models.detector import build_detector, build_loss
@@ -18,7 +18,7 @@ from detkit.tasks.common import model_name
 from detkit.viz.console import make_console
 
 
-def run(cfg: dict[str, Any]) -> list[CheckResult]:
+def run(cfg: CheckConfig) -> list[CheckResult]:
     """Check what ``cfg`` (configs/check.yaml, resolved) composes; print a table and one sentence, return the findings.
 
     Raises:
@@ -26,10 +26,10 @@ def run(cfg: dict[str, Any]) -> list[CheckResult]:
         SystemExit: with status 1, where a check failed.
     """
     console = make_console()
-    device = pick_device(cfg["device"])
-    seed_everything(cfg["seed"])
-    detector = build_detector(cfg, [f"class{k}" for k in range(cfg["num_classes"])]).to(device)
-    composition = Composition(detector, build_loss(cfg, detector.head), cfg["image_size"])
+    device = pick_device(cfg.device)
+    seed_everything(cfg.seed)
+    detector = build_detector(cfg.as_dict(), [f"class{k}" for k in range(cfg.num_classes)]).to(device)
+    composition = Composition(detector, build_loss(cfg.as_dict(), detector.head), cfg.image_size)
     with contextlib.suppress(Exception):  # what is wrong with the detector, the checks will say
         composition.randomize_norms()
     findings = []

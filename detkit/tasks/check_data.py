@@ -3,10 +3,10 @@
 import logging
 import sys
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
+from detkit.config.commands import CheckDataConfig
 from detkit.data.annotations import Annotations
 from detkit.data.audit import audit_images
 from detkit.data.formats.writers import require_empty_dir, write_set
@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 KEPT = 100_000  # findings of a kind that are listed; all are counted
 
 
-def run(cfg: dict[str, Any]) -> dict[str, IssueLog]:
+def run(cfg: CheckDataConfig) -> dict[str, IssueLog]:
     """Check what ``cfg`` (configs/check_data.yaml, resolved) names; return what was found in each split.
 
     Prints tables and findings, writes ``findings.csv`` and ``plots/*.png``, and a cleaned copy where ``fix`` is set.
@@ -36,20 +36,20 @@ def run(cfg: dict[str, Any]) -> dict[str, IssueLog]:
         SystemExit: with status 2, where anything is wrong with the set.
     """
     console = make_console()
-    copy = None if cfg["fix"] is None else Path(str(cfg["fix"]))
-    if cfg["format"] is not None:
-        WRITERS.get(cfg["format"])
+    copy = None if cfg.fix is None else Path(str(cfg.fix))
+    if cfg.format is not None:
+        WRITERS.get(cfg.format)
     if copy is not None:
         require_empty_dir(copy)
-    splits = read_splits(cfg["data"], KEPT)
+    splits = read_splits(cfg.data.as_dict(), KEPT)
     logs = {split: annotations.issues for split, annotations in splits.items()}
     for split, annotations in splits.items():
         if not len(annotations.labels):
-            fault = split in TRAINED and not cfg["data"].get("allow_empty")
+            fault = split in TRAINED and not cfg.data.allow_empty
             kind = "empty_split" if fault else "unlabelled_split"
             logs[split].add(kind, annotations.source, None, f"holds no boxes: {explain_empty(annotations)}")
-    run_dir = make_run_dir(cfg, "check_data", cfg["data"]["name"])
-    keep = audit_images(splits, logs, worker_count(cfg["workers"]))
+    run_dir = make_run_dir(cfg, "check_data", cfg.data.name)
+    keep = audit_images(splits, logs, worker_count(cfg.workers))
 
     try:
         write_findings(logs, run_dir / "findings.csv")
@@ -59,8 +59,8 @@ def run(cfg: dict[str, Any]) -> dict[str, IssueLog]:
         print_classes(splits, console)
         print_problems(logs, console)
     if copy is not None:
-        own = cfg["data"]["name"] if cfg["data"]["name"] in WRITERS.names() else "coco"
-        _write_copy(_cleaned(splits, keep), cfg["format"] or own, copy)
+        own = cfg.data.name if cfg.data.name in WRITERS.names() else "coco"
+        _write_copy(_cleaned(splits, keep), cfg.format or own, copy)
     wrong, notes = (
         sum(sum(log.of(*outcomes).values()) for log in logs.values())
         for outcomes in ((SKIPPED, FIXED, UNFIXED), (NOTE,))

@@ -8,7 +8,6 @@ import shlex
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from hydra.core.hydra_config import HydraConfig
@@ -17,6 +16,7 @@ from hydra.types import RunMode
 from omegaconf import OmegaConf
 
 import detkit.data  # noqa: F401  (registers the formats)
+from detkit.config.commands import CommonConfig, ComposedConfig, EvalConfig, TrainConfig
 from detkit.data.annotations import Annotations
 from detkit.data.dataset import DetectionDataset, LetterboxDataset
 from detkit.data.issues import FIXED, SKIPPED
@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 AUTO = "auto"  # resume=auto: go on with the run in the named folder, if there is one
 
 
-def make_run_dir(cfg: Mapping[str, Any], task: str, name: str) -> Path:
+def make_run_dir(cfg: CommonConfig, task: str, name: str) -> Path:
     """Create and return the run directory: ``named_folder``, or a new one under ``runs/TASK`` named after the run.
 
     Raises:
@@ -39,7 +39,7 @@ def make_run_dir(cfg: Mapping[str, Any], task: str, name: str) -> Path:
     """
     path = named_folder(cfg)
     try:
-        if path is None or (cfg["run_dir"] is None and cfg.get("resume") != AUTO):
+        if path is None or (cfg.run_dir is None and getattr(cfg, "resume", None) != AUTO):
             return _new_folder(path or Path("runs") / task / f"{name}_{time.strftime('%Y%m%d-%H%M%S')}")
         if path.is_dir() and any(not file.name.startswith(".") for file in path.iterdir()):
             there = f"go on with the run there by resume={path}" if (path / "config.yaml").exists() else "empty it"
@@ -50,9 +50,9 @@ def make_run_dir(cfg: Mapping[str, Any], task: str, name: str) -> Path:
         raise DetkitError(f"cannot create the run directory {error.filename}: {error.strerror}") from None
 
 
-def named_folder(cfg: Mapping[str, Any]) -> Path | None:
+def named_folder(cfg: CommonConfig) -> Path | None:
     """Return the run directory that the command names: ``run_dir``, or in a sweep the job's; None if it names none."""
-    return sweep_folder() if cfg["run_dir"] is None else Path(str(cfg["run_dir"]))
+    return sweep_folder() if cfg.run_dir is None else Path(str(cfg.run_dir))
 
 
 def checkpoint_name(ckpt: object) -> str:
@@ -61,13 +61,13 @@ def checkpoint_name(ckpt: object) -> str:
     return f"{path.parent.name}_{path.stem}".strip("_")
 
 
-def model_name(cfg: Mapping[str, Any]) -> str:
+def model_name(cfg: ComposedConfig) -> str:
     """Return the model's name and the parts put in place of its own, such as ``yolov8s_revcol_tiny``."""
     swapped = []
     if HydraConfig.initialized():
         typed = [override.partition("=") for override in HydraConfig.get().overrides.task]
         swapped = [option for group, _, option in typed if group in ("backbone", "neck", "head", "loss")]
-    return "_".join((cfg["model"]["name"], *swapped))
+    return "_".join((cfg.model.name, *swapped))
 
 
 def sweep_folder() -> Path | None:
@@ -126,24 +126,24 @@ def log_split(split: str, annotations: Annotations) -> None:
         logger.warning("%s: %s; the first: %s (%s)", split, summary, first, words)
 
 
-def check_room(cfg: Mapping[str, Any]) -> None:
+def check_room(cfg: TrainConfig | EvalConfig) -> None:
     """Check that the loader processes of this node's ranks have the shared memory that their batches take.
 
     Raises:
         DetkitError: they have not.
     """
-    images = -(-cfg["batch_size"] // world_size())
-    check_shared_memory(3 * images * cfg["image_size"] ** 2, worker_count(cfg["workers"]) * local_ranks())
+    images = -(-cfg.batch_size // world_size())
+    check_shared_memory(3 * images * cfg.image_size**2, worker_count(cfg.workers) * local_ranks())
 
 
-def val_loader(annotations: Annotations, cfg: Mapping[str, Any], device: torch.device) -> BatchLoader:
+def val_loader(annotations: Annotations, cfg: TrainConfig | EvalConfig, device: torch.device) -> BatchLoader:
     """Return every image letterboxed, in order, or each in its own smallest frame where ``rect`` is set."""
-    dataset = LetterboxDataset(DetectionDataset(annotations), cfg["image_size"], cfg["rect"])
+    dataset = LetterboxDataset(DetectionDataset(annotations), cfg.image_size, cfg.rect)
     return BatchLoader(
         dataset,
-        cfg["batch_size"],
-        workers=worker_count(cfg["workers"]),
+        cfg.batch_size,
+        workers=worker_count(cfg.workers),
         pin=device.type == "cuda",
-        starts=dataset.batch_starts(cfg["batch_size"]),
-        timeout=cfg["trainer"]["loader_timeout"] if "trainer" in cfg else TIMEOUT,
+        starts=dataset.batch_starts(cfg.batch_size),
+        timeout=cfg.trainer.loader_timeout if isinstance(cfg, TrainConfig) else TIMEOUT,
     )

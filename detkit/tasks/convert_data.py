@@ -2,8 +2,8 @@
 
 import logging
 from pathlib import Path
-from typing import Any
 
+from detkit.config.commands import ConvertDataConfig
 from detkit.data.formats.writers import WriteResult, require_empty_dir, write_set
 from detkit.data.read import read_splits
 from detkit.registry import WRITERS
@@ -12,20 +12,20 @@ from detkit.tasks.common import log_split, train_command
 logger = logging.getLogger(__name__)
 
 
-def run(cfg: dict[str, Any]) -> WriteResult:
+def run(cfg: ConvertDataConfig) -> WriteResult:
     """Convert what ``cfg`` (configs/convert_data.yaml, resolved) names; print how to train on the result.
 
     Raises:
         DetkitError: the set cannot be read, or ``dst`` cannot be written or holds something.
     """
-    folder = Path(str(cfg["dst"]))
-    WRITERS.get(cfg["format"])
+    folder = Path(str(cfg.dst))
+    WRITERS.get(cfg.format)
     require_empty_dir(folder)
-    splits = read_splits(cfg["data"])
+    splits = read_splits(cfg.data.as_dict())
     for split, annotations in splits.items():
         log_split(split, annotations)
-    written = write_set(cfg["format"], splits, folder)
+    written = write_set(cfg.format, splits, folder)
     for remark in written.remarks:
         logger.warning("mind: %s", remark)
-    logger.info("%s written to %s; train on it: %s", cfg["format"], folder, train_command(written.data))
+    logger.info("%s written to %s; train on it: %s", cfg.format, folder, train_command(written.data))
     return written

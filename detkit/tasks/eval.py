@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from detkit.config.commands import EvalConfig
 from detkit.data.read import explain_empty, read_split
 from detkit.distributed.process_group import init_distributed, is_main_process, main_process_first, run_on_main
 from detkit.engine.auto_batch import check_batch
@@ -27,8 +28,8 @@ logger = logging.getLogger(__name__)
 RANK_TIMEOUT = 60  # seconds that ranks wait for one another to start
 
 
-def run(cfg: dict[str, Any]) -> dict[str, Any]:
-    """Evaluate ``cfg["ckpt"]`` on the set it was trained with, or on ``data=...``; return the metrics.
+def run(cfg: EvalConfig) -> dict[str, Any]:
+    """Evaluate ``cfg.ckpt`` on the set it was trained with, or on ``data=...``; return the metrics.
 
     Writes ``metrics.json``, ``predictions.json`` (COCO results) and ``plots/*.png`` into the run directory. Several
     processes share the images.
@@ -36,36 +37,36 @@ def run(cfg: dict[str, Any]) -> dict[str, Any]:
     Raises:
         DetkitError: an unreadable checkpoint, or a set with other classes.
     """
-    device = init_distributed(cfg["device"], RANK_TIMEOUT)
-    seed_everything(cfg["seed"])
-    detector = build_from_checkpoint(str(cfg["ckpt"])).to(device)
-    cfg["image_size"] = cfg["image_size"] or detector.cfg["image_size"]
-    check_batch(cfg["batch_size"], cfg["image_size"], device)
-    data = cfg.get("data") or detector.cfg.get("data")
+    device = init_distributed(cfg.device, RANK_TIMEOUT)
+    seed_everything(cfg.seed)
+    detector = build_from_checkpoint(str(cfg.ckpt)).to(device)
+    cfg = cfg.replace(image_size=cfg.image_size or detector.cfg["image_size"])
+    check_batch(cfg.batch_size, cfg.image_size, device)
+    data = cfg.data.as_dict() if cfg.data else detector.cfg.get("data")
     if data is None:
-        raise DetkitError(f"{cfg['ckpt']} does not say what it was trained with: add data=coco data.root=DIR")
-    with main_process_first(), error_context(None if cfg.get("data") else cfg["ckpt"]):  # the first leaves an index
-        annotations = read_split(data, cfg["split"])
+        raise DetkitError(f"{cfg.ckpt} does not say what it was trained with: add data=coco data.root=DIR")
+    with main_process_first(), error_context(None if cfg.data else cfg.ckpt):  # the first leaves an index
+        annotations = read_split(data, cfg.split)
     if not len(annotations.labels) and not data.get("allow_empty"):
         words = "to see what is found in its images, run predict with source=FOLDER"
-        raise DetkitError(f"split={cfg['split']} has no boxes to compare with: {explain_empty(annotations)}; {words}")
+        raise DetkitError(f"split={cfg.split} has no boxes to compare with: {explain_empty(annotations)}; {words}")
     if annotations.class_names != detector.class_names:
         ours, theirs = (shorten(", ".join(names)) for names in (detector.class_names, annotations.class_names))
-        raise DetkitError(f"{cfg['ckpt']} knows the classes {ours}; {annotations.source} has {theirs}")
-    log_split(cfg["split"], annotations)
-    run_dir = Path(run_on_main(lambda: str(make_run_dir(cfg, "eval", checkpoint_name(cfg["ckpt"])))))
+        raise DetkitError(f"{cfg.ckpt} knows the classes {ours}; {annotations.source} has {theirs}")
+    log_split(cfg.split, annotations)
+    run_dir = Path(run_on_main(lambda: str(make_run_dir(cfg, "eval", checkpoint_name(cfg.ckpt)))))
 
     check_room(cfg)
     loader = val_loader(annotations, cfg, device)
-    thresholds = {key: cfg[key] for key in ("score", "iou", "max_det")}
-    precision = Precision.from_config(cfg["amp"] or _amp_of_training(detector.cfg, device), device)
+    thresholds = {key: getattr(cfg, key) for key in ("score", "iou", "max_det")}
+    precision = Precision.from_config(cfg.amp or _amp_of_training(detector.cfg, device), device)
     with show_progress("evaluation", len(loader)) as bar:
         result = evaluate(detector, loader.epoch(0), annotations, precision, **thresholds, advance=bar.advance)
     try:
         if is_main_process():
             write_atomically(run_dir / "metrics.json", json.dumps(result.metrics, indent=2).encode())
             write_atomically(run_dir / "predictions.json", json.dumps(result.predictions).encode())
-            for name, figure in draw_evaluation(result.curves, result.predictions, annotations, cfg["score"]).items():
+            for name, figure in draw_evaluation(result.curves, result.predictions, annotations, cfg.score).items():
                 save_figure(figure, run_dir / "plots" / f"{name}.png")
     finally:
         for sentence in result.issues:

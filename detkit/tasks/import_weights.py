@@ -10,6 +10,7 @@ import torch
 
 import detkit.layers  # noqa: F401  (registers the blocks)
 from detkit.config import compose_config, resolve
+from detkit.config.commands import ImportWeightsConfig
 from detkit.engine.checkpoint import (
     Checkpoint,
     build_from_checkpoint,
@@ -32,27 +33,27 @@ MAX_CLASSES = 10_000
 AKCONVS = ("akconv", "c3_akconv")
 
 
-def run(cfg: dict[str, Any]) -> Checkpoint:
-    """Read ``cfg["src"]``, tell what it is (or check that it is the ``model=`` named), write ``cfg["dst"]``.
+def run(cfg: ImportWeightsConfig) -> Checkpoint:
+    """Read ``src``, log what it is (or check that it is the ``model=`` named), write ``dst``.
 
     Raises:
         DetkitError: a file that cannot be read, that would run code, or of another model; or ``dst`` is taken.
     """
-    src, dst = Path(str(cfg["src"])), Path(str(cfg["dst"]))
+    src, dst, given = Path(str(cfg.src)), Path(str(cfg.dst)), cfg.as_dict()
     _check_destination(dst)
     if src.is_file() and is_checkpoint(src):
-        if "backbone" in cfg:
+        if "backbone" in given:
             raise DetkitError(f"{src} is a checkpoint of detkit, which says by itself what it is: leave model= out")
         build_from_checkpoint(src)  # whether it is whole
         checkpoint, sentence = read_checkpoint(src), f"{src} is a checkpoint of detkit: copied to {dst}"
     else:
         source = read_source(src)
         found = identify(src, source.tensors)
-        chosen, named = _chosen(src, cfg, found)
-        chosen = _with_sampling(src, found, chosen, cfg["sampling"])
+        chosen, named = _chosen(src, given, found)
+        chosen = _with_sampling(src, found, chosen, cfg.sampling)
         checkpoint = make_checkpoint(src, source, found, chosen, named)
         known = shlex.join(found.choices) if found.choices and checkpoint.part else named
-        model = f"model={cfg['model']['name']} " if checkpoint.part and "model" in cfg else ""
+        model = f"model={cfg.model.name} " if checkpoint.part and cfg.model else ""
         sentence = _tell(src, dst, found, f"{model}{known}", checkpoint, source.place)
     try:
         write_checkpoint(dst, checkpoint)

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from detkit.config.commands import PredictConfig
 from detkit.engine.checkpoint import build_from_checkpoint
 from detkit.errors import DetkitError, printable, shorten
 from detkit.models.detector import expand_source
@@ -21,8 +22,8 @@ from detkit.viz.drawing import draw_boxes, save_image
 logger = logging.getLogger(__name__)
 
 
-def run(cfg: dict[str, Any]) -> list[dict[str, Any]]:
-    """Predict ``cfg["source"]``, a picture or a folder; write each with its boxes, and ``predictions.json``.
+def run(cfg: PredictConfig) -> list[dict[str, Any]]:
+    """Predict ``cfg.source``, a picture or a folder; write each with its boxes, and ``predictions.json``.
 
     A picture that cannot be read, or not be written with its boxes, does not keep the others from it; whatever ends
     the task early, ``predictions.json`` holds what was found until then.
@@ -35,10 +36,10 @@ def run(cfg: dict[str, Any]) -> list[dict[str, Any]]:
         DetkitError: an unreadable checkpoint or picture, or a picture that cannot be written.
         OSError: ``predictions.json`` cannot be written.
     """
-    detector = build_from_checkpoint(str(cfg["ckpt"])).to(pick_device(cfg["device"])).fuse()
-    files = expand_source(Path(str(cfg["source"])))
-    run_dir = make_run_dir(cfg, "predict", checkpoint_name(cfg["ckpt"]))
-    settings = {key: cfg[key] for key in ("score", "iou", "max_det", "image_size", "multi_label")}
+    detector = build_from_checkpoint(str(cfg.ckpt)).to(pick_device(cfg.device)).fuse()
+    files = expand_source(Path(str(cfg.source)))
+    run_dir = make_run_dir(cfg, "predict", checkpoint_name(cfg.ckpt))
+    settings = {key: getattr(cfg, key) for key in ("score", "iou", "max_det", "image_size", "multi_label")}
     records: list[dict[str, Any]] = []
     failures: list[str] = []
     try:

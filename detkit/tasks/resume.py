@@ -9,7 +9,8 @@ from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 
-from detkit.config import check_values, flatten
+from detkit.config import check_values, flatten, parse_config
+from detkit.config.commands import TrainConfig
 from detkit.distributed.rendezvous import store_get
 from detkit.engine.state import TrainState, check_state, read_state
 from detkit.errors import DetkitError, error_context, shorten
@@ -49,7 +50,7 @@ def job_name() -> str:
     return " ".join([os.environ.get("SLURM_JOB_ID", ""), *_overrides()]).strip()
 
 
-def restarted_run(cfg: Mapping[str, Any]) -> Path | None:
+def restarted_run(cfg: TrainConfig) -> Path | None:
     """Return the folder of the run that this job was in when torchrun restarted its processes, or SLURM requeued it.
 
     None: this is the first start, or the one before had no folder yet.
@@ -57,7 +58,7 @@ def restarted_run(cfg: Mapping[str, Any]) -> Path | None:
     Raises:
         DetkitError: torchrun's other processes do not come.
     """
-    told = store_get(job_name(), cfg["trainer"]["rank_timeout"])
+    told = store_get(job_name(), cfg.trainer.rank_timeout)
     if told is not None:
         return Path(told)
     if os.environ.get("SLURM_RESTART_COUNT", "0") == "0":
@@ -76,13 +77,13 @@ class RunPlan:
         restarted: the command may have been started before, by ``resume=auto`` or a restart of its processes.
     """
 
-    cfg: dict[str, Any]
+    cfg: TrainConfig
     run_dir: Path | None
     saved: dict[str, Any] | None
     restarted: bool
 
 
-def resolve_run(cfg: dict[str, Any]) -> RunPlan:
+def resolve_run(cfg: TrainConfig) -> RunPlan:
     """Find out whether a command begins a run or goes on with one, by ``resume`` or as its processes were restarted.
 
     ``resume=auto`` is the same command once more: the folder is the one it names, and None where that holds no run yet.
@@ -94,23 +95,23 @@ def resolve_run(cfg: dict[str, Any]) -> RunPlan:
         DetkitError: the run cannot be resumed, or what was changed may not be.
     """
     folder = restarted_run(cfg)
-    restarted = cfg["resume"] == AUTO or folder is not None
-    if cfg["resume"] is None and folder is None:
+    restarted = cfg.resume == AUTO or folder is not None
+    if cfg.resume is None and folder is None:
         return RunPlan(cfg, None, None, restarted)
-    same_command = cfg["resume"] in (None, AUTO)
-    run_dir = (folder or named_folder(cfg)) if same_command else Path(str(cfg["resume"]))
+    same_command = cfg.resume in (None, AUTO)
+    run_dir = (folder or named_folder(cfg)) if same_command else Path(str(cfg.resume))
     if run_dir is None and not {"TORCHELASTIC_RUN_ID", "SLURM_JOB_ID"} & os.environ.keys():
         raise DetkitError("resume=auto needs run_dir=DIR, a folder that every start of the run names")
     if same_command and (run_dir is None or not (run_dir / "config.yaml").exists()):
         began = folder is not None and (folder / LOCK).exists()
-        return RunPlan({**cfg, "resume": AUTO}, folder if began else None, None, restarted)
+        return RunPlan(cfg.replace(resume=AUTO), folder if began else None, None, restarted)
     saved = read_state(run_dir)
     if saved is not None:
         check_state(saved)
-    own = resumed_config(run_dir, cfg, saved and saved["cfg"], same_command)
+    own = resumed_config(run_dir, cfg.as_dict(), saved and saved["cfg"], same_command)
     if saved is None:
         logger.info("nothing is saved in %s yet: the run begins anew", run_dir)
-    return RunPlan(own, run_dir, saved, restarted)
+    return RunPlan(parse_config(own), run_dir, saved, restarted)
 
 
 def resumed_config(

@@ -67,7 +67,7 @@ def find_run_of_job(folder: Path, job: str) -> Path | None:
 def lock_file(path: Path, wait: bool = False) -> IO[bytes] | None:
     """Return a file that is locked until it is closed, or this process ends.
 
-    None: another process has it (with ``barrier`` that is waited for), or this disk or system knows no locks.
+    None: another process has it (with ``wait`` that is waited for), or this disk or system knows no locks.
     """
     file = open(path, "ab")  # noqa: SIM115  (whoever called closes it)
     try:
@@ -83,7 +83,7 @@ def _acquire(file: IO[bytes], wait: bool = False) -> bool:
     """Lock a file until it is closed; return False where this disk or system knows no locks.
 
     Raises:
-        BlockingIOError: another process has it; with ``barrier`` that is waited for.
+        BlockingIOError: another process has it; with ``wait`` that is waited for.
     """
     try:
         import fcntl

@@ -10,6 +10,7 @@ from hydra.core.hydra_config import HydraConfig
 from rich.table import Table
 
 from detkit.config import flatten
+from detkit.config.commands import TrainConfig
 from detkit.data.annotations import Annotations
 from detkit.distributed.collectives import world_size
 from detkit.distributed.process_group import barrier, is_main_process
@@ -48,7 +49,7 @@ IGNORED = {
 
 
 def open_log(
-    cfg: Mapping[str, Any],
+    cfg: TrainConfig,
     step: TrainStep,
     train_set: Annotations,
     run_dir: Path,
@@ -62,12 +63,12 @@ def open_log(
     if not is_main_process():
         barrier()
         return RunLog(run_dir)
-    names = cfg["trainer"]["loggers"]
+    names = cfg.trainer.loggers
     log = RunLog(run_dir, open_loggers(names, run_dir, state.step, resumed=bool(state.step)))
-    texts = {"config": "\n".join(f"    {line}" for line in yaml.safe_dump(cfg, sort_keys=False).splitlines())}
+    texts = {"config": "\n".join(f"    {line}" for line in yaml.safe_dump(cfg.as_dict(), sort_keys=False).splitlines())}
     with log.drawing("the model's summary"):
-        texts["model"] = summary_markdown(summarize(step.ema.model, cfg["image_size"], SUMMARY_DEPTH))
-    values = hyper_parameters(cfg, step.schedule.recipe)
+        texts["model"] = summary_markdown(summarize(step.ema.model, cfg.image_size, SUMMARY_DEPTH))
+    values = hyper_parameters(cfg.as_dict(), step.schedule.recipe)
     if HydraConfig.initialized() and not state.step:
         values["augment"] = str(HydraConfig.get().runtime.choices.get("augment"))  # a group without a name in it
     log.start(values, texts)
@@ -89,12 +90,12 @@ def log_start(training: Training, name: str, run_dir: Path) -> None:
         logger.info(step.detector.backbone.loaded)
     if samples != images:
         logger.info("an epoch has %d samples, by data.tiles or data.sampling", samples)
-    mosaic, epochs = cfg["augment"]["mosaic"], cfg["trainer"]["epochs"]
-    if mosaic["p"] and mosaic["close_epochs"] >= epochs:
-        off = f"augment.mosaic.close_epochs={mosaic['close_epochs']} of trainer.epochs={epochs}"
+    mosaic, epochs = cfg.augment.mosaic, cfg.trainer.epochs
+    if mosaic.p and mosaic.close_epochs >= epochs:
+        off = f"augment.mosaic.close_epochs={mosaic.close_epochs} of trainer.epochs={epochs}"
         logger.info("no image is mixed with others (mosaic, mixup, copy-paste): %s", off)
     if training.frozen:
-        logger.info(f"frozen: {training.frozen:,} parameters, of {', '.join(cfg['trainer']['freeze'])}")
+        logger.info(f"frozen: {training.frozen:,} parameters, of {', '.join(cfg.trainer.freeze)}")
     if recipe.lr_factors or recipe.layer_decay is not None:
         logger.info("trained parameters: %s", describe_factors(step.optimizer))
     log_split("train", training.train_set)

@@ -2,8 +2,8 @@
 
 import contextlib
 import logging
-from typing import Any
 
+from detkit.config.commands import SummaryConfig
 from detkit.models.detector import build_detector, sketch_detector
 from detkit.models.summary import Row, print_summary, summarize
 from detkit.ops.device import pick_device
@@ -13,7 +13,7 @@ from detkit.viz.console import make_console
 logger = logging.getLogger(__name__)
 
 
-def run(cfg: dict[str, Any]) -> list[Row]:
+def run(cfg: SummaryConfig) -> list[Row]:
     """Print and return the modules of what ``cfg`` (configs/summary.yaml, resolved) composes.
 
     Nothing is computed: a detector of shapes alone (torch's meta device) runs, unless a part of it needs values.
@@ -21,15 +21,15 @@ def run(cfg: dict[str, Any]) -> list[Row]:
     Raises:
         DetkitError: parts that do not fit.
     """
-    class_names = [str(k) for k in range(cfg["num_classes"])]
+    class_names = [str(k) for k in range(cfg.num_classes)]
     rows = None
-    if (planned := sketch_detector(cfg, class_names, copies=0)) is not None:
+    if (planned := sketch_detector(cfg.as_dict(), class_names, copies=0)) is not None:
         with contextlib.suppress(NotImplementedError, RuntimeError):  # a part that looks at values
-            rows = summarize(planned, cfg["image_size"], cfg["depth"])
+            rows = summarize(planned, cfg.image_size, cfg.depth)
     if rows is None:
-        detector = build_detector(cfg, class_names).to(pick_device(cfg["device"]))
-        rows = summarize(detector, cfg["image_size"], cfg["depth"])
+        detector = build_detector(cfg.as_dict(), class_names).to(pick_device(cfg.device))
+        rows = summarize(detector, cfg.image_size, cfg.depth)
     print_summary(rows, make_console())
-    size = cfg["image_size"]
-    logger.info("%s: one image of %dx%d pixels, %d classes.", model_name(cfg), size, size, cfg["num_classes"])
+    size = cfg.image_size
+    logger.info("%s: one image of %dx%d pixels, %d classes.", model_name(cfg), size, size, cfg.num_classes)
     return rows

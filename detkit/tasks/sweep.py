@@ -23,6 +23,7 @@ from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
+from detkit.config.commands import CommonConfig
 from detkit.data.loader import worker_count
 from detkit.distributed.process_group import claim_error_message, peer_user_error
 from detkit.errors import DetkitError
@@ -42,7 +43,7 @@ _sweep: Path | None = None  # the folder of the sweep that this process started
 
 
 class SweepStart(Callback):
-    """Hydra's word that a sweep begins (configs/common.yaml); its jobs may run in other processes."""
+    """Hydra callback that remembers the sweep's folder (configs/common.yaml); its jobs may run in other processes."""
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Note the folder, for the table at the end, and say it: jobs may print elsewhere."""
@@ -97,8 +98,8 @@ def run_job(work: Callable[[], object]) -> None:
             _write(folder, record)
 
 
-def prepare_job(cfg: dict[str, Any]) -> None:
-    """Change in ``cfg`` what a job of a sweep does otherwise than a run of its own.
+def prepare_job(cfg: CommonConfig) -> CommonConfig:
+    """Return the configuration with what a job of a sweep does otherwise than a run of its own.
 
     Where it runs beside others (joblib), it has its share of the machine's cores and one of its GPUs; threads of torch
     are joblib's to share out. Where it may be queued again (submitit), it goes on with what its folder holds.
@@ -106,13 +107,14 @@ def prepare_job(cfg: dict[str, Any]) -> None:
     jobs = _parallel_jobs()
     if jobs > 1:
         end_with_parent("SIGTERM")  # a training saves
-    if jobs > 1 and cfg["workers"] == "auto":
-        cfg["workers"] = max(worker_count("auto") // jobs, 1)
-    gpus = torch.cuda.device_count() if cfg["device"] in ("auto", "cuda") else 0
+    if jobs > 1 and cfg.workers == "auto":
+        cfg = cfg.replace(workers=max(worker_count("auto") // jobs, 1))
+    gpus = torch.cuda.device_count() if cfg.device in ("auto", "cuda") else 0
     if jobs > 1 and gpus > 1:
-        cfg["device"] = f"cuda:{_own_slot(jobs) % gpus}"
-    if "SUBMITIT_EXECUTOR" in os.environ and cfg.get("resume", "") is None:
-        cfg["resume"] = AUTO
+        cfg = cfg.replace(device=f"cuda:{_own_slot(jobs) % gpus}")
+    if "SUBMITIT_EXECUTOR" in os.environ and getattr(cfg, "resume", "") is None:
+        cfg = cfg.replace(resume=AUTO)
+    return cfg
 
 
 def finish_sweep() -> int | None:

@@ -8,12 +8,14 @@ from typing import Any
 
 import yaml
 
+from detkit.config.commands import TrainConfig
 from detkit.distributed.collectives import world_size
 from detkit.distributed.process_group import init_distributed, is_main_process, rank, run_on_main
 from detkit.distributed.rendezvous import store_set
 from detkit.engine.auto_batch import explain_out_of_memory
 from detkit.engine.loggers import check_loggers
 from detkit.engine.precision import is_out_of_memory
+from detkit.engine.saver import Saver
 from detkit.engine.signals import ignore_hangup
 from detkit.engine.state import STATE, TrainState, read_state
 from detkit.engine.trainer import Trainer, early_stopping
@@ -32,7 +34,7 @@ logger = logging.getLogger(__name__)
 
 
 @ignore_hangup()  # a training goes on without its terminal
-def run(cfg: dict[str, Any], stop_early: Callable[[TrainState], str | None] = lambda state: None) -> dict[str, Any]:
+def run(cfg: TrainConfig, stop_early: Callable[[TrainState], str | None] = lambda state: None) -> dict[str, Any]:
     """Train what ``cfg`` (configs/train.yaml, resolved) describes; return the best and the last metrics.
 
     Args:
@@ -43,16 +45,14 @@ def run(cfg: dict[str, Any], stop_early: Callable[[TrainState], str | None] = la
         SystemExit: a signal asked for the end; the state is saved.
     """
     plan = resolve_run(cfg)
-    set_max_pixels(plan.cfg["max_pixels"])
-    check_loggers(plan.cfg["trainer"]["loggers"])
-    device = init_distributed(plan.cfg["device"], plan.cfg["trainer"]["rank_timeout"])
+    set_max_pixels(plan.cfg.max_pixels)
+    check_loggers(plan.cfg.trainer.loggers)
+    device = init_distributed(plan.cfg.device, plan.cfg.trainer.rank_timeout)
     _check_ranks_agree(plan)
     training = build_training(plan, device)
     cfg = training.cfg
     name = model_name(cfg)
-    run_dir = plan.run_dir or Path(
-        run_on_main(lambda: str(make_run_dir(cfg, "train", f"{name}_{cfg['data']['name']}")))
-    )
+    run_dir = plan.run_dir or Path(run_on_main(lambda: str(make_run_dir(cfg, "train", f"{name}_{cfg.data.name}"))))
     log_start(training, name, run_dir)
     with run_lock(run_dir, job_name(), patience=RELEASE if plan.restarted else 0):
         store_set(job_name(), str(run_dir.resolve()))
@@ -60,7 +60,7 @@ def run(cfg: dict[str, Any], stop_early: Callable[[TrainState], str | None] = la
         results = _fit(training, run_dir, stop_early)
     if results is None:
         training.step.optimizer.zero_grad()
-        raise DetkitError(explain_out_of_memory(training.trial_step, cfg["batch_size"] // world_size(), device))
+        raise DetkitError(explain_out_of_memory(training.trial_step, cfg.batch_size // world_size(), device))
     best = results["best"]
     if is_main_process():
         print_metrics(best, make_console())
@@ -76,11 +76,10 @@ def _fit(training: Training, run_dir: Path, stop_early: Callable[[TrainState], s
         DetkitError: the system refuses a file: the disk is full, say.
     """
     cfg, step, state = training.cfg, training.step, training.state
-    options = ("epochs", "max_nonfinite_steps", "save_every", "keep_last", "log_every")
-    patience = early_stopping(cfg["trainer"]["patience"])
+    patience = early_stopping(cfg.trainer.patience)
     try:
         if is_main_process():
-            write_atomically(run_dir / "config.yaml", yaml.safe_dump(cfg, sort_keys=False).encode())
+            write_atomically(run_dir / "config.yaml", yaml.safe_dump(cfg.as_dict(), sort_keys=False).encode())
         loaders = training.train_loader, val_loader(training.val_set, cfg, step.precision.device)
         with open_log(cfg, step, training.train_set, run_dir, state) as log:
             trainer = Trainer(
@@ -89,9 +88,9 @@ def _fit(training: Training, run_dir: Path, stop_early: Callable[[TrainState], s
                 training.val_set,
                 state=state,
                 log=log,
-                run_dir=run_dir,
+                saver=Saver(run_dir, cfg.trainer.keep_last),
+                options=cfg.trainer,
                 stop_early=lambda state: patience(state) or stop_early(state),
-                **{key: cfg["trainer"][key] for key in options},
             )
             return trainer.fit()
     except RuntimeError as error:

@@ -19,7 +19,8 @@ from typing import IO, TYPE_CHECKING, Any
 import numpy as np
 from hydra.core.hydra_config import HydraConfig
 
-from detkit.config import flatten
+from detkit.config import flatten, parse_config
+from detkit.config.commands import TuneConfig
 from detkit.data.read import read_training
 from detkit.distributed.rendezvous import RankInfo
 from detkit.engine.state import TrainState
@@ -52,7 +53,7 @@ FREE = ("trials", "pruner", "storage", "run_dir", "resume", "device", "workers",
 MEASURED = ("AP", "AP50", "best_epoch", "epochs")
 
 
-def run(cfg: dict[str, Any]) -> list[dict[str, Any]]:
+def run(cfg: TuneConfig) -> list[dict[str, Any]]:
     """Run trials of the study that ``cfg`` (configs/tune.yaml, resolved) describes; return the rows of ``study.csv``.
 
     Raises:
@@ -64,14 +65,14 @@ def run(cfg: dict[str, Any]) -> list[dict[str, Any]]:
         words = "start tune once for each GPU (device=cuda:N), without torchrun, by SLURM as a step of one task each"
         raise DetkitError(f"a trial trains in one process: {words} (srun --ntasks=1 --gpus=1 --exact ... &)")
     typed = list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else []
-    space = read_space(cfg["search"])
+    space = read_space(cfg.search)
     check_space(space, typed)
-    read_training(cfg["data"])  # a set that cannot be trained on would fail every trial
+    read_training(cfg.data.as_dict())  # a set that cannot be trained on would fail every trial
 
-    folder = Path(str(cfg["run_dir"] or Path("runs") / "tune" / f"{model_name(cfg)}_{cfg['data']['name']}"))
+    folder = Path(str(cfg.run_dir or Path("runs") / "tune" / f"{model_name(cfg)}_{cfg.data.name}"))
     study = _open_study(folder, cfg)
     begun = len(study.get_trials(deepcopy=False))
-    logger.info("study %s: %d of %d trials began before", folder, begun, cfg["trials"])
+    logger.info("study %s: %d of %d trials began before", folder, begun, cfg.trials)
     while (taken := _take_trial(study, space, folder, cfg)) is not None:
         trial, chosen, lock = taken
         run_dir = str(folder / folder_name(trial.number, chosen))
@@ -106,7 +107,7 @@ def _run_trial(
         return "Optuna prunes this trial" if state.history and trial.should_prune() else None
 
     try:
-        cfg = trial_config(typed, chosen) | {"run_dir": run_dir, "resume": AUTO}
+        cfg = parse_config(trial_config(typed, chosen) | {"run_dir": str(run_dir), "resume": AUTO})
         results = train.run(cfg, prune)
     except DetkitError as error:
         reason = str(error)
@@ -117,7 +118,7 @@ def _run_trial(
         best, epochs = results["best"], results["last"]["epoch"]
         for name, value in zip(MEASURED, (best["AP"], best["AP50"], best["epoch"], epochs), strict=True):
             trial.set_user_attr(name, value)
-        pruned = epochs < cfg["trainer"]["epochs"] and trial.should_prune()
+        pruned = epochs < cfg.trainer.epochs and trial.should_prune()
         study.tell(trial, **({"state": TrialState.PRUNED} if pruned else {"values": best["AP"]}))
         return
     logger.warning("trial %d failed: %s", trial.number, reason)
@@ -126,11 +127,11 @@ def _run_trial(
 
 
 def _take_trial(
-    study: "Study", space: Mapping[str, "BaseDistribution"], folder: Path, cfg: Mapping[str, Any]
+    study: "Study", space: Mapping[str, "BaseDistribution"], folder: Path, cfg: TuneConfig
 ) -> tuple["Trial", dict[str, Any], IO[bytes] | None] | None:
     """Return the next trial, its values, and a lock that says for as long as this process lives that it is run.
 
-    That is one that a process began which is no more, or else a new one; None where there are enough.
+    That is a trial whose worker died, or else a new one; None where there are enough.
     """
     from optuna import Trial
     from optuna.samplers import TPESampler
@@ -141,14 +142,14 @@ def _take_trial(
     study_lock = lock_file(folder / ".lock", wait=True)
     try:
         trials = [t for t in study.get_trials(deepcopy=False) if t.state != TrialState.WAITING]
-        seed = np.random.SeedSequence([cfg["seed"], len(trials)]).generate_state(1)[0]
+        seed = np.random.SeedSequence([cfg.seed, len(trials)]).generate_state(1)[0]
         study.sampler = TPESampler(seed=int(seed), constant_liar=True)
         for begun in trials:
             path = locks / str(begun.number)  # others may run on a disk of their own
             if begun.state == TrialState.RUNNING and path.exists() and (lock := lock_file(path)) is not None:
                 trial = Trial(study, begun._trial_id)
                 return trial, suggest(trial, space), lock
-        if len(trials) >= cfg["trials"]:
+        if len(trials) >= cfg.trials:
             return None
         trial = study.ask()
         lock = lock_file(locks / str(trial.number))
@@ -158,7 +159,7 @@ def _take_trial(
             study_lock.close()
 
 
-def _open_study(folder: Path, cfg: Mapping[str, Any]) -> "Study":
+def _open_study(folder: Path, cfg: TuneConfig) -> "Study":
     """Return the study in ``folder``, or begin one there.
 
     Raises:
@@ -167,10 +168,12 @@ def _open_study(folder: Path, cfg: Mapping[str, Any]) -> "Study":
     import optuna
     from optuna.storages.journal import JournalFileBackend
 
-    settings = {key: value for key, value in flatten(cfg).items() if key not in FREE and not key.startswith("pruner.")}
+    settings = {
+        key: value for key, value in flatten(cfg.as_dict()).items() if key not in FREE and not key.startswith("pruner.")
+    }
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        storage = cfg["storage"]
+        storage = cfg.storage
         if storage is None:
             storage = optuna.storages.JournalStorage(JournalFileBackend(str(folder / "study.journal")))
         study = optuna.create_study(
@@ -183,7 +186,7 @@ def _open_study(folder: Path, cfg: Mapping[str, Any]) -> "Study":
     except OSError as error:
         raise DetkitError(f"run_dir={folder}: {error.strerror}") from None
     except Exception as error:  # whatever a driver makes of a URL
-        hidden = f"{type(error).__name__}: {error}".partition("\n")[0].replace(str(cfg["storage"]), "the database")
+        hidden = f"{type(error).__name__}: {error}".partition("\n")[0].replace(str(cfg.storage), "the database")
         raise DetkitError(f"storage cannot be opened: {hidden}") from None
     earlier = study.user_attrs.get("settings")
     if earlier is None:
@@ -198,14 +201,14 @@ def _open_study(folder: Path, cfg: Mapping[str, Any]) -> "Study":
     return study
 
 
-def _pruner(cfg: Mapping[str, Any]) -> "BasePruner":
+def _pruner(cfg: TuneConfig) -> "BasePruner":
     from optuna.pruners import HyperbandPruner, MedianPruner, NopPruner
 
-    pruner, epochs = cfg["pruner"], cfg["trainer"]["epochs"]
-    if pruner["name"] == "median":
-        return MedianPruner(pruner["startup_trials"], pruner["warmup_epochs"])
-    if pruner["name"] == "hyperband":
-        return HyperbandPruner(min(max(pruner["warmup_epochs"], 1), epochs), epochs)
+    pruner, epochs = cfg.pruner, cfg.trainer.epochs
+    if pruner.name == "median":
+        return MedianPruner(pruner.startup_trials, pruner.warmup_epochs)
+    if pruner.name == "hyperband":
+        return HyperbandPruner(min(max(pruner.warmup_epochs, 1), epochs), epochs)
     return NopPruner()
 
 

@@ -50,6 +50,7 @@ def material(server: Server, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", TARGETS)
 def test_some_trials(target, server, material, tmp_path):
     tally = run_trials(target, range(FEW.get(target, DEFAULT_FEW)), server, material, tmp_path)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import detkit
-from detkit.config import compose_config, resolve
+from detkit.config import load_config
 from detkit.data.formats import shapes
 from detkit.engine.auto_batch import choose_batch_size, make_trial_step
 from detkit.engine.precision import Precision, is_out_of_memory
@@ -34,9 +34,9 @@ def test_running_out_of_memory_is_a_sentence_with_a_batch_that_fits(compiled, la
     words += ["trainer.epochs=1", "augment=none", f"trainer.compile={compiled}"]
     with limited_memory(cuda, gib=3):
         with pytest.raises(DetkitError, match=r"batch_size=64 is too much for the memory of cuda") as error:
-            train.run(resolve(compose_config("train", [*words, "batch_size=64", f"run_dir={tmp_path / 'first'}"])))
+            train.run(load_config("train", [*words, "batch_size=64", f"run_dir={tmp_path / 'first'}"]))
         fits = re.search(r"batch_size=\d+ would fit", str(error.value))[0].split()[0]
-        train.run(resolve(compose_config("train", [*words, fits, f"run_dir={tmp_path / 'second'}"])))
+        train.run(load_config("train", [*words, fits, f"run_dir={tmp_path / 'second'}"]))
 
 
 @pytest.mark.parametrize("amp", ["bf16", "fp16"])

@@ -17,12 +17,12 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 from torch import nn
 
-from detkit.config import compose_config, resolve
+from detkit.config import load_config
 from detkit.data.dataset import DetectionDataset, LetterboxDataset
 from detkit.data.formats.shapes import read_shapes
 from detkit.data.loader import BatchLoader
 from detkit.distributed import collectives, process_group
-from detkit.engine import trainer
+from detkit.engine import saver
 from detkit.engine.checkpoint import build_from_checkpoint
 from detkit.engine.evaluator import METRICS, evaluate
 from detkit.engine.precision import Precision
@@ -45,7 +45,7 @@ def overrides(shapes_root: Path, cuda: torch.device) -> list[str]:
 
 
 def run(*words: str) -> dict:
-    return train.run(resolve(compose_config("train", list(words))))
+    return train.run(load_config("train", list(words)))
 
 
 @pytest.mark.parametrize(
@@ -78,14 +78,14 @@ def test_a_training_ends_with_all_it_should(words, overrides, cuda, tmp_path):
 )
 def test_every_saved_state_leads_to_the_same_end(words, overrides, cuda, tmp_path, monkeypatch):
     words = [word for word in words if cuda.type == "cuda" or word != "amp=fp16"]
-    write, saves = trainer.write_state, []
+    write, saves = saver.write_state, []
 
     def keep(folder: Path, content: dict, count: int) -> None:
         write(folder, content, count)
         saves.append(tmp_path / f"save{len(saves)}")
         shutil.copytree(folder, saves[-1])
 
-    monkeypatch.setattr(trainer, "write_state", keep)
+    monkeypatch.setattr(saver, "write_state", keep)
     run(*overrides, *words, f"run_dir={tmp_path / 'run'}")
     monkeypatch.undo()
     assert len(saves) == 12
@@ -159,13 +159,13 @@ def test_validation_finds_what_a_cpu_finds(amp, finished_run, shapes_root, cuda)
 def test_evaluating_and_predicting(finished_run, shapes_root, cuda, tmp_path):
     ckpt = f"ckpt={finished_run / 'best.safetensors'}"
     words = [ckpt, "workers=2", f"device={cuda}", f"run_dir={tmp_path / 'eval'}"]
-    metrics = eval_task.run(resolve(compose_config("eval", words)))
+    metrics = eval_task.run(load_config("eval", words))
     assert set(METRICS) <= metrics.keys()
     found = []
     for k, device in enumerate((cuda, "cpu")):
         out = tmp_path / f"predict{k}"
         words = [ckpt, f"source={shapes_root / 'images' / 'val'}", f"run_dir={out}", "score=0.001", "max_det=3"]
-        predict.run(resolve(compose_config("predict", [*words, f"device={device}"])))
+        predict.run(load_config("predict", [*words, f"device={device}"]))
         found.append(json.loads((out / "predictions.json").read_text()))
     scores = [[detection["score"] for record in records for detection in record["detections"]] for records in found]
     assert scores[0] == pytest.approx(scores[1], abs=1e-3)
@@ -205,7 +205,7 @@ def test_nccl_carries_a_step(cuda, monkeypatch):
 
 def test_a_benchmark_names_the_card(cuda, capsys):
     words = ["task=train", "image_size=64", "batch_size=2", "rounds=1", f"device={cuda}", "model.width=0.125"]
-    result = benchmark.run(resolve(compose_config("benchmark", words)))
+    result = benchmark.run(load_config("benchmark", words))
     line = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert line["device_name"] == result["device_name"]
     assert line["device_name"] == (torch.cuda.get_device_name(cuda) if cuda.type == "cuda" else line["device_name"])
@@ -214,5 +214,5 @@ def test_a_benchmark_names_the_card(cuda, capsys):
 
 
 def test_check_runs(cuda):
-    findings = check.run(resolve(compose_config("check", [f"device={cuda}", "image_size=64", "num_classes=3"])))
+    findings = check.run(load_config("check", [f"device={cuda}", "image_size=64", "num_classes=3"]))
     assert not [finding for finding in findings if finding.status == "fail"]

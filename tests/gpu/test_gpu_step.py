@@ -8,12 +8,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-import detkit.engine.trainer as trainer_module
-from detkit.engine.run_log import RunLog
-from detkit.engine.state import TrainState
 from detkit.engine.step import TrainStep
 from detkit.engine.trainer import Trainer
 from detkit.structures import Batch
+from tests.conftest import trainer_options
 from tests.gpu.conftest import SMALL, make_step, noise, nothing_waits
 
 pytestmark = pytest.mark.gpu
@@ -99,12 +97,10 @@ def test_the_loop_waits_only_where_a_line_is_due(cuda, deterministic, tmp_path, 
     batches = [noise(torch.device("cpu")) for _ in range(7)]
     if cuda.type == "cuda":
         batches = [batch.pin_memory() for batch in batches]
-    log = RunLog(tmp_path)
-    options = {"epochs": 1, "run_dir": tmp_path, "log": log, "state": TrainState(), "log_every": 100}
+    options = trainer_options(tmp_path, epochs=1, log_every=100)
     trainer = Trainer(step, Watched(batches, cuda), [], None, **options)
-    monkeypatch.setattr(trainer_module, "draw_batch", lambda *arguments: torch.zeros(8, 8, 3).byte().numpy())
     losses, _ = trainer.train_epoch(0)
-    log.close()
+    trainer.log.close()
     assert trainer.state.step == 7
     assert all(value > 0 for value in losses.values())
 

@@ -1,0 +1,57 @@
+"""What a training keeps in its run directory: weights, metrics, and the state to resume from."""
+
+import json
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from detkit.distributed.process_group import is_main_process
+from detkit.engine.checkpoint import save_checkpoint
+from detkit.engine.state import STATE, TrainState, training_state_dict, write_state
+from detkit.engine.step import TrainStep
+from detkit.ops.atomic_write import write_atomically
+
+logger = logging.getLogger(__name__)
+
+
+class Saver:
+    """Writes into a run directory; of several ranks, only rank 0 does.
+
+    Args:
+        run_dir: an existing folder.
+        keep_last: number of saved states to keep.
+    """
+
+    def __init__(self, run_dir: Path, keep_last: int = 1) -> None:
+        self.run_dir = run_dir
+        self.keep_last = keep_last
+
+    def save_state(self, step: TrainStep, state: TrainState, batches: int) -> None:
+        """Write ``state.pt``; where that fails, warn: the one before is as it was, and the training goes on."""
+        if not is_main_process():
+            return
+        try:
+            write_state(self.run_dir, training_state_dict(step, state, batches), self.keep_last)
+        except OSError as error:
+            path = self.run_dir / STATE
+            logger.warning("%s cannot be saved (%s): what was saved before is kept", path, error.strerror)
+
+    def save_epoch(self, step: TrainStep, results: Mapping[str, Any]) -> None:
+        """Write the averaged weights as ``last.safetensors``, if they are the best as ``best.safetensors``, and
+        ``metrics.json``.
+
+        Args:
+            results: metrics of the ``best`` and the ``last`` epoch.
+        """
+        last = results["last"]
+        if results.get("best") is last:
+            save_checkpoint(step.ema.model, self.run_dir / "best.safetensors", last)
+        save_checkpoint(step.ema.model, self.run_dir / "last.safetensors", last)
+        write_atomically(self.run_dir / "metrics.json", json.dumps(results, indent=2).encode())
+
+    def save_rescue(self, step: TrainStep, epoch: int) -> Path:
+        """Write the averaged weights as ``last.safetensors`` though no epoch has ended; return the file."""
+        path = self.run_dir / "last.safetensors"
+        save_checkpoint(step.ema.model, path, {"epoch": epoch})
+        return path
