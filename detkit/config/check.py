@@ -110,7 +110,7 @@ def _place(schema: type[Section], loc: tuple[int | str, ...]) -> tuple[tuple[str
         if part not in model.model_fields:
             return (keys, field) if len(keys) > 1 else ((*keys, str(part)), None)
         keys, field = (*keys, str(part)), model.model_fields[str(part)]
-        model = _model(field)
+        model = section_of(field)
     return keys, field
 
 
@@ -126,13 +126,13 @@ def _sentence(
         return mistakes[0]["msg"]
     if field is None:
         return f"there is no key '{key}'{nearest(key, _known_keys(schema))}"
-    words = _words(field)
+    words = allowed_values(field)
     value: Any = values
     for name in keys:
         value = value.get(name, _ABSENT) if isinstance(value, Mapping) else _ABSENT
     if value is _ABSENT:
         return f"{key} is not set: add {key}=VALUE"
-    if len(keys) == 1 and _model(field) and schema in TASKS.values():
+    if len(keys) == 1 and section_of(field) and schema in TASKS.values():
         words = f"one of the options of configs/{key}"
     if value is None:
         return f"{key} is not set: it must be {words}"
@@ -143,23 +143,25 @@ def _sentence(
     return f"{key}={shown} must be {words}"
 
 
-def _words(field: FieldInfo) -> str:
-    """Return what a field must be, in words."""
+def allowed_values(field: FieldInfo) -> str:
+    """Return what the value of a field must be, in words."""
     options = [option for option in _options(field.annotation) if option is not types.NoneType]
     optional = types.NoneType in _options(field.annotation)
     words = (field.json_schema_extra or {}).get("must")
     if words:
         return f"{words}, or null" if optional and "null" not in words else words
-    if model := _model(field):
+    if model := section_of(field):
         words = f"a mapping of {_listed(model.model_fields, 'and')}"
         return f"null, or {words}" if optional else words
     if options[0] is bool:
         return "true or false"
     choices = [str(choice) for option in options for choice in typing.get_args(option)]
+    if not choices:  # of Any
+        return "a value"
     return _listed([*(["null"] if optional else []), *choices], "or")
 
 
-def _model(field: FieldInfo) -> type[Section] | None:
+def section_of(field: FieldInfo) -> type[Section] | None:
     """Return the model of a field that is a mapping with keys of its own."""
     models = [o for o in _options(field.annotation) if isinstance(o, type) and issubclass(o, Section)]
     return models[0] if models else None
@@ -180,7 +182,7 @@ def _known_keys(schema: type[Section]) -> Iterator[str]:
     """Yield every dotted key of a schema."""
     for name, field in schema.model_fields.items():
         yield name
-        if model := _model(field):
+        if model := section_of(field):
             yield from (f"{name}.{key}" for key in _known_keys(model))
 
 

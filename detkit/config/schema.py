@@ -77,14 +77,16 @@ class PartConfig(Section):
 
     model_config = ConfigDict(extra="allow")
 
-    name: Name = field("registered name", "the name of a part")
+    name: Name = field("name under which the part is registered", "the name of a part")
 
 
 class NeckConfig(PartConfig):
     """A neck, which asks the backbone for its strides."""
 
     in_strides: Strides | None = field(
-        "pixels; levels that it takes", "a list of strides, ascending, such as [8,16,32]", default=None
+        "strides, in pixels, of the feature maps that the neck takes from the backbone",
+        "a list of strides, ascending, such as [8,16,32]",
+        default=None,
     )
 
 
@@ -92,7 +94,7 @@ class HeadConfig(PartConfig):
     """A head, perhaps with anchors."""
 
     anchors: Anchors = field(
-        "width, height, width, ... in pixels at each stride",
+        "anchor sizes at each stride, as width, height, width, height, ... in pixels",
         "a mapping of each stride to a list of widths and heights above 0",
         default=None,
     )
@@ -103,20 +105,24 @@ class ModelConfig(Section):
 
     model_config = ConfigDict(extra="allow")
 
-    name: Name = field("of the preset", "a name")
-    depth: float = positive("factor of the number of blocks", MAX_SCALE, default=None)
-    width: float = positive("factor of the number of channels", MAX_SCALE, default=None)
-    max_channels: int = whole("of a layer before width scales them", 1, 2**16, default=None)
-    backbone: dict[str, Any] = field("arguments of the backbone", "a mapping of arguments", default=None)
-    neck: dict[str, Any] = field("arguments of the neck", "a mapping of arguments", default=None)
+    name: Name = field("name of the preset", "a name")
+    depth: float = positive("depth multiplier: scales the number of blocks in each stage", MAX_SCALE, default=None)
+    width: float = positive("width multiplier: scales the number of channels", MAX_SCALE, default=None)
+    max_channels: int = whole(
+        "upper limit on the channels of a layer, before width scales them", 1, 2**16, default=None
+    )
+    backbone: dict[str, Any] = field(
+        "backbone arguments that belong to this preset", "a mapping of arguments", default=None
+    )
+    neck: dict[str, Any] = field("neck arguments that belong to this preset", "a mapping of arguments", default=None)
 
 
 class TilesConfig(Section):
     """Large training images seen in parts at full resolution."""
 
-    size: int | None = whole("pixels of a side; null: no tiles", 32, 2**20)
-    overlap: float = number("share of the size that neighbours have in common", 0, 0.9)
-    positive_fraction: float = share("of an epoch's tiles, those that show an object")
+    size: int | None = whole("side of a training tile in pixels; null disables tiling", 32, 2**20)
+    overlap: float = number("overlap of neighboring tiles, as a fraction of the tile size", 0, 0.9)
+    positive_fraction: float = share("fraction of each epoch's tiles that contain an object")
 
 
 class DataConfig(Section):
@@ -124,50 +130,68 @@ class DataConfig(Section):
 
     model_config = ConfigDict(extra="allow")
 
-    name: Name = field("of the reader", "the name of a data set")
-    root: Location | None = path("folder of the set", default=None)
-    yaml: Location = path("data.yaml of a YOLO set", default=None)
-    images: Location | None = path("folder of the images of a VOC set", default=None)
-    one_based: bool = field("pixels of a VOC set count from 1", default=None)
-    strict: bool = field("refuse a set with problems", default=False)
-    allow_empty: bool = field("go on with a split that holds no boxes", default=False)
-    cache: Literal["ram", "disk"] | None = field("where decoded images are kept", default=None)
-    sampling: Literal["repeat_factor", "class_balanced"] | None = field("how often images come", default=None)
-    repeat_threshold: float = share("of the images: a class that fewer show is rare", default=None)
-    tiles: TilesConfig | None = field("parts of large images", default=None)
-    preset: dict[str, Any] | None = field("defaults for other keys that suit the set", "a mapping", default=None)
+    name: Name = field("name of the format reader", "the name of a data set")
+    root: Location | None = path("root folder of the data set", default=None)
+    yaml: Location = path("path of the data.yaml (YOLO)", default=None)
+    images: Location | None = path(
+        "image folder, relative to root; null looks for JPEGImages or images (VOC)", default=None
+    )
+    one_based: bool = field("pixel coordinates start at 1, as in the original Pascal VOC", default=None)
+    strict: bool = field(
+        "stop with an error if the labels have problems, instead of fixing or skipping them", default=False
+    )
+    allow_empty: bool = field("accept a train or val split without any boxes", default=False)
+    cache: Literal["ram", "disk"] | None = field(
+        "where to cache decoded images; null keeps up to 128 MiB per loader process", default=None
+    )
+    sampling: Literal["repeat_factor", "class_balanced"] | None = field(
+        "how often images are drawn; null draws each image once per epoch", default=None
+    )
+    repeat_threshold: float = share(
+        "classes in a smaller fraction of the images than this are oversampled by repeat_factor", default=None
+    )
+    tiles: TilesConfig | None = field("tiling of large training images", default=None)
+    preset: dict[str, Any] | None = field(
+        "defaults for keys of other groups that suit this data set", "a mapping", default=None
+    )
 
 
 class MosaicConfig(Section):
     """Four images in one."""
 
-    p: float = number("share of the samples", 0, 1)
-    close_epochs: int = whole("last epochs without mosaic, copy-paste and mixup")
-    partners: Literal["auto", "set", "window"] = field("where the other three come from", default="auto")
+    p: float = number("probability of building a sample from four images", 0, 1)
+    close_epochs: int = whole("number of final epochs without mosaic, copy-paste and mixup")
+    partners: Literal["auto", "set", "window"] = field(
+        "where the other three images are drawn from: the whole set, or a window of the epoch's order", default="auto"
+    )
 
 
 class AffineConfig(Section):
     """How an image is scaled, moved and turned."""
 
-    scale: ScaleRange = field("range of the scale factor", "a pair [smallest, largest] of numbers above 0")
-    translate: float = number("share of the image size", 0, 1)
-    degrees: float = number("turned by up to this, either way", 0, 180, default=0.0)
-    shear: float = field("degrees, along x and along y", "a number from 0 to below 45", ge=0, lt=45, default=0.0)
+    scale: ScaleRange = field(
+        "range from which the scale factor is drawn", "a pair [smallest, largest] of numbers above 0"
+    )
+    translate: float = number("maximum shift, as a fraction of the image size", 0, 1)
+    degrees: float = number("maximum rotation in either direction, in degrees", 0, 180, default=0.0)
+    shear: float = field(
+        "maximum shear along each axis, in degrees", "a number from 0 to below 45", ge=0, lt=45, default=0.0
+    )
 
 
 class CopyPasteConfig(Section):
     """Objects of another picture, pasted."""
 
-    p: float = number("share of the samples", 0, 1)
-    max_objects: int = whole("1 to this many are pasted", 1, 10_000)
-    max_side: float = share("none longer than this share of the image size")
+    p: float = number("probability of pasting objects into a sample", 0, 1)
+    max_objects: int = whole("maximum number of objects pasted into an image", 1, 10_000)
+    max_side: float = share("longest side of a pasted object, as a fraction of the image size")
 
 
 class MixupConfig(Section):
     """Two pictures blended."""
 
-    p: float = number("share of the samples", 0, 1)
-    alpha: float = positive("of the Beta distribution of their shares")
+    p: float = number("probability of blending a sample with another image", 0, 1)
+    alpha: float = positive("parameter of the Beta(alpha, alpha) distribution of the blending weight")
 
 
 class AugmentConfig(Section):
@@ -175,55 +199,79 @@ class AugmentConfig(Section):
 
     mosaic: MosaicConfig
     affine: AffineConfig
-    copy_paste: CopyPasteConfig = field("see CopyPaste", default=None)
-    mixup: MixupConfig = field("see Mixup", default=None)
+    copy_paste: CopyPasteConfig = field("copy-paste of objects between images", default=None)
+    mixup: MixupConfig = field("mixup of two images", default=None)
     transforms: dict[str, Any] = field(
-        "detkit's and albumentations' transforms by name, in order", "a mapping of transforms to their arguments"
+        "transforms applied in this order, from detkit or, by class name, from albumentations",
+        "a mapping of transforms to their arguments",
     )
 
 
 class OptimConfig(Section):
     """The optimizer and its learning rate."""
 
-    name: Literal["auto", "sgd", "adamw", "muon"] = field("of the optimizer; auto: by the run's length")
-    lr: float | None = positive("learning rate after the warm-up; null: by optimizer and classes")
-    momentum: float | None = number("SGD's or Muon's, AdamW's first beta; null: the optimizer's own", 0, 1)
-    nominal_batch: int = whole("images of an optimizer step", 1, MAX_BATCH)
-    weight_decay: float = number("for nominal_batch images; of weights only", 0)
-    schedule: Literal["linear", "cosine", "constant", "one_cycle"] = field("of the learning rate over the run")
-    final_lr_factor: float = number("share of lr at the end", 0, 1)
-    warmup_epochs: float = number("epochs of warm-up", 0)
-    warmup_min_batches: int = whole("batches of warm-up at least")
-    warmup_momentum: float = number("SGD's at the start of the warm-up", 0, 1)
-    warmup_bias_lr: float | None = number("the biases' learning rate there; null: the optimizer's own", 0)
-    lr_factors: Factors | None = field(
-        "factors of lr by part", "null, or a mapping of parts to numbers above 0, such as {backbone: 0.1}"
+    name: Literal["auto", "sgd", "adamw", "muon"] = field(
+        "optimizer; auto uses AdamW below 10,000 optimizer steps and SGD otherwise"
     )
-    layer_decay: float | None = share("of lr, by which each layer of the backbone learns more slowly than the next")
+    lr: float | None = positive("learning rate after warm-up; null chooses it by optimizer and number of classes")
+    momentum: float | None = number(
+        "momentum of SGD or Muon, or first beta of AdamW; null uses the optimizer's own default", 0, 1
+    )
+    nominal_batch: int = whole("images per optimizer step; gradients of smaller batches are accumulated", 1, MAX_BATCH)
+    weight_decay: float = number(
+        "weight decay for nominal_batch images per step; applies to weights, not to biases or norms", 0
+    )
+    schedule: Literal["linear", "cosine", "constant", "one_cycle"] = field("shape of the learning-rate schedule")
+    final_lr_factor: float = number("final learning rate, as a fraction of lr", 0, 1)
+    warmup_epochs: float = number("length of the warm-up in epochs", 0)
+    warmup_min_batches: int = whole("minimum length of the warm-up in batches")
+    warmup_momentum: float = number("momentum of SGD at the start of the warm-up", 0, 1)
+    warmup_bias_lr: float | None = number(
+        "learning rate of the biases at the start of the warm-up; null uses the optimizer's own default", 0
+    )
+    lr_factors: Factors | None = field(
+        "learning-rate multipliers by module name; the longest matching name applies",
+        "null, or a mapping of parts to numbers above 0, such as {backbone: 0.1}",
+    )
+    layer_decay: float | None = share(
+        "layer-wise decay: the learning rate of each backbone layer, as a fraction of the next layer's"
+    )
 
 
 class TrainerConfig(Section):
     """How long a training runs, what learns, and what is kept."""
 
-    epochs: int = whole("of the run", 1)
-    clip_grad_norm: float = field("largest norm of the gradient", "a number above 0", gt=0, allow_inf_nan=True)
-    compile: bool = field("torch.compile the network")
-    multi_scale: float = number("share of image_size by which a batch's size may differ", 0, 0.9)
-    sync_bn: bool = field("batch norms count the images of all ranks")
-    rank_timeout: float = positive("seconds that ranks wait for one another", 10_000_000)
-    loader_timeout: float = positive("seconds without a batch after which a run ends", 10_000_000)
-    freeze: Names = field("parts that do not learn", "a list of parts, such as [backbone.stem]")
-    max_nonfinite_steps: int = whole("stop after so many in a row that were not finite", 1)
-    patience: int | None = whole("stop after so many epochs without a better AP", 1)
-    save_every: int | None = whole("batches between two saved states of an epoch", 1)
-    keep_last: int = whole("saved states", 1, 1000)
-    log_every: int = whole("batches between two points of the loggers", 1)
-    loggers: Loggers = field("beside TensorBoard", "a list of loggers, each once, such as [wandb]")
+    epochs: int = whole("number of epochs to train", 1)
+    clip_grad_norm: float = field(
+        "maximum gradient norm; larger gradients are scaled down to it", "a number above 0", gt=0, allow_inf_nan=True
+    )
+    compile: bool = field("compile the network with torch.compile")
+    multi_scale: float = number(
+        "range of the size drawn for each batch, as a fraction of image_size in either direction", 0, 0.9
+    )
+    sync_bn: bool = field("compute batch-norm statistics over the images of all ranks")
+    rank_timeout: float = positive("seconds to wait for another rank before it counts as dead", 10_000_000)
+    loader_timeout: float = positive("seconds to wait for a batch before the run saves and ends", 10_000_000)
+    freeze: Names = field("modules that are not trained", "a list of parts, such as [backbone.stem]")
+    max_nonfinite_steps: int = whole("consecutive steps with a non-finite loss or gradient after which the run ends", 1)
+    patience: int | None = whole(
+        "epochs in a row with an AP below the best after which the run stops; null never stops early", 1
+    )
+    save_every: int | None = whole(
+        "batches between two saves within an epoch; null saves only at the end of each epoch", 1
+    )
+    keep_last: int = whole("number of saved training states to keep", 1, 1000)
+    log_every: int = whole("batches between two points in the loggers, or two lines in a log file", 1)
+    loggers: Loggers = field(
+        "loggers to use in addition to TensorBoard", "a list of loggers, each once, such as [wandb]"
+    )
 
 
 class PrunerConfig(Section):
     """Which trials of a study end early."""
 
-    name: Literal["median", "hyperband", "none"]
-    startup_trials: int = whole("trials before the first is pruned")
-    warmup_epochs: int = whole("of a trial before it is pruned")
+    name: Literal["median", "hyperband", "none"] = field("algorithm that ends unpromising trials early")
+    startup_trials: int = whole("completed trials before any is pruned (median)")
+    warmup_epochs: int = whole(
+        "epochs of a trial before it may be pruned (median), or of the shortest trials (hyperband)"
+    )
