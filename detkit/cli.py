@@ -123,6 +123,7 @@ def _perform(task: str, run: Callable[[Any], object], cfg: DictConfig) -> object
     Raises:
         DetkitError: a user's mistake; or the system refuses a file.
     """
+    setup_logging()  # again in the processes of a sweep's launcher
     config = parse_config(resolve(cfg), task)
     set_max_pixels(config.max_pixels)
     import_plugins(config.plugins)

@@ -91,14 +91,14 @@ def test_predicting_a_name_that_is_not_utf8(finished_run, pictures, tmp_path, mo
 )
 def test_predictions_so_far_are_written(error, status, names, finished_run, pictures, tmp_path, monkeypatch, capsys):
     source, out = pictures("a.jpg", "b.jpg", "c.jpg"), tmp_path / "out"
-    save = predict.save_picture
+    save = predict.save_image
 
     def save_or_fail(image: np.ndarray, path: Path) -> None:
         if path.name == "b.jpg":
             raise error
         save(image, path)
 
-    monkeypatch.setattr(predict, "save_picture", save_or_fail)
+    monkeypatch.setattr(predict, "save_image", save_or_fail)
     found, _, sentence = run_command(monkeypatch, capsys, *predict_arguments(finished_run, source, out))
     assert found == status
     assert predicted(out) == names

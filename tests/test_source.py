@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from detkit.config import load_config
 from detkit.errors import DetkitError
 from detkit.tasks.import_weights import run as import_weights
 from detkit.weights.identify import identify
@@ -152,7 +153,7 @@ def test_a_pipe_is_not_waited_for(tmp_path, suffix):
     path = tmp_path / f"x{suffix}"
     os.mkfifo(path)
     with pytest.raises(DetkitError, match=r"src=.*x\.\w+: it is not a regular file"):
-        import_weights({"src": str(path), "dst": str(tmp_path / "y.safetensors"), "sampling": None})
+        import_weights(load_config("import_weights", [f"src={path}", f"dst={tmp_path / 'y.safetensors'}"]))
 
 
 def test_names_are_escaped(tmp_path):
