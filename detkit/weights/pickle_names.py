@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+MAX_ARGUMENTS = 1000  # of a call; a path has as many as it has parts, all others fewer than ten
+
 
 class Global(NamedTuple):
     """The name of a class or function in a pickle. It is never looked up."""
@@ -78,6 +80,8 @@ def stand_in(function: Any, arguments: Any) -> Any:
     """
     if not isinstance(function, Global) or not isinstance(arguments, tuple):
         raise ValueError("only a named function can be called")
+    if len(arguments) > MAX_ARGUMENTS:  # every call copies them, and one long tuple may be those of 100,000 calls
+        raise ValueError("too many arguments")
     if function in _KNOWN:
         made = _KNOWN[function](*arguments)
         return Record(function) if made is None else made
@@ -124,7 +128,7 @@ def _tensor_of_type(function: Any, _kind: Any, arguments: Any, *_: Any) -> Tenso
     """A tensor with attributes, such as a torch.nn.Buffer, or of a subclass is that tensor."""
     if function != Global("torch._utils", "_rebuild_tensor_v2"):
         raise ValueError("not a tensor")
-    return _tensor(*arguments)
+    return stand_in(function, arguments)
 
 
 def _first(value: Any = (), *_: Any) -> Any:

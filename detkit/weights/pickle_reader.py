@@ -2,7 +2,11 @@
 
 A pickle is a program for a small stack machine. This one steps through it and only ever builds plain data: containers,
 numbers, strings, ``TensorRef`` for a tensor and ``Record`` for an object of somebody's class. It imports nothing and
-calls nothing that a file names; memory stays within a small multiple of the file.
+calls nothing that a file names; time and memory stay within a small multiple of the file.
+
+Why not ``torch.load(weights_only=True)`` with inert classes in the place of foreign ones: it runs nothing, but files of
+a megabyte make it hash one tuple of tuples for ever, or copy one list into thousands of sets. To stop that, one must
+know what is on the stack before each step, which is this machine. And it reads pickles of protocol 2 only.
 """
 
 import pickletools

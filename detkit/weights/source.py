@@ -19,8 +19,9 @@ from detkit.weights.torch_file import open_torch_file
 AVERAGE = re.compile(r"(?<![a-z])(ema|swa|averaged?|shadow)(?![a-z])")  # keys of averaged weights, as in model_ema
 WRAPPERS = {"_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}  # torch's, around a module
 COUNTERS = {"total_ops", "total_params", "n_averaged", "num_batches_tracked"}  # thop's and torch's: no weights
-MAX_DEPTH = 50  # of modules in modules; real ones: below 15
+MAX_NAME = 500  # characters of a module's name; real ones: below 100, more with wrappers around every part
 MAX_ENTRIES = 50_000  # modules and tensors; RevCol-XL, the largest known here, has 4,000
+MAX_ITEMS = 300_000  # looked at in search of models, however many share them; a real YOLOv8 and its training: 2,000
 MAX_MODELS = 16  # state dicts and modules of a file that are looked at
 MAX_NESTING = 6  # of containers around a model
 
@@ -111,13 +112,14 @@ def _choose(models: Iterable[_Model]) -> _Model | None:
 
 def _find_models(path: Path, content: Any) -> Iterator[_Model]:
     """Yield the modules and state dicts within the mappings, lists and objects of a checkpoint, outermost first."""
-    todo, seen, models, entries = deque([("", content)]), set(), 0, 0
-    while todo and models < MAX_MODELS and entries < MAX_ENTRIES:
+    todo, seen, models, entries, items = deque([("", content)]), set(), 0, 0, 0
+    while todo and models < MAX_MODELS and entries < MAX_ENTRIES and items < MAX_ITEMS:
         place, node = todo.popleft()
         if id(node) in seen or place.count(".") >= MAX_NESTING:
             continue
         seen.add(id(node))
-        tensors = _named_tensors(path, node)
+        tensors, looked_at = _named_tensors(path, node)
+        items += looked_at
         if tensors:
             models += 1
             yield _Model(place, node, tensors)
@@ -131,46 +133,48 @@ def _find_models(path: Path, content: Any) -> Iterator[_Model]:
 
 def _children(node: Any) -> Iterator[tuple[str | int, Any]]:
     """Yield the containers and objects within one, by key or index."""
-    if isinstance(node, Record):
-        tables = [table for table in (node.state, node.items) if isinstance(table, Mapping)]
-        items = chain.from_iterable(table.items() for table in tables)
-    else:
-        items = (
-            node.items() if isinstance(node, Mapping) else enumerate(node if isinstance(node, (list, tuple)) else ())
-        )
-    for key, value in items:
+    items = (table.items() if isinstance(table, Mapping) else enumerate(table) for table in _tables(node))
+    for key, value in chain.from_iterable(items):
         is_tensor = isinstance(value, (TensorRef, StorageRef, Global))  # which are tuples
         if isinstance(value, (Record, Mapping, list, tuple)) and not is_tensor and isinstance(key, (str, int)):
             yield (key[:40] if isinstance(key, str) else key), value
+
+
+def _tables(node: Any) -> list[Any]:
+    """Return the mappings and lists that a container or object consists of."""
+    if isinstance(node, Record):
+        return [table for table in (node.state, node.items) if isinstance(table, Mapping)]
+    return [node] if isinstance(node, (Mapping, list, tuple)) else []
 
 
 def _is_module(node: Any) -> bool:
     return isinstance(node, Record) and isinstance(node.state, Mapping) and "_modules" in node.state
 
 
-def _named_tensors(path: Path, node: Any) -> dict[str, TensorRef]:
-    """Return what the ``state_dict()`` of a module would, or the tensors of a state dict.
+def _named_tensors(path: Path, node: Any) -> tuple[dict[str, TensorRef], int]:
+    """Return what the ``state_dict()`` of a module would, or the tensors of a state dict; and how many items it took.
 
     Raises:
         DetkitError: modules nested endlessly, as in no real model.
     """
-    if isinstance(node, Mapping):
-        return {name: ref for name, ref in node.items() if isinstance(name, str) and isinstance(ref, TensorRef)}
-    tensors: dict[str, TensorRef] = {}
-    todo, entries = [("", node)] if _is_module(node) else [], 0
+    if not _is_module(node):
+        table = node if isinstance(node, Mapping) else {}
+        tensors = {name: ref for name, ref in table.items() if isinstance(name, str) and isinstance(ref, TensorRef)}
+        return tensors, 1 + sum(map(len, _tables(node)))
+    tensors, todo, entries = {}, [("", node)], 0
     while todo:
         prefix, module = todo.pop()
         state = module.state if isinstance(module, Record) and isinstance(module.state, Mapping) else {}
-        own, children = (*_items(state, "_parameters"), *_items(state, "_buffers")), _items(state, "_modules")
-        entries += 1 + len(own) + len(children)  # one small module, referred to a million times, would be as many
-        if entries > MAX_ENTRIES or prefix.count(".") > MAX_DEPTH:
+        parameters, buffers, children = (_table(state, key) for key in ("_parameters", "_buffers", "_modules"))
+        entries += 1 + len(parameters) + len(buffers) + len(children)  # a million references to one: as many
+        if entries > MAX_ENTRIES or len(prefix) > MAX_NAME:
             raise DetkitError(f"{path} is refused: its modules are nested without end")
         passing = _strings(state.get("_non_persistent_buffers_set"))
-        for name, ref in own:
+        for name, ref in (*_named(parameters), *_named(buffers)):
             if isinstance(ref, TensorRef) and name not in passing:
                 tensors[f"{prefix}{name}"] = ref
-        todo += [(f"{prefix}{name}.", child) for name, child in reversed(children)]
-    return tensors
+        todo += [(f"{prefix}{name}.", child) for name, child in reversed(_named(children))]
+    return tensors, entries
 
 
 def _plain_names(tensors: Mapping[str, Any]) -> dict[str, Any]:
@@ -183,11 +187,15 @@ def _plain_names(tensors: Mapping[str, Any]) -> dict[str, Any]:
     return plain
 
 
-def _items(state: Mapping[Any, Any], key: str) -> list[tuple[str, Any]]:
-    """Return the items of the table ``key`` that have a name, of a reasonable length."""
+def _table(state: Mapping[Any, Any], key: str) -> Mapping[Any, Any]:
+    """Return the table ``key``, empty where there is none."""
     table = state.get(key)
-    items = table.items() if isinstance(table, Mapping) else ()
-    return [(name, value) for name, value in items if isinstance(name, str) and len(name) <= 100]
+    return table if isinstance(table, Mapping) else {}
+
+
+def _named(table: Mapping[Any, Any]) -> list[tuple[str, Any]]:
+    """Return the items that have a name, of a reasonable length."""
+    return [(name, value) for name, value in table.items() if isinstance(name, str) and len(name) <= 100]
 
 
 def _strings(values: Any) -> set[str]:
