@@ -11,7 +11,7 @@ with boxes in pixels of the upright image and labels from 0; ``boxes`` and ``lab
     {"class_names": [...], "category_ids": [...], "shards": [{"file": "train-000000.tar", "images": 1000}, ...]}
 
 An image's path leads into its shard (ops/image.py), so everything that reads single images reads these, too. Training
-reads shards as streams (stream.py).
+reads shards from end to end (data/shard_loader.py).
 """
 
 import itertools
