@@ -9,7 +9,7 @@ from rich.console import Console
 
 from detkit.data.annotations import Annotations
 from detkit.data.audit import audit_images
-from detkit.data.formats.writers import require_empty_dir, write_set
+from detkit.data.formats.writing import require_empty_dir, write_set
 from detkit.data.issues import FIXED, NOTE, SKIPPED, UNFIXED, IssueLog
 from detkit.data.loader import worker_count
 from detkit.data.read import explain_empty, read_splits
@@ -95,5 +95,5 @@ def _write_copy(splits: dict[str, Annotations], form: str, folder: Path, console
     written = write_set(form, splits, folder)
     counts = ", ".join(f"{len(a)} {split} images with {len(a.labels)} boxes" for split, a in splits.items())
     console.print(f"cleaned copy, {form}: {counts}; train on it: {train_command(written.data)}")
-    for remark in written.remarks:
-        console.print(f"mind: {remark}")
+    for warning in written.warnings:
+        console.print(f"mind: {warning}")

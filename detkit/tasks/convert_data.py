@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from detkit.data.formats.writers import WriteResult, require_empty_dir, write_set
+from detkit.data.formats.writing import WriteResult, require_empty_dir, write_set
 from detkit.data.read import read_splits
 from detkit.registry import WRITERS
 from detkit.tasks.common import tell_split, train_command
@@ -24,7 +24,7 @@ def run(cfg: dict[str, Any]) -> WriteResult:
     for split, annotations in splits.items():
         tell_split(split, annotations, console)
     written = write_set(cfg["format"], splits, folder)
-    for remark in written.remarks:
-        console.print(f"mind: {remark}")
+    for warning in written.warnings:
+        console.print(f"mind: {warning}")
     console.print(f"{cfg['format']} written to {folder}; train on it: {train_command(written.data)}")
     return written
