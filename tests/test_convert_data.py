@@ -11,7 +11,7 @@ from PIL import Image
 
 from detkit.data.formats.coco import read_coco
 from detkit.data.formats.voc import read_voc
-from detkit.data.formats.writers import write_set
+from detkit.data.formats.writing import write_set
 from detkit.data.formats.yolo import read_yolo
 from detkit.errors import DetkitError
 from detkit.ops.image import read_bytes
@@ -87,7 +87,7 @@ def test_any_format_into_any_other_keeps_images_and_boxes(sets, source, target, 
             assert [box[:2] for box in boxes] == [box[:2] for box in expected]
             numbers, wanted = (np.array([box[2:] for box in rows]).reshape(-1, 4) for rows in (boxes, expected))
             np.testing.assert_allclose(numbers, wanted, rtol=1e-9, atol=1e-7)
-    assert sum("crowds" in remark for remark in written.remarks) == (
+    assert sum("crowds" in warning for warning in written.warnings) == (
         target == "yolo" and crowds is False and source != "yolo"
     )
 
@@ -109,8 +109,8 @@ def test_yolo_counts_classes_from_0_and_voc_says_that_it_loses_their_order(sets)
     assert read_voc("val", root=sets["voc"]["root"]).class_names == ("zebra crossing", "Ämpel & <Co>")
     splits = {"train": read_yolo("train", yaml=str(file))}
     splits["train"].class_names = ("zebra", "aardvark")
-    (remark,) = write_set("voc", splits, file.parent.parent / "sorted").remarks
-    assert "no list of classes" in remark and "2 of 2" in remark
+    (warning,) = write_set("voc", splits, file.parent.parent / "sorted").warnings
+    assert "no list of classes" in warning and "2 of 2" in warning
 
 
 def test_file_names_are_safe_and_told_apart(sets):
@@ -178,8 +178,8 @@ def test_a_disk_that_refuses_is_one_sentence(sets, tmp_path, monkeypatch):
     def refuse(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("detkit.data.formats.writers.os.link", refuse)
-    monkeypatch.setattr("detkit.data.formats.writers.shutil.copyfileobj", refuse)
+    monkeypatch.setattr("detkit.data.formats.writing.os.link", refuse)
+    monkeypatch.setattr("detkit.data.formats.writing.shutil.copyfileobj", refuse)
     splits = {"train": read_coco("train", root=sets["drawn"]["root"])}
     with pytest.raises(DetkitError, match=r"No space left on device; what is in .* is not whole, remove it"):
         write_set("yolo", splits, tmp_path / "out")

@@ -9,7 +9,7 @@ import pytest
 import yaml
 from PIL import Image
 
-from detkit.data.formats.writers import write_set
+from detkit.data.formats.writing import write_set
 from detkit.data.splits import MissingSplit, held_out_first, splits_of
 from detkit.errors import DetkitError
 from detkit.registry import DATASETS, SPLIT_NAMES

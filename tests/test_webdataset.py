@@ -6,14 +6,18 @@ import multiprocessing
 import os
 import tarfile
 from collections import Counter
-from io import BytesIO
+from collections.abc import Iterator
+from io import BytesIO, FileIO
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
+import torch.distributed as dist
 from PIL import Image
 
 from detkit.config import load_config
+from detkit.data import shard_loader
 from detkit.data.annotations import Annotations
 from detkit.data.augment.pipeline import Augmentation
 from detkit.data.dataset import DetectionDataset
@@ -96,7 +100,8 @@ def test_all_ranks_have_as_many_batches(count, ranks, batch_size):
 
 
 def _rank(root: str, rank: int, ranks: int, workers: int, queue: multiprocessing.Queue) -> None:
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(ranks)}
+    if ranks > 1:
+        dist.init_process_group("gloo", init_method=f"file://{root}/group", rank=rank, world_size=ranks)
     dataset = DetectionDataset(read_webdataset("train", root=root))
     loader = ShardLoader(dataset, Augmentation(64, PLAIN, 2), 3, workers=workers)
     epochs = [[[o.index for o in batch.metas] for batch in loader.epoch(epoch)] for epoch in (0, 1, 0)]
@@ -218,6 +223,54 @@ def test_damage_after_the_index_loses_no_other_image(workers, tmp_path):
         list(loader.epoch(1))
 
 
+def test_the_shuffle_buffer_holds_no_more_bytes_than_it_may(monkeypatch):
+    """Images of 1 to 400 bytes through 2,000: each comes once, mixed, and at most one image beyond the limit waits."""
+    monkeypatch.setattr(shard_loader, "BUFFER_BYTES", 2000)
+    rng = np.random.default_rng(0)
+    sizes = rng.integers(1, 400, 3000).tolist()
+    waiting: dict[int, int] = {}
+    most = 0
+
+    def come() -> Iterator[tuple[int, bytes]]:
+        nonlocal most
+        for row, size in enumerate(sizes):
+            waiting[row] = size
+            most = max(most, sum(waiting.values()))
+            yield row, bytes(size)
+
+    order = []
+    for row, data in shard_loader.shuffled(come(), rng):
+        assert len(data) == waiting.pop(row)
+        order.append(row)
+    assert sorted(order) == list(range(3000)) != order
+    assert most <= 2000 + 400
+    alone = [row for row, _ in shard_loader.shuffled(iter([(k, bytes(5000)) for k in range(5)]), rng)]
+    assert alone == list(range(5))  # larger than the buffer: nothing waits
+
+
+def test_shards_are_read_in_long_pieces(tmp_path, monkeypatch):
+    """Images of some KB, with their labels between them: a read of a megabyte brings many."""
+    pixels = np.random.default_rng(0).integers(0, 256, (200, 40, 40, 3), np.uint8)
+    images = [cv2.imencode(".png", picture)[1].tobytes() for picture in pixels]
+    write_tar(
+        tmp_path / "a.tar",
+        {f"{k:03d}.{s}": d for k, data in enumerate(images) for s, d in (("png", data), ("json", label()))},
+    )
+    write_list(tmp_path, ("a.tar", 200))
+    dataset = DetectionDataset(read_webdataset("train", root=str(tmp_path)))
+    reads = []
+
+    class File(FileIO):
+        def readinto(self, buffer: memoryview) -> int:
+            reads.append(count := super().readinto(buffer))
+            return count
+
+    monkeypatch.setattr(shard_loader, "open_regular", File)
+    loader = ShardLoader(dataset, Augmentation(64, PLAIN, 1), 10, workers=0)
+    assert [*loader.stream._read(0, 200, [])] == [*enumerate(images)]
+    assert len(reads) == 2  # of 1.3 MB
+
+
 def test_a_failing_augmentation_says_why_from_its_process(shards):
     def augment(*_: object) -> None:
         raise DetkitError("augment.transforms: Blur fails")
@@ -229,8 +282,7 @@ def test_a_failing_augmentation_says_why_from_its_process(shards):
 
 def test_too_few_images_for_the_processes(shards, monkeypatch):
     dataset = DetectionDataset(read_webdataset("train", root=str(shards)))
-    monkeypatch.setenv("RANK", "0")
-    monkeypatch.setenv("WORLD_SIZE", "25")
+    monkeypatch.setattr("detkit.data.shard_loader.world_size", lambda: 25)
     with pytest.raises(DetkitError, match="24 images are too few for batch_size=4 on 25 processes"):
         ShardLoader(dataset, Augmentation(64, PLAIN, 1), 4, workers=0)
 

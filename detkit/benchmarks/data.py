@@ -22,7 +22,7 @@ from detkit.data.annotations import Annotations
 from detkit.data.augment.pipeline import AugmentedDataset, mosaic_window
 from detkit.data.cache import KEPT_BYTES, LocalImages
 from detkit.data.dataset import DetectionDataset
-from detkit.data.formats.writers import write_set
+from detkit.data.formats.writing import write_set
 from detkit.data.loader import EpochSampler
 from detkit.data.read import read_split
 from detkit.errors import DetkitError

@@ -1,21 +1,22 @@
 """The index: a set's annotations as read, validated once, kept for the next start.
 
-One file in the user's cache folder, in the safetensors layout: 8 bytes of length, a json header, flat arrays. It is
-mapped into memory, so all worker processes share one copy; it is never unpickled. Its name says what it was built
-from: the names, sizes and times of every label file and image.
+A folder in the user's cache: a ``.npy`` file for each array, and a json. The arrays are mapped into memory, so all
+worker processes share one copy; nothing is ever unpickled. The folder's name says what it was built from: the names,
+sizes and times of every label file and image.
 """
 
 import hashlib
 import json
-import math
 import mmap
 import os
+import shutil
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
+from numpy.lib import format as npy
 
 from detkit.data.annotations import Annotations, PathTable
 from detkit.data.file_utils import names_in, walk
@@ -23,10 +24,19 @@ from detkit.data.issues import IssueLog
 from detkit.ops.files import cache_dir, open_regular
 from detkit.ops.image import max_pixels
 
-VERSION = 3  # of the layout, and of the judgement of images and boxes
-ARRAYS = ("image_ids", "sizes", "offsets", "boxes", "labels", "areas", "crowd")
+VERSION = 4  # of the layout, and of the judgement of images and boxes
+ABOUT = "index.json"  # everything but the arrays
 PART = 2**18  # elements that are written at a time
-DTYPES = {"I64": np.int64, "I32": np.int32, "F64": np.float64, "BOOL": np.bool_, "U8": np.uint8}
+ARRAYS = {  # of N images and T boxes: type and shape of an element
+    "image_ids": (np.int64, ()),
+    "sizes": (np.int32, (2,)),
+    "offsets": (np.int64, ()),
+    "boxes": (np.float64, (4,)),
+    "labels": (np.int32, ()),
+    "areas": (np.float64, ()),
+    "crowd": (np.bool_, ()),
+}
+PATH_ARRAYS = {"path_text": (np.uint8, ()), "path_ends": (np.int64, ())}
 
 
 def cached(
@@ -51,7 +61,7 @@ def cached(
         [VERSION, max_pixels(), kind, [str(p.absolute()) for p in (*files, *folders, *flat)], arguments], sort_keys=True
     )
     prefix = hashlib.blake2b(name.encode(errors="surrogateescape"), digest_size=8).hexdigest()
-    index = index_folder() / f"{prefix}-{fingerprint(files, folders, flat)}.safetensors"
+    index = index_folder() / f"{prefix}-{fingerprint(files, folders, flat)}"
     annotations = open_index(index)
     if annotations is None:
         annotations = build(IssueLog())
@@ -91,7 +101,7 @@ def _state(path: str) -> bytes:
         return os.fsencode(path) + b"\0-\0"
 
 
-def write_index(annotations: Annotations, file: Path) -> bool:
+def write_index(annotations: Annotations, folder: Path) -> bool:
     """Write the index in one piece: whole or not at all, whoever else writes it; False where the disk refuses."""
     table = annotations.paths if isinstance(annotations.paths, PathTable) else PathTable.of(annotations.paths)
     arrays = {name: getattr(annotations, name) for name in ARRAYS} | {"path_text": table.text, "path_ends": table.ends}
@@ -101,83 +111,94 @@ def write_index(annotations: Annotations, file: Path) -> bool:
         "category_ids": annotations.category_ids,
         "problems": annotations.issues.as_dict(),
     }
-    scratch = None
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, scratch = tempfile.mkstemp(prefix=".index-", dir=file.parent)
-        with os.fdopen(descriptor, "wb") as stream:
-            _write_arrays(stream, arrays, {"detkit_index": json.dumps(about)})
-        os.replace(scratch, file)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".index-", dir=folder.parent) as scratch:
+            made = Path(scratch, "index")
+            made.mkdir()
+            for name, array in arrays.items():
+                _save(made / f"{name}.npy", array)
+            (made / ABOUT).write_text(json.dumps(about))
+            _publish(made, folder)
         return True
     except OSError:  # a full or read-only disk
-        if scratch is not None:
-            Path(scratch).unlink(missing_ok=True)
         return False
 
 
-def _write_arrays(stream: BinaryIO, arrays: dict[str, np.ndarray], metadata: dict[str, str]) -> None:
-    """Write the safetensors layout part by part: its library's ``save_file`` would hold another copy of everything."""
-    header: dict[str, Any] = {"__metadata__": metadata}
-    end = 0
-    for name in sorted(arrays, key=lambda name: -arrays[name].itemsize):  # so that all of them are aligned
-        array = arrays[name]
-        dtype = next(key for key, value in DTYPES.items() if array.dtype == value)
-        header[name] = {"dtype": dtype, "shape": array.shape, "data_offsets": (end, end + array.nbytes)}
-        end += array.nbytes
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    stream.write(len(text).to_bytes(8, "little") + text)
-    for name in [*header][1:]:
-        array = arrays[name]
+def _save(file: Path, array: np.ndarray) -> None:
+    """Write a ``.npy`` file in parts: ``np.save`` would have all of an array in memory that is mapped from a file."""
+    with file.open("wb") as stream:
+        header = {"descr": npy.dtype_to_descr(array.dtype), "fortran_order": False, "shape": array.shape}
+        npy.write_array_header_1_0(stream, header)
         for start in range(0, len(array), PART):
-            stream.write(np.ascontiguousarray(array[start : start + PART]))
+            array[start : start + PART].tofile(stream)
             _unmap_pages(array)
+
+
+def _publish(made: Path, folder: Path) -> None:
+    """Move an index to its place, unless another process has put one there meanwhile."""
+    try:
+        made.rename(folder)
+    except OSError:
+        if open_index(folder) is None:  # what is there is damaged
+            _remove(folder)
+            made.rename(folder)
 
 
 def _unmap_pages(array: np.ndarray) -> None:
     """Take an array that is mapped from a file out of the process' memory until it is read again."""
-    if isinstance(array.base, np.memmap) and hasattr(mmap, "MADV_DONTNEED"):
-        array.base._mmap.madvise(mmap.MADV_DONTNEED)
+    mapped = getattr(array.base, "_mmap", None)
+    if mapped is not None and hasattr(mmap, "MADV_DONTNEED"):
+        mapped.madvise(mmap.MADV_DONTNEED)
 
 
-def open_index(file: Path) -> Annotations | None:
+def open_index(folder: Path) -> Annotations | None:
     """Map an index into memory; None where it is not there or not whole."""
     try:
-        with open_regular(file) as stream:
-            size = os.fstat(stream.fileno()).st_size
-            length = int.from_bytes(stream.read(8), "little")
-            if length > size:
-                return None
-            header = json.loads(stream.read(length))
-        about = json.loads(header.pop("__metadata__")["detkit_index"])
-        arrays = {name: _map(file, size, 8 + length, entry) for name, entry in header.items()}
-        table = PathTable(arrays.pop("path_text"), arrays.pop("path_ends"))
+        with open_regular(folder / ABOUT) as file:
+            about = json.load(file)
+        arrays = {name: _map(folder / f"{name}.npy", *element) for name, element in ARRAYS.items()}
+        table = PathTable(*(_map(folder / f"{name}.npy", *element) for name, element in PATH_ARRAYS.items()))
         annotations = Annotations(
             source=Path(about["source"]),
             paths=table,
             class_names=tuple(about["class_names"]),
             category_ids=tuple(about["category_ids"]),
             issues=IssueLog.from_dict(about["problems"]),
-            **{name: arrays[name] for name in ARRAYS},
+            **arrays,
         )
-    except (OSError, ValueError, KeyError, TypeError):
+        return annotations if _is_consistent(annotations, table) else None
+    except Exception:  # on damaged files, the parsers of numpy and json raise errors of all kinds
         return None
-    consistent = len(annotations.offsets) == len(table) + 1 and annotations.offsets[-1] == len(annotations.boxes)
-    return annotations if consistent else None
 
 
-def _map(file: Path, size: int, start: int, entry: dict[str, Any]) -> np.ndarray:
-    begin, end = entry["data_offsets"]
-    dtype, shape = np.dtype(DTYPES[entry["dtype"]]), tuple(entry["shape"])
-    if start + end > size or end - begin != math.prod(shape) * dtype.itemsize:
-        raise ValueError(f"{file} is cut off")
-    if begin == end:
-        return np.zeros(shape, dtype)
-    return np.memmap(file, dtype, "r", start + begin, shape).view(np.ndarray)  # its own indexing is slow
+def _map(file: Path, dtype: type, shape: tuple[int, ...]) -> Any:
+    """Map an array (K, *shape) that is to be read only; raises an error of any kind where the file is damaged."""
+    if not file.is_file():  # a pipe would be waited for
+        raise FileNotFoundError(file)
+    array = npy.open_memmap(file, mode="r")
+    if array.dtype != dtype or array.shape[1:] != shape or array.ndim != 1 + len(shape):
+        raise ValueError(f"{file} is of another kind")
+    return array.view(np.ndarray)  # a memmap's own indexing is slow
+
+
+def _is_consistent(annotations: Annotations, table: PathTable) -> bool:
+    """Whether the arrays are as long as one another says: N images, T boxes."""
+    a = annotations
+    of_images = {len(a.image_ids), len(a.sizes), len(a.offsets) - 1, len(table)}
+    of_boxes = {len(a.boxes), len(a.labels), len(a.areas), len(a.crowd), int(a.offsets[-1])}
+    return len(of_images) == len(of_boxes) == 1 and int(table.ends[-1]) == len(table.text)
 
 
 def _remove_older(prefix: str, index: Path) -> None:
     """Remove indexes of the same set as it was before; who has them mapped keeps them."""
-    for other in index.parent.glob(f"{prefix}-*.safetensors"):
+    for other in index.parent.glob(f"{prefix}-*"):
         if other != index:
-            other.unlink(missing_ok=True)
+            _remove(other)
+
+
+def _remove(path: Path) -> None:
+    """Remove a folder or file, or what can be of it."""
+    shutil.rmtree(path, ignore_errors=True)
+    if not path.is_dir():
+        path.unlink(missing_ok=True)

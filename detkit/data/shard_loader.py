@@ -1,43 +1,42 @@
-"""Training batches from tar shards, read as streams: a disk or network drive sees few long reads instead of many.
+"""Training batches from tar shards, read from end to end: a disk or network drive sees few long reads, not many.
 
 An epoch puts the shards into a random order and lays their images end to end. Each rank takes an equal stretch of
 that line and each of its worker processes a stretch of whole batches, wherever shards begin and end: so every image
-comes exactly once, all ranks have the same number of batches, and there may be fewer shards than processes. Images
-are mixed by a buffer as they come; the labels are those of the index.
+comes exactly once, all ranks have the same number of batches, and there may be fewer shards than processes. Where an
+image lies in its shard is known from the index, as are its labels; images are mixed by a buffer as they come.
 """
 
-import tarfile
-from collections.abc import Callable, Iterator
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from io import BufferedReader
 from itertools import chain, islice
-from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
-from webdataset import DataPipeline, shuffle
-from webdataset.tariterators import tar_file_iterator
-from webdataset.utils import pytorch_worker_info
 
 from detkit.data.dataset import DetectionDataset
-from detkit.data.formats.tar_shards import TAR_ERRORS, member_name
 from detkit.data.loader import collate, made_batches
 from detkit.data.workers import TIMEOUT, Workers, init_worker, share, worker_context
+from detkit.distributed.collectives import world_size
+from detkit.distributed.process_group import rank
 from detkit.errors import DetkitError, UnreadableImage
 from detkit.ops.files import open_regular
 from detkit.ops.image import tar_member
 from detkit.structures import Batch, Sample
 
+READ_BYTES = 2**20  # of a shard at a time
 BUFFER_BYTES = 2**26  # of encoded images that a worker draws the next one from
+BUFFER_START = 100  # images that are in the buffer before the first one leaves it
 PARTNERS = 32  # decoded images that a worker draws mosaic partners from
 
 Augment = Callable[[Sample, Callable[[], Sample], np.random.Generator, int], Sample]
+EncodedImage = tuple[int, bytes]  # number in the set, content of the file
 
 
 class ShardLoader:
     """Iterates over a webdataset set in augmented batches, by ``workers`` processes on each rank.
-
-    The rank is that of RANK and WORLD_SIZE in the environment, or of torch.distributed.
 
     Args:
         augment: makes a training sample of (image, function that draws a partner, generator, epoch).
@@ -59,8 +58,7 @@ class ShardLoader:
         pin: bool = False,
         timeout: float = TIMEOUT,
     ) -> None:
-        rank, ranks, *_ = pytorch_worker_info()
-        self.stream = ShardStream(dataset, augment, batch_size, seed, rank, ranks)
+        self.stream = ShardStream(dataset, augment, batch_size, seed, rank(), world_size())
         self.issues: list[str] = []  # not yet handed on with a batch
         loader = DataLoader(
             self.stream,
@@ -75,7 +73,7 @@ class ShardLoader:
         self.workers = Workers(loader, timeout)
 
     def __len__(self) -> int:
-        return len(self.stream.cuts) - 1
+        return len(self.stream.batch_bounds) - 1
 
     @property
     def samples(self) -> int:
@@ -93,7 +91,7 @@ class ShardLoader:
             DetkitError: a sample could not be made, in whatever process that was, or no image can be read.
             WorkersLost: a process has died, or there was no batch in time.
         """
-        self.stream.place.copy_(torch.tensor([epoch, skip]))
+        self.stream.progress.copy_(torch.tensor([epoch, skip]))
         yield from made_batches(islice(self.workers, skip, None), self.issues, skip)
 
 
@@ -101,9 +99,9 @@ class ShardStream(IterableDataset):
     """Yields one worker's ``(batch, problems)`` of an epoch; the batch is a DetkitError where one could not be made.
 
     Attributes:
-        place: (2,) int64, the epoch and the batches to leave out of it, in shared memory: worker processes that outlive
-            an epoch see it change.
-        cuts: (K + 1,) where the rank's stretch of images is cut into batches.
+        progress: (2,) int64, the epoch and the batches to leave out of it, in shared memory: worker processes that
+            outlive an epoch see it change.
+        batch_bounds: (K + 1,) where the rank's stretch of images is cut into batches.
     """
 
     def __init__(
@@ -111,32 +109,30 @@ class ShardStream(IterableDataset):
     ) -> None:
         self.dataset, self.augment = dataset, augment
         self.seed = seed
-        self.place = torch.zeros(2, dtype=torch.int64).share_memory_()
+        self.progress = torch.zeros(2, dtype=torch.int64).share_memory_()
         count = len(dataset)
         self.begin = count * rank // ranks
-        self.cuts = cut_batches(count * (rank + 1) // ranks - self.begin, -(-count // ranks), batch_size)
-        if self.cuts[0] < 0:
+        self.batch_bounds = cut_batches(count * (rank + 1) // ranks - self.begin, -(-count // ranks), batch_size)
+        if self.batch_bounds[0] < 0:
             raise DetkitError(f"{count} images are too few for batch_size={batch_size} on {ranks} processes")
-        self.bounds = _shard_bounds(dataset)
-        sizes = [tar_member(dataset.annotations.paths[first])[2] for first in self.bounds[:-1]]
-        self.buffer = int(np.clip(BUFFER_BYTES / np.mean(sizes), PARTNERS, 10_000))
+        self.shard_bounds = self._shard_bounds()
 
     def __iter__(self) -> Iterator[tuple[Batch | DetkitError | None, list[str]]]:
         worker, workers = (info.id, info.num_workers) if (info := get_worker_info()) else (0, 1)
-        epoch, skip = self.place.tolist()
-        batches = len(self.cuts) - 1
-        bounds = [batches * k // workers for k in range(workers + 1)]
-        cuts = self.cuts[bounds[worker] : bounds[worker + 1] + 1]
-        turns = sorted((turn, k) for k in range(workers) for turn in range(bounds[k + 1] - bounds[k]))
+        epoch, skip = self.progress.tolist()
+        batches = len(self.batch_bounds) - 1
+        shares = [batches * k // workers for k in range(workers + 1)]
+        bounds = self.batch_bounds[shares[worker] : shares[worker + 1] + 1]
+        turns = sorted((turn, k) for k in range(workers) for turn in range(shares[k + 1] - shares[k]))
         skip = [k for _, k in turns[:skip]].count(worker)  # of this worker's: they take turns
         issues: list[str] = []
-        rng = np.random.default_rng((self.seed, epoch, self.begin + int(cuts[0])))
-        files = self._files(epoch, self.begin + int(cuts[0]), self.begin + int(cuts[-1]), issues)
-        pipeline = DataPipeline(lambda: files, shuffle(self.buffer, seed=int(rng.integers(2**32))))
-        samples = self._augmented(self._decoded(pipeline, issues), epoch, rng, int(cuts[skip] - cuts[0]))
+        begin, end = self.begin + int(bounds[0]), self.begin + int(bounds[-1])
+        rng = np.random.default_rng((self.seed, epoch, begin))
+        images = shuffled(self._encoded(epoch, begin, end, issues), rng)
+        samples = self._augmented(self._decoded(images, issues), epoch, rng, int(bounds[skip] - bounds[0]))
         for _ in range(skip):
             yield None, []
-        for size in np.diff(cuts[skip:]):
+        for size in np.diff(bounds[skip:]):
             try:
                 batch = [*islice(samples, int(size))]
                 yield share(collate(batch)) if batch else None, issues.copy()
@@ -144,41 +140,55 @@ class ShardStream(IterableDataset):
                 yield error, issues.copy()
             issues.clear()
 
-    def _files(self, epoch: int, begin: int, end: int, issues: list[str]) -> Iterator[tuple[int, bytes]]:
-        """Yield number and bytes of the images at ``begin`` to ``end`` of the epoch's line of shards."""
+    def _encoded(self, epoch: int, begin: int, end: int, issues: list[str]) -> Iterator[EncodedImage]:
+        """Yield the images at ``begin`` to ``end`` of the epoch's line of shards."""
         position = 0
-        for shard in np.random.default_rng((self.seed, epoch)).permutation(len(self.bounds) - 1):
-            first, last = (int(row) for row in self.bounds[shard : shard + 2])
+        for shard in np.random.default_rng((self.seed, epoch)).permutation(len(self.shard_bounds) - 1):
+            first, last = self.shard_bounds[shard], self.shard_bounds[shard + 1]
             low, high = (min(max(row - position + first, first), last) for row in (begin, end))
             position += last - first
             if low < high:
-                yield from self._read(first, low, high, issues)
+                yield from self._read(low, high, issues)
 
-    def _read(self, first: int, low: int, high: int, issues: list[str]) -> Iterator[tuple[int, bytes]]:
-        """Yield number and bytes of images ``low`` to ``high`` of the shard whose first image is ``first``.
-
-        A tar file is a row of blocks, so a stretch of it is one, too: from the end of the image before.
-        """
-        paths = self.dataset.annotations.paths
-        waiting = {path.name: (row, tar_member(path)[2]) for row, path in ((r, paths[r]) for r in range(low, high))}
-        shard = tar_member(paths[low])[0]
-        start = _end(paths[low - 1]) if low > first else 0
-        words = "they are not where they were when the set was read"
+    def _read(self, low: int, high: int, issues: list[str]) -> Iterator[EncodedImage]:
+        """Yield images ``low`` to ``high``, which are of one shard, in the order they lie there."""
+        row = low
         try:
-            with open_regular(shard) as file:
-                window = _Window(file, start, _end(paths[high - 1]))
-                for member in tar_file_iterator(window, select_files=lambda name: member_name(name) in waiting):
-                    row, size = waiting[member_name(member["fname"])]
-                    if len(member["data"]) == size:
-                        del waiting[member_name(member["fname"])]
-                        yield row, member["data"]
-        except (OSError, *TAR_ERRORS) as error:
-            words = str(error).partition(" @ ")[0]  # the library adds the stream
-        if waiting:
-            issues.append(f"{shard}: {len(waiting)} images are skipped, beginning with {min(waiting)}: {words}")
+            with open_regular(self._member(low)[0]) as file:
+                # A seek to what the buffer holds already reads nothing.
+                stream = BufferedReader(file, READ_BYTES)  # type: ignore[type-var]  # whose stub asks for RawIOBase
+                for row in range(low, high):
+                    _, offset, size = self._member(row)
+                    stream.seek(offset)
+                    data = stream.read(size)
+                    if len(data) < size:
+                        raise OSError("the file ends early")
+                    yield row, data
+        except OSError as error:
+            shard, name = self._member(row)[0], self.dataset.annotations.paths[row].name
+            reason = error.strerror or error
+            issues.append(f"{shard}: {high - row} images are skipped, beginning with {name}: {reason}")
 
-    def _decoded(self, files: Iterator[tuple[int, bytes]], issues: list[str]) -> Iterator[Sample]:
-        for row, data in files:
+    def _member(self, row: int) -> tuple[str, int, int]:
+        """Return an image's shard, and its first byte and size there."""
+        member = tar_member(self.dataset.annotations.paths[row])
+        assert member is not None, "a set of shards has no image outside them"
+        return member
+
+    def _shard_bounds(self) -> list[int]:
+        """Return the number of each shard's first image, and at the end that of all images."""
+        bounds = [0]
+        while bounds[-1] < len(self.dataset):
+            bounds.append(self._shard_end(bounds[-1]))
+        return bounds
+
+    def _shard_end(self, row: int) -> int:
+        """Return the number of the first image after ``row`` that is in another shard."""
+        shard = self._member(row)[0]
+        return bisect_left(range(len(self.dataset)), True, row, key=lambda other: self._member(other)[0] != shard)
+
+    def _decoded(self, images: Iterator[EncodedImage], issues: list[str]) -> Iterator[Sample]:
+        for row, data in images:
             try:
                 yield self.dataset.decode(row, np.frombuffer(data, np.uint8))
             except UnreadableImage as error:
@@ -192,10 +202,14 @@ class ShardStream(IterableDataset):
         An image's own randomness depends on (seed, epoch, number) alone, its partners on the process that met them.
         """
         pool = [*islice(samples, PARTNERS)]
+
+        def partner(rng: np.random.Generator) -> Sample:
+            return pool[rng.integers(len(pool))]
+
         for k, sample in enumerate(chain(tuple(pool), samples)):
             if k >= skip:
                 own = np.random.default_rng((self.seed, epoch, sample.meta.index))
-                yield self.augment(sample, lambda own=own: pool[own.integers(len(pool))], own, epoch)
+                yield self.augment(sample, partial(partner, own), own, epoch)
             pool[rng.integers(len(pool))] = sample
 
 
@@ -212,34 +226,19 @@ def cut_batches(count: int, most: int, batch_size: int) -> np.ndarray:
     return np.minimum(number * batch_size, count - (batches - number))
 
 
-def _shard_bounds(dataset: DetectionDataset) -> list[int]:
-    """Return the number of each shard's first image, and at the end that of all images."""
-    paths = dataset.annotations.paths
-    bounds = [0]
-    while (low := bounds[-1]) < len(paths):
-        shard, high = tar_member(paths[low])[0], len(paths)
-        while low + 1 < high:  # low is in the shard, high is not
-            middle = (low + high) // 2
-            low, high = (middle, high) if tar_member(paths[middle])[0] == shard else (low, middle)
-        bounds.append(high)
-    return bounds
+def shuffled(images: Iterable[EncodedImage], rng: np.random.Generator) -> Iterator[EncodedImage]:
+    """Yield images in a random order, each out of a buffer of BUFFER_BYTES (or of one image that is larger).
 
-
-def _end(path: Path) -> int:
-    """Return where an image's last block ends in its tar file."""
-    _, offset, size = tar_member(path)
-    return offset + -(-size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
-
-
-class _Window:
-    """A file's bytes ``start`` to ``stop``, to be read from end to end."""
-
-    def __init__(self, file: BinaryIO, start: int, stop: int) -> None:
-        file.seek(start)
-        self.file, self.left = file, stop - start
-
-    def read(self, size: int) -> bytes:
-        """Return the next ``size`` bytes, fewer at the end."""
-        data = self.file.read(min(size, self.left))
-        self.left -= len(data)
-        return data
+    The buffer fills by and by, as two images come for one that leaves: the first batch does not wait for it to be full.
+    """
+    buffer: list[EncodedImage] = []
+    held = 0
+    for count, image in enumerate(images):
+        buffer.append(image)
+        held += len(image[1])
+        while held > BUFFER_BYTES or len(buffer) > max(BUFFER_START, count // 2):
+            k = int(rng.integers(len(buffer)))
+            buffer[k], buffer[-1] = buffer[-1], buffer[k]
+            held -= len(buffer[-1][1])
+            yield buffer.pop()
+    yield from (buffer[k] for k in rng.permutation(len(buffer)))

@@ -9,7 +9,7 @@ import numpy as np
 from detkit.config.commands import CheckDataConfig
 from detkit.data.annotations import Annotations
 from detkit.data.audit import audit_images
-from detkit.data.formats.writers import require_empty_dir, write_set
+from detkit.data.formats.writing import require_empty_dir, write_set
 from detkit.data.issues import FIXED, NOTE, SKIPPED, UNFIXED, IssueLog
 from detkit.data.loader import worker_count
 from detkit.data.read import explain_empty, read_splits
@@ -97,5 +97,5 @@ def _write_copy(splits: dict[str, Annotations], form: str, folder: Path) -> None
     written = write_set(form, splits, folder)
     counts = ", ".join(f"{len(a)} {split} images with {len(a.labels)} boxes" for split, a in splits.items())
     logger.info("cleaned copy, %s: %s; train on it: %s", form, counts, train_command(written.data))
-    for remark in written.remarks:
-        logger.warning("mind: %s", remark)
+    for warning in written.warnings:
+        logger.warning("mind: %s", warning)

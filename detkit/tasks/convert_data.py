@@ -4,7 +4,7 @@ import logging
 from pathlib import Path
 
 from detkit.config.commands import ConvertDataConfig
-from detkit.data.formats.writers import WriteResult, require_empty_dir, write_set
+from detkit.data.formats.writing import WriteResult, require_empty_dir, write_set
 from detkit.data.read import read_splits
 from detkit.registry import WRITERS
 from detkit.tasks.common import log_split, train_command
@@ -25,7 +25,7 @@ def run(cfg: ConvertDataConfig) -> WriteResult:
     for split, annotations in splits.items():
         log_split(split, annotations)
     written = write_set(cfg.format, splits, folder)
-    for remark in written.remarks:
-        logger.warning("mind: %s", remark)
+    for warning in written.warnings:
+        logger.warning("mind: %s", warning)
     logger.info("%s written to %s; train on it: %s", cfg.format, folder, train_command(written.data))
     return written

@@ -1,3 +1,7 @@
-"""Dataset formats, reader and writer side by side; importing this package registers them."""
+"""Dataset formats, reader and writer side by side; importing this package imports its modules, which register them."""
 
-from detkit.data.formats import coco, shapes, tar_shards, voc, writers, yolo  # noqa: F401
+import pkgutil
+from importlib import import_module
+
+for _module in pkgutil.iter_modules(__path__, f"{__name__}."):
+    import_module(_module.name)

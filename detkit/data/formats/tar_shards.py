@@ -11,7 +11,7 @@ with boxes in pixels of the upright image and labels from 0; ``boxes`` and ``lab
     {"class_names": [...], "category_ids": [...], "shards": [{"file": "train-000000.tar", "images": 1000}, ...]}
 
 An image's path leads into its shard (ops/image.py), so everything that reads single images reads these, too. Training
-reads shards as streams (stream.py).
+reads shards from end to end (data/shard_loader.py).
 """
 
 import itertools
@@ -20,7 +20,7 @@ import math
 import os
 import tarfile
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
@@ -32,13 +32,14 @@ from detkit.data.annotations import Annotations
 from detkit.data.builder import AnnotationBuilder, check_class_names
 from detkit.data.file_utils import names_in
 from detkit.data.formats.coco_fields import LARGEST, is_whole
+from detkit.data.formats.writing import WriteResult
 from detkit.data.index import cached
 from detkit.data.issues import IssueLog
 from detkit.data.splits import TRAINED, pick_split
 from detkit.errors import DetkitError
 from detkit.ops.files import open_regular, read_regular
 from detkit.ops.image import IMAGE_SUFFIXES, MAX_BYTES, read_bytes
-from detkit.registry import DATASETS, SPLIT_NAMES
+from detkit.registry import DATASETS, SPLIT_NAMES, WRITERS
 
 SHARD_IMAGES = 1000
 MAX_JSON = 2**26  # bytes of one sample's json
@@ -101,6 +102,14 @@ def _lists_shards(file: Path) -> bool:
         return {"class_names", "shards"} <= json.loads(read_regular(file, MAX_JSON)).keys()
     except (OSError, ValueError, AttributeError, RecursionError):
         return False
+
+
+@WRITERS.register("webdataset")
+def write_shards(splits: Mapping[str, Annotations], folder: Path) -> WriteResult:
+    """Write tar shards and their lists (the head of this file); nothing is lost."""
+    for split, annotations in splits.items():
+        write_webdataset(annotations, folder, split)
+    return WriteResult({"name": "webdataset", "root": str(folder)})
 
 
 def write_webdataset(annotations: Annotations, folder: Path, split: str, shard_images: int = SHARD_IMAGES) -> None:
