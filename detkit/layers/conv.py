@@ -68,6 +68,11 @@ def fold_batch_norm(conv: nn.Conv2d, bn: nn.BatchNorm2d) -> nn.Conv2d:
     return folded.requires_grad_(False)
 
 
+def batch_norm(channels: int) -> nn.BatchNorm2d:
+    """Return YOLOv8's batch norm, which all of detkit's own parts have; a foreign backbone keeps its library's."""
+    return nn.BatchNorm2d(channels, eps=1e-3, momentum=0.03)
+
+
 @BLOCKS.register("conv")
 class Conv(nn.Module):
     """Conv2d without bias, batch norm, SiLU: (B, c1, H, W) -> (B, c2, H / s, W / s).
@@ -82,7 +87,7 @@ class Conv(nn.Module):
         if k < 1:
             raise DetkitError(f"a convolution has a kernel of k={k}: it needs 1 or more")
         self.conv = nn.Conv2d(c1, c2, k, s, (k - 1) // 2, bias=False)
-        self.bn = nn.BatchNorm2d(c2, eps=1e-3, momentum=0.03)
+        self.bn = batch_norm(c2)
         self.act = nn.SiLU(inplace=True)
 
     def forward(self, x: Tensor) -> Tensor:

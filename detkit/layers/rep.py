@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from detkit.layers.conv import fold_batch_norm
+from detkit.layers.conv import batch_norm, fold_batch_norm
 
 
 class ConvBN(nn.Module):
@@ -13,7 +13,7 @@ class ConvBN(nn.Module):
     def __init__(self, c1: int, c2: int, k: int = 1, s: int = 1) -> None:
         super().__init__()
         self.conv = nn.Conv2d(c1, c2, k, s, k // 2, bias=False)
-        self.bn = nn.BatchNorm2d(c2, eps=1e-3, momentum=0.03)
+        self.bn = batch_norm(c2)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return bn(conv(x))."""
@@ -41,7 +41,7 @@ class RepVGG(nn.Module):
         self.rbr_dense = ConvBN(c1, c2, 3, s)
         self.rbr_1x1 = ConvBN(c1, c2, 1, s)
         same = c1 == c2 and s == 1
-        self.rbr_identity = nn.BatchNorm2d(c1, eps=1e-3, momentum=0.03) if same else None
+        self.rbr_identity = batch_norm(c1) if same else None
         self.rbr_deployed: nn.Conv2d | None = None
 
     def forward(self, x: Tensor) -> Tensor:
