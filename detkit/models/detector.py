@@ -114,8 +114,8 @@ class Detector(nn.Module):
         return Detections(xyxy.cpu(), confidence.cpu(), labels.cpu(), self.class_names, (height, width), path)
 
     def fuse(self) -> "Detector":
-        """Return a copy in its deployed form (batch norms folded, branches merged): equal outputs, for inference."""
-        fused = copy.deepcopy(self).eval()
+        """Return a frozen copy in its deployed form (batch norms folded, branches merged): equal outputs."""
+        fused = copy.deepcopy(self).eval().requires_grad_(False)
         for module in list(fused.modules()):
             if module is not fused and hasattr(module, "fuse"):
                 module.fuse()
