@@ -5,29 +5,16 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import hydra
-from omegaconf import DictConfig
-
-from detkit.config import (
-    CONFIG_ERRORS,
-    FLAGS_ERRORS,
-    GROUP_ERROR,
-    as_hydra,
-    config_dir,
-    explain,
-    import_plugins,
-    parse_config,
-    resolve,
-)
-from detkit.distributed.process_group import claim_error_message, cleanup_distributed, is_peer_failure, peer_user_error
-from detkit.engine.precision import is_out_of_memory
 from detkit.errors import DetkitError, nearest, printable
 from detkit.ops.files import explain_oserror
-from detkit.ops.image import set_max_pixels
-from detkit.tasks.sweep import finish_sweep, in_sweep, prepare_job, run_job
 from detkit.viz.console import guard_output, make_console, setup_logging
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+# What needs torch or Hydra is imported where it is called: ``detkit help`` waits for neither.
 
 TASKS = {
     "train": "train a detector: detkit train model=yolov8n data=coco data.root=DIR",
@@ -45,6 +32,12 @@ TASKS = {
 
 def launch(task: str) -> None:
     """Run a task with the arguments of the command line; exit status 2 on a user's mistake, 1 on a fault."""
+    import hydra
+
+    from detkit.config import CONFIG_ERRORS, FLAGS_ERRORS, GROUP_ERROR, as_hydra, config_dir, explain
+    from detkit.distributed.process_group import cleanup_distributed, is_peer_failure, peer_user_error
+    from detkit.tasks.sweep import finish_sweep, in_sweep, run_job
+
     guard_output()
     try:
         setup_logging()
@@ -54,7 +47,7 @@ def launch(task: str) -> None:
     run: Callable[[Any], object] = importlib.import_module(f"detkit.tasks.{task}").run
 
     @hydra.main(version_base="1.3", config_path=str(config_dir()), config_name=task)
-    def main(cfg: DictConfig) -> None:
+    def main(cfg: "DictConfig") -> None:
         if in_sweep():
             return run_job(lambda: _perform(task, run, cfg))
         try:
@@ -117,12 +110,17 @@ def main() -> None:
     launch(task)
 
 
-def _perform(task: str, run: Callable[[Any], object], cfg: DictConfig) -> object:
+def _perform(task: str, run: Callable[[Any], object], cfg: "DictConfig") -> object:
     """Check a composed configuration and run the task with it; return what it returns.
 
     Raises:
         DetkitError: a user's mistake; or the system refuses a file.
     """
+    from detkit.config import import_plugins, parse_config, resolve
+    from detkit.engine.precision import is_out_of_memory
+    from detkit.ops.image import set_max_pixels
+    from detkit.tasks.sweep import in_sweep, prepare_job
+
     setup_logging()  # again in the processes of a sweep's launcher
     config = parse_config(resolve(cfg), task)
     set_max_pixels(config.max_pixels)
@@ -144,6 +142,8 @@ def _perform(task: str, run: Callable[[Any], object], cfg: DictConfig) -> object
 
 
 def _exit(sentence: str, status: int = 2) -> None:
+    from detkit.distributed.process_group import claim_error_message
+
     sentence = printable(sentence)
     if claim_error_message(sentence):
         make_console(stderr=True).print(f"error: {sentence}")

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+import detkit
 from detkit import cli
 from detkit.config import compose_config, config_dir, group_options, load_config, resolve
 from detkit.engine.trainer import Trainer
@@ -199,3 +200,17 @@ def test_a_plugin_brings_a_part(tmp_path, monkeypatch):
     (tmp_path / "broken.py").write_text("x = (")
     with pytest.raises(DetkitError, match="plugins: cannot import 'broken': SyntaxError"):
         import_plugins(["broken"])
+
+
+def test_help_waits_for_neither_torch_nor_hydra():
+    code = "import sys, detkit.cli; detkit.cli.main(); print({'torch', 'hydra', 'numpy'} & set(sys.modules))"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.startswith("usage: detkit TASK")
+    assert result.stdout.endswith("set()\n")
+
+
+def test_functions_are_imported_when_asked_for():
+    assert {"create_model", "list_models", "load", "load_weights", "DetkitError"} <= set(dir(detkit))
+    assert detkit.load_weights.__module__ == "detkit.engine.transfer"
+    with pytest.raises(AttributeError, match="module 'detkit' has no attribute 'create_modle'"):
+        detkit.create_modle  # noqa: B018

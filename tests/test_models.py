@@ -1,5 +1,6 @@
 import numpy as np
 import pytest
+import timm
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -112,9 +113,27 @@ def test_fused_detector_is_equal_and_the_original_untouched():
     assert any(isinstance(m, torch.nn.BatchNorm2d) for m in detector.modules())
 
 
-def test_batch_norms_are_the_recipe_s():
-    norms = [m for m in detkit.create_model().modules() if isinstance(m, torch.nn.BatchNorm2d)]
-    assert {(m.eps, m.momentum) for m in norms} == {(1e-3, 0.03)}
+def batch_norms(part: torch.nn.Module) -> set[tuple[float, float]]:
+    return {(m.eps, m.momentum) for m in part.modules() if isinstance(m, torch.nn.BatchNorm2d)}
+
+
+@pytest.mark.parametrize(
+    ("model", "parts"),
+    [
+        ("yolov8n", {}),
+        ("yolov8n_dynamicbnact", {}),
+        ("yolov8n", {"backbone": "mobilenetv2", "neck": "repgd"}),
+        ("yolov5n_akconv", {}),
+    ],
+)
+def test_batch_norms_are_the_recipe_s(model, parts):
+    assert batch_norms(detkit.create_model(model, **parts)) == {(1e-3, 0.03)}
+
+
+def test_a_foreign_backbone_keeps_its_own_batch_norms():
+    detector = detkit.create_model(backbone="timm", overrides=["backbone.model=tf_efficientnet_lite0"])
+    assert batch_norms(detector.backbone) == batch_norms(timm.create_model("tf_efficientnet_lite0"))
+    assert batch_norms(detector.neck) == batch_norms(detector.head) == {(1e-3, 0.03)}
 
 
 def test_a_side_that_does_not_divide_is_refused():

@@ -236,7 +236,7 @@ def test_torchvision_s_mobilenetv2_comes_back_as_it_was(tmp_path, width):
     x = first
     for layer in official.features[1:18]:
         x = layer(x)
-    torch.testing.assert_close(ours(images)[-1], x, atol=1e-4, rtol=1e-4)  # with the detector's own eps
+    torch.testing.assert_close(ours(images)[-1], x, atol=1e-4, rtol=1e-4)  # with detkit's own eps
 
 
 @pytest.mark.parametrize("name", ["mobilenetv2_100", "mobilenetv2_050"])

@@ -104,14 +104,6 @@ def is_local_main() -> bool:
     return (os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or "0") == "0"
 
 
-def env_rank() -> int:
-    """Return the rank that torchrun's or SLURM's variables give this process; 0 without them."""
-    text = os.environ.get("RANK") or "0"
-    if "RANK" not in os.environ and os.environ.get("SLURM_STEP_NUM_TASKS", "1") != "1":
-        text = os.environ.get("SLURM_PROCID", "0")
-    return int(text) if text.isdecimal() else 0
-
-
 def take_slurm_variables(environment: dict[str, str]) -> None:
     """Where srun started several tasks and no torchrun did, set torchrun's variables from SLURM's, in place.
 

@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from detkit.errors import DetkitError, shorten
+from detkit.layers.conv import batch_norm
 from detkit.registry import BLOCKS
 
 MAX_POINTS = 1000
@@ -44,8 +45,8 @@ class AKConv(nn.Module):
         self.p_conv = nn.Conv2d(c1, 2 * n, 3, s, 1)
         self.p_conv.lr_factor = 0.1  # engine/optimizer.py gives it a parameter group of its own
         nn.init.zeros_(self.p_conv.weight)
-        norm = nn.BatchNorm2d(c2, eps=1e-3, momentum=0.03)
-        self.conv = nn.Sequential(nn.Conv2d(c1, c2, (n, 1), (n, 1), bias=False), norm, nn.SiLU(inplace=True))
+        mix = nn.Conv2d(c1, c2, (n, 1), (n, 1), bias=False)
+        self.conv = nn.Sequential(mix, batch_norm(c2), nn.SiLU(inplace=True))
         grid = transposed_grid(n) if sampling == "tutorial" else base_grid(n)
         self.register_buffer("base_n2", grid, persistent=False)
 

@@ -3,8 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from detkit.errors import DetkitError
 from detkit.registry import BLOCKS
@@ -46,26 +46,9 @@ def per_stage(spec: BlockSpec | Sequence[BlockSpec], stages: int, where: str) ->
     return list(spec)
 
 
-def fold_batch_norm(conv: nn.Conv2d, bn: nn.BatchNorm2d) -> nn.Conv2d:
-    """Return one biased convolution equal to ``bn(conv(x))`` in eval mode."""
-    scale = bn.weight / torch.sqrt(bn.running_var + bn.eps)
-    bias = torch.zeros_like(bn.running_mean) if conv.bias is None else conv.bias
-    folded = nn.Conv2d(
-        conv.in_channels,
-        conv.out_channels,
-        conv.kernel_size,
-        conv.stride,
-        conv.padding,
-        conv.dilation,
-        conv.groups,
-        bias=True,
-        device=conv.weight.device,
-        dtype=conv.weight.dtype,
-    )
-    with torch.no_grad():
-        folded.weight.copy_(conv.weight * scale.view(-1, 1, 1, 1))
-        folded.bias.copy_((bias - bn.running_mean) * scale + bn.bias)
-    return folded.requires_grad_(False)
+def batch_norm(channels: int) -> nn.BatchNorm2d:
+    """Return YOLOv8's batch norm, which all of detkit's own parts have; a foreign backbone keeps its library's."""
+    return nn.BatchNorm2d(channels, eps=1e-3, momentum=0.03)
 
 
 @BLOCKS.register("conv")
@@ -82,7 +65,7 @@ class Conv(nn.Module):
         if k < 1:
             raise DetkitError(f"a convolution has a kernel of k={k}: it needs 1 or more")
         self.conv = nn.Conv2d(c1, c2, k, s, (k - 1) // 2, bias=False)
-        self.bn = nn.BatchNorm2d(c2, eps=1e-3, momentum=0.03)
+        self.bn = batch_norm(c2)
         self.act = nn.SiLU(inplace=True)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -91,5 +74,5 @@ class Conv(nn.Module):
 
     def fuse(self) -> None:
         """Fold the batch norm into the convolution, in place."""
-        self.conv = fold_batch_norm(self.conv, self.bn)
+        self.conv = fuse_conv_bn_eval(self.conv, self.bn)
         self.bn = nn.Identity()

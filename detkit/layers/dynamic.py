@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from detkit.errors import DetkitError
+from detkit.layers.conv import batch_norm
 from detkit.registry import BLOCKS
 
 MAX_EXPERTS = 256
@@ -79,8 +80,8 @@ class DynamicConv(nn.Module):
 
     def __init__(self, c1: int, c2: int, k: int = 1, s: int = 1, groups: int = 1, experts: int = 4) -> None:
         super().__init__()
-        norm = nn.BatchNorm2d(c2, eps=1e-3, momentum=0.03)
-        self.conv = nn.Sequential(RoutedConv2d(c1, c2, k, s, groups, experts), norm, nn.SiLU(inplace=True))
+        routed = RoutedConv2d(c1, c2, k, s, groups, experts)
+        self.conv = nn.Sequential(routed, batch_norm(c2), nn.SiLU(inplace=True))
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, c1, H, W) -> (B, c2, H / s, W / s)."""
@@ -110,7 +111,7 @@ class DynamicBnAct(nn.Module):
         if residual and (c1 != c2 or s != 1):
             raise DetkitError("dynamic_bn_act: residual=true needs a place that keeps size and channels")
         self.conv = DynamicConv(c1, c2, k, s, groups, experts)
-        self.bn1 = nn.BatchNorm2d(c2, eps=1e-3, momentum=0.03)
+        self.bn1 = batch_norm(c2)
         self.act = nn.ReLU(inplace=True)
         self.residual = residual
 

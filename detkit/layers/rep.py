@@ -1,10 +1,13 @@
 """RepVGG: three branches to train, one convolution to deploy (arXiv 2101.03697)."""
 
+import copy
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_conv_bn_weights
 
-from detkit.layers.conv import fold_batch_norm
+from detkit.layers.conv import batch_norm
 
 
 class ConvBN(nn.Module):
@@ -13,7 +16,7 @@ class ConvBN(nn.Module):
     def __init__(self, c1: int, c2: int, k: int = 1, s: int = 1) -> None:
         super().__init__()
         self.conv = nn.Conv2d(c1, c2, k, s, k // 2, bias=False)
-        self.bn = nn.BatchNorm2d(c2, eps=1e-3, momentum=0.03)
+        self.bn: nn.BatchNorm2d | nn.Identity = batch_norm(c2)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return bn(conv(x))."""
@@ -21,7 +24,8 @@ class ConvBN(nn.Module):
 
     def fuse(self) -> None:
         """Fold the batch norm into the convolution, in place."""
-        self.conv = fold_batch_norm(self.conv, self.bn)
+        assert isinstance(self.bn, nn.BatchNorm2d), "it is folded already"
+        self.conv = fuse_conv_bn_eval(self.conv, self.bn)
         self.bn = nn.Identity()
 
 
@@ -41,7 +45,7 @@ class RepVGG(nn.Module):
         self.rbr_dense = ConvBN(c1, c2, 3, s)
         self.rbr_1x1 = ConvBN(c1, c2, 1, s)
         same = c1 == c2 and s == 1
-        self.rbr_identity = nn.BatchNorm2d(c1, eps=1e-3, momentum=0.03) if same else None
+        self.rbr_identity = batch_norm(c1) if same else None
         self.rbr_deployed: nn.Conv2d | None = None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -53,17 +57,19 @@ class RepVGG(nn.Module):
 
     def fuse(self) -> None:
         """Merge the branches into one biased 3x3 convolution, in place."""
-        dense, point = self.rbr_dense, self.rbr_1x1
-        merged = fold_batch_norm(dense.conv, dense.bn)
-        pointwise = fold_batch_norm(point.conv, point.bn)
-        with torch.no_grad():
-            merged.weight += F.pad(pointwise.weight, (1, 1, 1, 1))
-            merged.bias += pointwise.bias
-            if self.rbr_identity is not None:
-                bn = self.rbr_identity
-                scale = bn.weight / torch.sqrt(bn.running_var + bn.eps)
-                index = torch.arange(len(scale), device=scale.device)
-                merged.weight[index, index, 1, 1] += scale
-                merged.bias += bn.bias - bn.running_mean * scale
+        dense, point, identity = self.rbr_dense, self.rbr_1x1, self.rbr_identity
+        branches = [(dense.conv.weight, dense.bn), (F.pad(point.conv.weight, (1, 1, 1, 1)), point.bn)]
+        if identity is not None:
+            branches.append((nn.init.dirac_(torch.empty_like(dense.conv.weight)), identity))
+        kernels, biases = zip(*(_fold(*branch) for branch in branches), strict=True)
+        merged = copy.deepcopy(dense.conv)
+        merged.weight = nn.Parameter(torch.stack(kernels).sum(0), requires_grad=False)
+        merged.bias = nn.Parameter(torch.stack(biases).sum(0), requires_grad=False)
         self.rbr_deployed = merged
         del self.rbr_dense, self.rbr_1x1, self.rbr_identity
+
+
+def _fold(kernel: Tensor, bn: nn.Module) -> tuple[Tensor, Tensor]:
+    """Return the kernel and the bias of a convolution without bias and the batch norm after it, in eval mode."""
+    assert isinstance(bn, nn.BatchNorm2d) and bn.running_mean is not None and bn.running_var is not None
+    return fuse_conv_bn_weights(kernel, None, bn.running_mean, bn.running_var, bn.eps, bn.weight, bn.bias)

@@ -114,8 +114,8 @@ class Detector(nn.Module):
         return Detections(xyxy.cpu(), confidence.cpu(), labels.cpu(), self.class_names, (height, width), path)
 
     def fuse(self) -> "Detector":
-        """Return a copy in its deployed form (batch norms folded, branches merged): equal outputs, for inference."""
-        fused = copy.deepcopy(self).eval()
+        """Return a frozen copy in its deployed form (batch norms folded, branches merged): equal outputs."""
+        fused = copy.deepcopy(self).eval().requires_grad_(False)
         for module in list(fused.modules()):
             if module is not fused and hasattr(module, "fuse"):
                 module.fuse()
@@ -175,9 +175,6 @@ def _compose(cfg: Mapping[str, Any], class_names: Sequence[str]) -> Detector:
     neck = NECKS.build(neck_spec, in_channels=backbone.out_channels, strides=backbone.strides)
     _check_declaration(neck, f"neck '{neck_spec['name']}'")
     head = HEADS.build(cfg["head"], in_channels=neck.out_channels, strides=neck.strides, num_classes=len(class_names))
-    for module in (*backbone.modules(), *neck.modules(), *head.modules()):
-        if isinstance(module, nn.BatchNorm2d):
-            module.eps, module.momentum = 1e-3, 0.03  # YOLOv8's, whatever the part was made with
     head.init_bias()
     return Detector(backbone, neck, head, class_names, cfg).to(memory_format=torch.channels_last)
 

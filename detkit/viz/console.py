@@ -9,8 +9,8 @@ from typing import IO, Any
 from rich.console import Console
 from rich.text import Text
 
-from detkit.distributed.rendezvous import env_rank
 from detkit.errors import DetkitError, printable
+from detkit.ops.processes import env_rank
 
 LEVELS = ("debug", "info", "warning", "error")
 

@@ -62,7 +62,7 @@ def _mobilenetv2(tensors: Mapping[str, Tensor], places: Mapping[str, str]) -> Id
     _take_plain_images(taken, "backbone.features.0.0.weight", "backbone.features.0.1.running_mean")
     for name in [name for name in taken if name.endswith(".running_var")]:
         weight, variance = taken.get(name.replace(".running_var", ".weight")), taken[name]
-        if weight is not None and weight.shape == variance.shape:  # detectors divide by sqrt(var + 1e-3)
+        if weight is not None and weight.shape == variance.shape:  # detkit's divides by sqrt(var + 1e-3)
             taken[name.replace(".running_var", ".weight")] = weight * ((variance + 1e-3) / (variance + 1e-5)).sqrt()
     return Identified("MobileNetV2", mobilenetv2_choices(taken), taken, left_out, "backbone")
 

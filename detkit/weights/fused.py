@@ -5,7 +5,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-EPS = 1e-3  # of every batch norm in a detector
+EPS = 1e-3  # of the batch norms in detkit's own parts
 NORM = ("weight", "bias", "running_mean", "running_var")
 
 

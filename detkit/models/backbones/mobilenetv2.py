@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from detkit.errors import DetkitError
+from detkit.layers.conv import batch_norm
 from detkit.registry import BACKBONES
 
 PLAN = ((1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1), (6, 160, 3, 2), (6, 320, 1, 1))
@@ -15,7 +16,8 @@ PLAN = ((1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1
 class MobileNetV2(nn.Module):
     """Features at strides 4, 8, 16 and 32: of the last block at each.
 
-    Parameters are named as in torchvision's ``mobilenet_v2().features[0:18]``, whose checkpoints load.
+    Parameters are named as in torchvision's ``mobilenet_v2().features[0:18]``, whose checkpoints load. Its batch norms
+    have an eps of 1e-5, these one of 1e-3: ``detkit import_weights`` scales the weights so that they give the same.
 
     Args:
         width: multiplier of all channels, rounded to multiples of 8.
@@ -61,7 +63,7 @@ class InvertedResidual(nn.Module):
         hidden = c1 * expansion
         expand = [_conv_bn_relu6(c1, hidden, 1, 1)] if expansion > 1 else []
         depthwise = _conv_bn_relu6(hidden, hidden, 3, stride, groups=hidden)
-        self.conv = nn.Sequential(*expand, depthwise, nn.Conv2d(hidden, c2, 1, bias=False), nn.BatchNorm2d(c2))
+        self.conv = nn.Sequential(*expand, depthwise, nn.Conv2d(hidden, c2, 1, bias=False), batch_norm(c2))
         self.residual = stride == 1 and c1 == c2
 
     def forward(self, x: Tensor) -> Tensor:
@@ -71,7 +73,7 @@ class InvertedResidual(nn.Module):
 
 def _conv_bn_relu6(c1: int, c2: int, k: int, s: int, groups: int = 1) -> nn.Sequential:
     conv = nn.Conv2d(c1, c2, k, s, k // 2, groups=groups, bias=False)
-    return nn.Sequential(conv, nn.BatchNorm2d(c2), nn.ReLU6(inplace=True))
+    return nn.Sequential(conv, batch_norm(c2), nn.ReLU6(inplace=True))
 
 
 def _rounded(channels: float) -> int:

@@ -22,7 +22,7 @@ PROBE = (64, 96)  # height, width: neither square nor what any model was made fo
 class TimmBackbone(nn.Module):
     """A timm model cut after its last wanted stage; stages are picked by their stride.
 
-    Images are normalised as the model's published weights expect.
+    Images are normalised as the model's published weights expect. Batch norms keep the model's own eps and momentum.
 
     Args:
         model: timm's name, such as resnet18 or convnext_atto.
@@ -76,8 +76,6 @@ class TimmBackbone(nn.Module):
         if weights is not None:
             how = _load_file(self.body, model, Path(weights))
             self.loaded = f"{how}; images are normalised by mean {published.mean} and std {published.std}"
-        if pretrained or weights is not None:
-            _keep_outputs_with_eps(self.body, 1e-3)
         self.strides = tuple(out_strides)
         self.out_channels = tuple(self.body.feature_info.channels())
         self.channels_first = getattr(self.body, "output_fmt", None) is not Format.NHWC
@@ -112,15 +110,6 @@ class TimmBackbone(nn.Module):
         gradients = torch.autograd.grad(sum(f.sum() for f in features), parameters, allow_unused=True)
         for parameter, gradient in zip(parameters, gradients, strict=True):
             parameter.requires_grad_(gradient is not None)
-
-
-@torch.no_grad()
-def _keep_outputs_with_eps(body: nn.Module, eps: float) -> None:
-    """Scale the batch norms' weights so that they give the same with the detector's ``eps`` as with their own."""
-    for norm in body.modules():
-        if isinstance(norm, nn.BatchNorm2d) and norm.affine:
-            norm.weight *= ((norm.running_var + eps) / (norm.running_var + norm.eps)).sqrt()
-            norm.eps = eps
 
 
 def _load_file(body: nn.Module, model: str, path: Path) -> str:
