@@ -35,8 +35,13 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         pytest.skip("needs a GPU")
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begin with the files that hold slow tests, so that at the end no process is left alone with one."""
+    """Mark kill and fuzz tests slow, too; begin with the files that hold slow tests, so that at the end no process is
+    left alone with one."""
+    for item in items:
+        if item.get_closest_marker("kill") or item.get_closest_marker("fuzz"):
+            item.add_marker(pytest.mark.slow)
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)
 
