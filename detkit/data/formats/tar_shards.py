@@ -184,8 +184,9 @@ def _load(file: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise DetkitError(f"{file} is malformed json: {error}") from None
     about = about if isinstance(about, dict) else {}
-    names, shards = about.get("class_names"), about.get("shards")
-    ids: Any = about.setdefault("category_ids", list(range(len(names))) if isinstance(names, list) else [])
+    names: Any = about.get("class_names")
+    shards: Any = about.get("shards")
+    ids = about.setdefault("category_ids", list(range(len(names))) if isinstance(names, list) else [])
     if not (_is_list(names, lambda v: isinstance(v, str)) and names):
         raise DetkitError(f"{file}: 'class_names' must be a list of different names")
     check_class_names(names, f"{file}: 'class_names'")
