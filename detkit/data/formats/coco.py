@@ -90,8 +90,8 @@ def _split_files(root: str | int, keys: Mapping[str, tuple[Any, Any]]) -> dict[s
         if split in TRAINED or typed or place[0].exists():
             found[split] = place
     taken = {os.path.realpath(file) for file, _ in found.values()}
-    others = [(file.stem.removeprefix("instances_"), file) for file in base.glob("annotations/instances_*.json")]
-    places = {name: (file, base / "images" / name) for name, file in others}
+    named = [(file.stem.removeprefix("instances_"), file) for file in base.glob("annotations/instances_*.json")]
+    places = {name: (file, base / "images" / name) for name, file in named}
     places |= {file.parent.name: (file, file.parent) for file in base.glob(f"*/{ROBOFLOW}")}
     for name, (file, images) in sorted(places.items()):
         if name and name not in keys and os.path.realpath(file) not in taken and images.is_dir():

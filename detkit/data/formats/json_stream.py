@@ -106,7 +106,7 @@ class _Reader:
     def at_end(self) -> bool:
         """Pass over white space; return whether nothing comes after it."""
         while True:
-            self.advance(_spaces(self.text, self.at).end() - self.at)
+            self.advance(_spaces(self.text, self.at).end() - self.at)  # type: ignore[union-attr]  # it always matches
             if self.at < len(self.text) or not self.more():
                 return self.at == len(self.text)
 

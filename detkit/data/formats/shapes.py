@@ -77,7 +77,8 @@ def _draw_split(root: Path, split: str, count: int, seed: int) -> None:
     """Write ``count`` JPEGs and their COCO json."""
     image_dir = root / "images" / split
     image_dir.mkdir(parents=True)
-    images, annotations = [], []
+    images: list[dict] = []
+    annotations: list[dict] = []
     for k in range(count):
         image, objects = draw_image(np.random.default_rng((seed, k)))
         name = f"{k:04d}.jpg"

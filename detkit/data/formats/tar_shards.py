@@ -132,7 +132,7 @@ def write_webdataset(annotations: Annotations, folder: Path, split: str, shard_i
             with _appearing(folder / name) as scratch, tarfile.open(scratch, "w", format=tarfile.GNU_FORMAT) as archive:
                 for row in rows:
                     path = annotations.paths[row]
-                    _add(archive, f"{row:08d}{path.suffix.lower()}", read_bytes(path))
+                    _add(archive, f"{row:08d}{path.suffix.lower()}", read_bytes(path).tobytes())
                     _add(archive, f"{row:08d}.json", json.dumps(_label(annotations, row)).encode())
             shards.append({"file": name, "images": len(rows)})
         about = {"class_names": annotations.class_names, "category_ids": annotations.category_ids, "shards": shards}
@@ -156,7 +156,7 @@ def _label(annotations: Annotations, row: int) -> dict[str, Any]:
     return {"id": int(annotations.image_ids[row]), "width": width, "height": height, "file": name, **columns}
 
 
-def _add(archive: tarfile.TarFile, name: str, data: bytes | np.ndarray) -> None:
+def _add(archive: tarfile.TarFile, name: str, data: bytes) -> None:
     member = tarfile.TarInfo(name)
     member.size, member.mode = len(data), 0o644
     archive.addfile(member, BytesIO(data))
@@ -184,7 +184,8 @@ def _load(file: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise DetkitError(f"{file} is malformed json: {error}") from None
     about = about if isinstance(about, dict) else {}
-    names, shards = about.get("class_names"), about.get("shards")
+    names: Any = about.get("class_names")
+    shards: Any = about.get("shards")
     ids = about.setdefault("category_ids", list(range(len(names))) if isinstance(names, list) else [])
     if not (_is_list(names, lambda v: isinstance(v, str)) and names):
         raise DetkitError(f"{file}: 'class_names' must be a list of different names")
@@ -210,7 +211,8 @@ def _is_shard(entry: Any) -> bool:
 
 def _read_shard(shard: Path, listed: int, builder: AnnotationBuilder) -> None:
     """Append the samples of one tar file, of which ``listed`` are expected."""
-    found, damage, seen = 0, "", set()
+    found, damage = 0, ""
+    seen: set[str] = set()
     try:
         with open_regular(shard) as file, tarfile.open(fileobj=file, mode="r:") as archive:
             for _, members in itertools.groupby(_members(archive, shard.stat().st_size), lambda m: _split(m.name)[0]):
@@ -225,7 +227,7 @@ def _members(archive: tarfile.TarFile, end: int) -> Iterator[tarfile.TarInfo]:
     """Yield the plain files of an archive of ``end`` bytes."""
     last = -1
     while (member := archive.next()) is not None:
-        archive.members.clear()  # it would keep all of them
+        archive.members.clear()  # type: ignore[attr-defined]  # it would keep all of them
         if member.offset <= last or member.size < 0 or member.issparse():  # a sparse file may claim any size
             raise tarfile.ReadError(f"member '{member.name}' is not a plain file")
         if member.offset_data + member.size > end:
@@ -271,7 +273,7 @@ def _read_sample(
         try:
             if label.size > MAX_JSON:
                 raise ValueError(f"it is larger than {MAX_JSON} bytes")
-            _append(path, json.loads(archive.extractfile(label).read()), builder)
+            _append(path, json.loads(archive.extractfile(label).read()), builder)  # type: ignore[union-attr]  # a plain file
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError) as error:
             words = f"{label.name} must be json with 'boxes' [[x1, y1, x2, y2], ...] and as many 'labels': {error}"
             log.add("unreadable_labels", path, None, words)
@@ -291,7 +293,7 @@ def _append(path: str, record: dict[str, Any], builder: AnnotationBuilder) -> No
     stated = (record.get("height") or 0, record.get("width") or 0)
     if not all(is_whole(side) and 0 <= side < 2**31 for side in stated):
         raise ValueError("'height' and 'width' are whole pixels")
-    image_id = record.get("id")
+    image_id = record.get("id", -1)
     image = builder.add_image(path, image_id if is_whole(image_id) else -1, stated)
     for k, (box, label, area, is_crowd) in enumerate(rows):
         if not (_is_list(box, lambda v: _is_number(v, LARGEST)) and len(box) == 4 and is_whole(label)):
