@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 from detkit.errors import DetkitError
@@ -174,12 +175,13 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, h, w) -> (B, C, h, w)."""
+        h, w = x.shape[-2:]
         q, k, v = (
-            conv(x).flatten(2).unflatten(1, (self.heads, -1)).transpose(2, 3)
+            rearrange(conv(x), "b (heads d) h w -> b heads (h w) d", heads=self.heads)
             for conv in (self.to_q, self.to_k, self.to_v)
-        )  # (B, heads, positions, d)
+        )
         mixed = F.scaled_dot_product_attention(q, k, v, scale=1.0)
-        return self.proj(mixed.transpose(2, 3).flatten(1, 2).unflatten(2, x.shape[-2:]))
+        return self.proj(rearrange(mixed, "b heads (h w) d -> b (heads d) h w", h=h, w=w))
 
 
 class Mlp(nn.Module):
