@@ -7,7 +7,7 @@ C classes, N boxes of one image. Boxes are xyxy in pixels of the image they belo
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import numpy as np
 import torch
@@ -27,7 +27,7 @@ class SampleKey(NamedTuple):
     """
 
     epoch: int
-    index: int
+    index: int  # type: ignore[assignment]  # hides tuple.index, which nobody asks a key for
     repeat: int = 0
     mosaic_pool: list[int] | None = None
 
@@ -104,8 +104,8 @@ class Batch:
         return self._map(Tensor.pin_memory)
 
     def _map(self, move: Callable[[Tensor], Tensor]) -> "Batch":
-        tensors = map(move, (self.images, self.boxes_bm4, self.labels_bm, self.valid_bm))
-        return Batch(*tensors, self.metas, self.issues, self.position)
+        images, boxes, labels, valid = map(move, (self.images, self.boxes_bm4, self.labels_bm, self.valid_bm))
+        return Batch(images, boxes, labels, valid, self.metas, self.issues, self.position)
 
 
 @dataclass
@@ -124,7 +124,7 @@ class DenseOutput:
     points: Tensor
     strides: Tensor
 
-    def of_no_image(self) -> "DenseOutput":
+    def of_no_image(self) -> Self:
         """Return the predictions for the first 0 images of the batch, still a function of the weights."""
         return replace(self, cls=self.cls[:0], reg=self.reg[:0])
 
@@ -145,7 +145,7 @@ class AnchorOutput(DenseOutput):
     anchors: Tensor
     levels: tuple[tuple[int, int, int], ...]
 
-    def of_no_image(self) -> "AnchorOutput":
+    def of_no_image(self) -> Self:
         """Return the predictions for the first 0 images of the batch, still a function of the weights."""
         return replace(super().of_no_image(), objectness=self.objectness[:0])
 

@@ -32,6 +32,7 @@ class AKConv(nn.Module):
     """
 
     slot = "conv"
+    base_n2: Tensor
 
     def __init__(self, c1: int, c2: int, k: int = 3, s: int = 1, n: int = 3, sampling: str = "paper") -> None:
         super().__init__()
@@ -43,7 +44,8 @@ class AKConv(nn.Module):
         self.stride = s
         self.sampling = sampling
         self.p_conv = nn.Conv2d(c1, 2 * n, 3, s, 1)
-        self.p_conv.lr_factor = 0.1  # engine/optimizer.py gives it a parameter group of its own
+        # engine/optimizer.py gives it a parameter group of its own
+        self.p_conv.lr_factor = 0.1  # type: ignore[assignment]
         nn.init.zeros_(self.p_conv.weight)
         mix = nn.Conv2d(c1, c2, (n, 1), (n, 1), bias=False)
         self.conv = nn.Sequential(mix, batch_norm(c2), nn.SiLU(inplace=True))

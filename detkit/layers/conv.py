@@ -27,10 +27,14 @@ def build_block(slot: str, spec: BlockSpec, *args: Any) -> nn.Module:
     if not isinstance(spec, (str, Mapping)):
         raise DetkitError(f"a {slot} block is a name or a mapping {{name, arguments}}, not {spec}")
     spec = {"name": spec} if isinstance(spec, str) else spec
-    fits = [name for name in BLOCKS.names() if BLOCKS.get(name).slot == slot]
-    if "name" in spec and BLOCKS.get(spec["name"]).slot != slot:
+    fits = [name for name in BLOCKS.names() if _slot(name) == slot]
+    if "name" in spec and _slot(spec["name"]) != slot:
         raise DetkitError(f"block '{spec['name']}' does not fit a {slot} slot: those that do are {', '.join(fits)}")
     return BLOCKS.build(spec, *args)
+
+
+def _slot(name: str) -> str | None:
+    return getattr(BLOCKS.get(name), "slot", None)
 
 
 def per_stage(spec: BlockSpec | Sequence[BlockSpec], stages: int, where: str) -> list[BlockSpec]:
@@ -39,7 +43,7 @@ def per_stage(spec: BlockSpec | Sequence[BlockSpec], stages: int, where: str) ->
     Raises:
         DetkitError: a list of another length; ``where`` names the config key.
     """
-    if not isinstance(spec, (list, tuple)):
+    if isinstance(spec, str) or not isinstance(spec, Sequence):
         return [spec] * stages
     if len(spec) != stages:
         raise DetkitError(f"{where} lists {len(spec)} blocks: give one, or one for each of the {stages} stages")
@@ -65,7 +69,7 @@ class Conv(nn.Module):
         if k < 1:
             raise DetkitError(f"a convolution has a kernel of k={k}: it needs 1 or more")
         self.conv = nn.Conv2d(c1, c2, k, s, (k - 1) // 2, bias=False)
-        self.bn = batch_norm(c2)
+        self.bn: nn.BatchNorm2d | nn.Identity = batch_norm(c2)
         self.act = nn.SiLU(inplace=True)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -74,5 +78,6 @@ class Conv(nn.Module):
 
     def fuse(self) -> None:
         """Fold the batch norm into the convolution, in place."""
+        assert isinstance(self.bn, nn.BatchNorm2d), "it is folded already"
         self.conv = fuse_conv_bn_eval(self.conv, self.bn)
         self.bn = nn.Identity()

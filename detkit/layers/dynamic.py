@@ -21,6 +21,8 @@ class MixedConv2d(nn.Module):
         experts: E, each stored flat as (out * in / groups * k * k).
     """
 
+    bias: nn.Parameter | None
+
     def __init__(self, c1: int, c2: int, k: int, s: int, groups: int, experts: int) -> None:
         super().__init__()
         self.kernel_shape = (c2, c1 // groups, k, k)
@@ -51,7 +53,8 @@ class MixedConv2d(nn.Module):
             F.conv2d(x, expert.view(self.kernel_shape), None, self.stride, k // 2, groups=self.groups)
             for expert in self.weight
         ]
-        out = sum(y * r.view(-1, 1, 1, 1) for y, r in zip(outputs, routing_be.unbind(1), strict=True))
+        shares = zip(outputs, routing_be.unbind(1), strict=True)
+        out = sum((y * r.view(-1, 1, 1, 1) for y, r in shares), start=x.new_zeros(()))
         return out if self.bias is None else out + self.bias.view(-1, 1, 1)
 
 
@@ -89,7 +92,10 @@ class DynamicConv(nn.Module):
 
     def fuse(self) -> None:
         """Fold the batch norm into every expert, and its shift into one bias, in place."""
-        mixed, bn = self.conv[0].cond_conv, self.conv[1]
+        routed, bn = self.conv[0], self.conv[1]
+        assert isinstance(routed, RoutedConv2d) and isinstance(bn, nn.BatchNorm2d), "it is folded already"
+        assert bn.running_mean is not None and bn.running_var is not None
+        mixed = routed.cond_conv
         with torch.no_grad():
             scale = bn.weight / torch.sqrt(bn.running_var + bn.eps)
             experts = mixed.weight.view(-1, *mixed.kernel_shape) * scale.view(-1, 1, 1, 1)

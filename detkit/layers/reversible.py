@@ -20,10 +20,11 @@ Backward therefore needs the last column's features only. Two things keep its gr
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import once_differentiable
 
 Features = tuple[Tensor, ...]
 Kept = Tensor | slice | None  # channels of a feature to remember: indices, all, or none
@@ -128,7 +129,7 @@ class _Reversible(torch.autograd.Function):
     """Alphas and parameters are arguments, so that autograd (and whatever hooks into it) sees their gradients."""
 
     @staticmethod
-    def forward(ctx: FunctionCtx, columns: Columns, keep: frozenset[int], x: Tensor, num_alphas: int, *rest: Tensor):
+    def forward(ctx: Any, columns: Columns, keep: frozenset[int], x: Tensor, num_alphas: int, *rest: Tensor):
         alphas = _rows(rest[:num_alphas], len(columns.levels[0]))
         ctx.channels = channels_to_keep(alphas, keep, x.dtype)
         features = columns.run_column(0, x, None, (), x.dtype)
@@ -147,23 +148,26 @@ class _Reversible(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, *grads: Tensor | None):
+    def backward(ctx: Any, *grads: Tensor | None):
         columns: Columns = ctx.columns
         depth, num_rest = len(columns.levels[0]), ctx.num_alphas + len(columns.parameters())
         x, *saved = ctx.saved_tensors
-        features = saved[:depth]
+        features: Sequence[Tensor] = saved[:depth]
         alphas = _rows(saved[depth : depth + ctx.num_alphas], depth)
         kept = iter(saved[depth + num_rest :])
         known = [[None if c is None else (c, next(kept)) for c in channels] for channels in ctx.channels]
-        grads = [torch.zeros_like(f, dtype=x.dtype) if g is None else g for f, g in zip(features, grads, strict=True)]
+        flowing: Sequence[Tensor] = [
+            torch.zeros_like(f, dtype=x.dtype) if g is None else g for f, g in zip(features, grads, strict=True)
+        ]
         grad_x = torch.zeros_like(x)
         grad_alphas: list[Tensor] = []
         grad_parameters: list[Tensor | None] = []
         device, dtype, enabled = ctx.autocast
         with torch.autocast(device, dtype, enabled, cache_enabled=False):
             for k in reversed(range(len(columns.levels))):
-                step = _undo(columns, k, x, features, grads, alphas[k - 1] if k else None, known[k - 1] if k else None)
-                features, grads = step.features, step.grads
+                alphas_k, known_k = (alphas[k - 1], known[k - 1]) if k else (None, None)
+                step = _undo(columns, k, x, features, flowing, alphas_k, known_k)
+                features, flowing = step.features, step.grads
                 grad_x += step.grad_x
                 grad_alphas[:0] = step.grad_alphas
                 grad_parameters[:0] = step.grad_parameters
@@ -174,8 +178,8 @@ class _Reversible(torch.autograd.Function):
 class _Step:
     """One column undone: the features before it, the gradients to them, to x, to its alphas and its parameters."""
 
-    features: list[Tensor | None]
-    grads: list[Tensor | None]
+    features: list[Tensor]
+    grads: list[Tensor]
     grad_x: Tensor
     grad_alphas: list[Tensor]
     grad_parameters: list[Tensor | None]
@@ -199,7 +203,7 @@ def _undo(
     """
     depth = len(features)
     grads = list(grads)
-    step = _Step([None] * depth, [None] * depth, torch.zeros_like(x), [], [])
+    step = _Step(list(features), list(grads), torch.zeros_like(x), [], [])  # each overwritten, but for the first column
     for level in reversed(range(depth)):
         lower = (features[level - 1] if level else x).detach().to(x.dtype).requires_grad_()
         upper = None
@@ -218,7 +222,7 @@ def _undo(
         if upper is not None:
             step.grads[level + 1] = step.grads[level + 1] + next(found)
         step.grad_parameters[:0] = [next(found) if p.requires_grad else None for p in parameters]
-        if alphas is not None:
+        if alphas is not None and known is not None:
             before = _before(features[level], out.detach(), alphas[level], known[level])
             step.features[level] = before
             step.grads[level] = alphas[level] * grads[level]

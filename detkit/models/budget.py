@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -10,10 +11,12 @@ from torch.nn.modules import module as hooks
 from detkit.errors import DetkitError
 from detkit.ops.memory import free_memory, gib
 
+Module = TypeVar("Module", bound=nn.Module)
+
 MAX_MODULES = 30_000  # RevCol-XL and timm's largest have some 5,000
 
 
-def sketch(make: Callable[[], nn.Module], copies: int = 1) -> nn.Module | None:
+def sketch(make: Callable[[], Module], copies: int = 1) -> Module | None:
     """Return what ``make`` returns, on the meta device: shapes, and no memory.
 
     None: it cannot be made so, as a part looks at values, or is wrong: making it in earnest will tell.

@@ -4,7 +4,7 @@ import copy
 import stat
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -35,12 +35,13 @@ class Detector(nn.Module):
         self, backbone: nn.Module, neck: nn.Module, head: nn.Module, class_names: Sequence[str], cfg: Mapping[str, Any]
     ) -> None:
         super().__init__()
-        self.backbone = backbone
-        self.neck = neck
-        self.head = head
+        # A part is known by what it has, such as strides, not by a base class.
+        self.backbone = cast("Any", backbone)
+        self.neck = cast("Any", neck)
+        self.head = cast("Any", head)
         self.class_names = tuple(class_names)
         self.cfg = dict(cfg)
-        self.max_stride = max(*backbone.strides, *head.strides)
+        self.max_stride = max(*self.backbone.strides, *self.head.strides)
 
     def forward(self, images: Tensor) -> DenseOutput:
         """(B, 3, H, W) float RGB in 0..1 -> DenseOutput.
@@ -117,8 +118,8 @@ class Detector(nn.Module):
         """Return a frozen copy in its deployed form (batch norms folded, branches merged): equal outputs."""
         fused = copy.deepcopy(self).eval().requires_grad_(False)
         for module in list(fused.modules()):
-            if module is not fused and hasattr(module, "fuse"):
-                module.fuse()
+            if module is not fused and callable(fuse := getattr(module, "fuse", None)):
+                fuse()
         return fused.to(memory_format=torch.channels_last)
 
 

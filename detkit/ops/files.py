@@ -6,8 +6,9 @@ import os
 import stat
 import tempfile
 from collections.abc import Collection, Iterator
+from io import BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import yaml
 
@@ -22,7 +23,7 @@ NULL_TAG, MERGE_TAG, TEXT_TAG, INT_TAG = (f"tag:yaml.org,2002:{kind}" for kind i
 WORD_TAGS = {NULL_TAG, *(f"tag:yaml.org,2002:{kind}" for kind in ("bool", "int", "float", "timestamp", "value"))}
 
 
-def open_regular(path: str | Path) -> BinaryIO:
+def open_regular(path: str | Path) -> BufferedReader:
     """Open a regular file for reading bytes.
 
     Raises:

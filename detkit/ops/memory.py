@@ -12,9 +12,9 @@ def free_memory() -> int:
     except (OSError, StopIteration):
         free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     try:
-        limit, used = (Path(f"/sys/fs/cgroup/memory.{name}").read_text().strip() for name in ("max", "current"))
+        limit, current = (Path(f"/sys/fs/cgroup/memory.{name}").read_text().strip() for name in ("max", "current"))
         stat = dict(line.split() for line in Path("/sys/fs/cgroup/memory.stat").read_text().splitlines())
-        used = int(used) - int(stat["inactive_file"])  # which the kernel gives back when asked
+        used = int(current) - int(stat["inactive_file"])  # which the kernel gives back when asked
         return free if limit == "max" else max(min(free, int(limit) - used), 0)
     except (OSError, ValueError, KeyError):
         return free

@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def make_grid_points(
-    sizes: Sequence[tuple[int, int]], strides: Sequence[int], device: torch.device
+    sizes: Sequence[tuple[int, ...]], strides: Sequence[int], device: torch.device
 ) -> tuple[Tensor, Tensor]:
     """Centres of the cells of several feature maps, level after level, row after row.
 

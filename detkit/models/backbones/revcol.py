@@ -70,7 +70,8 @@ class RevCol(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """(B, 3, H, W), sides dividing by 32 -> the last column's features at ``strides``."""
         x = self.stem(x)
-        x = x.to(self.stem[0].weight.dtype)  # under autocast, too, the chain of columns stays as exact as the weights
+        # under autocast, too, the chain of columns stays as exact as the weights
+        x = x.to(self.stem.get_parameter("0.weight").dtype)
         subnets = [getattr(self, f"subnet{k}") for k in range(self.columns)]
         alphas = [subnet.alphas() for subnet in subnets[1:]]
         noise = [subnet.draw_noise(len(x), x.device) if self.training else [None] * 4 for subnet in subnets]
@@ -104,7 +105,7 @@ class Column(nn.Module):
         for k in range(len(channels)):
             setattr(self, f"level{k}", Level(channels, k, rates[k], first))
 
-    def levels(self) -> list[nn.Module]:
+    def levels(self) -> list["Level"]:
         """Return the four levels, finest first."""
         return [getattr(self, f"level{k}") for k in range(4)]
 
@@ -210,4 +211,5 @@ def _away_from_zero(alpha: Tensor) -> Tensor:
 def _init_weights(module: nn.Module) -> None:
     if isinstance(module, (nn.Conv2d, nn.Linear)):
         nn.init.trunc_normal_(module.weight, std=0.02)
+        assert module.bias is not None  # all of them have one
         nn.init.zeros_(module.bias)

@@ -5,7 +5,7 @@ timm is imported where it is needed: every command would wait for it otherwise.
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -39,6 +39,9 @@ class TimmBackbone(nn.Module):
             weights that cannot be had or do not fit.
     """
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(
         self,
         model: str = "resnet18",
@@ -63,7 +66,8 @@ class TimmBackbone(nn.Module):
             )
         stages = [len(strides) - 1 - strides[::-1].index(stride) for stride in out_strides]  # the last at each stride
         try:
-            self.body = timm.create_model(model, pretrained, features_only=True, out_indices=stages, **arguments)
+            body = timm.create_model(model, pretrained, features_only=True, out_indices=stages, **arguments)
+            self.body = cast("Any", body)  # of many classes, each with a feature_info
         except Exception as error:  # whatever a download can raise
             if not pretrained:
                 raise
@@ -72,6 +76,7 @@ class TimmBackbone(nn.Module):
                 "connect to the internet, or set backbone.pretrained=false"
             ) from None
         published = timm.get_pretrained_cfg(model)
+        assert published is not None  # as timm has the model
         self.loaded = None
         if weights is not None:
             how = _load_file(self.body, model, Path(weights))
@@ -141,8 +146,8 @@ def _by_name(own: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> dict[st
     wanted = {name: name.removeprefix("model.").replace(".", "_") for name in own}
     first = next(iter(wanted.values()))
     for prefix in {name.removesuffix(first) for name in flat if name.endswith(first)}:
-        found = {name: flat.get(f"{prefix}{flattened}") for name, flattened in wanted.items()}
-        if all(tensor is not None and tensor.shape == own[name].shape for name, tensor in found.items()):
+        found = {name: flat[key] for name, end in wanted.items() if (key := f"{prefix}{end}") in flat}
+        if len(found) == len(own) and all(tensor.shape == own[name].shape for name, tensor in found.items()):
             return found
     return {}
 
@@ -160,8 +165,10 @@ def _by_order(own: Mapping[str, Tensor], theirs: Mapping[str, Tensor], model: st
 
     with torch.device("meta"):
         whole = [name for name in timm.create_model(model).state_dict() if not name.endswith("num_batches_tracked")]
-    classifiers = timm.get_pretrained_cfg(model).classifier
-    classifiers = (classifiers,) if isinstance(classifiers, str) else tuple(classifiers or ())
+    published = timm.get_pretrained_cfg(model)
+    assert published is not None  # as timm has the model
+    layers = published.classifier
+    classifiers = (layers,) if isinstance(layers, str) else tuple(layers or ())
     headless = [name for name in whole if name.rpartition(".")[0] not in classifiers]
     start = f"backbone.weights={path} does not fit timm model '{model}', neither by its names nor in order"
     if len(theirs) not in (len(whole), len(headless)):
@@ -184,10 +191,11 @@ def _survey(model: str) -> tuple[dict[str, Any], list[int]]:
 
     if not timm.is_model(model):
         raise DetkitError(f"timm has no model '{model}'{nearest(model, timm.list_models())}")
-    for arguments in ({"strict_img_size": False}, {}):  # Swin's, which other models do not know
+    attempts: tuple[dict[str, Any], ...] = ({"strict_img_size": False}, {})  # Swin's, which other models do not know
+    for arguments in attempts:
         try:
             with torch.device("meta"):
-                body = timm.create_model(model, features_only=True, **arguments)
+                body: Any = timm.create_model(model, features_only=True, **arguments)
             return arguments, list(body.feature_info.reduction())
         except TypeError:
             continue

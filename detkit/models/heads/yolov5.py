@@ -24,6 +24,7 @@ class YOLOv5Head(nn.Module):
     """
 
     output = AnchorOutput
+    anchors_la2: Tensor
 
     def __init__(
         self,
@@ -44,7 +45,7 @@ class YOLOv5Head(nn.Module):
         """Start from about 8 objects an image of 640 px, each class as likely as 0.6 in all of them."""
         with torch.no_grad():
             for conv, stride in zip(self.predictions, self.strides, strict=True):
-                bias_ao = conv.bias.view(self.anchors_la2.shape[1], -1)
+                bias_ao = conv.get_parameter("bias").view(self.anchors_la2.shape[1], -1)
                 bias_ao[:, 4] += math.log(8 / (640 / stride) ** 2)
                 bias_ao[:, 5:] += math.log(0.6 / (self.num_classes - 0.99999))
 
@@ -56,7 +57,7 @@ class YOLOv5Head(nn.Module):
             batch, _, h, w = x.shape
             maps.append(conv(x).permute(0, 2, 3, 1).reshape(batch, h * w * per_cell, 5 + self.num_classes))
             anchors.append(anchors_a2.repeat(h * w, 1))
-        sizes = [x.shape[-2:] for x in features]
+        sizes = [(x.shape[-2], x.shape[-1]) for x in features]
         points, strides = make_grid_points(sizes, self.strides, features[0].device)
         reg, objectness, cls = torch.cat(maps, 1).split((4, 1, self.num_classes), -1)
         return AnchorOutput(

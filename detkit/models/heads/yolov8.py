@@ -52,8 +52,8 @@ class YOLOv8Head(nn.Module):
         """Start from about 5 objects an image of 640 px, of unknown class, and from small boxes."""
         with torch.no_grad():
             for box, cls, stride in zip(self.box_branches, self.cls_branches, self.strides, strict=True):
-                box[-1].bias.fill_(1.0)
-                cls[-1].bias.fill_(math.log(5 / self.num_classes / (640 / stride) ** 2))
+                box.get_parameter("2.bias").fill_(1.0)
+                cls.get_parameter("2.bias").fill_(math.log(5 / self.num_classes / (640 / stride) ** 2))
 
     def forward(self, features: Sequence[Tensor]) -> DenseOutput:
         """Features (B, c, h, w), finest first -> DenseOutput over all their points."""

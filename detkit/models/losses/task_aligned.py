@@ -1,5 +1,7 @@
 """YOLOv8's loss: task-aligned assignment, BCE on classes, CIoU and distribution focal loss on boxes."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -44,7 +46,7 @@ class TaskAlignedLoss(nn.Module):
         if topk < 1:
             raise DetkitError(f"loss.topk={topk} must be a whole number, 1 or more")
         self.gains = {"box": box, "cls": cls, "dfl": dfl}
-        self.assigner = {"topk": topk, "alpha": alpha, "beta": beta}
+        self.assigner: dict[str, Any] = {"topk": topk, "alpha": alpha, "beta": beta}
 
     @torch.autocast("cpu", enabled=False)
     @torch.autocast("cuda", enabled=False)

@@ -81,7 +81,7 @@ class YOLOv5Loss(nn.Module):
                 "cls": terms["cls"] + classes,
             }
         pixels = out.levels[0][0] * out.levels[0][1] * out.strides[0, 0] ** 2
-        scale = {"box": 1.0, "obj": pixels / 640**2, "cls": out.cls.shape[-1] / 80}
+        scale: dict[str, Tensor | float] = {"box": 1.0, "obj": pixels / 640**2, "cls": out.cls.shape[-1] / 80}
         return {name: terms[name] * gain * scale[name] * 3 / levels for name, gain in self.gains.items()}
 
 

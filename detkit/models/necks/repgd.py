@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 from detkit.errors import DetkitError
@@ -76,7 +77,7 @@ class RepGD(nn.Module):
             raise DetkitError(f"neck.drop_path={drop_path} must be a number from 0 to below 1")
         c2, c3, c4, c5 = in_channels
         p3, p4, p5 = (scaled_width(base, width, max_channels) for base in widths)
-        self.context = nn.Identity()
+        self.context: nn.Module = nn.Identity()
         if context:
             widened = scaled_width(CONTEXT_WIDTH, width, max_channels)
             self.context = build_block("context", context, c5, widened)
@@ -170,16 +171,17 @@ class Attention(nn.Module):
         self.to_k = ConvBN(channels, heads * key)
         self.to_v = ConvBN(channels, heads * value)
         self.proj = nn.Sequential(nn.ReLU6(), ConvBN(heads * value, channels))
-        nn.init.zeros_(self.proj[1].bn.weight)
+        nn.init.zeros_(self.proj.get_parameter("1.bn.weight"))
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, h, w) -> (B, C, h, w)."""
+        h, w = x.shape[-2:]
         q, k, v = (
-            conv(x).flatten(2).unflatten(1, (self.heads, -1)).transpose(2, 3)
+            rearrange(conv(x), "b (heads d) h w -> b heads (h w) d", heads=self.heads)
             for conv in (self.to_q, self.to_k, self.to_v)
-        )  # (B, heads, positions, d)
+        )
         mixed = F.scaled_dot_product_attention(q, k, v, scale=1.0)
-        return self.proj(mixed.transpose(2, 3).flatten(1, 2).unflatten(2, x.shape[-2:]))
+        return self.proj(rearrange(mixed, "b heads (h w) d -> b (heads d) h w", h=h, w=w))
 
 
 class Mlp(nn.Module):
@@ -190,7 +192,7 @@ class Mlp(nn.Module):
         self.fc1 = ConvBN(channels, channels)
         self.dwconv = nn.Conv2d(channels, channels, 3, padding=1, groups=channels)
         self.fc2 = ConvBN(channels, channels)
-        nn.init.zeros_(self.fc2.bn.weight)
+        nn.init.zeros_(self.fc2.get_parameter("bn.weight"))
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, h, w) -> (B, C, h, w)."""
@@ -271,12 +273,12 @@ def _unassumed(size: int) -> int:
     return size
 
 
-def _pool(x: Tensor, size: tuple[int, int]) -> Tensor:
+def _pool(x: Tensor, size: tuple[int, ...]) -> Tensor:
     (height, width), (h, w) = x.shape[-2:], size
     if torch.compiler.is_exporting() or height % h or width % w:
-        return F.adaptive_avg_pool2d(x, size)
+        return F.adaptive_avg_pool2d(x, (h, w))
     return F.avg_pool2d(x, (height // h, width // w))  # the same, with deterministic gradients on a GPU
 
 
-def _resize(x: Tensor, size: tuple[int, int]) -> Tensor:
+def _resize(x: Tensor, size: tuple[int, ...]) -> Tensor:
     return F.interpolate(x, size, mode="bilinear", align_corners=False)
