@@ -7,8 +7,6 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 
@@ -24,7 +22,7 @@ from detkit.config import load_config
 from detkit.data.dataset import DetectionDataset, LetterboxDataset
 from detkit.data.formats.shapes import read_shapes
 from detkit.data.loader import BatchLoader
-from detkit.distributed import process_group, rendezvous, sync_batch_norm
+from detkit.distributed import process_group, rendezvous
 from detkit.distributed.collectives import world_size
 from detkit.distributed.sync_batch_norm import SyncBatchNorm, convert_sync_batchnorm
 from detkit.engine.evaluator import evaluate
@@ -41,7 +39,6 @@ CASES = {  # model, batch norms, images of a batch
     "boxes on one rank only": ("yolov8n", "frozen", 4),
     "an image for one rank only": ("yolov8n", "frozen", 6),
     "synchronised": ("yolov8n", "sync", 6),
-    "synchronised by torch": ("yolov8n", "sync", 6),
     "anchors": ("yolov5n", "sync", 4),
 }
 
@@ -101,51 +98,6 @@ def normalise(norm: nn.BatchNorm2d, share: slice) -> dict[str, torch.Tensor]:
     return {"x": x.grad, "grad_weight": norm.weight.grad, "grad_bias": norm.bias.grad, **norm.state_dict()}
 
 
-class Kernels:
-    """What torch's SyncBatchNorm computes with, which is there on a GPU only."""
-
-    @staticmethod
-    def batch_norm_stats(x, eps):
-        var, mean = torch.var_mean(x, (0, 2, 3), correction=0)
-        return mean, (var + eps).rsqrt()
-
-    @staticmethod
-    def batch_norm_gather_stats_with_counts(x, means, scales, running_mean, running_var, momentum, eps, counts):
-        shares, total = (counts / counts.sum())[:, None], counts.sum()
-        mean = (means * shares).sum(0)
-        var = ((scales**-2 - eps + (means - mean) ** 2) * shares).sum(0)
-        running_mean.lerp_(mean, momentum)
-        running_var.lerp_(var * total / (total - 1), momentum)
-        return mean, (var + eps).rsqrt()
-
-    @staticmethod
-    def batch_norm_elemt(x, weight, bias, mean, scale, eps):
-        mean, scale, weight, bias = (v[:, None, None] for v in (mean, scale, weight, bias))
-        return (x - mean) * scale * weight + bias
-
-    @staticmethod
-    def batch_norm_backward_reduce(grad, x, mean, scale, weight, *_):
-        sum_xmu = (grad * (x - mean[:, None, None])).sum((0, 2, 3))
-        return grad.sum((0, 2, 3)), sum_xmu, sum_xmu * scale, grad.sum((0, 2, 3))
-
-    @staticmethod
-    def batch_norm_backward_elemt(grad, x, mean, scale, weight, sums, sums_xmu, counts):
-        mean, scale, weight, sums, sums_xmu = (v[:, None, None] for v in (mean, scale, weight, sums, sums_xmu))
-        total = counts.sum()
-        return (grad - sums / total - (x - mean) * scale**2 * sums_xmu / total) * scale * weight
-
-
-@contextmanager
-def as_on_a_gpu() -> Iterator[None]:
-    """Let batch norms be synchronised by torch, with the kernels above."""
-    kernels = {name: kernel for name, kernel in vars(Kernels).items() if name.startswith("batch_norm")}
-    with pytest.MonkeyPatch.context() as patch:
-        for name in kernels:
-            patch.setattr(torch, name, getattr(Kernels, name))
-        patch.setattr(sync_batch_norm, "OWN_DEVICES", ())
-        yield
-
-
 def predict(root: Path) -> tuple[dict, list]:
     """Evaluate an untrained detector, all its boxes, on 10 images in batches of 4."""
     torch.manual_seed(0)
@@ -164,13 +116,11 @@ def be_a_rank(rank: int, folder: Path, root: Path) -> None:
     torch.set_num_threads(1)
     limit = timedelta(seconds=60)
     torch.distributed.init_process_group("gloo", f"file://{folder}/meet", world_size=2, rank=rank, timeout=limit)
-    found = {case: train(*arguments) for case, arguments in CASES.items() if case != "synchronised by torch"}
+    found = {case: train(*arguments) for case, arguments in CASES.items()}
     found["norm"] = normalise(SyncBatchNorm(3), slice(0, 2) if rank == 0 else slice(2, 5))
     model = nn.Sequential(BatchNormAct2d(3))
     convert_sync_batchnorm(model)
     found["norm_act"] = normalise(model[0], slice(0, 2) if rank == 0 else slice(2, 5))
-    with as_on_a_gpu():
-        found["synchronised by torch"] = train(*CASES["synchronised by torch"])
     found["predictions"] = predict(root)
     found["told"] = process_group.run_on_main(lambda: {"rank": process_group.rank()})
     found["lines"] = process_group.gather_messages([f"of {rank}"] * rank)

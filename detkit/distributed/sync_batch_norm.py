@@ -1,28 +1,19 @@
-"""Batch normalisation over the images of all ranks: by torch on a GPU, and on CPU, where torch has none, by detkit."""
+"""Batch normalisation over the images of all ranks (torch's own SyncBatchNorm knows CUDA only)."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
-from torch.nn.modules import _functions
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch.autograd.function import FunctionCtx, once_differentiable
 
 from detkit.distributed.collectives import all_reduce_sum, world_size
 from detkit.errors import DetkitError
 
-OWN_DEVICES = ("cpu",)  # for which torch has no kernels
-
 
 class SyncBatchNorm(nn.BatchNorm2d):
     """A BatchNorm2d whose statistics in training are those of the images of all ranks.
-
-    On a GPU it computes with the function of torch's SyncBatchNorm, not as one: DDP refuses the module on CPU, and it
-    would wait for the other ranks also within ``single_rank``.
 
     Attributes:
         absent: this rank's images count nothing in the statistics; see ``without_bn_stats``.
@@ -34,33 +25,12 @@ class SyncBatchNorm(nn.BatchNorm2d):
         """(B, C, H, W) -> the same shape."""
         if not self.training or world_size() == 1:
             return super().forward(x)
-        self.num_batches_tracked += 1
-        if x.device.type in OWN_DEVICES:
-            return self._by_detkit(x)
-        return self._beside_torch(x) if self.absent else self._by_torch(x)
-
-    def _by_detkit(self, x: Tensor) -> Tensor:
         out, mean, var, count = _Normalise.apply(x, self.weight, self.bias, self.eps, self.absent)
         with torch.no_grad():
+            self.num_batches_tracked += 1
             self.running_mean.lerp_(mean, self.momentum)
             self.running_var.lerp_(var * count / (count - 1).clamp(min=1), self.momentum)
         return out
-
-    def _by_torch(self, x: Tensor) -> Tensor:
-        parameters, statistics = (self.weight, self.bias), (self.running_mean, self.running_var)
-        ranks = (dist.group.WORLD, world_size())
-        return _functions.SyncBatchNorm.apply(x, *parameters, *statistics, self.eps, self.momentum, *ranks)
-
-    def _beside_torch(self, x: Tensor) -> Tensor:
-        """Send the ranks that wait a batch of no images, and normalise ``x`` by the running statistics.
-
-        The order matters: backward goes through the later of the two first, so that this rank's sums of statistics
-        come before DDP's of the weights' gradients, as on the other ranks. In half precision an empty batch's
-        statistics would be sent as such, those of others are float32.
-        """
-        mean, var = self.running_mean.clone(), self.running_var.clone()  # which the others' images are about to change
-        out = F.batch_norm(x, mean, var, self.weight, self.bias, eps=self.eps)
-        return out + self._by_torch(x[:0].float()).sum().to(out.dtype)
 
 
 class SyncBatchNormAct(SyncBatchNorm):
@@ -75,7 +45,7 @@ class _Normalise(torch.autograd.Function):
     """Returns the output, and the mean (C,), variance (C,) and number () of the values of each channel."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float, absent: bool):
+    def forward(ctx: FunctionCtx, x: Tensor, weight: Tensor, bias: Tensor, eps: float, absent: bool):
         wide = x.float()
         values = 0 if absent else x.numel() // x.shape[1]
         var, mean = torch.var_mean(wide, (0, 2, 3), correction=0)
@@ -92,7 +62,7 @@ class _Normalise(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor, *_: Tensor):
+    def backward(ctx: FunctionCtx, grad: Tensor, *_: Tensor):
         x, weight, mean, scale, count = ctx.saved_tensors
         mean, scale = mean[:, None, None], scale[:, None, None]
         wide = grad.float()
@@ -119,7 +89,7 @@ def convert_sync_batchnorm(model: nn.Module) -> None:
             module.__class__ = SyncBatchNorm
         elif type(module) is BatchNormAct2d:
             module.__class__ = SyncBatchNormAct
-        elif isinstance(module, _BatchNorm) and not isinstance(module, SyncBatchNorm):
+        elif isinstance(module, nn.modules.batchnorm._BatchNorm) and not isinstance(module, SyncBatchNorm):
             kind = type(module).__name__
             raise DetkitError(f"trainer.sync_bn=true cannot synchronise {name}, a {kind}: use trainer.sync_bn=false")
 
@@ -127,7 +97,7 @@ def convert_sync_batchnorm(model: nn.Module) -> None:
 @contextmanager
 def without_bn_stats(model: nn.Module) -> Iterator[None]:
     """Run ``model`` on something that no batch norm shall count: a stand-in where a rank has no image."""
-    norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.training]
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training]
     for norm in norms:
         if isinstance(norm, SyncBatchNorm):
             norm.absent = True  # the other ranks wait for its sums
@@ -143,7 +113,7 @@ def average_bn_stats(model: nn.Module) -> None:
     """Replace the running statistics of plain batch norms by their means over the ranks."""
     if world_size() == 1:
         return
-    norms = [m for m in model.modules() if isinstance(m, _BatchNorm)]
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     plain = [m for m in norms if m.training and m.track_running_stats and not isinstance(m, SyncBatchNorm)]
     if not plain:
         return
