@@ -131,6 +131,7 @@ def _find_models(path: Path, content: Any) -> Iterator[_Model]:
 
 def _children(node: Any) -> Iterator[tuple[str | int, Any]]:
     """Yield the containers and objects within one, by key or index."""
+    items: Iterable[tuple[Any, Any]]
     if isinstance(node, Record):
         tables = [table for table in (node.state, node.items) if isinstance(table, Mapping)]
         items = chain.from_iterable(table.items() for table in tables)
