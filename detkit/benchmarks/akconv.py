@@ -67,9 +67,9 @@ def _time(n: int, rounds: int, device: torch.device) -> dict[str, float]:
     """Return the median seconds of each way, having made sure that all compute the same."""
     gather = GatherAKConv(CHANNELS, CHANNELS, n=n).to(device)
     torch.nn.init.normal_(gather.p_conv.weight, std=0.05)  # at first all points lie on whole pixels
-    ways = {"gather": (gather, torch.contiguous_format)}
+    ways: dict[str, tuple[AKConv, torch.memory_format]] = {"gather": (gather, torch.contiguous_format)}
     for name, layout in (("detkit", torch.contiguous_format), ("detkit, channels-last", torch.channels_last)):
-        module = AKConv(CHANNELS, CHANNELS, n=n).to(device, memory_format=layout)
+        module = AKConv(CHANNELS, CHANNELS, n=n).to(device).to(memory_format=layout)
         module.load_state_dict(gather.state_dict())
         ways[name] = (module, layout)
     x = torch.randn(BATCH, CHANNELS, SIZE, SIZE, device=device)

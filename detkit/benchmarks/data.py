@@ -8,6 +8,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +84,7 @@ def run(cfg: BenchmarkConfig) -> dict[str, Any]:
         turns = {name: _turn(annotations, cfg, *cache) for name, cache in CACHES.items()}
         if cfg.peer is not None:
             ask = stack.enter_context(_peer(str(cfg.peer), annotations, cfg))
-            turns |= {f"peer_{name}": lambda name=name: ask(name) for name in set(PEERS.values())}
+            turns |= {f"peer_{name}": partial(ask, name) for name in set(PEERS.values())}
         seconds: dict[str, list[float]] = {name: [] for name in turns}
         a_pass = math.ceil(len(annotations) / cfg.batch_size)
         for k in range((WARMUP + cfg.rounds) * a_pass):

@@ -46,6 +46,7 @@ def start_peer(
             raise DetkitError(f"peer={python} cannot be run: {error.strerror}") from None
 
         def answer() -> Any:
+            assert process.stdout is not None  # it is a pipe
             line = process.stdout.readline()
             if not line:
                 log.seek(0)

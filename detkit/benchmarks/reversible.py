@@ -1,6 +1,7 @@
 """RevCol's memory, exactness and speed against its number of columns, beside plain autograd."""
 
 from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -56,7 +57,7 @@ def _measure(columns: int, rounds: int, device: torch.device) -> dict[str, dict[
         model.zero_grad()
         _total(_set(model, setting)(x)).backward()
 
-    seconds = time_in_turns({name: lambda name=name: step(name) for name in SETTINGS}, rounds, device)
+    seconds = time_in_turns({name: partial(step, name) for name in SETTINGS}, rounds, device)
     mib = {name: activation_bytes(_set(model, name), x) / 2**20 for name in SETTINGS}
     small = torch.randn(1, 3, ERROR_SIZE, ERROR_SIZE, device=device)
     narrow = _make(ERROR_CHANNELS, columns).to(device)
@@ -81,7 +82,7 @@ def _errors(model: RevCol, x: Tensor, precision: str) -> dict[str, float]:
     dtype = PRECISIONS[precision]
     model.to(dtype)
 
-    def gradients(setting: str) -> list[Tensor]:
+    def gradients(setting: str) -> tuple[Tensor, ...]:
         _set(model, setting)
         with torch.autocast(x.device.type, torch.bfloat16, enabled=precision == "bf16"):
             features = model(x.to(dtype))
@@ -107,4 +108,5 @@ def _set(model: RevCol, setting: str) -> RevCol:
 def _total(features: Iterable[Tensor]) -> Tensor:
     """Weigh the features with the same random numbers every time."""
     generator = torch.Generator().manual_seed(0)
-    return sum((f * torch.randn(f.shape, generator=generator).to(f)).sum() for f in features)
+    weighed = [(f * torch.randn(f.shape, generator=generator).to(f)).sum() for f in features]
+    return torch.stack(weighed).sum()

@@ -15,6 +15,7 @@ import torch
 import yaml
 from PIL import Image
 from rich.table import Table
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from detkit.benchmarks.common import WARMUP, describe, print_result, time_once
@@ -276,19 +277,18 @@ def _make_step(cfg: BenchmarkConfig, variant: Variant) -> Callable[[], object]:
     if variant.keep_memory and device.type == "cpu":
         tune_malloc()
     layout = torch.channels_last if variant.channels_last else torch.contiguous_format
-    detector = (
-        build_detector(cfg.as_dict(), [str(k) for k in range(cfg.num_classes)]).to(device, memory_format=layout).train()
-    )
+    detector = build_detector(cfg.as_dict(), [str(k) for k in range(cfg.num_classes)])
+    detector = detector.to(device).to(memory_format=layout).train()
     images = cfg.batch_size
     recipe = Recipe.from_config(cfg.optim, batch_size=images, total_steps=1, num_classes=cfg.num_classes)
     schedule = Schedule.from_config(recipe, cfg.optim, epochs=1, batches=1)
-    network = detector
+    network: nn.Module = detector
     if variant.compiled:
         network = compile_network(detector, precision, cfg.image_size, images)
         if network is detector:
             raise DetkitError("the network does not compile: the reason is above")
-    loss, options = build_loss(cfg.as_dict(), detector.head), {"accumulate": 1, "clip": 10.0, "network": network}
-    step = TrainStep(detector, loss, recipe, schedule, precision, **options)
+    loss = build_loss(cfg.as_dict(), detector.head)
+    step = TrainStep(detector, loss, recipe, schedule, precision, accumulate=1, clip=10.0, network=network)
     batch = _noise(cfg, images)
     batch.images = batch.images.to(memory_format=layout)
     if device.type == "cuda":

@@ -7,6 +7,7 @@ A check returns a few words about what it saw, and raises PropertyError with a f
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -54,7 +55,8 @@ def output_shapes(composition: Composition) -> str:
     """Square images: features match the declared channels and strides, as many boxes as scores, inputs untouched."""
     side = composition.size[0]
     _check_shapes(composition, side, side)
-    return f"as declared; strides {', '.join(map(str, composition.detector.head.strides))}"
+    head: Any = composition.detector.head
+    return f"as declared; strides {', '.join(map(str, head.strides))}"
 
 
 def non_square_input(composition: Composition) -> str:
@@ -216,9 +218,11 @@ FIGURES: dict[str, Check] = {
 def _check_shapes(composition: Composition, height: int, width: int) -> None:
     """Run images of this size through the parts one by one, looking at shapes only (a meta device will do)."""
     detector = composition.detector.eval()
+    parts: dict[str, Any] = {"backbone": detector.backbone, "neck": detector.neck}
+    expected: list[tuple[int, ...]]
     maps: Tensor | tuple[Tensor, ...] = torch.rand(2, 3, height, width, device=composition.device)
     with torch.no_grad():
-        for name, part in (("backbone", detector.backbone), ("neck", detector.neck)):
+        for name, part in parts.items():
             maps = _leaving_inputs_alone(name, part, maps)
             expected = [(2, c, height // s, width // s) for c, s in zip(part.out_channels, part.strides, strict=True)]
             found = [tuple(feature.shape) for feature in maps]
@@ -227,11 +231,11 @@ def _check_shapes(composition: Composition, height: int, width: int) -> None:
         boxes, scores = detector.decode(_leaving_inputs_alone("head", detector.head, maps))
     expected = [(2, scores.shape[1], 4), (2, scores.shape[1], len(detector.class_names))]
     if [boxes.shape, scores.shape] != expected:
-        found = _shapes([boxes.shape, scores.shape])
-        raise PropertyError(f"decoded boxes and scores are {found}, they should be {_shapes(expected)}")
+        wrong = _shapes([boxes.shape, scores.shape])
+        raise PropertyError(f"decoded boxes and scores are {wrong}, they should be {_shapes(expected)}")
 
 
-def _leaving_inputs_alone(name: str, part: nn.Module, inputs: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+def _leaving_inputs_alone(name: str, part: nn.Module, inputs: Tensor | tuple[Tensor, ...]) -> Any:
     """Return ``part(inputs)``; raises PropertyError where it writes into its inputs, which others may still want."""
     tensors = inputs if isinstance(inputs, tuple) else (inputs,)
     versions = [tensor._version for tensor in tensors]
@@ -241,7 +245,7 @@ def _leaving_inputs_alone(name: str, part: nn.Module, inputs: Tensor | tuple[Ten
     return outputs
 
 
-def _gradients(twin: Detector, parts: list[nn.Module], images: Tensor, save_memory: bool) -> dict[str, Tensor]:
+def _gradients(twin: Detector, parts: list[Any], images: Tensor, save_memory: bool) -> dict[str, Tensor]:
     """Return each parameter's gradient of the mean square of the outputs, with the same random numbers each time."""
     for part in parts:
         part.save_memory = save_memory

@@ -103,7 +103,8 @@ def _place(schema: type[Section], loc: tuple[int | str, ...]) -> tuple[tuple[str
     mistake of that mapping.
     """
     keys: tuple[str, ...] = ()
-    field, model = None, schema
+    field: FieldInfo | None = None
+    model: type[Section] | None = schema
     for part in loc:
         if model is None:
             break
@@ -136,7 +137,7 @@ def _sentence(
         words = f"one of the options of configs/{key}"
     if value is None:
         return f"{key} is not set: it must be {words}"
-    most = (field.json_schema_extra or {}).get("most")
+    most = _extra(field).get("most")
     if most is not None and any(m["type"] == "less_than_equal" for m in mistakes):
         words += f", and {most:.10g} at most"
     shown = NAMES[value] if isinstance(value, bool) else shorten(value)
@@ -147,7 +148,7 @@ def allowed_values(field: FieldInfo) -> str:
     """Return what the value of a field must be, in words."""
     options = [option for option in _options(field.annotation) if option is not types.NoneType]
     optional = types.NoneType in _options(field.annotation)
-    words = (field.json_schema_extra or {}).get("must")
+    words = _extra(field).get("must")
     if words:
         return f"{words}, or null" if optional and "null" not in words else words
     if model := section_of(field):
@@ -159,6 +160,12 @@ def allowed_values(field: FieldInfo) -> str:
     if not choices:  # of Any
         return "a value"
     return _listed([*(["null"] if optional else []), *choices], "or")
+
+
+def _extra(field: FieldInfo) -> dict[str, Any]:
+    """Return what ``config/fields.py`` says of a field beside its type: ``must`` and ``most``."""
+    extra = field.json_schema_extra
+    return dict(extra) if isinstance(extra, dict) else {}
 
 
 def section_of(field: FieldInfo) -> type[Section] | None:

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
@@ -97,7 +97,7 @@ def resolve(cfg: DictConfig) -> dict[str, Any]:
         missing = sorted(OmegaConf.missing_keys(cfg))
         if missing:
             raise DetkitError(f"{missing[0]} is not set: add {missing[0]}=VALUE")
-        return OmegaConf.to_container(cfg, resolve=True)
+        return cast("dict[str, Any]", OmegaConf.to_container(cfg, resolve=True))  # as a DictConfig becomes a dict
     except OmegaConfBaseException as error:
         words = shorten(str(error).splitlines()[0], LONGEST)
         raise DetkitError(f"the configuration does not resolve: {words}") from None
@@ -158,10 +158,10 @@ def _explain(error: Exception, name: str, overrides: Sequence[str]) -> str:
         return f"a value is missing: {text.splitlines()[0]}"
     match = re.search(r"Could not (?:override|append to|delete from config\.?)[^']*'([^'@]+)[^']*'", text)
     if isinstance(error, ConfigCompositionException) and match:
-        key, known = match.group(1), _known_keys(name, overrides)
-        if key in known:  # a mapping with a key too many
+        key, keys = match.group(1), _known_keys(name, overrides)
+        if key in keys:  # a mapping with a key too many
             return f"cannot set '{key}': {str(error.__cause__).splitlines()[0]}; + in front would add it"
-        return f"there is no key '{key}'{nearest(key, known)}"
+        return f"there is no key '{key}'{nearest(key, keys)}"
     cause = error.__cause__ or error
     return f"{text.splitlines()[0]} ({str(cause).splitlines()[0]})" if cause is not error else text.splitlines()[0]
 

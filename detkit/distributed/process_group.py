@@ -60,9 +60,11 @@ def init_distributed(device: str, timeout: float) -> torch.device:
     try:
         backend = "nccl" if picked.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=store, rank=place.rank, world_size=place.ranks, timeout=barrier)
-        _patient = dist.new_group(backend="gloo", timeout=PATIENCE)
+        group = dist.new_group(backend="gloo", timeout=PATIENCE)
     except (dist.DistError, RuntimeError, ValueError) as error:
         raise place.unreachable(error) from None
+    assert isinstance(group, dist.ProcessGroup)  # every rank is a member
+    _patient = group
     if place.rank:
         warnings.filterwarnings("ignore")  # rank 0 says the same
     return picked

@@ -10,6 +10,7 @@ import os
 import re
 import time
 import uuid
+from collections.abc import MutableMapping
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -95,6 +96,7 @@ def store_get(key: str, timeout: float) -> str | None:
     if not _restarts_are_possible():
         return None
     rendezvous(timeout)
+    assert _lasting is not None  # as torchrun's agent keeps it
     key = f"detkit {key}"
     return _lasting.get(key).decode() if _lasting.check([key]) else None
 
@@ -104,7 +106,7 @@ def is_local_main() -> bool:
     return (os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or "0") == "0"
 
 
-def take_slurm_variables(environment: dict[str, str]) -> None:
+def take_slurm_variables(environment: MutableMapping[str, str]) -> None:
     """Where srun started several tasks and no torchrun did, set torchrun's variables from SLURM's, in place.
 
     Only srun sets SLURM_STEP_NUM_TASKS, the tasks of the step that a process belongs to. SLURM_NTASKS may be what was

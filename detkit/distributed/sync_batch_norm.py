@@ -2,11 +2,12 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import once_differentiable
 
 from detkit.distributed.collectives import all_reduce_sum, world_size
 from detkit.errors import DetkitError
@@ -15,11 +16,17 @@ from detkit.errors import DetkitError
 class SyncBatchNorm(nn.BatchNorm2d):
     """A BatchNorm2d whose statistics in training are those of the images of all ranks.
 
+    It keeps running statistics, with a momentum, as BatchNorm2d does by default.
+
     Attributes:
         absent: this rank's images count nothing in the statistics; see ``without_bn_stats``.
     """
 
     absent = False
+    running_mean: Tensor
+    running_var: Tensor
+    num_batches_tracked: Tensor
+    momentum: float
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> the same shape."""
@@ -36,6 +43,9 @@ class SyncBatchNorm(nn.BatchNorm2d):
 class SyncBatchNormAct(SyncBatchNorm):
     """The same for timm's BatchNormAct2d, which drops and activates what it has normalised."""
 
+    act: nn.Module
+    drop: nn.Module
+
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> the same shape."""
         return self.act(self.drop(super().forward(x)))
@@ -45,7 +55,9 @@ class _Normalise(torch.autograd.Function):
     """Returns the output, and the mean (C,), variance (C,) and number () of the values of each channel."""
 
     @staticmethod
-    def forward(ctx: FunctionCtx, x: Tensor, weight: Tensor, bias: Tensor, eps: float, absent: bool):
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float, absent: bool
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         wide = x.float()
         values = 0 if absent else x.numel() // x.shape[1]
         var, mean = torch.var_mean(wide, (0, 2, 3), correction=0)
@@ -62,7 +74,7 @@ class _Normalise(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, grad: Tensor, *_: Tensor):
+    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, mean, scale, count = ctx.saved_tensors
         mean, scale = mean[:, None, None], scale[:, None, None]
         wide = grad.float()
@@ -84,11 +96,13 @@ def convert_sync_batchnorm(model: nn.Module) -> None:
     """
     from timm.layers import BatchNormAct2d  # here, as nothing else waits for timm
 
+    synchronised: dict[type[nn.Module], type[nn.Module]] = {
+        nn.BatchNorm2d: SyncBatchNorm,
+        BatchNormAct2d: SyncBatchNormAct,
+    }
     for name, module in model.named_modules():
-        if type(module) is nn.BatchNorm2d:
-            module.__class__ = SyncBatchNorm
-        elif type(module) is BatchNormAct2d:
-            module.__class__ = SyncBatchNormAct
+        if type(module) in synchronised:
+            module.__class__ = synchronised[type(module)]
         elif isinstance(module, nn.modules.batchnorm._BatchNorm) and not isinstance(module, SyncBatchNorm):
             kind = type(module).__name__
             raise DetkitError(f"trainer.sync_bn=true cannot synchronise {name}, a {kind}: use trainer.sync_bn=false")
@@ -105,7 +119,8 @@ def without_bn_stats(model: nn.Module) -> Iterator[None]:
             norm.eval()
     yield
     for norm in norms:
-        norm.absent = False
+        if isinstance(norm, SyncBatchNorm):
+            norm.absent = False
         norm.train()
 
 
@@ -117,6 +132,7 @@ def average_bn_stats(model: nn.Module) -> None:
     plain = [m for m in norms if m.training and m.track_running_stats and not isinstance(m, SyncBatchNorm)]
     if not plain:
         return
-    buffers = [buffer for norm in plain for buffer in (norm.running_mean, norm.running_var)]
+    both = [buffer for norm in plain for buffer in (norm.running_mean, norm.running_var)]
+    buffers = [buffer for buffer in both if buffer is not None]
     means = all_reduce_sum(torch.cat(buffers)) / world_size()
     torch._foreach_copy_(buffers, list(means.split([len(buffer) for buffer in buffers])))

@@ -20,7 +20,7 @@ BOXES = 100  # of an image in a trial: a crowded mosaic
 COPIES = 3  # of the weights, beside the model and its gradient: the average and two of the optimizer
 
 
-def check_batch(batch_size: int | str, image_size: int, device: torch.device) -> None:
+def check_batch(batch_size: int, image_size: int, device: torch.device) -> None:
     """Check that a batch of pictures fits into the memory of the CPU, if that is what computes.
 
     This is a lower bound: what the network itself takes depends on it.
@@ -28,7 +28,7 @@ def check_batch(batch_size: int | str, image_size: int, device: torch.device) ->
     Raises:
         DetkitError: it does not.
     """
-    if device.type != "cpu" or batch_size == "auto":
+    if device.type != "cpu":
         return
     size, free = batch_size * image_size**2 * BYTES, free_memory()
     if size > free:

@@ -37,6 +37,7 @@ def compile_network(
     if any(isinstance(module, SyncBatchNorm) for module in detector.modules()):
         reason = "trainer.sync_bn=true waits for other ranks within the network"
     network = torch.compile(detector, dynamic=dynamic or None)
+    assert isinstance(network, nn.Module)  # as the detector is; the stubs promise a function alone
     torch.compiler.set_stance("default")
     torch._dynamo.reset()  # what earlier jobs of a sweep compiled counts against a limit
     if not reason:
@@ -66,7 +67,7 @@ def _try(network: nn.Module, detector: Detector, precision: Precision, image_siz
             with precision.autocast():
                 out = network(images)
             outputs = [value for value in vars(out).values() if isinstance(value, Tensor) and value.requires_grad]
-            sum(value.float().mean() for value in outputs).backward()
+            torch.stack([value.float().mean() for value in outputs]).sum().backward()
     finally:
         detector.zero_grad()
         statistics.keep_finite(before, torch.zeros((), dtype=torch.bool, device=precision.device))

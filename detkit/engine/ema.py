@@ -2,12 +2,15 @@
 
 import copy
 import math
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+Model = TypeVar("Model", bound=nn.Module)
 
-class EMA:
+
+class EMA(Generic[Model]):
     """A float32 copy of a model that follows it slowly, buffers too.
 
     The decay starts near 0 and approaches ``decay``: ``decay * (1 - exp(-updates / ramp))``.
@@ -17,7 +20,7 @@ class EMA:
         updates: how often ``update`` was called.
     """
 
-    def __init__(self, model: nn.Module, decay: float = 0.9999, ramp: float = 2000) -> None:
+    def __init__(self, model: Model, decay: float = 0.9999, ramp: float = 2000) -> None:
         self.model = copy.deepcopy(model).eval().requires_grad_(False)
         self.decay = decay
         self.ramp = ramp

@@ -61,7 +61,8 @@ def step_if(finite: Tensor, optimizer: torch.optim.Optimizer) -> None:
     Fused optimizers decide on the device; for the others this waits for it.
     """
     if optimizer.defaults.get("fused"):
-        optimizer.grad_scale, optimizer.found_inf = None, (~finite).float()  # what a GradScaler would hand them
+        # What a GradScaler would hand them; the stubs do not know the two.
+        optimizer.grad_scale, optimizer.found_inf = None, (~finite).float()  # type: ignore[attr-defined]
         optimizer.step()
     elif finite:
         optimizer.step()

@@ -50,17 +50,17 @@ def learning_rate_factors(
     by_part = by_part or {}
     for part in by_part:
         find_module(model, part, "optim.lr_factors")
-    layers = backbone_layers(model.backbone) if layer_decay is not None else []
-    depth = {id(p): len(layers) - k for k, layer in enumerate(layers) for p in layer}
+    by_depth: dict[int, float] = {}
+    if layer_decay is not None:
+        layers = backbone_layers(model.get_submodule("backbone"))
+        by_depth = {id(p): layer_decay ** (len(layers) - k) for k, layer in enumerate(layers) for p in layer}
     factors = {}
     for path, module in model.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
             full = f"{path}.{name}" if path else name
             parts = [part for part in by_part if full.startswith(f"{part}.")]
             factor = getattr(module, "lr_factor", 1.0) * (by_part[max(parts, key=len)] if parts else 1.0)
-            if id(parameter) in depth:
-                factor *= layer_decay ** depth[id(parameter)]
-            factors[full] = factor
+            factors[full] = factor * by_depth.get(id(parameter), 1.0)
     return factors
 
 

@@ -66,7 +66,8 @@ def seed_everything(seed: int) -> None:
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.backends.cuda.enable_mem_efficient_sdp(False)  # attention whose gradients are summed in any order
     torch.backends.cuda.enable_cudnn_sdp(False)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # else every torch.empty is
+    # Else every torch.empty is filled. The stubs lack it, as it is a property that torch gives the module itself.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 def is_out_of_memory(error: Exception) -> bool:

@@ -49,7 +49,7 @@ class RunLog:
         """Keep what the run is made with, and texts in Markdown by name."""
         self._send(lambda logger: logger.hyper_parameters(hyper_parameters))
         for name, text in texts.items():
-            self._send(lambda logger, name=name, text=text: logger.text(name, text))
+            self._text(name, text)
 
     def scalars(self, values: Mapping[str, float], step: int) -> None:
         """Hand numbers to the loggers, but those below 0, which is COCO's for nothing to measure."""
@@ -146,10 +146,14 @@ class RunLog:
 
     def _draw_evaluation(self, evaluation: Evaluation, val_set: Annotations, step: int) -> None:
         """Draw the predictions of the first validation images, the curves and the confusion matrix."""
+        assert evaluation.curves is not None  # on rank 0
         self.image("val_predictions", draw_predictions(evaluation.pictures, val_set), step)
         for name, figure in draw_evaluation(evaluation.curves, evaluation.predictions, val_set).items():
             self.plot(name, figure, step)
         self.precision_recall(evaluation.curves, val_set.class_names, step)
+
+    def _text(self, name: str, text: str) -> None:
+        self._send(lambda logger: logger.text(name, text))
 
     def _keep(self, name: str, path: Path, data: bytes, step: int) -> None:
         path.parent.mkdir(exist_ok=True)  # but not a run directory that somebody has removed
@@ -200,7 +204,7 @@ class Bar:
 
     def advance(self, info: str | None = None) -> None:
         """Move by one, and say ``info`` beside the bar."""
-        fields = {} if info is None else {"info": info}
+        fields: dict[str, Any] = {} if info is None else {"info": info}
         if info is not None:
             self.spoke = time.perf_counter()
         self.progress.update(self.task, advance=1, **fields)

@@ -45,7 +45,8 @@ class Saver:
             results: metrics of the ``best`` and the ``last`` epoch.
         """
         last = results["last"]
-        if results.get("best") is last:
+        is_best = results.get("best") is last
+        if is_best:
             save_checkpoint(step.ema.model, self.run_dir / "best.safetensors", last)
         save_checkpoint(step.ema.model, self.run_dir / "last.safetensors", last)
         write_atomically(self.run_dir / "metrics.json", json.dumps(results, indent=2).encode())

@@ -19,14 +19,14 @@ def ignore_hangup() -> Iterator[None]:
     """
     hangup = getattr(signal, "SIGHUP", None)
     main = threading.current_thread() is threading.main_thread()
-    ends = main and hangup is not None and signal.getsignal(hangup) is signal.SIG_DFL
-    if ends:
-        signal.signal(hangup, signal.SIG_IGN)
+    if not main or hangup is None or signal.getsignal(hangup) is not signal.SIG_DFL:
+        yield
+        return
+    signal.signal(hangup, signal.SIG_IGN)
     try:
         yield
     finally:
-        if ends:
-            signal.signal(hangup, signal.SIG_DFL)
+        signal.signal(hangup, signal.SIG_DFL)
 
 
 class GracefulExit:

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from itertools import count, takewhile
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -282,7 +282,7 @@ def _check_content(content: Any, path: Path) -> None:
 
 def rng_state(device: torch.device) -> dict[str, Any]:
     """Return the state of every generator of random numbers: Python's, NumPy's, torch's on the CPU and the device."""
-    name, keys, *rest = np.random.get_state()
+    name, keys, *rest = cast("tuple[Any, ...]", np.random.get_state(legacy=True))  # a dict without legacy
     states = {
         "python": random.getstate(),
         "numpy": [name, keys.tolist(), *rest],

@@ -67,7 +67,7 @@ class Trainer:
         self.options = options
         self.epochs = options.epochs
         self.stop_early = stop_early
-        self.logged: EpochStats | None = None  # of the epoch under way, when last the loggers got a point
+        self.logged = EpochStats.of(EpochState(), 0)  # of the epoch under way, when last the loggers got a point
         self.stop = GracefulExit()
 
     def fit(self) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 
 from detkit.config.commands import TrainConfig
 from detkit.data.annotations import Annotations
@@ -43,6 +44,7 @@ class Training:
 
     Attributes:
         cfg: resolved, every ``auto`` that the data or the device decides decided.
+        batch_size: that of ``cfg``: images of one forward pass, of all ranks together.
         state: where it stands.
         trial_step: tries a batch of so many images on the device; see ``make_trial_step``.
         frozen: number of parameters that are not trained.
@@ -50,6 +52,7 @@ class Training:
     """
 
     cfg: TrainConfig
+    batch_size: int
     step: TrainStep
     state: TrainState
     train_set: Annotations
@@ -69,7 +72,7 @@ def build_training(plan: RunPlan, device: torch.device) -> Training:
     cfg, saved = _absolute_paths(plan.cfg), plan.saved
     if cfg.batch_size != "auto":
         per_rank_batch_size(cfg.batch_size)
-    check_batch(cfg.batch_size, cfg.image_size, device)
+        check_batch(cfg.batch_size, cfg.image_size, device)
     precision = Precision.from_config(cfg.amp, device)
     seed_everything(cfg.seed)
     if device.type == "cpu":
@@ -83,22 +86,21 @@ def build_training(plan: RunPlan, device: torch.device) -> Training:
     transfer = load_weights(detector, str(cfg.weights)) if cfg.weights is not None and not saved else None
     frozen = freeze(detector, cfg.trainer.freeze)
     trial_step = make_trial_step(detector, build_loss(values, detector.head), precision, _largest_image(detector, cfg))
-    if cfg.batch_size == "auto":
-        cfg = cfg.replace(batch_size=run_on_main(lambda: choose_batch_size(trial_step, device)) * world_size())
-        logger.info("batch_size=auto: %d images", cfg.batch_size)
+    batch_size = _auto_batch_size(trial_step, device) if cfg.batch_size == "auto" else cfg.batch_size
+    cfg = cfg.replace(batch_size=batch_size)
     detector.cfg = cfg.as_dict()
-    check_room(cfg)
-    loader = _train_loader(train_set, cfg, device)
+    check_room(batch_size, cfg.image_size, cfg.workers)
+    loader = _train_loader(train_set, cfg, batch_size, device)
     if cfg.trainer.sync_bn and world_size() > 1:
         convert_sync_batchnorm(detector)
-    recipe = saved_recipe(saved) if saved else _recipe(detector, cfg, loader.samples)
-    step = _train_step(detector, cfg, precision, recipe, len(loader))
+    recipe = saved_recipe(saved) if saved else _recipe(detector, cfg, batch_size, loader.samples)
+    step = _train_step(detector, cfg, batch_size, precision, recipe, len(loader))
     state = load_training_state(saved, step, len(loader)) if saved else TrainState()
     if saved and state.current.position and isinstance(loader, ShardLoader):
         _check_shares(cfg, saved)
     if rank():
         torch.manual_seed(cfg.seed + rank() + state.step)  # after the weights are drawn: what is dropped differs
-    return Training(cfg, step, state, train_set, val_set, loader, trial_step, frozen, transfer)
+    return Training(cfg, batch_size, step, state, train_set, val_set, loader, trial_step, frozen, transfer)
 
 
 def _absolute_paths(cfg: TrainConfig) -> TrainConfig:
@@ -106,6 +108,14 @@ def _absolute_paths(cfg: TrainConfig) -> TrainConfig:
     given = {key: getattr(cfg.data, key) for key in ("root", "yaml")}
     paths = {key: os.path.realpath(str(path)) for key, path in given.items() if path is not None}  # of a link to itself
     return cfg.replace(workers=worker_count(cfg.workers), data=cfg.data.replace(**paths))
+
+
+def _auto_batch_size(trial_step: Callable[[int], None], device: torch.device) -> int:
+    """Return what ``batch_size=auto`` stands for, and say so."""
+    of_one_rank: int = run_on_main(lambda: choose_batch_size(trial_step, device))
+    batch_size = of_one_rank * world_size()
+    logger.info("batch_size=auto: %d images", batch_size)
+    return batch_size
 
 
 def _check_shares(cfg: TrainConfig, saved: dict[str, Any]) -> None:
@@ -126,30 +136,32 @@ def _largest_image(detector: Detector, cfg: TrainConfig) -> int:
     return max(int(cfg.image_size * (1 + cfg.trainer.multi_scale) / stride), 1) * stride
 
 
-def _train_loader(annotations: Annotations, cfg: TrainConfig, device: torch.device) -> BatchLoader | ShardLoader:
+def _train_loader(
+    annotations: Annotations, cfg: TrainConfig, batch_size: int, device: torch.device
+) -> BatchLoader | ShardLoader:
     """Return the augmented set, with its tiles and the sampling that ``data`` asks for, shuffled every epoch.
 
     Tar shards are read as streams, unless something is asked for that needs single images.
     """
-    data, batch_size, epochs = cfg.data, cfg.batch_size, cfg.trainer.epochs
-    images = DetectionDataset(annotations, cfg.image_size, data.cache)
+    data, epochs = cfg.data, cfg.trainer.epochs
+    whole = DetectionDataset(annotations, cfg.image_size, data.cache)
+    images: DetectionDataset | TiledDataset = whole
     if data.tiles and data.tiles.size is not None:
-        images = TiledDataset(images, **data.tiles.as_dict())
+        images = TiledDataset(whole, **data.tiles.as_dict())
     expected = expected_draws(images, data.as_dict())
-    options = {"workers": worker_count(cfg.workers), "seed": cfg.seed, "pin": device.type == "cuda"}
+    options: dict[str, Any] = {"workers": worker_count(cfg.workers), "seed": cfg.seed, "pin": device.type == "cuda"}
     options["timeout"] = cfg.trainer.loader_timeout
-    streams = expected is None and data.cache is None and not isinstance(images, TiledDataset)
-    if data.name == "webdataset" and streams:
+    if data.name == "webdataset" and expected is None and data.cache is None and images is whole:
         augmentation = Augmentation(cfg.image_size, cfg.augment.as_dict(), epochs)
-        return ShardLoader(images, augmentation, per_rank_batch_size(batch_size), **options)
+        return ShardLoader(whole, augmentation, per_rank_batch_size(batch_size), **options)
     dataset = AugmentedDataset(images, cfg.image_size, cfg.augment.as_dict(), cfg.seed, epochs)
     window = mosaic_window(cfg.augment.mosaic.partners, images, batch_size)
     return BatchLoader(dataset, batch_size, shuffle=True, expected=expected, window=window, **options)
 
 
-def _recipe(detector: Detector, cfg: TrainConfig, images: int) -> Recipe:
+def _recipe(detector: Detector, cfg: TrainConfig, batch_size: int, images: int) -> Recipe:
     """Work the recipe out for a run over ``images`` an epoch."""
-    optim, batch_size = cfg.optim, cfg.batch_size
+    optim = cfg.optim
     total_steps = math.ceil(images / max(batch_size, optim.nominal_batch)) * cfg.trainer.epochs
     num_classes = len(detector.class_names)
     return Recipe.from_config(optim, batch_size=batch_size, total_steps=total_steps, num_classes=num_classes)
@@ -158,6 +170,7 @@ def _recipe(detector: Detector, cfg: TrainConfig, images: int) -> Recipe:
 def _train_step(
     detector: Detector,
     cfg: TrainConfig,
+    batch_size: int,
     precision: Precision,
     recipe: Recipe,
     batches: int,
@@ -165,9 +178,9 @@ def _train_step(
     """Return the step of a run of ``batches`` an epoch."""
     optim, trainer = cfg.optim, cfg.trainer
     schedule = Schedule.from_config(recipe, optim, epochs=trainer.epochs, batches=batches)
-    network = detector
+    network: nn.Module = detector
     if trainer.compile:
-        size, share = cfg.image_size, per_rank_batch_size(cfg.batch_size)
+        size, share = cfg.image_size, per_rank_batch_size(batch_size)
         network = compile_network(detector, precision, size, share, dynamic=trainer.multi_scale > 0)
     return TrainStep(
         detector,
@@ -175,7 +188,7 @@ def _train_step(
         recipe,
         schedule,
         precision,
-        accumulate=accumulation(cfg.batch_size, optim.nominal_batch),
+        accumulate=accumulation(batch_size, optim.nominal_batch),
         clip=trainer.clip_grad_norm,
         multi_scale=trainer.multi_scale,
         seed=cfg.seed,

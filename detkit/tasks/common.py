@@ -1,6 +1,5 @@
 """What the tasks share: run directories and loaders."""
 
-import itertools
 import json
 import logging
 import re
@@ -16,7 +15,7 @@ from hydra.types import RunMode
 from omegaconf import OmegaConf
 
 import detkit.data  # noqa: F401  (registers the formats)
-from detkit.config.commands import CommonConfig, ComposedConfig, EvalConfig, TrainConfig
+from detkit.config.commands import CommonConfig, ComposedConfig
 from detkit.data.annotations import Annotations
 from detkit.data.dataset import DetectionDataset, LetterboxDataset
 from detkit.data.issues import FIXED, SKIPPED
@@ -97,13 +96,14 @@ def _swept_keys(sweep: Path) -> set[str]:
 
 def _new_folder(path: Path) -> Path:
     """Create ``path``, or ``path-2``, ``path-3``, ... where it is taken."""
-    for suffix in itertools.chain([""], (f"-{k}" for k in itertools.count(2))):
+    candidate, number = path, 1
+    while True:
         try:
-            candidate = path.with_name(path.name + suffix)
             candidate.mkdir(parents=True)
             return candidate
         except FileExistsError:
-            continue
+            number += 1
+            candidate = path.with_name(f"{path.name}-{number}")
 
 
 def train_command(data: Mapping[str, str]) -> str:
@@ -126,24 +126,39 @@ def log_split(split: str, annotations: Annotations) -> None:
         logger.warning("%s: %s; the first: %s (%s)", split, summary, first, words)
 
 
-def check_room(cfg: TrainConfig | EvalConfig) -> None:
+def check_room(batch_size: int, image_size: int, workers: int | str) -> None:
     """Check that the loader processes of this node's ranks have the shared memory that their batches take.
 
     Raises:
         DetkitError: they have not.
     """
-    images = -(-cfg.batch_size // world_size())
-    check_shared_memory(3 * images * cfg.image_size**2, worker_count(cfg.workers) * local_ranks())
+    images = -(-batch_size // world_size())
+    check_shared_memory(3 * images * image_size**2, worker_count(workers) * local_ranks())
 
 
-def val_loader(annotations: Annotations, cfg: TrainConfig | EvalConfig, device: torch.device) -> BatchLoader:
-    """Return every image letterboxed, in order, or each in its own smallest frame where ``rect`` is set."""
-    dataset = LetterboxDataset(DetectionDataset(annotations), cfg.image_size, cfg.rect)
+def val_loader(
+    annotations: Annotations,
+    batch_size: int,
+    image_size: int,
+    device: torch.device,
+    *,
+    rect: bool,
+    workers: int | str,
+    timeout: float = TIMEOUT,
+) -> BatchLoader:
+    """Return every image letterboxed, in order, or each in its own smallest frame where ``rect`` is set.
+
+    Args:
+        batch_size: of all ranks together.
+        workers: number of processes, or ``auto``.
+        timeout: seconds to wait for a batch.
+    """
+    dataset = LetterboxDataset(DetectionDataset(annotations), image_size, rect)
     return BatchLoader(
         dataset,
-        cfg.batch_size,
-        workers=worker_count(cfg.workers),
+        batch_size,
+        workers=worker_count(workers),
         pin=device.type == "cuda",
-        starts=dataset.batch_starts(cfg.batch_size),
-        timeout=cfg.trainer.loader_timeout if isinstance(cfg, TrainConfig) else TIMEOUT,
+        starts=dataset.batch_starts(batch_size),
+        timeout=timeout,
     )

@@ -40,8 +40,8 @@ def run(cfg: EvalConfig) -> dict[str, Any]:
     device = init_distributed(cfg.device, RANK_TIMEOUT)
     seed_everything(cfg.seed)
     detector = build_from_checkpoint(str(cfg.ckpt)).to(device)
-    cfg = cfg.replace(image_size=cfg.image_size or detector.cfg["image_size"])
-    check_batch(cfg.batch_size, cfg.image_size, device)
+    image_size = cfg.image_size or detector.cfg["image_size"]
+    check_batch(cfg.batch_size, image_size, device)
     data = cfg.data.as_dict() if cfg.data else detector.cfg.get("data")
     if data is None:
         raise DetkitError(f"{cfg.ckpt} does not say what it was trained with: add data=coco data.root=DIR")
@@ -56,14 +56,15 @@ def run(cfg: EvalConfig) -> dict[str, Any]:
     log_split(cfg.split, annotations)
     run_dir = Path(run_on_main(lambda: str(make_run_dir(cfg, "eval", checkpoint_name(cfg.ckpt)))))
 
-    check_room(cfg)
-    loader = val_loader(annotations, cfg, device)
+    check_room(cfg.batch_size, image_size, cfg.workers)
+    loader = val_loader(annotations, cfg.batch_size, image_size, device, rect=cfg.rect, workers=cfg.workers)
     thresholds = {key: getattr(cfg, key) for key in ("score", "iou", "max_det")}
     precision = Precision.from_config(cfg.amp or _amp_of_training(detector.cfg, device), device)
     with show_progress("evaluation", len(loader)) as bar:
         result = evaluate(detector, loader.epoch(0), annotations, precision, **thresholds, advance=bar.advance)
     try:
         if is_main_process():
+            assert result.curves is not None  # on rank 0
             write_atomically(run_dir / "metrics.json", json.dumps(result.metrics, indent=2).encode())
             write_atomically(run_dir / "predictions.json", json.dumps(result.predictions).encode())
             for name, figure in draw_evaluation(result.curves, result.predictions, annotations, cfg.score).items():

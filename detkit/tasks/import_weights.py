@@ -101,7 +101,7 @@ def _chosen(src: Path, cfg: dict[str, Any], found: Identified) -> tuple[dict[str
     return resolve(compose_config("train", ["~data", *found.choices])), shlex.join(found.choices)
 
 
-def _with_sampling(src: Path, found: Identified, cfg: Mapping[str, Any], sampling: str | None) -> Mapping[str, Any]:
+def _with_sampling(src: Path, found: Identified, cfg: dict[str, Any], sampling: str | None) -> dict[str, Any]:
     """Return the config whose AKConvs sample as ``sampling=`` says, which a file's tensors do not tell.
 
     Raises:
@@ -122,7 +122,7 @@ def _with_sampling(src: Path, found: Identified, cfg: Mapping[str, Any], samplin
             "its AKConvs sample as the tutorials' code does; a training that starts from it with weights= may have the "
             "paper's sampling, and has to learn it"
         )
-    return dict(cfg) | {key: _sampled(cfg[key], sampling) for key in ("backbone", "neck") if key in cfg}
+    return cfg | {key: _sampled(cfg[key], sampling) for key in ("backbone", "neck") if key in cfg}
 
 
 def _sampled(spec: Any, sampling: str) -> Any:

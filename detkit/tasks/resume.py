@@ -102,7 +102,7 @@ def resolve_run(cfg: TrainConfig) -> RunPlan:
     run_dir = (folder or named_folder(cfg)) if same_command else Path(str(cfg.resume))
     if run_dir is None and not {"TORCHELASTIC_RUN_ID", "SLURM_JOB_ID"} & os.environ.keys():
         raise DetkitError("resume=auto needs run_dir=DIR, a folder that every start of the run names")
-    if same_command and (run_dir is None or not (run_dir / "config.yaml").exists()):
+    if run_dir is None or (same_command and not (run_dir / "config.yaml").exists()):
         began = folder is not None and (folder / LOCK).exists()
         return RunPlan(cfg.replace(resume=AUTO), folder if began else None, None, restarted)
     saved = read_state(run_dir)

@@ -9,13 +9,15 @@ from detkit.tasks.common import numbered_name
 
 if TYPE_CHECKING:
     from optuna import Trial
-    from optuna.distributions import BaseDistribution
+    from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+
+    Distribution = CategoricalDistribution | FloatDistribution | IntDistribution
 
 TUNING = ("search", "trials", "pruner", "storage")  # keys of tune.yaml that a training has not
 FORM = "a list of choices, or {low: A, high: B}, perhaps with log: true or step: N"
 
 
-def read_space(search: Any) -> dict[str, "BaseDistribution"]:
+def read_space(search: Any) -> dict[str, "Distribution"]:
     """Return Optuna's distribution for every key of ``search``.
 
     Raises:
@@ -29,14 +31,16 @@ def read_space(search: Any) -> dict[str, "BaseDistribution"]:
     return {str(key): _distribution(shorten(str(key)), values) for key, values in search.items()}
 
 
-def check_space(space: Mapping[str, "BaseDistribution"], typed: Sequence[str]) -> None:
+def check_space(space: Mapping[str, "Distribution"], typed: Sequence[str]) -> None:
     """Compose a training with every choice, and both ends of every range, beside what the command line says.
 
     Raises:
         DetkitError: a key does not exist, or a value is not allowed.
     """
+    from optuna.distributions import CategoricalDistribution
+
     for key, values in space.items():
-        for value in getattr(values, "choices", None) or (values.low, values.high):
+        for value in values.choices if isinstance(values, CategoricalDistribution) else (values.low, values.high):
             check_values(trial_config(typed, {key: value}))
 
 
@@ -50,15 +54,18 @@ def trial_config(typed: Sequence[str], chosen: Mapping[str, Any]) -> dict[str, A
     return {key: value for key, value in cfg.items() if key not in TUNING}
 
 
-def suggest(trial: "Trial", space: Mapping[str, "BaseDistribution"]) -> dict[str, Any]:
+def suggest(trial: "Trial", space: Mapping[str, "Distribution"]) -> dict[str, Any]:
     """Return a value for every key: what a trial was given before, or else what its study's sampler chooses."""
+    from optuna.distributions import CategoricalDistribution, IntDistribution
+
     chosen: dict[str, Any] = {}
     for key, values in space.items():
-        if hasattr(values, "choices"):
+        if isinstance(values, CategoricalDistribution):
             chosen[key] = trial.suggest_categorical(key, values.choices)
+        elif isinstance(values, IntDistribution):
+            chosen[key] = trial.suggest_int(key, values.low, values.high, step=values.step, log=values.log)
         else:
-            draw = trial.suggest_int if isinstance(values.low, int) else trial.suggest_float
-            chosen[key] = draw(key, values.low, values.high, step=values.step, log=values.log)
+            chosen[key] = trial.suggest_float(key, values.low, values.high, step=values.step, log=values.log)
     return chosen
 
 
@@ -73,7 +80,7 @@ def folder_name(number: int, chosen: Mapping[str, Any]) -> str:
     return numbered_name(number, as_overrides(values))
 
 
-def _distribution(key: str, values: Any) -> "BaseDistribution":
+def _distribution(key: str, values: Any) -> "Distribution":
     from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
     if isinstance(values, Sequence) and not isinstance(values, str) and values:
@@ -82,7 +89,7 @@ def _distribution(key: str, values: Any) -> "BaseDistribution":
         )
     if not isinstance(values, Mapping) or not {"low", "high"} <= set(values) <= {"low", "high", "log", "step"}:
         raise DetkitError(f"search: {key} must be {FORM}")
-    low, high, log, step = (values.get(name) for name in ("low", "high", "log", "step"))
+    low, high, log, step = values["low"], values["high"], values.get("log"), values.get("step")
     numbers = all(is_number(v, float("-inf")) for v in (low, high)) and (step is None or is_number(step, 0))
     if not numbers or log not in (None, True, False):
         raise DetkitError(f"search: {key} must be {FORM}")

@@ -67,7 +67,7 @@ def run_job(work: Callable[[], object]) -> None:
     Raises:
         SystemExit: a signal asked for the end, and ends the sweep or has the job queued again.
     """
-    folder = sweep_folder()
+    folder = _job_folder()
     record: dict[str, Any] = {"job": folder.name, "status": "running", "folder": str(folder)}
     record |= {"host": platform.node(), "pid": os.getpid()}
     _write(folder, record)
@@ -155,6 +155,13 @@ def _of_several_ranks() -> bool:
     return ranks != "1" and "SUBMITIT_EXECUTOR" not in os.environ
 
 
+def _job_folder() -> Path:
+    """Return the folder of the job that this is."""
+    folder = sweep_folder()
+    assert folder is not None  # as only jobs of a sweep ask
+    return folder
+
+
 def _write(folder: Path, record: Mapping[str, Any]) -> None:
     """Write a job's record; of several ranks the first one does."""
     if int(os.environ.get("SLURM_PROCID") or os.environ.get("SUBMITIT_LOCAL_GLOBALID") or 0):
@@ -203,7 +210,7 @@ def _parallel_jobs() -> int:
 def _own_slot(slots: int) -> int:
     """Return a number below ``slots`` that no other process of the sweep has until this one ends."""
     for slot in range(slots):
-        if file := lock_file(sweep_folder().parent / RECORDS / f"slot{slot}"):
+        if file := lock_file(_job_folder().parent / RECORDS / f"slot{slot}"):
             _kept.append(file)
             return slot
     return 0

@@ -60,7 +60,7 @@ def run(cfg: TrainConfig, stop_early: Callable[[TrainState], str | None] = lambd
         results = _fit(training, run_dir, stop_early)
     if results is None:
         training.step.optimizer.zero_grad()
-        raise DetkitError(explain_out_of_memory(training.trial_step, cfg.batch_size // world_size(), device))
+        raise DetkitError(explain_out_of_memory(training.trial_step, training.batch_size // world_size(), device))
     best = results["best"]
     if is_main_process():
         print_metrics(best, make_console())
@@ -80,11 +80,20 @@ def _fit(training: Training, run_dir: Path, stop_early: Callable[[TrainState], s
     try:
         if is_main_process():
             write_atomically(run_dir / "config.yaml", yaml.safe_dump(cfg.as_dict(), sort_keys=False).encode())
-        loaders = training.train_loader, val_loader(training.val_set, cfg, step.precision.device)
+        val_batches = val_loader(
+            training.val_set,
+            training.batch_size,
+            cfg.image_size,
+            step.precision.device,
+            rect=cfg.rect,
+            workers=cfg.workers,
+            timeout=cfg.trainer.loader_timeout,
+        )
         with open_log(cfg, step, training.train_set, run_dir, state) as log:
             trainer = Trainer(
                 step,
-                *loaders,
+                training.train_loader,
+                val_batches,
                 training.val_set,
                 state=state,
                 log=log,
@@ -111,7 +120,7 @@ def _check_ranks_agree(plan: RunPlan) -> None:
     Raises:
         DetkitError: they did not; on those that differ from rank 0.
     """
-    mine = [plan.run_dir is not None, plan.saved["state"]["step"] if plan.saved else 0]
+    mine = (plan.run_dir is not None, plan.saved["state"]["step"] if plan.saved else 0)
     theirs = run_on_main(lambda: mine)
     if mine != theirs:
         words = f"rank {rank()} finds {_describe(*mine)}, rank 0 finds {_describe(*theirs)}"

@@ -43,9 +43,11 @@ from detkit.viz.tables import print_rows
 
 if TYPE_CHECKING:
     from optuna import Study, Trial
-    from optuna.distributions import BaseDistribution
     from optuna.pruners import BasePruner
+    from optuna.storages import BaseStorage
     from optuna.trial import FrozenTrial
+
+    from detkit.tasks.search_space import Distribution
 
 logger = logging.getLogger(__name__)
 
@@ -101,9 +103,10 @@ def _run_trial(
 
     def prune(state: TrainState) -> str | None:
         for row in state.history:
-            if row["epoch"] not in told:
-                trial.report(row["AP"], row["epoch"])
-                told.add(row["epoch"])
+            epoch = int(row["epoch"])
+            if epoch not in told:
+                trial.report(row["AP"], epoch)
+                told.add(epoch)
         return "Optuna prunes this trial" if state.history and trial.should_prune() else None
 
     try:
@@ -127,7 +130,7 @@ def _run_trial(
 
 
 def _take_trial(
-    study: "Study", space: Mapping[str, "BaseDistribution"], folder: Path, cfg: TuneConfig
+    study: "Study", space: Mapping[str, "Distribution"], folder: Path, cfg: TuneConfig
 ) -> tuple["Trial", dict[str, Any], IO[bytes] | None] | None:
     """Return the next trial, its values, and a lock that says for as long as this process lives that it is run.
 
@@ -173,7 +176,7 @@ def _open_study(folder: Path, cfg: TuneConfig) -> "Study":
     }
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        storage = cfg.storage
+        storage: str | BaseStorage | None = cfg.storage
         if storage is None:
             storage = optuna.storages.JournalStorage(JournalFileBackend(str(folder / "study.journal")))
         study = optuna.create_study(

@@ -41,7 +41,7 @@ def confusion_matrix(
             counts[labels[t], classes[p]] += 1
         for t in {*range(len(truth))} - {t for t, _ in pairs}:
             counts[labels[t], background] += 1
-        in_crowd = (_overlap(crowds, boxes, of_second=True) >= iou).any(0)
+        in_crowd = np.any(_overlap(crowds, boxes, of_second=True) >= iou, axis=0)
         for p in {*range(len(boxes))} - {p for _, p in pairs}:
             counts[background, classes[p]] += not in_crowd[p]
     return counts

@@ -1,5 +1,6 @@
 """The terminal: log messages, and output that never ends the program nor gives orders to a terminal."""
 
+import io
 import logging
 import os
 import sys
@@ -67,8 +68,9 @@ class Output:
 
     def __init__(self, stream: IO[str]) -> None:
         self.stream = stream
-        with suppress(OSError, AttributeError):  # pytest's has no such method
-            stream.reconfigure(errors="backslashreplace")
+        if isinstance(stream, io.TextIOWrapper):  # a StringIO encodes nothing
+            with suppress(OSError):
+                stream.reconfigure(errors="backslashreplace")
 
     def write(self, text: str) -> int:
         """Write ``text``, or lose it."""

@@ -100,7 +100,8 @@ def draw_box_centres(axes: Axes, annotations: Annotations) -> None:
 def draw_image_sizes(axes: Axes, annotations: Annotations) -> None:
     """Draw the images' sizes, a dot each, larger where many share it."""
     sizes, counts = np.unique(annotations.sizes[:, ::-1], axis=0, return_counts=True)
-    axes.scatter(*sizes.T, s=10 + 190 * counts / counts.max(), alpha=0.5)
+    widths, heights = sizes.T
+    axes.scatter(widths, heights, s=10 + 190 * counts / counts.max(), alpha=0.5)
     limit = sizes.max() * 1.1
     axes.plot((0, limit), (0, limit), "--", color="gray", linewidth=1)
     common = counts.argmax()
@@ -113,6 +114,7 @@ def draw_boxes_per_image(axes: Axes, annotations: Annotations) -> None:
     """Draw how many images hold how many boxes."""
     counts = np.diff(annotations.offsets)
     step = max(-(-int(counts.max()) // BINS), 1)
-    axes.hist(counts, bins=np.arange(0, counts.max() + step + 1, step) - 0.5)
+    edges = np.arange(0, counts.max() + step + 1, step) - 0.5
+    axes.hist(counts, bins=edges.tolist())
     axes.set(xlabel="boxes of an image", ylabel="images")
     axes.grid(axis="y", alpha=0.3)

@@ -2,7 +2,7 @@
 
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -80,7 +80,7 @@ def draw_curves(curves: Curves, class_names: Sequence[str]) -> Figure:
 
 def _draw_classes(
     axes: Axes,
-    loc: str,
+    loc: Literal["lower left", "lower center"],
     x: np.ndarray,
     y_xc: np.ndarray,
     curves: Curves,

@@ -49,7 +49,7 @@ def mobilenetv2_timm(tensors: Mapping[str, Tensor]) -> Identified | None:
     found = {(int(m[1]), int(m[2])) for name in tensors if (m := re.match(r"blocks\.(\d{1,3})\.(\d{1,3})\.", name))}
     places = {"conv_stem": "backbone.features.0.0", "bn1": "backbone.features.0.1"}
     for k, (stage, block) in enumerate(sorted(found), 1):
-        layers = ("conv_dw 0.0", "bn1 0.1", "conv_pw 1", "bn2 2")
+        layers: tuple[str, ...] = ("conv_dw 0.0", "bn1 0.1", "conv_pw 1", "bn2 2")
         if stage > 0:
             layers = ("conv_pw 0.0", "bn1 0.1", "conv_dw 1.0", "bn2 1.1", "conv_pwl 2", "bn3 3")
         for theirs, ours in map(str.split, layers):

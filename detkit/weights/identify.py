@@ -1,7 +1,7 @@
 """Telling by the names and shapes of its tensors what a checkpoint is, and naming them as detkit does."""
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from torch import Tensor
@@ -10,6 +10,8 @@ from detkit.errors import DetkitError, shorten
 from detkit.weights.bare_backbones import mobilenetv2_timm, mobilenetv2_torchvision, revcol
 from detkit.weights.naming import Identified
 from detkit.weights.yolo_lists import gold, yolov5, yolov5u, yolov8, yolov8_with_backbone
+
+Family = Callable[[Mapping[str, Tensor]], Identified | None]
 
 PREFIX_STEPS = 3  # of names in front of a model's, as Lightning and detectors' wrappers put them there
 
@@ -20,7 +22,7 @@ def identify(path: Path, tensors: Mapping[str, Tensor]) -> Identified:
     Raises:
         DetkitError: nothing that detkit knows.
     """
-    families = (_detkit, yolov8, yolov5u, yolov5, yolov8_with_backbone, gold)
+    families: tuple[Family, ...] = (_detkit, yolov8, yolov5u, yolov5, yolov8_with_backbone, gold)
     families += (revcol, mobilenetv2_torchvision, mobilenetv2_timm)
     for names in _readings(tensors):
         for family in families:

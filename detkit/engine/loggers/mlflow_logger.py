@@ -48,10 +48,14 @@ class MLflow:
     def _experiment(self) -> str:
         name = os.environ.get("MLFLOW_EXPERIMENT_NAME", "detkit")
         found = self.client.get_experiment_by_name(name)
-        try:
-            return found.experiment_id if found else self.client.create_experiment(name)
-        except MlflowException:  # another run of a sweep has just made it
-            return self.client.get_experiment_by_name(name).experiment_id
+        if found is None:
+            try:
+                return self.client.create_experiment(name)
+            except MlflowException:
+                found = self.client.get_experiment_by_name(name)
+                if found is None:  # else another run of a sweep has just made it
+                    raise
+        return found.experiment_id
 
     def scalars(self, values: Mapping[str, float], step: int) -> None:
         now = round(1000 * time.time())

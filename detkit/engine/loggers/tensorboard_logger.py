@@ -81,28 +81,29 @@ class TensorBoard:
     def _write(self, summaries: Iterable[Summary], step: int) -> None:
         """Write to the disk, before a state is saved that counts this step as done."""
         try:
-            if self.file is None:
-                self._open()
+            file = self._open() if self.file is None else self.file
             for summary in summaries:
-                self._append(Event(wall_time=time.time(), step=step, summary=summary))
+                _append(file, Event(wall_time=time.time(), step=step, summary=summary))
         except OSError:
             self.file = None  # half a record ends it; the next call begins another
             raise
 
-    def _open(self) -> None:
+    def _open(self) -> BinaryIO:
         """Begin a file, as SummaryWriter does; that one writes in a thread, where an error is a traceback."""
         now, self.files = time.time(), self.files + 1
         name = f"events.out.tfevents.{int(now):010}.{socket.gethostname()}.{os.getpid()}.{self.files}"
-        self.file = open(self.run_dir / name, "wb", buffering=0)  # noqa: SIM115
-        self._append(Event(wall_time=now, file_version="brain.Event:2"))
+        file = self.file = open(self.run_dir / name, "wb", buffering=0)  # noqa: SIM115
+        _append(file, Event(wall_time=now, file_version="brain.Event:2"))
         if self.next_step is not None:
             session = SessionLog(status=SessionLog.START)
-            self._append(Event(wall_time=now, step=self.next_step, session_log=session))
+            _append(file, Event(wall_time=now, step=self.next_step, session_log=session))
             self.next_step = None
+        return file
 
-    def _append(self, event: Event) -> None:
-        record = io.BytesIO()
-        RecordWriter(record).write(event.SerializeToString())
-        rest = record.getbuffer()
-        while rest:
-            rest = rest[self.file.write(rest) :]
+
+def _append(file: BinaryIO, event: Event) -> None:
+    record = io.BytesIO()
+    RecordWriter(record).write(event.SerializeToString())
+    rest = record.getbuffer()
+    while rest:
+        rest = rest[file.write(rest) :]

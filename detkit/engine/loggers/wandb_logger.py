@@ -6,6 +6,7 @@ import os
 import secrets
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import wandb
 
@@ -36,7 +37,7 @@ class WandB:
 
     def __init__(self, run_dir: Path, run: str | None) -> None:
         self.id = run or secrets.token_hex(4)
-        options = {
+        options: dict[str, Any] = {
             "project": os.environ.get("WANDB_PROJECT", "detkit"),
             "name": run_dir.name,
             "id": self.id,
@@ -83,7 +84,7 @@ class WandB:
         self.run.finish(exit_code=0 if finished else 1)
 
 
-def _init_by_login(options: dict) -> "wandb.Run":
+def _init_by_login(options: dict[str, Any]) -> "wandb.Run":
     """Start a run online where there is a login and the server answers, else offline."""
     try:
         if wandb.login(prompt=False):
