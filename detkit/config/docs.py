@@ -46,7 +46,7 @@ def render() -> str:
     tables = [("Keys of every command", common), ("`train` (and every trial of `tune`)", own)]
     for group in GROUPS:
         rows = [row for name, row in names.items() if name.startswith(f"{group}.")]
-        tables.append((f"`{group}`", _with_formats(rows) if group == "data" else rows))
+        tables.append((f"`{group}`", list(_with_formats(rows)) if group == "data" else rows))
     tables.append(("`model` and the parts", [row for name, row in names.items() if name.partition(".")[0] in PARTS]))
     blocks = [_table(title, ("key", "default", "allowed", "meaning"), rows) for title, rows in tables]
     blocks.append(_table("The other commands", ("command", "key", "default", "allowed", "meaning"), _other_commands()))
@@ -97,8 +97,9 @@ def _as_yaml(value: Any) -> str:
 
 
 def _allowed(field: FieldInfo) -> str:
-    words, most = allowed_values(field), (field.json_schema_extra or {}).get("most")
-    return words if most in (None, MOST) else f"{words} (at most {most:,})"
+    words, extra = allowed_values(field), field.json_schema_extra
+    most = extra.get("most") if isinstance(extra, dict) else None
+    return f"{words} (at most {most:,})" if isinstance(most, (int, float)) and most != MOST else words
 
 
 def _with_formats(rows: Iterable[Row]) -> Iterator[Row]:

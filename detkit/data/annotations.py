@@ -40,9 +40,9 @@ class PathTable(Sequence[Path]):
             return NotImplemented
         return np.array_equal(self.ends, other.ends) and np.array_equal(self.text, other.text)
 
-    __hash__ = None  # a table of a million names is no key
+    __hash__ = None  # type: ignore[assignment]  # a table of a million names is no key
 
-    def __getitem__(self, index: int) -> Path:
+    def __getitem__(self, index: int) -> Path:  # type: ignore[override]  # no slices
         if not -len(self) <= index < len(self):
             raise IndexError(index)
         index %= len(self)
@@ -68,7 +68,7 @@ class PathBuilder(Sequence[str]):
     def __len__(self) -> int:
         return len(self.ends)
 
-    def __getitem__(self, index: int) -> str:
+    def __getitem__(self, index: int) -> str:  # type: ignore[override]  # no slices
         start = self.ends[index - 1] if index else 0
         return os.fsdecode(bytes(self.text[start : self.ends[index]]))
 

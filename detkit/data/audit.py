@@ -110,7 +110,7 @@ def decode_and_hash(path: str) -> Look:
     text = _complaints()
     if any(words in text for words in DAMAGE):
         return b"", f"is damaged: {text.splitlines()[0][:200]}"
-    digest = hashlib.blake2b(np.ascontiguousarray(image), digest_size=16, key=b"%d %d" % image.shape[:2])
+    digest = hashlib.blake2b(np.ascontiguousarray(image).data, digest_size=16, key=b"%d %d" % image.shape[:2])
     return digest.digest(), ""
 
 

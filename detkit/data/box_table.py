@@ -100,11 +100,13 @@ class BoxTable:
     def _read(self, start: int, count: int) -> np.ndarray:
         """Return the rows from ``start`` on, ``count`` at most."""
         rows = np.empty(count, ROW)
+        assert self._file is not None, "blocks are written before they are read"
         self._file.seek(start * ROW.itemsize)
-        size = self._file.readinto(rows.view(np.uint8))
+        size = self._file.readinto(rows.view(np.uint8))  # type: ignore[attr-defined]  # not in BinaryIO's stub
         return rows[: size // ROW.itemsize]
 
     def _write(self, start: int, rows: np.ndarray) -> None:
+        assert self._file is not None, "the file is opened before the first block"
         write_temporary(self._file, rows, start * ROW.itemsize)
 
 
@@ -161,7 +163,7 @@ def write_temporary(file: BinaryIO, rows: np.ndarray, place: int | None = None) 
     try:
         if place is not None:
             file.seek(place)
-        file.write(rows.reshape(-1).view(np.uint8))
+        file.write(rows.reshape(-1).view(np.uint8).data)
         file.flush()
     except OSError as error:
         raise _no_room(error) from None

@@ -73,7 +73,7 @@ class DetectionDataset(Dataset):
             keep = ~a.crowd[rows]
             boxes, labels = boxes[keep], labels[keep]
         if image.shape[:2] != size:
-            boxes *= np.float32((image.shape[1] / size[1], image.shape[0] / size[0]) * 2)
+            boxes *= np.array((image.shape[1] / size[1], image.shape[0] / size[0]) * 2, np.float32)
         return Sample(image, boxes, labels, ImageMeta(index, a.paths[index], size))
 
     def _pixels(self, index: int, data: np.ndarray) -> np.ndarray:
@@ -121,7 +121,7 @@ class LetterboxDataset(Dataset):
         box = Letterbox.fit(sample.meta.size, (height, width))
         sample.image = box.apply(sample.image)
         sample.meta.scale, sample.meta.offset = box.scale, box.offset
-        sample.boxes = sample.boxes * np.float32((*box.scale, *box.scale)) + np.float32((*box.offset, *box.offset))
+        sample.boxes = sample.boxes * np.array(box.scale * 2, np.float32) + np.array(box.offset * 2, np.float32)
         return sample
 
 

@@ -122,7 +122,8 @@ class BatchLoader:
         starts: Sequence[int] | None = None,
         timeout: float = TIMEOUT,
     ) -> None:
-        self.sampler = EpochSampler(len(dataset), seed, shuffle, expected, window)
+        length = len(dataset)  # type: ignore[arg-type]  # torch's Dataset leaves __len__ to its subclasses
+        self.sampler = EpochSampler(length, seed, shuffle, expected, window)
         self.batches = BatchSampler(self.sampler, batch_size, starts)
         self.issues: list[str] = []
         loader = DataLoader(

@@ -156,7 +156,7 @@ class ShardStream(IterableDataset):
         try:
             with open_regular(self._member(low)[0]) as file:
                 # A seek to what the buffer holds already reads nothing.
-                stream = BufferedReader(file, READ_BYTES)  # type: ignore[type-var]  # whose stub asks for RawIOBase
+                stream = BufferedReader(file, READ_BYTES)
                 for row in range(low, high):
                     _, offset, size = self._member(row)
                     stream.seek(offset)

@@ -79,8 +79,11 @@ def validate_images(paths: Sequence[str], probes: np.ndarray, stated: np.ndarray
     """
     sizes, stored, flags = probes[:, :2], probes[:, 2:4], probes[:, 4]
     for bit, (kind, words) in ISSUES_OF_FLAGS.items():
-        found = np.flatnonzero(flags & bit)
-        log.extend(kind, found, lambda k, words=words: (paths[k], None, words or why_unreadable(paths[k])))
+
+        def describe_flag(k: int, words: str = words) -> tuple[str, None, str]:
+            return paths[k], None, words or why_unreadable(paths[k])
+
+        log.extend(kind, np.flatnonzero(flags & bit), describe_flag)
     positions, first_of = np.arange(len(paths)), _first_of_each(paths)
     first = first_of == positions
     log.extend("repeated_image", np.flatnonzero(~first), lambda k: (paths[k], None, "listed before"))

@@ -217,7 +217,7 @@ def init_worker(_: int) -> None:
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
     end_with_parent()
-    Queue._on_queue_feeder_error = staticmethod(_cannot_hand_on)
+    Queue._on_queue_feeder_error = staticmethod(_cannot_hand_on)  # type: ignore[attr-defined]  # private
 
 
 def _cannot_hand_on(error: Exception, _: object) -> None:
@@ -232,7 +232,8 @@ def _kill(processes: list[BaseProcess]) -> None:
         process.kill()
     for process in processes:
         process.join(1)
-        multiprocessing.process._children.discard(process)  # one that waits for a dead disk would be waited for
+        # One that waits for a dead disk would be waited for.
+        multiprocessing.process._children.discard(process)  # type: ignore[attr-defined]  # private
 
 
 _receiving: Workers | None = None  # what the main thread waits for

@@ -129,7 +129,9 @@ class _Reversible(torch.autograd.Function):
     """Alphas and parameters are arguments, so that autograd (and whatever hooks into it) sees their gradients."""
 
     @staticmethod
-    def forward(ctx: Any, columns: Columns, keep: frozenset[int], x: Tensor, num_alphas: int, *rest: Tensor):
+    def forward(
+        ctx: Any, columns: Columns, keep: frozenset[int], x: Tensor, num_alphas: int, *rest: Tensor
+    ) -> tuple[Tensor, ...]:
         alphas = _rows(rest[:num_alphas], len(columns.levels[0]))
         ctx.channels = channels_to_keep(alphas, keep, x.dtype)
         features = columns.run_column(0, x, None, (), x.dtype)
@@ -148,7 +150,7 @@ class _Reversible(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor | None):
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         columns: Columns = ctx.columns
         depth, num_rest = len(columns.levels[0]), ctx.num_alphas + len(columns.parameters())
         x, *saved = ctx.saved_tensors

@@ -42,7 +42,7 @@ class StorageRef(NamedTuple):
 
     dtype: torch.dtype
     key: str
-    count: int
+    count: int  # type: ignore[assignment]  # tuples have a method of this name
 
 
 @dataclass(eq=False, repr=False, slots=True)

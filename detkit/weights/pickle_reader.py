@@ -68,9 +68,9 @@ class _Machine:
             elif name in _CONSTANTS:
                 self.stack.append(_CONSTANTS[name]())
             elif name in _PUTS:
-                self.memo[argument] = self.stack[-1]
+                self.memo[argument] = self.stack[-1]  # type: ignore[index]  # a number, after these
             elif name in _GETS:
-                self.stack.append(self.memo[argument])
+                self.stack.append(self.memo[argument])  # type: ignore[index]
             elif name in _TUPLES:
                 self.stack.append(tuple(self.pop(_TUPLES[name])))
             elif name not in ("PROTO", "FRAME", "STOP"):

@@ -78,8 +78,8 @@ def mosaic_affine(samples: Sequence[Sample], size: int, rng: np.random.Generator
         boxes.append(placed)
         labels.append(kept)
         windows.append(window)
-    windows = np.repeat(np.array(windows, np.float32), [len(kept) for kept in labels], axis=0)
-    clipped, keep = clip_boxes(np.concatenate(boxes), windows)
+    windows_n4 = np.repeat(np.array(windows, np.float32), [len(kept) for kept in labels], axis=0)
+    clipped, keep = clip_boxes(np.concatenate(boxes), windows_n4)
     image = cv2.cvtColor(output, cv2.COLOR_RGBA2RGB) if turned else output
     return Sample(image, clipped.astype(np.float32), np.concatenate(labels)[keep], samples[0].meta)
 

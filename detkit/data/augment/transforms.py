@@ -79,7 +79,8 @@ class Flip:
         if rng.random() < self.p:
             width = sample.image.shape[1]
             sample.image = cv2.flip(sample.image, 1)  # twenty times as fast as a copy of [:, ::-1]
-            sample.boxes = sample.boxes[:, (2, 1, 0, 3)] * np.float32((-1, 1, -1, 1)) + np.float32((width, 0, width, 0))
+            mirror, shift = np.array(((-1, 1, -1, 1), (width, 0, width, 0)), np.float32)
+            sample.boxes = sample.boxes[:, (2, 1, 0, 3)] * mirror + shift
         return sample
 
 
@@ -103,7 +104,7 @@ class Albumentation:
         if not (isinstance(cls, type) and issubclass(cls, albumentations.BasicTransform)):
             known = [n for n in dir(albumentations) if n[0].isupper()] + TRANSFORMS.names()
             raise DetkitError(f"augment.transforms: unknown transform '{name}'{nearest(name, known)}")
-        accepted = inspect.signature(cls.__init__).parameters
+        accepted = inspect.signature(cls.__init__).parameters  # type: ignore[misc]  # not of a subclass
         for key in arguments:
             if key not in accepted:  # albumentations itself only warns
                 raise DetkitError(f"augment.transforms: {name} takes no argument '{key}'{nearest(key, accepted)}")
@@ -168,7 +169,7 @@ class Albumentation:
         if image.shape[:2] != size:
             box = Letterbox.fit(image.shape[:2], size)
             sample.image = box.apply(image)
-            sample.boxes = sample.boxes * np.float32((*box.scale, *box.scale)) + np.float32((*box.offset, *box.offset))
+            sample.boxes = sample.boxes * np.array(box.scale * 2, np.float32) + np.array(box.offset * 2, np.float32)
         return sample
 
 

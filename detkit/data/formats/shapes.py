@@ -84,7 +84,7 @@ def _draw_split(root: Path, split: str, count: int, seed: int) -> None:
         name = f"{k:04d}.jpg"
         ok, data = cv2.imencode(".jpg", cv2.cvtColor(image, cv2.COLOR_RGB2BGR), (cv2.IMWRITE_JPEG_QUALITY, 92))
         assert ok
-        (image_dir / name).write_bytes(data)
+        (image_dir / name).write_bytes(data.tobytes())
         images.append({"id": k + 1, "file_name": name, "height": SIZE, "width": SIZE})
         for label, box, area in objects:
             record = {"image_id": k + 1, "category_id": label + 1, "bbox": box, "area": area, "iscrowd": 0}
@@ -103,7 +103,7 @@ def draw_image(rng: np.random.Generator) -> tuple[np.ndarray, list[tuple[int, li
         pixels, visible area in pixels.
     """
     canvas = _background(rng)
-    _scribble(rng, canvas, rng.integers(4, 12))
+    _scribble(rng, canvas, int(rng.integers(4, 12)))
     owner = np.zeros(canvas.shape[:2], np.uint8)  # which shape a pixel shows, counted from 1; 0 is background
     labels: list[int] = []
     sizes, visible = np.zeros((2, 0), int)  # pixels of each shape, drawn and still to be seen
@@ -121,7 +121,7 @@ def draw_image(rng: np.random.Generator) -> tuple[np.ndarray, list[tuple[int, li
         sizes, visible = np.append(sizes, mask.sum()), np.append(left, mask.sum())
         owner[mask] = len(labels)
         _paint(rng, canvas, mask, corners, label)
-    _scribble(rng, canvas, rng.integers(0, 3))
+    _scribble(rng, canvas, int(rng.integers(0, 3)))
     image = cv2.resize(canvas, (SIZE, SIZE), interpolation=cv2.INTER_AREA)
     noise = rng.standard_normal((SIZE, SIZE, 1), np.float32) * rng.uniform(1, 8)
     image = np.clip(image + noise, 0, 255).astype(np.uint8)
@@ -167,7 +167,7 @@ def _place(rng: np.random.Generator, label: int, size: int) -> np.ndarray:
 def _paint(rng: np.random.Generator, canvas: np.ndarray, mask: np.ndarray, corners: np.ndarray, label: int) -> None:
     """Colour a shape in about the hue of its class, sometimes with stripes or a dark rim."""
     hue = (label / len(OUTLINES) + rng.normal(0, HUE_SPREAD)) % 1
-    colour = 255 * np.float32(colorsys.hsv_to_rgb(hue, rng.uniform(0.4, 1), rng.uniform(0.4, 1)))
+    colour = 255 * np.array(colorsys.hsv_to_rgb(hue, rng.uniform(0.4, 1), rng.uniform(0.4, 1)), np.float32)
     cv2.fillPoly(canvas, [corners], colour.tolist())
     if rng.random() < 0.3:
         canvas[mask] *= 1 - 0.35 * _stripes(rng, canvas.shape[0])[mask][:, None]
