@@ -13,7 +13,6 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from detkit import cli
 from detkit.config import explain
 from detkit.distributed import process_group, rendezvous
 from detkit.ops.atomic_write import write_atomically
@@ -143,7 +142,7 @@ def test_a_table_that_cannot_be_written_is_one_sentence(train_overrides, tmp_pat
     status, printed, error = run_command(monkeypatch, capsys, *arguments)
     assert (status, error) == (2, f"error: {tmp_path / 'sweep.csv'} cannot be written: No space left on device\n")
     assert "0_seed-0" in printed
-    monkeypatch.setattr(cli, "finish_sweep", lambda: {}["a bug"])
+    monkeypatch.setattr(sweep_task, "finish_sweep", lambda: {}["a bug"])
     with pytest.raises(KeyError, match="a bug"):
         run_command(monkeypatch, capsys, *arguments)
 

@@ -85,6 +85,8 @@ def test_a_process_that_is_stopped_is_given_up(loader, epoch):
         os.kill(process.pid, signal.SIGSTOP)
     with pytest.raises(WorkersLost, match=r"no batch has come from the 2 data loading processes for 2 seconds"):
         list(iterator)
+    for process in loader.workers.processes:
+        process.join(60)  # they have been sent SIGKILL, which a busy machine may deliver late
     assert not any(process.is_alive() for process in loader.workers.processes)
 
 
