@@ -17,7 +17,7 @@ from detkit.engine.precision import Precision
 from detkit.models.detector import Detector
 from detkit.models.profiling import activation_bytes, count_flops
 
-FUSED_TOLERANCE = 1e-3  # deviation of boxes and of scores (composition.deviations)
+FUSED_TOLERANCE = 1e-3  # deviation of boxes and of scores (harness.deviations)
 COPY_TOLERANCE = 1e-6
 HALF_TOLERANCE = 8  # times the deviation that rounding the weights causes; 1 to 4 times is usual
 REVERSED_TOLERANCE = 1e-6  # deviation of each parameter's gradient, in float64

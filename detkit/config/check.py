@@ -26,7 +26,7 @@ def check_values(cfg: Mapping[str, Any], task: str = "train", partial: bool = Fa
     Raises:
         DetkitError: names the first key that is unknown, missing, or whose value is not allowed, and what is.
     """
-    if odd := first_odd_value(cfg) or first_mistake(TASKS[task], cfg, partial):
+    if odd := first_odd_value(cfg) or validate(TASKS[task], cfg, partial)[1]:
         raise DetkitError(odd)
 
 
@@ -36,25 +36,31 @@ def parse_config(values: Mapping[str, Any], task: str = "train") -> Any:
     Raises:
         DetkitError: as ``check_values``.
     """
-    check_values(values, task)
-    return TASKS[task].model_validate(values)
+    if odd := first_odd_value(values):
+        raise DetkitError(odd)
+    config, odd = validate(TASKS[task], values)
+    if odd:
+        raise DetkitError(odd)
+    return config
 
 
-def first_mistake(schema: type[Section], values: Mapping[str, Any], partial: bool = False) -> str:
-    """Return a sentence on the first mistake in ``values``; an empty string where there is none."""
+def validate(schema: type[Section], values: Mapping[str, Any], partial: bool = False) -> tuple[Section | None, str]:
+    """Return ``values`` as a model, and an empty string; or None, and a sentence on the first mistake in them.
+
+    Args:
+        partial: keys may be missing, and others be there: then there is no model, and perhaps no mistake either.
+    """
     try:
-        schema.model_validate(values)
+        return schema.model_validate(values), ""
     except ValidationError as error:
         found = error.errors(include_url=False, include_input=False)
-    else:
-        return ""
     if partial:
         found = [mistake for mistake in found if mistake["type"] not in ("missing", "extra_forbidden")]
     if not found:
-        return ""
+        return None, ""
     keys, field = _place(schema, found[0]["loc"])
     mistakes = [mistake for mistake in found if _place(schema, mistake["loc"])[0] == keys]
-    return _sentence(schema, values, keys, field, mistakes)
+    return None, _sentence(schema, values, keys, field, mistakes)
 
 
 def first_odd_value(content: Any) -> str:

@@ -25,7 +25,7 @@ BEYOND = 1e-3  # the same of normalised values
 ASPECT_TOLERANCE = 0.02  # relative: a resized image keeps its aspect to within this
 ISSUES_OF_FLAGS = {
     MISSING: ("missing_image", "the file does not exist"),
-    UNREADABLE: ("unreadable_image", ""),  # why: see images.why_unreadable
+    UNREADABLE: ("unreadable_image", ""),  # why: see image_probe.why_unreadable
     TRUNCATED: ("truncated_image", "the file ends before the picture does"),
     ROTATED: ("exif_rotated", "turned upright by its EXIF orientation"),
     GRAY: ("gray_image", "gray"),
@@ -74,7 +74,7 @@ def validate_images(paths: Sequence[str], probes: np.ndarray, stated: np.ndarray
     resized after labelling, and its boxes are scaled; any other cannot be trusted.
 
     Args:
-        probes: (N, 5) int32 of ``images.probe``.
+        probes: (N, 5) int32 of ``image_probe.probe``.
         stated: (N, 2) height and width that the labels state, 0 where they do not.
     """
     sizes, stored, flags = probes[:, :2], probes[:, 2:4], probes[:, 4]

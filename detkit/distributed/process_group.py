@@ -55,11 +55,11 @@ def init_distributed(device: str, timeout: float) -> torch.device:
     picked = _device_of_rank(device, place.local)
     if dist.is_initialized():  # an earlier job of a sweep
         return picked
-    barrier = timedelta(seconds=timeout)
+    limit = timedelta(seconds=timeout)
     store = rendezvous(timeout)
     try:
         backend = "nccl" if picked.type == "cuda" else "gloo"
-        dist.init_process_group(backend, store=store, rank=place.rank, world_size=place.ranks, timeout=barrier)
+        dist.init_process_group(backend, store=store, rank=place.rank, world_size=place.ranks, timeout=limit)
         group = dist.new_group(backend="gloo", timeout=PATIENCE)
     except (dist.DistError, RuntimeError, ValueError) as error:
         raise place.unreachable(error) from None

@@ -7,7 +7,7 @@ import torch
 from pydantic import AfterValidator, ConfigDict, FailFast
 from torch import Tensor
 
-from detkit.config.check import first_mistake, first_odd_value
+from detkit.config.check import first_odd_value, validate
 from detkit.config.fields import field, is_number, is_whole, number, positive, share, whole
 from detkit.config.schema import Factors, Section
 
@@ -159,7 +159,7 @@ def first_wrong(content: Mapping[str, Any]) -> str:
 
     Tensors are not looked into: their shapes depend on the model.
     """
-    if odd := first_odd_value(content["cfg"]) or first_mistake(SavedState, content):
+    if odd := first_odd_value(content["cfg"]) or validate(SavedState, content)[1]:
         return odd
     state = content["state"]
     current = state["current"]

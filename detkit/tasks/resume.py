@@ -111,12 +111,12 @@ def resolve_run(cfg: TrainConfig) -> RunPlan:
     own = resumed_config(run_dir, cfg.as_dict(), saved and saved["cfg"], same_command)
     if saved is None:
         logger.info("nothing is saved in %s yet: the run begins anew", run_dir)
-    return RunPlan(parse_config(own), run_dir, saved, restarted)
+    return RunPlan(own, run_dir, saved, restarted)
 
 
 def resumed_config(
     run_dir: Path, cfg: Mapping[str, Any], saved: Mapping[str, Any] | None, same_command: bool = False
-) -> dict[str, Any]:
+) -> TrainConfig:
     """Return the configuration of ``RUN_DIR/config.yaml``, with what the command line changes.
 
     Args:
@@ -148,11 +148,11 @@ def resumed_config(
         target[name] = source[name]
     if own["plugins"] != cfg["plugins"]:  # never imported on a file's word
         raise DetkitError(f"{run_dir} was trained with plugins={shorten(own['plugins'])}: pass the same")
-    check_values(own)
+    config: TrainConfig = parse_config(own)
     if saved is not None and (difference := _difference(own, saved)):
         key, _, then = difference
         raise DetkitError(f"{path} was changed: {key} was {shorten(then)} when the state was saved")
-    return own
+    return config
 
 
 def _check_same_command(cfg: Mapping[str, Any], own: Mapping[str, Any], path: Path) -> None:
