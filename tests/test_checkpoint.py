@@ -53,10 +53,10 @@ def rewritten(path, change):
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        (lambda h, w: h.update(schema_version=99), "schema version 99, this detkit reads 1"),
+        (lambda h, w: h.update(schema_version=99), "schema version 99, .* reads 1"),
         (lambda h, w: h.pop("class_names"), "its header has no 'class_names'"),
-        (lambda h, w: w.pop("backbone.stem.conv.weight"), "does not fit the model in its header"),
-        (lambda h, w: w.update({"head.bins": torch.zeros(3)}), "does not fit the model in its header"),
+        (lambda h, w: w.pop("backbone.stem.conv.weight"), "does not match the model in its header"),
+        (lambda h, w: w.update({"head.bins": torch.zeros(3)}), "does not match the model in its header"),
         (lambda h, w: h["cfg"]["backbone"].update(name="resnet"), "unknown backbone 'resnet'"),
         (
             lambda h, w: (h["cfg"]["neck"].update(name="mine"), h["cfg"].update(plugins=["m"])),
@@ -133,7 +133,7 @@ def test_weights_that_are_not_finite_are_refused(checkpoint, value):
 def test_weights_of_another_type_do_not_fit(checkpoint):
     _, path = checkpoint
     rewritten(path, lambda h, w: w.update({"backbone.stem.conv.weight": w["backbone.stem.conv.weight"].int()}))
-    with pytest.raises(DetkitError, match="does not fit the model in its header"):
+    with pytest.raises(DetkitError, match="does not match the model in its header"):
         detkit.load(path)
     rewritten(path, lambda h, w: w.update({name: t.half() for name, t in w.items() if t.is_floating_point()}) or None)
     with pytest.raises(DetkitError, match="does not fit"):
@@ -149,8 +149,8 @@ def test_only_regular_files_of_a_sensible_header_are_opened(tmp_path):
         (lambda: path.symlink_to(path), "cannot be read"),
         (lambda: path.write_bytes(struct.pack("<Q", 2**60)), "not a safetensors file, or is truncated"),
         (lambda: path.write_bytes(struct.pack("<Q", 2**26) + bytes(2**26)), "or is truncated"),
-        (lambda: save_file({"a": torch.zeros(1)}, path, {"detkit": "[" * 9999}), "its header is no json"),
-        (lambda: save_file({"a": torch.zeros(1)}, path, {"detkit": "9" * 9999}), "its header is no json"),
+        (lambda: save_file({"a": torch.zeros(1)}, path, {"detkit": "[" * 9999}), "its header is not valid JSON"),
+        (lambda: save_file({"a": torch.zeros(1)}, path, {"detkit": "9" * 9999}), "its header is not valid JSON"),
     ):
         make()
         with pytest.raises(DetkitError, match=sentence):

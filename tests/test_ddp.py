@@ -194,7 +194,7 @@ def test_timm_s_norms_are_synchronised(name):
     x = torch.randn(2, 3, 64, 64)
     assert torch.equal(model.forward_features(x), before.forward_features(x))
     model.global_pool = nn.BatchNorm1d(3)
-    with pytest.raises(DetkitError, match="cannot synchronise global_pool, a BatchNorm1d"):
+    with pytest.raises(DetkitError, match="cannot synchronize global_pool, a BatchNorm1d"):
         convert_sync_batchnorm(model)
 
 

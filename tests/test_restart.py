@@ -105,10 +105,10 @@ def test_ranks_of_a_start_find_one_another_in_an_old_store():
         store.set(f"detkit rank {rank}", "old")
     with ThreadPoolExecutor() as pool:
         places = [rendezvous.RankInfo(3, rank, rank) for rank in range(3)]
-        names = list(pool.map(lambda place: rendezvous._name_of_start(store, place, 10), places))
+        names = list(pool.map(lambda place: rendezvous._start_id(store, place, 10), places))
     assert len(set(names)) == 1
-    with pytest.raises(dist.DistError, match="rank 1 did not come within"):
-        rendezvous._name_of_start(store, places[0], 0.1)
+    with pytest.raises(dist.DistError, match="rank 1 did not join within"):
+        rendezvous._start_id(store, places[0], 0.1)
 
 
 SRUN = """#!/bin/bash

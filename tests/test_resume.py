@@ -216,7 +216,7 @@ def test_a_full_disk_keeps_what_was_saved(whole_run, tmp_path, monkeypatch, caps
 
     monkeypatch.setattr(state, "write_atomically", save)
     train.run(load_config("train", [*overrides, f"run_dir={tmp_path / 'run'}"]))
-    assert capsys.readouterr().out.count("cannot be saved (No space left on device): what was saved before") == 10
+    assert capsys.readouterr().out.count("cannot be saved (No space left on device): the previous save") == 10
     monkeypatch.undo()
     assert not list((tmp_path / "run").glob(".*.tmp"))
     assert read_state(tmp_path / "run")["state"]["step"] == 2
@@ -476,7 +476,7 @@ def test_the_last_few_are_kept_and_a_damaged_one_is_passed_over(tmp_path, caplog
     assert damaged > 150
     for path in tmp_path.iterdir():
         path.write_bytes(data[:100])
-    with pytest.raises(DetkitError, match=r"nothing saved in .* is whole"):
+    with pytest.raises(DetkitError, match=r"nothing saved in .* is undamaged"):
         read_state(tmp_path)
 
 
@@ -505,12 +505,12 @@ def test_nothing_is_unpickled_freely(tmp_path, monkeypatch, caplog):
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        (lambda c: c.update(schema_version=2), "state.pt has schema version 2, this detkit reads 1"),
+        (lambda c: c.update(schema_version=2), "state.pt has schema version 2"),
         (lambda c: c.pop("rng"), "it has no 'rng'"),
         (lambda c: c.update(ema=[]), "it has no 'ema'"),
         (lambda c: c["model"].update({"backbone.stem.conv.weight": torch.zeros(2)}), "of its 'model', 'backbone.stem"),
         (lambda c: c["ema"].popitem(), "of its 'ema', 'head"),
-        (lambda c: c["optimizer"]["state"][0].update(momentum_buffer=torch.zeros(2)), "is of shape [2]"),
+        (lambda c: c["optimizer"]["state"][0].update(momentum_buffer=torch.zeros(2)), "has shape [2]"),
         (lambda c: c["optimizer"]["param_groups"].pop(), "does not fit the run"),
         (lambda c: c["state"].update(epok=1), "does not fit the run"),
         (lambda c: c["rng"].update(torch=3), "does not fit the run"),
@@ -536,9 +536,9 @@ def test_nothing_is_unpickled_freely(tmp_path, monkeypatch, caplog):
         (lambda c: c["model"].update({"backbone.stem.conv.weight": "x"}), "does not fit the run"),
         (lambda c: c["model"]["head.bins"].fill_(math.nan), "of its 'model', 'head.bins' holds NaN or infinity"),
         (lambda c: c["ema"]["head.bins"].fill_(math.inf), "of its 'ema', 'head.bins' holds NaN or infinity"),
-        (lambda c: c["optimizer"]["state"].update({9999: {}}), "of a parameter that there is not"),
-        (lambda c: c["optimizer"]["state"][0].update(exp_avg=torch.zeros(2)), "it remembers momentum_buffer, exp_avg"),
-        (lambda c: c["optimizer"]["state"][0]["momentum_buffer"].fill_(math.nan), "that are not finite"),
+        (lambda c: c["optimizer"]["state"].update({9999: {}}), "for a parameter that does not exist"),
+        (lambda c: c["optimizer"]["state"][0].update(exp_avg=torch.zeros(2)), "has the keys momentum_buffer, exp_avg"),
+        (lambda c: c["optimizer"]["state"][0]["momentum_buffer"].fill_(math.nan), "'momentum_buffer' holds NaN"),
         (lambda c: c["rng"].update(python=(3, (1, 2), None)), "does not fit the run"),
         (lambda c: c["rng"]["numpy"].__setitem__(2, 10**6), "must be the state of an MT19937"),
         (lambda c: c["rng"].update(torch=torch.zeros(9, dtype=torch.uint8)), "does not fit the run"),

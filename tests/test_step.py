@@ -196,7 +196,7 @@ def test_a_scale_that_is_too_large_falls_until_steps_are_made():
     ],
 )
 def test_overflow_is_told_from_bad_numbers(losses, gradient, scale, expected):
-    health = NonFiniteMonitor(CPU, remember=4)
+    health = NonFiniteMonitor(CPU, max_batches=4)
     for finite in losses:
         health.add_loss(torch.tensor(finite), toy_batch(0))
     health.add_step(torch.tensor(gradient), torch.tensor(scale))
@@ -204,7 +204,7 @@ def test_overflow_is_told_from_bad_numbers(losses, gradient, scale, expected):
 
 
 def test_overflows_do_not_end_what_comes_in_a_row():
-    health = NonFiniteMonitor(CPU, remember=1)
+    health = NonFiniteMonitor(CPU, max_batches=1)
     for scale in (1.0, 1024.0, 1.0):
         health.add_loss(torch.tensor(True), toy_batch(0))
         health.add_step(torch.tensor(False), torch.tensor(scale))
@@ -230,7 +230,7 @@ def test_too_many_in_a_row_end_the_run_by_a_sentence(tmp_path, monkeypatch):
         trainer.train_epoch(0)
     assert (tmp_path / "last.safetensors").is_file()
     trainer.options = trainer.options.replace(max_nonfinite_steps=4)
-    step.health = NonFiniteMonitor(CPU, remember=1)
+    step.health = NonFiniteMonitor(CPU, max_batches=1)
     trainer.state = TrainState()
     losses, _ = trainer.train_epoch(0)
     trainer.log.close()
@@ -341,7 +341,7 @@ def test_the_largest_batch_is_found_by_doubling(capacity, expected):
         assert choose_batch_size(attempt, cuda) == expected
         assert f"batch_size={min(expected, 32)} would fit" in explain_out_of_memory(attempt, 100, cuda)
     else:
-        with pytest.raises(DetkitError, match="not one image fits"):
+        with pytest.raises(DetkitError, match="one image fits"):
             choose_batch_size(attempt, cuda)
         assert "lower image_size" in explain_out_of_memory(attempt, 100, cuda)
 
@@ -352,7 +352,7 @@ def test_running_out_of_memory_is_one_sentence(train_overrides, tmp_path, monkey
 
     monkeypatch.setattr(Trainer, "fit", fit)
     overrides = [*train_overrides, f"run_dir={tmp_path / 'run'}", "batch_size=3"]
-    with pytest.raises(DetkitError, match="batch_size=3 is too much for the memory of cpu: batch_size=1 would fit"):
+    with pytest.raises(DetkitError, match=r"batch_size=3 .* memory of cpu: batch_size=1 would fit"):
         train.run(load_config("train", overrides))
 
 

@@ -157,7 +157,7 @@ def test_accumulation_grows_in_the_warm_up(make_step, warmup, accumulate):
     step = make_step(accumulate)
     step.schedule = replace(step.schedule, warmup=warmup)
     table = np.interp(range(120), [0, warmup], [1, accumulate]).round() if warmup else [accumulate] * 120
-    assert [step.gathered(k) for k in range(120)] == [int(x) for x in table]
+    assert [step.accumulated_batches(k) for k in range(120)] == [int(x) for x in table]
 
 
 def test_best_is_the_latest_of_the_best(tmp_path, monkeypatch, make_step):

@@ -71,14 +71,14 @@ def test_the_table_says_it_in_percent(small_checkpoint, capsys):
 
 def test_what_starts_from_noise_is_said(tmp_path, small_checkpoint, capsys):
     model = Small()
-    assert load_weights(model, small_checkpoint).warnings == ("the neck starts from noise",)
+    assert load_weights(model, small_checkpoint).warnings == ("the neck is randomly initialized",)
     write_checkpoint(tmp_path / "named.safetensors", Checkpoint({"neck.weight": torch.zeros(8, 5)}, {}, ("cat",), {}))
     model.class_names = ("cat", "dog")
     report = load_weights(model, tmp_path / "named.safetensors")
-    assert report.warnings[:2] == ("the backbone starts from noise", "the head starts from noise")
-    assert "the file knows 1 classes (cat, ...), this model has 2 (cat, dog, ...)" in report.warnings[2]
+    assert report.warnings[:2] == ("the backbone is randomly initialized", "the head is randomly initialized")
+    assert "the file has 1 classes (cat, ...), this model has 2 (cat, dog, ...)" in report.warnings[2]
     print_transfer(report)
-    assert "mind: the head starts from noise" in capsys.readouterr().out
+    assert "mind: the head is randomly initialized" in capsys.readouterr().out
     model.class_names = ("cat",)
     assert len(load_weights(model, tmp_path / "named.safetensors").warnings) == 2
 
@@ -96,5 +96,5 @@ def test_weights_of_another_model_are_refused(tmp_path):
     weights = {"head.bins": torch.arange(16.0), "backbone.stem.conv.weight": torch.zeros(7, 3, 3, 3)}
     write_checkpoint(tmp_path / "x.safetensors", Checkpoint(weights, {}, (), {}))
     detector = detkit.create_model("yolov8n")
-    with pytest.raises(DetkitError, match=r"weights=.*x.safetensors: not a single kernel in it fits this model"):
+    with pytest.raises(DetkitError, match=r"weights=.*x.safetensors: no kernel in it matches this model"):
         detkit.load_weights(detector, tmp_path / "x.safetensors")

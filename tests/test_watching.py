@@ -58,8 +58,8 @@ def test_events_hold_what_one_watches(finished_run):
         assert [e.value for e in events.Scalars(name)] == pytest.approx([float(r[column]) for r in rows], rel=1e-5)
     assert all(0 < float(row["data_wait"]) < 1 and float(row["memory_gib"]) > 0.05 for row in rows)
     names = ("labels", "train_batch0", "val_predictions", "precision_recall", "confusion_matrix")
-    assert {f"pictures/{name}" for name in names} <= set(events.Tags()["images"])
-    picture = events.Images("pictures/val_predictions")[0]
+    assert {f"images/{name}" for name in names} <= set(events.Tags()["images"])
+    picture = events.Images("images/val_predictions")[0]
     assert (picture.width, picture.height) == Image.open(finished_run / "plots" / "val_predictions.jpg").size
     tensors = set(events.Tags()["tensors"])
     assert {"precision_recall/all", "precision_recall/circle", "run/model", "run/config"} <= tensors
@@ -262,7 +262,7 @@ def test_a_logger_that_fails_ends_nothing(train_overrides, tmp_path, monkeypatch
     assert train.run(load_config("train", arguments))["last"]["epoch"] == 2
     said = capsys.readouterr().out
     for name in ("TensorBoard", "one", "two"):
-        assert said.count(f"{name} fails (no route to host): what it was to keep is lost") == 1
+        assert said.count(f"{name} failed (no route to host): some of its data is lost") == 1
     assert (tmp_path / "run" / "plots" / "confusion_matrix.png").is_file()
 
 
@@ -280,7 +280,7 @@ def test_what_cannot_be_drawn_ends_nothing(train_overrides, tmp_path, monkeypatc
     train.run(load_config("train", [*train_overrides, f"run_dir={tmp_path / 'run'}"]))
     said = capsys.readouterr().out
     for what in drawn.values():
-        assert said.count(f"{what} cannot be drawn (no route to host): the training goes on") == 1
+        assert said.count(f"{what} cannot be drawn (no route to host)") == 1
     assert EventAccumulator(str(tmp_path / "run")).Reload().Tensors("run/config")
     assert (tmp_path / "run" / "best.safetensors").is_file()
 
@@ -298,7 +298,7 @@ def test_tensorboard_goes_on_when_a_full_disk_has_room_again(tmp_path, monkeypat
         channel.call(lambda logger, step=step: logger.scalars({"loss/box": 1.0}, step))
     channel.close(True)
     assert caplog.messages == [
-        "TensorBoard fails ([Errno 28] No space left): what it was to keep is lost, the training goes on"
+        "TensorBoard failed ([Errno 28] No space left): some of its data is lost, training continues"
     ]
     steps = [event.step for event in EventAccumulator(str(tmp_path)).Reload().Scalars("loss/box")]
     assert steps == [1, 3, 4, 5, 6]
@@ -326,7 +326,7 @@ def test_a_full_queue_is_told_once(caplog):
     go_on = Event()
     for _ in range(9):
         channel.call(lambda _: go_on.wait(60))
-    assert caplog.messages == ["slow fails (too slow): what it was to keep is lost, the training goes on"]
+    assert caplog.messages == ["slow failed (too slow): some of its data is lost, training continues"]
     go_on.set()
     channel.close(True)
 
@@ -347,7 +347,7 @@ def test_a_logger_with_a_full_queue_is_closed_all_the_same():
 
 
 def test_a_logger_that_hangs_is_not_waited_for_for_ever(monkeypatch, caplog):
-    monkeypatch.setattr(async_logger, "PATIENCE", {True: 0.1})
+    monkeypatch.setattr(async_logger, "CLOSE_TIMEOUT", {True: 0.1})
     go_on = Event()
     channel = AsyncLogger("hung", None)
     channel.calls.maxsize = 1
@@ -395,11 +395,11 @@ def test_a_logger_that_does_not_open_ends_a_new_run_only(tmp_path, monkeypatch, 
         raise RuntimeError("the server is away\nsee there")
 
     monkeypatch.setitem(LOGGERS._parts, "mlflow", fail)
-    with pytest.raises(DetkitError, match=r"^trainer.loggers: mlflow does not open: the server is away$"):
+    with pytest.raises(DetkitError, match=r"^trainer.loggers: mlflow cannot be opened: the server is away$"):
         open_loggers(["mlflow"], tmp_path, 0)
     (channel,) = open_loggers(["mlflow"], tmp_path, 7, resumed=True)
     assert isinstance(channel, SafeLogger)
-    assert caplog.messages == ["mlflow does not open (the server is away): the run goes on without it"]
+    assert caplog.messages == ["mlflow cannot be opened (the server is away): training continues without it"]
 
 
 def test_a_resumed_run_is_the_same_to_wandb(tmp_path, monkeypatch, caplog):

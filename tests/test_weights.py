@@ -286,9 +286,7 @@ def test_a_backbone_starts_a_training_and_is_no_detector(tmp_path):
     backbone, neck, head = report.rows
     assert backbone.loaded == backbone.parameters > 0
     assert (neck.missing, head.missing) == (neck.parameters, head.parameters)
-    with pytest.raises(
-        DetkitError, match="holds a backbone only, not a detector: start a training from it with weights="
-    ):
+    with pytest.raises(DetkitError, match=r"holds only a backbone, not a detector: .* weights="):
         build_from_checkpoint(path)
 
 
@@ -375,7 +373,7 @@ def test_tensors_of_any_shape_are_no_fault(table, value):
         (["import_weights", "src=a.pt", "dst=x.safetensors"], "a.pt is not a checkpoint"),
         (["import_weights", "src=a.pt", "dst=x.safetensors", "model=yolov9"], "model=yolov9 does not exist"),
         (["import_weights", "src=taken.safetensors", "dst=x.safetensors"], "is not a safetensors file"),
-        (["eval", "ckpt=a.pt"], "make one of it by detkit import_weights src=a.pt dst=a.safetensors"),
+        (["eval", "ckpt=a.pt"], "detkit import_weights src=a.pt dst=a.safetensors"),
     ],
 )
 def test_a_mistake_is_one_sentence(arguments, sentence, tmp_path, monkeypatch, capsys):

@@ -1,1 +1,1 @@
-"""Several processes that train as one: how they find each other, the process group, collectives, SyncBatchNorm."""
+"""Distributed training: rendezvous, process group, collectives and SyncBatchNorm."""

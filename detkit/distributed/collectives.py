@@ -1,4 +1,4 @@
-"""Sums over the ranks of a training: the processes that torchrun or SLURM started. One process alone sums nothing."""
+"""Collectives over all ranks, which have no effect in a single process."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -6,31 +6,31 @@ from contextlib import contextmanager
 import torch.distributed as dist
 from torch import Tensor
 
-_alone = False
+_single_rank = False
 
 
 @contextmanager
 def single_rank() -> Iterator[None]:
-    """Compute something on this rank only, without the others: sums are its own."""
-    global _alone
-    before, _alone = _alone, True
+    """Run a block on this rank only: collectives in it do not involve other ranks."""
+    global _single_rank
+    previous, _single_rank = _single_rank, True
     try:
         yield
     finally:
-        _alone = before
+        _single_rank = previous
 
 
 def world_size() -> int:
-    """Return the number of processes that train together, 1 outside a process group and within ``single_rank``."""
-    if _alone:
+    """Return the number of ranks; 1 without a process group and within ``single_rank``."""
+    if _single_rank:
         return 1
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def all_reduce_sum(x: Tensor) -> Tensor:
-    """Return the sum of all ranks' ``x``, of one shape, without a gradient; alone, ``x`` itself.
+    """Return the sum of ``x``, of any shape, over all ranks, without gradient; with one rank, ``x`` itself.
 
-    Every rank must call it, and in the same order as the others.
+    All ranks must call this in the same order, with the same shape.
     """
     if world_size() == 1:
         return x

@@ -1,10 +1,10 @@
-"""The process group of a training, and what its ranks exchange beside gradients; see also rendezvous.py.
+"""Process group, and communication between ranks other than gradients; see also rendezvous.py.
 
-With one process there is no group, and every function here does nothing.
+A single process has no group, and the functions here have no effect.
 
-Sums of tensors go through the default group, whose ranks may wait for one another for ``trainer.rank_timeout`` seconds.
-What rank 0 does for all (a directory's name, COCO's metrics) goes through a second one, on the CPU, with more patience.
-A process that dies closes its connections, which the others see at once in both.
+Tensors are summed in the default group, with a timeout of ``trainer.rank_timeout`` seconds. Results of rank 0 (the name
+of a directory, COCO metrics) are sent in a second group on the CPU, with a longer timeout. If a process dies, its
+connections close, which the other ranks notice at once in both groups.
 """
 
 import re
@@ -23,107 +23,109 @@ from detkit.distributed.rendezvous import RankInfo, current_store, is_local_main
 from detkit.errors import DetkitError, printable
 from detkit.ops.device import pick_device
 
-PATIENCE = timedelta(hours=2)  # for rank 0: it may read a large set for the first time
+CPU_GROUP_TIMEOUT = timedelta(hours=2)  # rank 0 may be reading a large data set for the first time
 
-_patient: dist.ProcessGroup | None = None  # None: the default group
+_cpu_group: dist.ProcessGroup | None = None  # None: the default group
 
 
 def rank() -> int:
-    """Return this process' number among those that train together, from 0."""
+    """Return the rank of this process, from 0."""
     return dist.get_rank() if world_size() > 1 else 0
 
 
 def is_main_process() -> bool:
-    """Whether this is rank 0, which alone writes, draws and prints."""
+    """Whether this is rank 0, the only rank that writes, draws and prints."""
     return rank() == 0
 
 
 def init_distributed(device: str, timeout: float) -> torch.device:
-    """Join the other processes that torchrun or SLURM started, if any; return the device of this one.
+    """Join the process group if torchrun or SLURM started several processes; return the device of this one.
 
     Args:
-        device: as for ``pick_device``; ``auto`` and ``cuda`` are the GPU of this process' number on its node.
-        timeout: seconds that ranks wait for one another.
+        device: as for ``pick_device``; ``auto`` and ``cuda`` select the GPU with the local rank.
+        timeout: seconds that ranks wait for each other.
 
     Raises:
-        DetkitError: variables are missing or malformed, there is no GPU left for this rank, or the others do not come.
+        DetkitError: environment variables are missing or malformed, there is no GPU for this rank, or the other ranks
+            cannot be reached.
     """
-    global _patient
-    place = RankInfo.from_env()
-    if place.ranks == 1:
+    global _cpu_group
+    info = RankInfo.from_env()
+    if info.ranks == 1:
         return pick_device(device)
-    picked = _device_of_rank(device, place.local)
+    picked = _device_of_rank(device, info.local)
     if dist.is_initialized():  # an earlier job of a sweep
         return picked
     limit = timedelta(seconds=timeout)
     store = rendezvous(timeout)
     try:
         backend = "nccl" if picked.type == "cuda" else "gloo"
-        dist.init_process_group(backend, store=store, rank=place.rank, world_size=place.ranks, timeout=limit)
-        group = dist.new_group(backend="gloo", timeout=PATIENCE)
+        dist.init_process_group(backend, store=store, rank=info.rank, world_size=info.ranks, timeout=limit)
+        group = dist.new_group(backend="gloo", timeout=CPU_GROUP_TIMEOUT)
     except (dist.DistError, RuntimeError, ValueError) as error:
-        raise place.unreachable(error) from None
+        raise info.unreachable(error) from None
     assert isinstance(group, dist.ProcessGroup)  # every rank is a member
-    _patient = group
-    if place.rank:
-        warnings.filterwarnings("ignore")  # rank 0 says the same
+    _cpu_group = group
+    if info.rank:
+        warnings.filterwarnings("ignore")  # rank 0 prints them
     return picked
 
 
 def cleanup_distributed() -> None:
     """Leave the process group, if there is one."""
-    global _patient
+    global _cpu_group
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
-    _patient = None
+    _cpu_group = None
     reset_rendezvous()
 
 
 def per_rank_batch_size(batch_size: int) -> int:
-    """Return how many images of a global batch each rank takes.
+    """Return the number of images of a global batch per rank.
 
     Raises:
-        DetkitError: they are not equally many.
+        DetkitError: ``batch_size`` is not divisible by the number of ranks.
     """
     ranks = world_size()
     if batch_size % ranks:
         more = batch_size + ranks - batch_size % ranks
         raise DetkitError(
-            f"batch_size={batch_size} counts the images of all {ranks} ranks and must divide by them: use {more}"
+            f"batch_size={batch_size} counts the images of all ranks and must be divisible by their number, {ranks}: "
+            f"use {more}"
         )
     return batch_size // ranks
 
 
 def wrap_ddp(model: nn.Module) -> nn.Module:
-    """Return ``model`` so that backward averages the gradients of all ranks; alone, ``model`` itself.
+    """Wrap ``model`` in DistributedDataParallel; with one rank, return ``model`` itself.
 
-    All ranks start from rank 0's weights. Buffers are the caller's to keep alike.
+    Weights are broadcast from rank 0. The caller must keep buffers in sync.
     """
     if world_size() == 1:
         return model
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # broadcast_buffers has another name from torch 2.14 on
+        warnings.simplefilter("ignore", FutureWarning)  # broadcast_buffers is renamed in torch 2.14
         return nn.parallel.DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
 
 
 def barrier() -> None:
-    """Wait until every rank is here."""
+    """Wait until every rank has called this."""
     if world_size() > 1:
-        dist.barrier(_patient)
+        dist.barrier(_cpu_group)
 
 
 def all_reduce_max(number: int) -> int:
-    """Return the largest ``number`` of any rank, without asking the device."""
+    """Return the largest ``number`` of all ranks, without using the device."""
     if world_size() == 1:
         return number
     largest = torch.tensor(number)
-    dist.all_reduce(largest, dist.ReduceOp.MAX, group=_patient)
+    dist.all_reduce(largest, dist.ReduceOp.MAX, group=_cpu_group)
     return int(largest)
 
 
 @contextmanager
 def main_process_first() -> Iterator[None]:
-    """Run a block on rank 0, then on the others: these find what it leaves on the disk."""
+    """Run a block on rank 0 first, then on the other ranks, which find its results on disk."""
     if not is_main_process():
         barrier()
     try:
@@ -134,76 +136,76 @@ def main_process_first() -> Iterator[None]:
 
 
 def run_on_main(make: Callable[[], Any]) -> Any:
-    """Return on every rank what ``make`` returns on rank 0, where alone it runs.
+    """Call ``make`` on rank 0 only, and return its result on every rank.
 
     Raises:
-        DetkitError: ``make`` did; on every rank.
+        DetkitError: ``make`` raised it; on every rank.
     """
     if world_size() == 1:
         return make()
-    answer: list[Any] = [None, None]
+    result: list[Any] = [None, None]
     if is_main_process():
         try:
-            answer[0] = make()
+            result[0] = make()
         except DetkitError as error:
-            answer[1] = str(error)
-    dist.broadcast_object_list(answer, 0, group=_patient)
-    value, message = answer
+            result[1] = str(error)
+    dist.broadcast_object_list(result, 0, group=_cpu_group)
+    value, message = result
     if message is not None:
         raise DetkitError(message)
     return value
 
 
 def gather_objects(value: Any) -> list[Any]:
-    """Return every rank's ``value`` on rank 0, in their order; elsewhere none."""
+    """Return the values of all ranks in order on rank 0; an empty list on other ranks."""
     if world_size() == 1:
         return [value]
     gathered = [None] * world_size() if is_main_process() else None
-    dist.gather_object(value, gathered, 0, group=_patient)
+    dist.gather_object(value, gathered, 0, group=_cpu_group)
     return gathered or []
 
 
 def gather_messages(messages: Sequence[str]) -> list[str]:
-    """Return the messages of all ranks on rank 0, elsewhere none; names in them that are not UTF-8 are escaped."""
+    """Return the messages of all ranks on rank 0, none elsewhere; non-UTF-8 file names in them are escaped."""
     return [printable(message) for of_rank in gather_objects(list(messages)) for message in of_rank]
 
 
-def claim_error_message(sentence: str) -> bool:
-    """True if this rank should print the error, being the first to claim it; before the rendezvous, one per node is."""
+def claim_error_message(message: str) -> bool:
+    """Whether this rank should print the error, as the first to claim it; before the rendezvous, one rank per node."""
     store = current_store()
     if store is None:
         return is_local_main()
     with suppress(dist.DistError, RuntimeError):
-        store.set("mistake", sentence)
-        return store.add(f"said {sentence}", 1) == 1
-    return is_main_process()  # the store went with rank 0's process, or another's agent
+        store.set("user error", message)
+        return store.add(f"printed {message}", 1) == 1
+    return is_main_process()  # the process that kept the store has ended
 
 
 def peer_user_error() -> str | None:
-    """Return the user error that ended another rank, or None: losing that rank is not a fault of this one."""
+    """Return the message of a user error that ended another rank, or None."""
     store = current_store()
     try:
-        return store.get("mistake").decode() if store is not None and store.check(["mistake"]) else None
+        return store.get("user error").decode() if store is not None and store.check(["user error"]) else None
     except (dist.DistError, RuntimeError):
-        return "rank 0 has ended, and said why"  # the store went with it
+        return "rank 0 has ended and printed the error"  # the process that kept the store has ended
 
 
 def is_peer_failure(error: Exception) -> bool:
-    """Whether an error says that another process of this training has gone."""
+    """Whether an error means that another rank has ended."""
     phrases = r"Connection (closed|reset|refused)|Broken pipe|Read error|Write error|Timed out|remote process exited"
     return current_store() is not None and isinstance(error, RuntimeError) and bool(re.search(phrases, str(error)))
 
 
 def _device_of_rank(device: str, local: int) -> torch.device:
-    """Return the device of the process with number ``local`` on its node."""
+    """Return the device of the process with local rank ``local``."""
     if ":" in device:
-        raise DetkitError(f"device={device} is one device for several ranks: use device=cuda, and CUDA_VISIBLE_DEVICES")
+        raise DetkitError(f"device={device} is one device for several ranks: use device=cuda and CUDA_VISIBLE_DEVICES")
     picked = pick_device(device)
     if picked.type != "cuda":
         return picked
     gpus = torch.cuda.device_count()
     if local >= gpus:
-        raise DetkitError(f"local rank {local} has no GPU, this node shows {gpus}: start one rank for each")
+        raise DetkitError(f"local rank {local} has no GPU, as this node has {gpus}: start one rank per GPU")
     picked = torch.device("cuda", local)
     torch.cuda.set_device(picked)
     return picked

@@ -1,9 +1,9 @@
-"""Who the processes of a training are, how they meet, and what a restart of all of them still knows.
+"""Ranks, their rendezvous, and values that survive a restart by torchrun.
 
-torchrun says by RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT who a process is, SLURM's srun by variables
-of its own; without them there is one. torchrun may start its processes again after a failure (``--max-restarts``). Its
-store of keys, at MASTER_ADDR, outlives them: there a start finds what the one before left. How many there were,
-TORCHELASTIC_RESTART_COUNT, does not tell: an agent does not count a restart that it did because another agent asked.
+The rank is given by torchrun's variables (RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT) or by those of
+SLURM's srun; without them there is one process. torchrun may restart its processes after a failure
+(``--max-restarts``). The key-value store at MASTER_ADDR outlives them, so a restart finds values of earlier starts.
+TORCHELASTIC_RESTART_COUNT is not used, since an agent does not count restarts that another agent requested.
 """
 
 import os
@@ -18,13 +18,13 @@ import torch.distributed as dist
 
 from detkit.errors import DetkitError
 
-_store: dist.Store | None = None  # of this start alone
-_lasting: dist.Store | None = None  # of torchrun's agent
+_store: dist.Store | None = None  # of this start only
+_agent_store: dist.Store | None = None  # kept by torchrun's agent across restarts
 
 
 @dataclass(frozen=True)
 class RankInfo:
-    """Which process this is: ``rank`` of ``ranks``, ``local`` of those on its node, all from 0."""
+    """Number of ranks, and this process's rank and local rank (on its node), both from 0."""
 
     ranks: int = 1
     rank: int = 0
@@ -32,28 +32,30 @@ class RankInfo:
 
     @classmethod
     def from_env(cls) -> "RankInfo":
-        """Return this process' place, from torchrun's or SLURM's variables.
+        """Read torchrun's or SLURM's environment variables.
 
         Raises:
-            DetkitError: they are missing or malformed.
+            DetkitError: variables are missing or malformed.
         """
         take_slurm_variables(os.environ)
         return cls(*(_variable(name) for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK")))
 
     def unreachable(self, error: Exception) -> DetkitError:
-        """Return the sentence on others that do not come."""
-        words = f"rank {self.rank} of {self.ranks} does not reach the others: start all of them, by torchrun or srun"
-        return DetkitError(f"{words} ({str(error).splitlines()[0]})")
+        """Return the error for ranks that cannot be reached."""
+        return DetkitError(
+            f"rank {self.rank} of {self.ranks} cannot reach the others: start all of them with torchrun or srun "
+            f"({str(error).splitlines()[0]})"
+        )
 
 
 def rendezvous(timeout: float) -> dist.Store:
-    """Wait for the others for ``timeout`` seconds at most; return a store of keys that is this start's alone.
+    """Wait for the other ranks for at most ``timeout`` seconds; return a key-value store for this start only.
 
     Raises:
-        DetkitError: they do not come.
+        DetkitError: the other ranks cannot be reached.
     """
-    global _store, _lasting
-    place = RankInfo.from_env()
+    global _store, _agent_store
+    info = RankInfo.from_env()
     if _store is not None:
         return _store
     try:
@@ -61,34 +63,34 @@ def rendezvous(timeout: float) -> dist.Store:
         while isinstance(store, dist.PrefixStore):
             store = store.underlying_store
         if _restarts_are_possible():
-            _lasting = store
-            _store = dist.PrefixStore(_name_of_start(store, place, timeout), store)
+            _agent_store = store
+            _store = dist.PrefixStore(_start_id(store, info, timeout), store)
         else:
             _store = store
     except (dist.DistError, RuntimeError, ValueError) as error:
-        raise place.unreachable(error) from None
+        raise info.unreachable(error) from None
     return _store
 
 
 def current_store() -> dist.Store | None:
-    """Return what ``rendezvous`` did; None before, and for a process alone."""
+    """Return the store of ``rendezvous``; None before it, and with a single process."""
     return _store
 
 
 def reset_rendezvous() -> None:
-    """Forget the others."""
-    global _store, _lasting
-    _store = _lasting = None
+    """Drop the stores."""
+    global _store, _agent_store
+    _store = _agent_store = None
 
 
 def store_set(key: str, value: str) -> None:
-    """Keep a value for the next start, where torchrun may make one."""
-    if _lasting is not None:
-        _lasting.set(f"detkit {key}", value)
+    """Store a value for later starts, if torchrun can restart the processes."""
+    if _agent_store is not None:
+        _agent_store.set(f"detkit {key}", value)
 
 
 def store_get(key: str, timeout: float) -> str | None:
-    """Return what ``store_set`` kept at an earlier start by torchrun; None: there was none, or there is no torchrun.
+    """Return a value that ``store_set`` stored at an earlier start, or None, as always without torchrun.
 
     Raises:
         DetkitError: as ``rendezvous``.
@@ -96,29 +98,30 @@ def store_get(key: str, timeout: float) -> str | None:
     if not _restarts_are_possible():
         return None
     rendezvous(timeout)
-    assert _lasting is not None  # as torchrun's agent keeps it
+    assert _agent_store is not None  # set by ``rendezvous``
     key = f"detkit {key}"
-    return _lasting.get(key).decode() if _lasting.check([key]) else None
+    return _agent_store.get(key).decode() if _agent_store.check([key]) else None
 
 
 def is_local_main() -> bool:
-    """Whether this is the first process on its node, as far as the variables tell."""
+    """Whether this is the first process on its node, according to the environment variables."""
     return (os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or "0") == "0"
 
 
 def take_slurm_variables(environment: MutableMapping[str, str]) -> None:
-    """Where srun started several tasks and no torchrun did, set torchrun's variables from SLURM's, in place.
+    """Set torchrun's variables from SLURM's in place, if srun, not torchrun, started several tasks.
 
-    Only srun sets SLURM_STEP_NUM_TASKS, the tasks of the step that a process belongs to. SLURM_NTASKS may be what was
-    asked of sbatch or salloc: in the script itself there is one process, with SLURM_PROCID=0, whatever it says; and the
-    shell that salloc opens is a step of one task. MASTER_ADDR is the first host, MASTER_PORT follows from the job's
-    number, so that two jobs differ.
+    SLURM_STEP_NUM_TASKS, the number of tasks of a step, is only set by srun. SLURM_NTASKS may come from sbatch or
+    salloc, although the batch script is a single process with SLURM_PROCID=0, and the shell of salloc is a step of one
+    task. MASTER_ADDR is the first host, and MASTER_PORT depends on the job id, so that two jobs differ.
     """
-    theirs = ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_STEP_NUM_TASKS")
-    if "RANK" in environment or any(name not in environment for name in theirs) or environment[theirs[2]] == "1":
+    slurm_names = ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_STEP_NUM_TASKS")
+    if "RANK" in environment or any(name not in environment for name in slurm_names):
         return
-    for name, given in zip(("RANK", "LOCAL_RANK", "WORLD_SIZE"), theirs, strict=True):
-        environment[name] = environment[given]
+    if environment["SLURM_STEP_NUM_TASKS"] == "1":
+        return
+    for name, slurm_name in zip(("RANK", "LOCAL_RANK", "WORLD_SIZE"), slurm_names, strict=True):
+        environment[name] = environment[slurm_name]
     nodes = environment.get("SLURM_STEP_NODELIST") or environment.get("SLURM_NODELIST")
     nodes = nodes or environment.get("SLURM_JOB_NODELIST", "localhost")
     environment.setdefault("MASTER_ADDR", first_host(nodes))
@@ -126,46 +129,49 @@ def take_slurm_variables(environment: MutableMapping[str, str]) -> None:
 
 
 def first_host(nodes: str) -> str:
-    """Return the first host of a SLURM list such as ``gpu[003-007,9],login1``: ``gpu003``."""
+    """Return the first host of a SLURM node list: ``gpu003`` for ``gpu[003-007,9],login1``."""
     return re.sub(r"\[(\w+)[^\]]*\]", r"\1", nodes).partition(",")[0]
 
 
 def _restarts_are_possible() -> bool:
-    """Whether torchrun's agent keeps the store, which its processes then find at every start."""
+    """Whether torchrun's agent keeps the store, so that it outlives the processes."""
     return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
-def _name_of_start(store: dist.Store, place: RankInfo, timeout: float) -> str:
-    """Return a name on which the processes of one start agree, in a store full of those of earlier ones.
+def _start_id(store: dist.Store, info: RankInfo, timeout: float) -> str:
+    """Return an id for this start that all ranks agree on, in a store that still holds keys of earlier starts.
 
-    torch leaves its addresses there; a later start that read them would wait for processes that are dead. So rank 0
-    names the start, and tells it to whoever answers: each of the others leaves a name of its own, which is written over
-    that of the process that had its rank before, and answers to that alone.
+    torch stores addresses of its processes, and a later start that read them would wait for dead processes. So rank 0
+    chooses the id: each other rank publishes a token of its own, replacing that of an earlier process with its rank,
+    and waits for the id under this token.
+
+    Raises:
+        DistError: a rank did not join within ``timeout`` seconds.
     """
-    name = uuid.uuid4().hex
-    if place.rank:
-        store.set(f"detkit rank {place.rank}", name)
-        start = store.get(f"detkit start for {name}").decode()  # waits
-        store.set(f"detkit {start} has {place.rank}", "")
+    token = uuid.uuid4().hex
+    if info.rank:
+        store.set(f"detkit rank {info.rank}", token)
+        start = store.get(f"detkit start for {token}").decode()  # blocks
+        store.set(f"detkit {start} has {info.rank}", "")
         return start
-    missing = set(range(1, place.ranks))
-    end = time.monotonic() + timeout
+    missing = set(range(1, info.ranks))
+    deadline = time.monotonic() + timeout
     while missing:
-        if time.monotonic() > end:
-            raise dist.DistError(f"rank {min(missing)} did not come within {timeout:g} s")
+        if time.monotonic() > deadline:
+            raise dist.DistError(f"rank {min(missing)} did not join within {timeout:g} s")
         for rank in missing:
             if store.check([f"detkit rank {rank}"]):
-                store.set(f"detkit start for {store.get(f'detkit rank {rank}').decode()}", name)
-        missing = {rank for rank in missing if not store.check([f"detkit {name} has {rank}"])}
+                store.set(f"detkit start for {store.get(f'detkit rank {rank}').decode()}", token)
+        missing = {rank for rank in missing if not store.check([f"detkit {token} has {rank}"])}
         time.sleep(0.02)
-    return name
+    return token
 
 
 def _variable(name: str) -> int:
-    """Return one of torchrun's variables; without WORLD_SIZE there is one process, without LOCAL_RANK one a node."""
+    """Return the value of one of torchrun's variables; WORLD_SIZE defaults to 1, LOCAL_RANK to 0."""
     if "WORLD_SIZE" not in os.environ:
         return int(name == "WORLD_SIZE")
     text = os.environ.get(name, "0" if name == "LOCAL_RANK" else "")
     if not text.isdecimal() or text == "0" == os.environ["WORLD_SIZE"]:
-        raise DetkitError(f"WORLD_SIZE={os.environ['WORLD_SIZE']}, but {name}={text}: start the ranks by torchrun")
+        raise DetkitError(f"WORLD_SIZE={os.environ['WORLD_SIZE']}, but {name}={text}: start the ranks with torchrun")
     return int(text)

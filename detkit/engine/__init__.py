@@ -1,1 +1,1 @@
-"""Training, evaluation and what they need: optimizer, moving average, precision, checkpoints, logs."""
+"""Training and evaluation: optimizer, EMA, precision, checkpoints, logging."""

@@ -1,4 +1,4 @@
-"""The batch that fits into a GPU's memory."""
+"""Batch sizes that fit into memory."""
 
 import copy
 from collections.abc import Callable
@@ -13,45 +13,45 @@ from detkit.models.detector import Detector
 from detkit.models.profiling import dummy_batch
 from detkit.ops.memory import free_memory, gib
 
-COPIES_TRAINED = 4  # of the weights, at least, in a training: with the gradients, the average and the optimizer's
-BYTES = 15  # that a pixel of a batch takes before the network sees it: three of one byte, and as floats
-LARGEST = 1024  # images of a batch that are ever tried
-BOXES = 100  # of an image in a trial: a crowded mosaic
-COPIES = 3  # of the weights, beside the model and its gradient: the average and two of the optimizer
+COPIES_TRAINED = 4  # copies of the weights in training, at least: weights, gradients, EMA, optimizer state
+BYTES_PER_PIXEL = 15  # of a batch before the forward pass: three uint8 channels, and the same as float32
+MAX_BATCH_SIZE = 1024
+TRIAL_BOXES = 100  # boxes per image in a trial: a crowded mosaic
+EXTRA_COPIES = 3  # copies of the weights besides the model and its gradients: EMA and two optimizer states
 
 
 def check_batch(batch_size: int, image_size: int, device: torch.device) -> None:
-    """Check that a batch of pictures fits into the memory of the CPU, if that is what computes.
+    """Check that a batch of images fits into the CPU's memory, if the model runs on the CPU.
 
-    This is a lower bound: what the network itself takes depends on it.
+    This is a lower bound: the memory of the network itself is not included.
 
     Raises:
-        DetkitError: it does not.
+        DetkitError: the batch does not fit.
     """
     if device.type != "cpu":
         return
-    size, free = batch_size * image_size**2 * BYTES, free_memory()
+    size, free = batch_size * image_size**2 * BYTES_PER_PIXEL, free_memory()
     if size > free:
         raise DetkitError(
-            f"batch_size={batch_size} images of {image_size}x{image_size} pixels take {gib(size)} before the network "
-            f"sees them, more than the {gib(free)} of free memory: lower batch_size or image_size"
+            f"batch_size={batch_size} images of {image_size}x{image_size} pixels take {gib(size)} before the forward "
+            f"pass, more than the {gib(free)} of free memory: lower batch_size or image_size"
         )
 
 
-def largest_batch(attempt: Callable[[int], object], most: int = LARGEST) -> int:
-    """Return the largest batch of 1, 2, 4, ... ``most`` images for which ``attempt`` does not run out of GPU memory.
+def largest_batch(attempt: Callable[[int], object], limit: int = MAX_BATCH_SIZE) -> int:
+    """Return the largest of the batch sizes 1, 2, 4, ..., ``limit`` for which ``attempt`` fits into the GPU's memory.
 
     Returns:
-        0 where one image is too much.
+        the batch size; 0 if a single image does not fit.
     """
     fits, size = 0, 1
-    while size <= most:
+    while size <= limit:
         try:
             attempt(size)
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
-            full = True  # the error holds the tensors of its frames: they go when this block has ended
+            full = True  # the error's traceback keeps tensors alive until this block ends
         else:
             full = False
         torch.cuda.empty_cache()  # does nothing without CUDA
@@ -59,25 +59,29 @@ def largest_batch(attempt: Callable[[int], object], most: int = LARGEST) -> int:
             break
         fits, size = size, 2 * size
     if torch.cuda.is_initialized():
-        torch.cuda.reset_peak_memory_stats()  # a run's memory is not that of its trials
+        torch.cuda.reset_peak_memory_stats()  # trials do not count towards the run's peak memory
     return fits
 
 
 def make_trial_step(
     detector: Detector, loss: nn.Module, precision: Precision, image_size: int
 ) -> Callable[[int], None]:
-    """Return a function that runs one forward and backward pass of noise, with as many copies of the weights in memory
-    as training has; the detector stays as it is.
+    """Return a function that runs one forward and backward pass on noise, given a batch size.
+
+    It keeps as many copies of the weights in memory as training does. The detector is not changed.
 
     Args:
-        image_size: side in pixels, the largest of a training with ``trainer.multi_scale``.
+        detector: model, on its device.
+        loss: (DenseOutput, Batch) -> weighted terms.
+        precision: of the forward pass, with the device.
+        image_size: side in pixels; with ``trainer.multi_scale``, the largest one.
     """
 
     def attempt(images: int) -> None:
-        copies = [copy.deepcopy(detector) for _ in range(COPIES)]
+        copies = [copy.deepcopy(detector) for _ in range(EXTRA_COPIES)]
         model = copies[0].train()
         classes = len(detector.class_names)
-        batch = dummy_batch(images, (image_size, image_size), BOXES, classes).to(precision.device)
+        batch = dummy_batch(images, (image_size, image_size), TRIAL_BOXES, classes).to(precision.device)
         with single_rank():  # the other ranks do not take part
             with precision.autocast():
                 out = model(batch.images.contiguous(memory_format=torch.channels_last).float() / 255)
@@ -87,21 +91,23 @@ def make_trial_step(
 
 
 def choose_batch_size(attempt: Callable[[int], object], device: torch.device) -> int:
-    """Return what ``batch_size=auto`` stands for: the largest power of two that fits.
+    """Return the batch size for ``batch_size=auto``: the largest power of two that fits.
 
     Raises:
-        DetkitError: the device has no memory of its own, or too little for one image.
+        DetkitError: the device is not a GPU, or has too little memory for one image.
     """
     if device.type != "cuda":
-        raise DetkitError(f"batch_size=auto fits a GPU's memory, the device is {device}: give it a number, such as 16")
+        raise DetkitError(f"batch_size=auto needs a GPU, but the device is {device}: set a number, such as 16")
     size = largest_batch(attempt)
     if not size:
-        raise DetkitError(f"not one image fits into the memory of {device}: lower image_size, or take a smaller model")
+        raise DetkitError(
+            f"not even one image fits into the memory of {device}: lower image_size, or use a smaller model"
+        )
     return size
 
 
 def explain_out_of_memory(attempt: Callable[[int], object], batch_size: int, device: torch.device) -> str:
-    """Return the sentence for a training that ran out of memory, with a batch that would fit."""
-    size = largest_batch(attempt, most=batch_size // 2)
-    advice = f"batch_size={size} would fit" if size else "lower image_size, or take a smaller model"
-    return f"batch_size={batch_size} is too much for the memory of {device}: {advice}"
+    """Return the error message for a run that ran out of memory, with a batch size that would fit."""
+    size = largest_batch(attempt, limit=batch_size // 2)
+    advice = f"batch_size={size} would fit" if size else "lower image_size, or use a smaller model"
+    return f"batch_size={batch_size} does not fit into the memory of {device}: {advice}"

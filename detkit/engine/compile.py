@@ -1,4 +1,4 @@
-"""torch.compile for the network, and the way back where it fails."""
+"""torch.compile for the network, with a fallback to eager mode."""
 
 import logging
 
@@ -24,28 +24,31 @@ def compile_network(
     *,
     dynamic: bool = False,
 ) -> nn.Module:
-    """Return the detector as a module whose forward and backward pass are compiled, with the same parameters.
+    """Return the detector with compiled forward and backward passes and the same parameters.
 
-    It is tried on a batch of noise, which takes a minute or more. Where that fails, for whatever reason, the detector
-    itself is returned, on every rank. Batches of another shape, such as an epoch's last, run uncompiled.
+    It is tried on a batch of noise, which takes a minute or more. If that fails on any rank, the detector itself is
+    returned on every rank. Batches of another shape, such as the last of an epoch, run uncompiled.
 
     Args:
-        image_size, batch_size: of this rank's batches, the size in pixels.
+        detector: model, on its device.
+        precision: of the forward pass.
+        image_size: side of the images in pixels.
+        batch_size: images per batch on this rank.
         dynamic: compile for images of any size.
     """
     reason = ""
     if any(isinstance(module, SyncBatchNorm) for module in detector.modules()):
         reason = "trainer.sync_bn=true waits for other ranks within the network"
     network = torch.compile(detector, dynamic=dynamic or None)
-    assert isinstance(network, nn.Module)  # as the detector is; the stubs promise a function alone
+    assert isinstance(network, nn.Module)  # as the detector is; the stubs only promise a callable
     torch.compiler.set_stance("default")
-    torch._dynamo.reset()  # what earlier jobs of a sweep compiled counts against a limit
+    torch._dynamo.reset()  # graphs of earlier jobs in a sweep count towards the recompile limit
     if not reason:
-        logger.info("compiling the network, which takes minutes")
+        logger.info("compiling the network: this takes minutes")
     try:
         if not reason:
             _try(network, detector, precision, image_size, batch_size)
-    except Exception as error:  # of any kind: Dynamo's, Inductor's, a C++ compiler's that is not there
+    except Exception as error:  # from Dynamo, Inductor, or a missing C++ compiler
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
     if all_reduce_max(int(bool(reason))):
         reason = reason or "compiling failed on another rank"
@@ -56,7 +59,7 @@ def compile_network(
 
 
 def _try(network: nn.Module, detector: Detector, precision: Precision, image_size: int, batch_size: int) -> None:
-    """Run one forward and backward pass of noise as a training does; of it the compiled code alone remains."""
+    """Run one forward and backward pass on noise, as in training, leaving only the compiled code behind."""
     train_mode(detector)
     statistics = BatchNormSnapshot(detector)
     before = statistics.copy()

@@ -1,4 +1,4 @@
-"""Exponential moving average of the weights: what is evaluated and saved."""
+"""Exponential moving average (EMA) of the weights, which is evaluated and saved."""
 
 import copy
 import math
@@ -11,13 +11,13 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 class EMA(Generic[Model]):
-    """A float32 copy of a model that follows it slowly, buffers too.
+    """Exponential moving average of a model's weights and buffers, in float32.
 
     The decay starts near 0 and approaches ``decay``: ``decay * (1 - exp(-updates / ramp))``.
 
     Attributes:
         model: the average, in eval mode.
-        updates: how often ``update`` was called.
+        updates: number of calls of ``update``.
     """
 
     def __init__(self, model: Model, decay: float = 0.9999, ramp: float = 2000) -> None:
@@ -27,21 +27,22 @@ class EMA(Generic[Model]):
         self.updates = 0
 
     @torch.no_grad()
-    def update(self, model: nn.Module, share: float | Tensor = 1.0) -> None:
-        """Move the average towards ``model``, whose numbers are finite.
+    def update(self, model: nn.Module, scale: float | Tensor = 1.0) -> None:
+        """Move the average towards ``model``.
 
         Args:
-            share: of the way that the decay leaves to go; 0, or a tensor () of it, keeps the average as it is.
+            model: same architecture as the average; its weights must be finite.
+            scale: factor of the update, a float or () tensor; 0 leaves the average unchanged.
         """
         self.updates += 1
         decay = self.decay * (1 - math.exp(-self.updates / self.ramp))
         average, current = [], []
-        for mine, theirs in zip(self.model.state_dict().values(), model.state_dict().values(), strict=True):
-            if mine.is_floating_point():
-                average.append(mine)
-                current.append(theirs.detach())
+        for averaged, live in zip(self.model.state_dict().values(), model.state_dict().values(), strict=True):
+            if averaged.is_floating_point():
+                average.append(averaged)
+                current.append(live.detach())
             else:
-                mine.copy_(theirs)  # counters of batch norms
-        way = torch._foreach_sub(current, average)
-        torch._foreach_mul_(way, (1 - decay) * share)
-        torch._foreach_add_(average, way)
+                averaged.copy_(live)  # num_batches_tracked of batch norms
+        delta = torch._foreach_sub(current, average)
+        torch._foreach_mul_(delta, (1 - decay) * scale)
+        torch._foreach_add_(average, delta)

@@ -1,4 +1,4 @@
-"""How an epoch goes, between two moments at which the run says so."""
+"""Statistics of an epoch between two log points."""
 
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -14,13 +14,14 @@ from detkit.structures import Batch
 
 @dataclass(frozen=True)
 class EpochStats:
-    """What an epoch has come to at a moment, or between two.
+    """Totals of an epoch up to a log point, or between two.
 
     Attributes:
-        losses: sums over the batches of the loss terms.
-        finite_batches: batches whose loss was finite.
-        images: learned from, by this rank.
-        seconds, waited: spent in all, and on waiting for the next batch.
+        losses: loss terms, summed over the batches.
+        finite_batches: number of batches with a finite loss.
+        images: number of images that this rank was trained on.
+        seconds: total time.
+        waited: seconds spent waiting for batches.
     """
 
     losses: Mapping[str, float]
@@ -31,12 +32,12 @@ class EpochStats:
 
     @classmethod
     def of(cls, current: EpochState, finite_batches: int) -> "EpochStats":
-        """Read an epoch under way; this waits for the device."""
+        """Read the totals of the current epoch; this synchronizes with the device."""
         losses = {name: total.item() for name, total in current.losses.items()}
         return cls(losses, finite_batches, current.images, current.seconds, current.waited)
 
     def since(self, before: "EpochStats") -> "EpochStats":
-        """Return what came between ``before`` and this."""
+        """Return the totals since ``before``."""
         losses = {name: total - before.losses.get(name, 0.0) for name, total in self.losses.items()}
         names = ("finite_batches", "images", "seconds", "waited")
         return EpochStats(losses, *(getattr(self, name) - getattr(before, name) for name in names))
@@ -47,12 +48,12 @@ class EpochStats:
 
     @property
     def images_per_s(self) -> float:
-        """Images per second of all ranks, which have about equally many."""
+        """Images per second of all ranks, assuming that they process equally many."""
         return self.images * world_size() / max(self.seconds, 1e-9)
 
     @property
     def data_wait(self) -> float:
-        """The share of the time that the loop waited for its next batch, 0 to 1."""
+        """Fraction of the time spent waiting for batches, 0 to 1."""
         return self.waited / max(self.seconds, 1e-9)
 
     def __str__(self) -> str:
@@ -61,7 +62,7 @@ class EpochStats:
 
 
 def time_data_wait(batches: Iterable[Batch], current: EpochState) -> Iterator[Batch]:
-    """Yield ``batches``; add the time for which each was waited for to ``current.waited``."""
+    """Yield ``batches``; add the time spent waiting for each to ``current.waited``."""
     iterator = iter(batches)
     while True:
         start = time.perf_counter()
@@ -73,7 +74,7 @@ def time_data_wait(batches: Iterable[Batch], current: EpochState) -> Iterator[Ba
 
 
 def learning_rates(optimizer: torch.optim.Optimizer) -> dict[str, float]:
-    """Return the learning rate of each kind of parameter group; of several groups of a kind, the largest."""
+    """Return the learning rate by kind of parameter group; the largest if there are several groups of a kind."""
     rates: dict[str, float] = {}
     for group in optimizer.param_groups:
         rates[group["name"]] = max(group["lr"], rates.get(group["name"], 0.0))
@@ -81,7 +82,7 @@ def learning_rates(optimizer: torch.optim.Optimizer) -> dict[str, float]:
 
 
 def memory_gib(device: torch.device) -> float:
-    """Return the most memory that tensors have taken of a CUDA device; else what this process has in RAM; in GiB."""
+    """Return memory in GiB: on CUDA the peak allocated for tensors, on a CPU the resident memory of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     status = Path("/proc/self/status")  # Linux

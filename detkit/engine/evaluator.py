@@ -1,4 +1,4 @@
-"""COCO metrics of a detector on a labelled set."""
+"""COCO metrics of a detector on a labelled data set."""
 
 import contextlib
 import io
@@ -21,26 +21,25 @@ from detkit.ops.nms import non_max_suppression
 from detkit.structures import Batch, ImageMeta
 
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR100")
-STAT_INDEX = (0, 1, 2, 3, 4, 5, 8)  # of those, in COCO's twelve
-ROW = ("index", "x1", "y1", "x2", "y2", "score", "label")  # of one prediction, index that of its image in the set
+STAT_INDEX = (0, 1, 2, 3, 4, 5, 8)  # of METRICS in the twelve COCO statistics
+ROW = ("index", "x1", "y1", "x2", "y2", "score", "label")  # columns of a prediction; index: of the image in the set
 
 
 @dataclass
 class Evaluation:
-    """What an evaluation found.
+    """Results of an evaluation. With several ranks, only rank 0 has all predictions and issues; the others have none.
 
     Attributes:
-        metrics: METRICS in 0..1 (-1 where the set has no such boxes), and ``per_class``: {name: {AP, AP50, boxes}}.
-        predictions: COCO results: image_id, category_id, bbox [x, y, w, h] in pixels of the image, score. Of several
-            ranks, rank 0 has all of them and of the ``issues``, the others none.
-        pictures: the first batch's origins with their boxes (N, 4), scores (N,) and labels (N,), for drawing.
-        problems: a sentence for each image that could not be read; its boxes count as missed.
-        curves: precision and recall; on rank 0 alone.
+        metrics: METRICS in 0..1 (-1 if the set has no such boxes), and ``per_class``: {name: {AP, AP50, boxes}}.
+        predictions: COCO results: image_id, category_id, bbox [x, y, w, h] in pixels of the image, score.
+        first_batch: metadata, boxes (N, 4) xyxy, scores (N,) and labels (N,) of each image, for drawing.
+        issues: one message per image that could not be read; its boxes count as missed.
+        curves: precision and recall; None except on rank 0.
     """
 
     metrics: dict[str, Any]
     predictions: list[dict[str, Any]]
-    pictures: list[tuple[ImageMeta, Tensor, Tensor, Tensor]]
+    first_batch: list[tuple[ImageMeta, Tensor, Tensor, Tensor]]
     issues: list[str]
     curves: Curves | None = None
 
@@ -57,26 +56,30 @@ def evaluate(
     max_det: int = 300,
     advance: Callable[[], None] = lambda: None,
 ) -> Evaluation:
-    """Predict every batch and score the predictions with COCO's metrics.
+    """Run a detector on every batch and compute COCO metrics of the predictions.
 
-    Several ranks predict their shares of the batches; rank 0 scores them all, and tells the others.
+    Each rank predicts its part of the batches; rank 0 computes the metrics and broadcasts them.
 
     Args:
+        detector: model, on its device.
         batches: letterboxed images of the set, in any order and batch size.
+        annotations: ground truth of the set.
         precision: of the network; boxes and scores are decoded in float32. None: float32 throughout.
-        score, iou, max_det: of the non-maximum suppression.
+        score: score threshold of the non-maximum suppression.
+        iou: IoU threshold of the non-maximum suppression.
+        max_det: maximum number of predictions per image.
         advance: called after every batch, for a progress bar.
     """
     device = next(detector.parameters()).device
     precision = precision or Precision(device, None)
     detector.eval()
     rows: list[Tensor] = [torch.zeros(0, len(ROW), dtype=torch.float64)]
-    pictures: list[tuple[ImageMeta, Tensor, Tensor, Tensor]] = []
+    first_batch: list[tuple[ImageMeta, Tensor, Tensor, Tensor]] = []
     issues: list[str] = []
     for k, batch in enumerate(batches):
         issues += batch.issues
         selected: list[tuple[Tensor, Tensor, Tensor]] = []
-        if len(batch.images):  # else only other ranks have images of it
+        if len(batch.images):  # else only other ranks have images of this batch
             batch = batch.to(device)
             with precision.autocast():
                 out = detector(batch.images.float() / 255)
@@ -87,27 +90,27 @@ def evaluate(
             found = (xyxy, confidence.cpu(), labels.cpu())
             rows.append(_rows(meta.index, *found))
             if k == 0:
-                pictures.append((meta, *found))
+                first_batch.append((meta, *found))
         advance()
     predictions = _coco_results(annotations, gather_rows(torch.cat(rows)))
     issues = gather_messages(issues)
     scored, curves = coco_metrics(annotations, predictions) if is_main_process() else (None, None)
     metrics = run_on_main(lambda: scored)
-    return Evaluation(metrics, predictions, pictures, issues, curves)
+    return Evaluation(metrics, predictions, first_batch, issues, curves)
 
 
 def coco_metrics(annotations: Annotations, predictions: list[dict[str, Any]]) -> tuple[dict[str, Any], Curves]:
-    """Score COCO results against a labelled set with faster-coco-eval: METRICS and ``per_class``, and AP50's curves.
+    """Evaluate COCO results with faster-coco-eval; return METRICS with ``per_class``, and the curves at IoU 0.5.
 
-    No predictions score 0; a set without boxes scores -1, as COCO defines.
+    Without predictions, metrics are 0; without labelled boxes, they are -1, as COCO defines.
     """
     with contextlib.redirect_stdout(io.StringIO()):
         truth = COCO(annotations.ground_truth())
-        # A copy: the library adds fields to the records it is given.
+        # A copy, since the library adds fields to the records.
         scored = COCOeval_faster(truth, truth.loadRes([dict(p) for p in predictions]), "bbox", print_function=_silent)
         scored.run()
     metrics: dict[str, Any] = {name: float(scored.stats[i]) for name, i in zip(METRICS, STAT_INDEX, strict=True)}
-    # precision: (IoU thresholds, recalls, classes, areas, limits); -1 where a class has no boxes
+    # precision: (IoU thresholds, recalls, classes, areas, max_dets); -1 for a class without boxes
     precision = np.asarray(scored.eval["precision"])[:, :, :, 0, -1]
     counts = np.bincount(annotations.labels[~annotations.crowd], minlength=len(annotations.class_names))
     metrics["per_class"] = {
@@ -127,13 +130,13 @@ def _mean(values: np.ndarray) -> float:
 
 
 def _rows(index: int, xyxy: Tensor, scores: Tensor, labels: Tensor) -> Tensor:
-    """Return an image's N predictions as (N, len(ROW)) float64, which holds all of them exactly."""
+    """Return an image's N predictions as (N, len(ROW)) float64, which represents all of them exactly."""
     columns = (torch.full((len(xyxy), 1), index), xyxy, scores[:, None], labels[:, None])
     return torch.cat([column.double() for column in columns], 1)
 
 
 def gather_rows(rows: Tensor) -> Tensor:
-    """Return the ROWs of all ranks in the order of the set's images on rank 0, no rows elsewhere; alone, ``rows``."""
+    """Gather (N, len(ROW)) predictions on rank 0, in the order of the set's images; other ranks get no rows."""
     if world_size() == 1:
         return rows
     gathered = gather_objects(rows)

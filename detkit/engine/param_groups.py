@@ -1,4 +1,4 @@
-"""Parts of a detector by name: which learn, and how fast."""
+"""Frozen modules and learning-rate multipliers by module name."""
 
 from collections.abc import Iterable, Mapping
 
@@ -6,29 +6,29 @@ from torch import nn
 
 from detkit.errors import DetkitError, nearest
 
-NORMS = nn.modules.batchnorm._BatchNorm  # of any dimension, synchronised ones too
+NORMS = nn.modules.batchnorm._BatchNorm  # of any dimension, including synchronized ones
 
 
 def freeze(model: nn.Module, names: Iterable[str]) -> int:
-    """Stop the named modules from learning (``backbone``, ``backbone.stages.0``); return how many numbers that are.
+    """Freeze the named modules (``backbone``, ``backbone.stages.0``); return the number of frozen parameters.
 
-    Their batch norms keep their statistics, too, as long as ``train_mode`` is what puts the model in train mode.
+    Their batch norms keep their statistics, provided that ``train_mode`` is used to put the model in train mode.
 
     Raises:
-        DetkitError: there is no such module, or nothing is left that learns.
+        DetkitError: there is no such module, or no trainable parameter is left.
     """
-    stopped = 0
+    frozen = 0
     for name in names:
         for parameter in find_module(model, name, "trainer.freeze").parameters():
-            stopped += parameter.numel() * parameter.requires_grad
+            frozen += parameter.numel() * parameter.requires_grad
             parameter.requires_grad_(False)
     if not any(p.requires_grad for p in model.parameters()):
-        raise DetkitError("trainer.freeze leaves nothing that learns: take a part out of it")
-    return stopped
+        raise DetkitError("trainer.freeze leaves no trainable parameter: remove a module from it")
+    return frozen
 
 
 def train_mode(model: nn.Module) -> None:
-    """Put a model in train mode, but the batch norms that do not learn in eval mode."""
+    """Put a model in train mode, except for frozen batch norms, which are put in eval mode."""
     model.train()
     for module in model.modules():
         if isinstance(module, NORMS) and module.affine and not module.weight.requires_grad:
@@ -36,20 +36,20 @@ def train_mode(model: nn.Module) -> None:
 
 
 def learning_rate_factors(
-    model: nn.Module, by_part: Mapping[str, float] | None = None, layer_decay: float | None = None
+    model: nn.Module, by_module: Mapping[str, float] | None = None, layer_decay: float | None = None
 ) -> dict[str, float]:
-    """Return what the learning rate of each parameter is multiplied by, by the parameter's name.
+    """Return the learning-rate multiplier of each parameter by name.
 
-    That is the product of three: the factor of the longest name in ``by_part`` that the parameter is under; for the
-    l-th of the backbone's n layers (from 0, see ``backbone_layers``) ``layer_decay ** (n - l)``, as in arXiv
-    2003.10555, the neck and the head having 1; and the attribute ``lr_factor`` of the module that owns it.
+    It is the product of the factor of the longest matching module name in ``by_module``; of ``layer_decay ** (n - l)``
+    for layer l of the backbone's n layers (from 0, see ``backbone_layers``), as in arXiv 2003.10555, and 1 in neck and
+    head; and of the attribute ``lr_factor`` of the module that owns the parameter.
 
     Raises:
-        DetkitError: there is no such part.
+        DetkitError: there is no such module.
     """
-    by_part = by_part or {}
-    for part in by_part:
-        find_module(model, part, "optim.lr_factors")
+    by_module = by_module or {}
+    for name in by_module:
+        find_module(model, name, "optim.lr_factors")
     by_depth: dict[int, float] = {}
     if layer_decay is not None:
         layers = backbone_layers(model.get_submodule("backbone"))
@@ -58,18 +58,18 @@ def learning_rate_factors(
     for path, module in model.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
             full = f"{path}.{name}" if path else name
-            parts = [part for part in by_part if full.startswith(f"{part}.")]
-            factor = getattr(module, "lr_factor", 1.0) * (by_part[max(parts, key=len)] if parts else 1.0)
+            matching = [prefix for prefix in by_module if full.startswith(f"{prefix}.")]
+            factor = getattr(module, "lr_factor", 1.0) * (by_module[max(matching, key=len)] if matching else 1.0)
             factors[full] = factor * by_depth.get(id(parameter), 1.0)
     return factors
 
 
 def backbone_layers(backbone: nn.Module) -> list[list[nn.Parameter]]:
-    """Split a backbone's parameters into layers, in the order in which its modules were made, the input's first.
+    """Split a backbone's parameters into layers, in the order of registration, from the input on.
 
-    A layer is a child of the backbone; a ModuleList, a ModuleDict and an only child are not themselves a layer, but
-    their children are. One without a kernel or matrix (a norm) belongs to the layer before it, and what the backbone
-    owns directly to the first. CSPDarknet has 5: its stem and its stages; RevCol its stem and its columns.
+    Each child of the backbone is a layer; a ModuleList, a ModuleDict or an only child is replaced by its children. A
+    module without a kernel or matrix (a norm) joins the layer before it, and parameters of the backbone itself join the
+    first. CSPDarknet has 5 layers, the stem and the stages; RevCol has the stem and the columns.
     """
     children = list(backbone.children())
     while len(children) == 1:
@@ -88,14 +88,14 @@ def backbone_layers(backbone: nn.Module) -> list[list[nn.Parameter]]:
 
 
 def find_module(model: nn.Module, name: str, key: str) -> nn.Module:
-    """Return the module called ``name``; ``key`` is where the name was given.
+    """Return the module called ``name``; ``key`` is the config key that names it, for the error message.
 
     Raises:
-        DetkitError: there is none; names the nearest.
+        DetkitError: there is no such module.
     """
     modules = dict(model.named_modules())
     if not name or name not in modules:
-        raise DetkitError(f"{key}: the model has no part '{name}'{nearest(name, modules)}")
+        raise DetkitError(f"{key}: the model has no module '{name}'{nearest(name, modules)}")
     return modules[name]
 
 

@@ -1,4 +1,4 @@
-"""Where a run's numbers and pictures go: the terminal, history.csv, plots/ and the loggers."""
+"""Output of a run: the terminal, history.csv, plots/ and the loggers."""
 
 import csv
 import io
@@ -29,35 +29,36 @@ from detkit.viz.plots import draw_evaluation, plot_history
 
 logger = logging.getLogger(__name__)
 
-COMPARED = ("AP", "AP50", "AP75", "AR100", "epoch")  # of the best epoch, by which runs of a sweep are compared
+COMPARED = ("AP", "AP50", "AP75", "AR100", "epoch")  # of the best epoch, to compare the runs of a sweep
 
 
 class RunLog:
-    """Writes into a run directory and to the terminal; only rank 0 may give it anything to write.
+    """Writes to a run directory and the terminal; only rank 0 may call its methods.
 
     Args:
+        run_dir: an existing folder.
         loggers: see ``open_loggers``; none on other ranks.
     """
 
     def __init__(self, run_dir: Path, loggers: Sequence[SafeLogger] = ()) -> None:
         self.run_dir = run_dir
         self.loggers = loggers
-        self.warned: set[str] = set()  # sentences of ``warn``
-        self.undrawn: set[str] = set()  # of ``drawing``
+        self.warned: set[str] = set()  # messages of ``warn_skipped``
+        self.failed_plots: set[str] = set()  # names given to ``drawing``
 
     def start(self, hyper_parameters: Mapping[str, Value], texts: Mapping[str, str]) -> None:
-        """Keep what the run is made with, and texts in Markdown by name."""
+        """Log the hyperparameters of the run, and Markdown texts by name."""
         self._send(lambda logger: logger.hyper_parameters(hyper_parameters))
         for name, text in texts.items():
             self._text(name, text)
 
     def scalars(self, values: Mapping[str, float], step: int) -> None:
-        """Hand numbers to the loggers, but those below 0, which is COCO's for nothing to measure."""
+        """Send scalars to the loggers, except negative ones, which COCO uses for metrics that are not defined."""
         measured = {name: value for name, value in values.items() if not value < 0}
         self._send(lambda logger: logger.scalars(measured, step))
 
     def line(self, text: str) -> None:
-        """Log the progress, with the time, where no bar shows it."""
+        """Log a line of progress with the time, unless a progress bar is shown."""
         if not has_bar():
             logger.info("%s  %s", time.strftime("%m-%d %H:%M:%S"), text)
 
@@ -69,13 +70,16 @@ class RunLog:
         val_set: Annotations,
         epochs: int,
     ) -> None:
-        """Record the epoch that has ended: ``history.csv`` and its figure, the loggers, one line on the terminal, and
-        figures of the evaluation if no epoch was better.
+        """Record a finished epoch in ``history.csv``, the history plot, the loggers and the terminal.
+
+        If it is the best so far, plots of its evaluation are drawn as well.
 
         Args:
-            state: its ``history`` ends with the epoch's row; not all rows have the same columns.
-            losses: the epoch's mean loss terms.
-            epochs: of the run.
+            state: its ``history`` ends with the epoch's row; rows may have different columns.
+            losses: mean loss terms of the epoch.
+            evaluation: of the epoch.
+            val_set: annotations that were evaluated.
+            epochs: total number of epochs.
         """
         best, row, metrics = state.best_epoch == state.epoch, state.history[-1], evaluation.metrics
         if best:
@@ -97,44 +101,44 @@ class RunLog:
             plot_history(state.history, losses, self.run_dir / "plots" / "history.png")
 
     def train_batch(self, batch: Batch, class_names: Sequence[str], number: int) -> None:
-        """Draw a training batch as the network sees it."""
+        """Draw a training batch as the network receives it."""
         with self.drawing("the training batches"):
             self.image(f"train_batch{number}", draw_batch(batch, class_names), 0)
 
     @contextmanager
-    def drawing(self, what: str) -> Iterator[None]:
-        """Run a block that draws ``what``; where it raises, say so once and go on, unless the disk is full."""
+    def drawing(self, name: str) -> Iterator[None]:
+        """Run a block that draws the plot ``name``; if it fails, warn once and continue, except on an OSError."""
         try:
             yield
         except OSError:
             raise
-        except Exception as error:  # whatever a plugin's part or an odd set comes up with
-            if what not in self.undrawn:
-                self.undrawn.add(what)
+        except Exception as error:  # of any kind, from a plugin or an unusual data set
+            if name not in self.failed_plots:
+                self.failed_plots.add(name)
                 reason = (str(error) or type(error).__name__).splitlines()[0]
-                logger.warning("%s cannot be drawn (%s): the training goes on", what, reason)
+                logger.warning("%s cannot be drawn (%s): training continues", name, reason)
 
-    def warn_skipped(self, sentences: Sequence[str]) -> None:
-        """Warn, once for each image, that it was skipped."""
-        for sentence in sentences:
-            if sentence not in self.warned:
-                self.warned.add(sentence)
-                logger.warning("skipped: %s", sentence)
+    def warn_skipped(self, messages: Sequence[str]) -> None:
+        """Warn about skipped images, once for each."""
+        for message in messages:
+            if message not in self.warned:
+                self.warned.add(message)
+                logger.warning("skipped: %s", message)
 
     def image(self, name: str, image: np.ndarray, step: int) -> None:
-        """Keep an (H, W, 3) uint8 RGB picture as ``plots/NAME.jpg`` and in the loggers."""
-        self._keep(name, self.run_dir / "plots" / f"{name}.jpg", encode_image(image), step)
+        """Save an (H, W, 3) uint8 RGB image as ``plots/NAME.jpg``, and log it."""
+        self._save(name, self.run_dir / "plots" / f"{name}.jpg", encode_image(image), step)
 
     def plot(self, name: str, figure: Figure, step: int) -> None:
-        """Keep a figure as ``plots/NAME.png`` and in the loggers."""
-        self._keep(name, self.run_dir / "plots" / f"{name}.png", encode_figure(figure), step)
+        """Save a figure as ``plots/NAME.png``, and log it."""
+        self._save(name, self.run_dir / "plots" / f"{name}.png", encode_figure(figure), step)
 
     def precision_recall(self, curves: Curves, class_names: Sequence[str], step: int) -> None:
-        """Hand the curves of a set's classes to the loggers."""
+        """Send precision-recall curves to the loggers."""
         self._send(lambda logger: logger.precision_recall(curves, class_names, step))
 
     def close(self, finished: bool = True) -> None:
-        """Let the loggers write what waits; ``finished`` is False where the run was cut short."""
+        """Close the loggers; ``finished`` is False if the run was interrupted."""
         for logger in self.loggers:
             logger.close(finished)
 
@@ -145,9 +149,9 @@ class RunLog:
         self.close(finished=error is None)
 
     def _draw_evaluation(self, evaluation: Evaluation, val_set: Annotations, step: int) -> None:
-        """Draw the predictions of the first validation images, the curves and the confusion matrix."""
+        """Draw predictions on the first validation images, the curves and the confusion matrix."""
         assert evaluation.curves is not None  # on rank 0
-        self.image("val_predictions", draw_predictions(evaluation.pictures, val_set), step)
+        self.image("val_predictions", draw_predictions(evaluation.first_batch, val_set), step)
         for name, figure in draw_evaluation(evaluation.curves, evaluation.predictions, val_set).items():
             self.plot(name, figure, step)
         self.precision_recall(evaluation.curves, val_set.class_names, step)
@@ -155,8 +159,8 @@ class RunLog:
     def _text(self, name: str, text: str) -> None:
         self._send(lambda logger: logger.text(name, text))
 
-    def _keep(self, name: str, path: Path, data: bytes, step: int) -> None:
-        path.parent.mkdir(exist_ok=True)  # but not a run directory that somebody has removed
+    def _save(self, name: str, path: Path, data: bytes, step: int) -> None:
+        path.parent.mkdir(exist_ok=True)  # but do not recreate a run directory that was removed
         write_atomically(path, data)
         self._send(lambda logger: logger.image(name, path, step))
 
@@ -166,7 +170,7 @@ class RunLog:
 
 
 def _epoch_line(row: Mapping[str, float], losses: Mapping[str, float], epochs: int, best: bool) -> str:
-    """Return the terminal's line on an epoch; a star marks the best so far."""
+    """Return the terminal's line for an epoch; a star marks the best so far."""
     terms = "  ".join(f"{name} {value:.3f}" for name, value in losses.items())
     star = " *" if best else ""
     skipped = f"  {row['skipped_steps']} steps skipped" if row["skipped_steps"] else ""
@@ -177,36 +181,38 @@ def _epoch_line(row: Mapping[str, float], losses: Mapping[str, float], epochs: i
 
 
 def has_bar() -> bool:
-    """Whether a progress bar is shown: on a terminal, by rank 0."""
+    """Whether to show a progress bar: on rank 0 in a terminal."""
     console = make_console()
-    return is_main_process() and console.is_interactive and console.file.isatty()  # FORCE_COLOR makes no terminal
+    return (
+        is_main_process() and console.is_interactive and console.file.isatty()
+    )  # FORCE_COLOR does not make it a terminal
 
 
 @contextmanager
 def show_progress(label: str, total: int, done: int = 0) -> Iterator["Bar"]:
-    """Show a bar on a terminal, nothing elsewhere, of which ``done`` is done; yields what advances it."""
+    """Show a progress bar in a terminal that starts at ``done``, nothing elsewhere; yield its handle."""
     columns = (TextColumn("{task.description}"), BarColumn(24), MofNCompleteColumn(), TextColumn("{task.fields[info]}"))
     with Progress(*columns, console=make_console(), transient=True, disable=not has_bar()) as progress:
         yield Bar(progress, label, total, done)
 
 
 class Bar:
-    """One bar of a Progress."""
+    """Handle of one bar of a Progress."""
 
     def __init__(self, progress: Progress, label: str, total: int, done: int) -> None:
         self.progress = progress
-        self.spoke = time.perf_counter()
+        self.last_update = time.perf_counter()
         self.task = progress.add_task(label, total=total, completed=done, info="")
 
     def is_due(self) -> bool:
-        """Whether the bar is shown, and has said nothing new for a second."""
-        return not self.progress.disable and time.perf_counter() - self.spoke > 1
+        """Whether the bar is shown and its text is older than a second."""
+        return not self.progress.disable and time.perf_counter() - self.last_update > 1
 
     def advance(self, info: str | None = None) -> None:
-        """Move by one, and say ``info`` beside the bar."""
+        """Advance by one, and show ``info`` next to the bar."""
         fields: dict[str, Any] = {} if info is None else {"info": info}
         if info is not None:
-            self.spoke = time.perf_counter()
+            self.last_update = time.perf_counter()
         self.progress.update(self.task, advance=1, **fields)
 
 

@@ -1,4 +1,4 @@
-"""What a training keeps in its run directory: weights, metrics, and the state to resume from."""
+"""Saving weights, metrics and the training state to a run directory."""
 
 import json
 import logging
@@ -16,11 +16,11 @@ logger = logging.getLogger(__name__)
 
 
 class Saver:
-    """Writes into a run directory; of several ranks, only rank 0 does.
+    """Writes to a run directory, on rank 0 only.
 
     Args:
         run_dir: an existing folder.
-        keep_last: number of saved states to keep.
+        keep_last: number of training states to keep.
     """
 
     def __init__(self, run_dir: Path, keep_last: int = 1) -> None:
@@ -28,20 +28,20 @@ class Saver:
         self.keep_last = keep_last
 
     def save_state(self, step: TrainStep, state: TrainState, batches: int) -> None:
-        """Write ``state.pt``; where that fails, warn: the one before is as it was, and the training goes on."""
+        """Write ``state.pt``; if that fails, warn and continue with the previous one unchanged."""
         if not is_main_process():
             return
         try:
             write_state(self.run_dir, training_state_dict(step, state, batches), self.keep_last)
         except OSError as error:
             path = self.run_dir / STATE
-            logger.warning("%s cannot be saved (%s): what was saved before is kept", path, error.strerror)
+            logger.warning("%s cannot be saved (%s): the previous save is kept", path, error.strerror)
 
     def save_epoch(self, step: TrainStep, results: Mapping[str, Any]) -> None:
-        """Write the averaged weights as ``last.safetensors``, if they are the best as ``best.safetensors``, and
-        ``metrics.json``.
+        """Write the averaged weights to ``last.safetensors``, if best also ``best.safetensors``, and ``metrics.json``.
 
         Args:
+            step: holds the averaged weights.
             results: metrics of the ``best`` and the ``last`` epoch.
         """
         last = results["last"]
@@ -52,7 +52,7 @@ class Saver:
         write_atomically(self.run_dir / "metrics.json", json.dumps(results, indent=2).encode())
 
     def save_rescue(self, step: TrainStep, epoch: int) -> Path:
-        """Write the averaged weights as ``last.safetensors`` though no epoch has ended; return the file."""
+        """Write the averaged weights to ``last.safetensors`` within an epoch; return its path."""
         path = self.run_dir / "last.safetensors"
         save_checkpoint(step.ema.model, path, {"epoch": epoch})
         return path

@@ -1,4 +1,4 @@
-"""Ending a training when somebody asks for it: a scheduler, or Ctrl-C."""
+"""Graceful exit on signals from a scheduler or the keyboard."""
 
 import signal
 import threading
@@ -8,14 +8,14 @@ from types import FrameType
 from typing import Any
 
 SIGNALS = ("SIGTERM", "SIGUSR1", "SIGINT")
-FOREIGN = "SIGUSR2"  # noted only where somebody's handler waits for it: submitit's requeues the job and exits
+FOREIGN = "SIGUSR2"  # only handled if there is a handler for it: submitit's requeues the job and exits
 
 
 @contextmanager
 def ignore_hangup() -> Iterator[None]:
-    """Ignore SIGHUP, which says that the terminal is gone, unless somebody's handler waits for it.
+    """Ignore SIGHUP, sent when the terminal closes, unless a handler is installed for it.
 
-    Only the main thread can; in another one nothing happens.
+    Has no effect outside the main thread.
     """
     hangup = getattr(signal, "SIGHUP", None)
     main = threading.current_thread() is threading.main_thread()
@@ -30,62 +30,64 @@ def ignore_hangup() -> Iterator[None]:
 
 
 class GracefulExit:
-    """Whether signals have asked for the end."""
+    """Records signals that request the end of the run."""
 
     def __init__(self) -> None:
-        self.asked: set[int] = set()
-        self.before: dict[int, Any] = {}  # handlers that were there
+        self.received: set[int] = set()
+        self.previous: dict[int, Any] = {}  # handlers that were installed before
 
     @property
     def signum(self) -> int | None:
-        """The largest number of a signal that has asked; None: none has."""
-        return max(self.asked, default=None)
+        """The highest number of a received signal, or None."""
+        return max(self.received, default=None)
 
     @contextmanager
     def install(self) -> Iterator[None]:
-        """Note SIGTERM, SIGUSR1 and SIGINT, and SIGUSR2 where there is a handler for it; the same signal again has its
-        usual effect.
+        """Record SIGTERM, SIGUSR1 and SIGINT, and SIGUSR2 if there is a handler for it.
 
-        Only the main thread can; in another one nothing is noted.
+        The same signal again has its usual effect. Nothing is recorded outside the main thread.
         """
         if threading.current_thread() is not threading.main_thread():
             yield
             return
         known = [signum for name in (*SIGNALS, FOREIGN) if (signum := getattr(signal, name, None))]
         handlers = {signum: signal.getsignal(signum) for signum in known}
-        self.before = {k: h for k, h in handlers.items() if signal.Signals(k).name in SIGNALS or callable(h)}
-        for signum in self.before:
-            signal.signal(signum, self._note)
+        self.previous = {k: h for k, h in handlers.items() if signal.Signals(k).name in SIGNALS or callable(h)}
+        for signum in self.previous:
+            signal.signal(signum, self._record)
         try:
             yield
         finally:
-            for signum, handler in self.before.items():
+            for signum, handler in self.previous.items():
                 signal.signal(signum, handler)
 
     def exit(self, signum: int) -> None:
-        """End the process with the status that schedulers know: 128 and the signal's number.
+        """End the process with status 128 + ``signum``, as schedulers expect.
 
-        Where somebody had installed a handler for the signal before, it is handed over to that instead; should the
-        handler return, so does this, and the signal may come again.
+        If a handler for the signal was installed before, it is called instead; if it returns, the signal is recorded
+        again from then on.
+
+        Raises:
+            SystemExit: there was no such handler.
         """
-        self.asked.discard(signum)
-        handler = self.before.get(signum)
+        self.received.discard(signum)
+        handler = self.previous.get(signum)
         if not callable(handler) or handler is signal.default_int_handler:
             if signum == getattr(signal, "SIGUSR1", None):
                 self._ignore_sigterm()
             raise SystemExit(128 + signum)
         signal.signal(signum, handler)
         handler(signum, None)
-        signal.signal(signum, self._note)
+        signal.signal(signum, self._record)
 
     def _ignore_sigterm(self) -> None:
-        """Let the process end with its own status: when the first rank has, srun sends the others SIGTERM.
+        """Ignore SIGTERM, which srun sends to the other ranks when the first one has ended.
 
-        One that still closes its loggers would end with 143 then, and a job that is to be queued again would not be.
+        A rank that is still closing its loggers would otherwise end with 143, and the job would not be requeued.
         """
-        self.before[signal.SIGTERM] = signal.SIG_IGN
+        self.previous[signal.SIGTERM] = signal.SIG_IGN
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
-    def _note(self, signum: int, frame: FrameType | None) -> None:
-        self.asked.add(signum)
-        signal.signal(signum, self.before[signum])
+    def _record(self, signum: int, _frame: FrameType | None) -> None:
+        self.received.add(signum)
+        signal.signal(signum, self.previous[signum])

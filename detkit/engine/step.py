@@ -1,4 +1,4 @@
-"""One step of training: from a batch to moved weights."""
+"""One training step: forward, backward and optimizer."""
 
 import torch
 from torch import Tensor, nn
@@ -16,31 +16,33 @@ from detkit.structures import Batch, DenseOutput
 
 
 class TrainStep:
-    """Forward, loss, backward; and, where enough batches are gathered, clip, step, average.
+    """Runs forward pass, loss and backward pass; after enough batches, clips gradients and updates weights and EMA.
 
-    A loss or gradient that is not finite leaves weights, optimizer and average as they are: the optimizer step that it
-    is gathered for is skipped. A batch whose loss is not finite leaves the batch norms' statistics, too. All of that is
-    decided on the device, and nothing waits for it.
+    If a loss or gradient is not finite, the optimizer step that it contributes to is skipped: weights, optimizer state
+    and EMA stay unchanged. A batch with a non-finite loss does not change the batch-norm statistics either. This is
+    decided on the device, without synchronization.
 
     Args:
         detector: the model, on its device.
         loss: (DenseOutput, Batch) -> weighted terms.
-        recipe, schedule: the optimizer, and its learning rate at every batch.
-        precision: of the forward pass; the loss computes in float32.
-        accumulate: batches that make one optimizer step, fewer during the warm-up; their gradients are summed.
-        clip: largest norm of the gradient.
-        multi_scale: train every batch at a size within this share of its own, drawn by (seed, step); 0: as it is.
-        network: what runs in the detector's place, such as itself compiled.
+        recipe: hyperparameters of the optimizer.
+        schedule: learning rate and momentum of every batch.
+        precision: of the forward pass; the loss is computed in float32.
+        accumulate: number of batches per optimizer step, fewer during the warm-up; their gradients are summed.
+        clip: maximum gradient norm.
+        multi_scale: resize each batch by a factor of up to 1 +- this fraction, drawn by (seed, step); 0: do not resize.
+        seed: of ``multi_scale``.
+        network: runs in place of the detector, such as the compiled detector.
 
     Attributes:
-        network: the detector, or what runs in its place; of several ranks, as one whose gradients are averaged.
-        ema: the averaged weights.
-        health: counts what was not finite.
-        grad_norm: () norm of the latest gradient before it was clipped; of the sum over the images of a step.
-        pending: batches whose gradients wait for the optimizer.
+        network: the detector or its replacement; with several ranks, wrapped to average gradients.
+        ema: averaged weights.
+        health: counts non-finite losses and skipped steps.
+        grad_norm: () norm of the latest gradient before clipping, summed over the images of an optimizer step.
+        pending: number of batches accumulated since the last optimizer step.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913  (its collaborators; options are keyword-only)
         self,
         detector: Detector,
         loss: nn.Module,
@@ -62,21 +64,26 @@ class TrainStep:
         self.clip = clip
         self.multi_scale = multi_scale
         self.seed = seed
-        # before the average is copied: it starts from rank 0's weights
+        # before the EMA copies the weights, which are broadcast from rank 0 here
         self.network = wrap_ddp(detector if network is None else network)
         self.optimizer = recipe.build(detector)
         self.scaler = torch.amp.GradScaler(precision.device.type, enabled=precision.dtype is torch.float16)
         self.ema = EMA(detector)
-        self.health = NonFiniteMonitor(precision.device, remember=accumulate)
+        self.health = NonFiniteMonitor(precision.device, max_batches=accumulate)
         self.statistics = BatchNormSnapshot(detector)
         self.grad_norm = torch.zeros((), device=precision.device)
         self.pending = 0
 
     def __call__(self, batch: Batch, step: int, epoch: int) -> dict[str, Tensor]:
-        """Learn from one batch, the run's number ``step`` (from 0), on the device.
+        """Train on one batch.
+
+        Args:
+            batch: on the device.
+            step: number of the batch in the run, from 0.
+            epoch: of the batch, from 0.
 
         Returns:
-            the loss terms of all ranks, detached; all 0 where their sum is not finite.
+            the loss terms of all ranks, () detached; all 0 if their sum is not finite.
         """
         self.schedule.apply(self.optimizer, step, epoch)
         images = batch.images.float() / 255
@@ -90,42 +97,45 @@ class TrainStep:
         loss = sum(terms.values())
         finite = all_reduce_sum(loss.detach().clone()).isfinite()
         self.health.add_loss(finite, batch)
-        # A loss that is not finite must not pass for one by a finite gradient, on this process or on another.
+        # A non-finite loss may have a finite gradient, so force NaN on every rank.
         loss = loss * torch.where(finite, self.weight(len(images)), torch.nan)
         self.scaler.scale(loss).backward()
         average_bn_stats(self.detector)
         self.statistics.keep_finite(statistics, finite)
         self.pending += 1
-        if self.pending >= self.gathered(step):
+        if self.pending >= self.accumulated_batches(step):
             self.update()
         return {name: torch.where(finite, term, 0.0) for name, term in self.sum_terms(terms).items()}
 
     def forward_without_image(self) -> DenseOutput:
-        """Run the network where only other ranks have images of the batch: they wait for gradients, here zeros."""
+        """Run the network on a rank without images, since other ranks wait for its (zero) gradients."""
         side = 2 * self.detector.max_stride
         with without_bn_stats(self.detector):
             out = self.network(torch.zeros(1, 3, side, side, device=self.precision.device))
         return out.of_no_image()
 
     def weight(self, images: int) -> Tensor:
-        """Return () what the terms count for, given this rank's images of the batch: the images of all ranks.
+        """Return the () weight of the loss terms: the number of images of all ranks, times the world size.
 
-        The gradients of all ranks are averaged where they should be summed, hence their number once more.
+        The world size compensates for gradients being averaged, not summed, over the ranks.
+
+        Args:
+            images: number of images of the batch on this rank.
         """
         return all_reduce_sum(torch.full((), float(images), device=self.precision.device)) * world_size()
 
     def sum_terms(self, terms: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Return the terms of the whole batch, of which each rank has its share, detached."""
+        """Return the () loss terms summed over all ranks, detached."""
         summed = all_reduce_sum(torch.stack([term.detach() for term in terms.values()]))
         return dict(zip(terms, summed.unbind(), strict=True))
 
-    def gathered(self, step: int) -> int:
-        """Return how many batches make an optimizer step at batch ``step``: from 1 to ``accumulate`` in the warm-up."""
+    def accumulated_batches(self, step: int) -> int:
+        """Return the number of batches per optimizer step at batch ``step``, rising to ``accumulate`` in the warm-up."""
         warmup = self.schedule.warmup
         return round(1 + (self.accumulate - 1) * min(step / warmup, 1)) if warmup else self.accumulate
 
     def update(self) -> None:
-        """Clip the gathered gradients, step the optimizer, move the average along: the last two if all is finite."""
+        """Clip the accumulated gradients; if they are finite, step the optimizer and update the EMA."""
         self.scaler.unscale_(self.optimizer)
         self.grad_norm = nn.utils.clip_grad_norm_(self.detector.parameters(), self.clip)
         finite = self.grad_norm.isfinite()

@@ -31,20 +31,22 @@ DRAWN_BATCHES = 3  # of the first epoch
 
 
 class Trainer:
-    """Trains a detector, validates it after every epoch, and has both logged and saved. Of several ranks all train.
+    """Trains a detector on all ranks; validates, logs and saves after every epoch.
 
     Args:
-        step: one step of training.
-        train_loader, val_loader: batches; ``val_set`` are the annotations of the validation set.
-        state: where the run stands.
-        log: where metrics and images go.
-        saver: where weights, metrics and the state are saved.
-        options: the group ``trainer`` of the configuration: ``epochs``, ``max_nonfinite_steps``, ``save_every`` and
+        step: one training step.
+        train_loader: training batches.
+        val_loader: validation batches.
+        val_set: annotations of the validation set.
+        state: progress of the run.
+        log: writes metrics and images.
+        saver: writes weights, metrics and the training state.
+        options: config group ``trainer``, of which ``epochs``, ``max_nonfinite_steps``, ``save_every`` and
             ``log_every`` are used here.
-        stop_early: asked between epochs and at the end for a reason to train no more, or None; see ``early_stopping``.
+        stop_early: returns a reason to stop after an epoch, or None; see ``early_stopping``.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913  (its collaborators; most are keyword-only)
         self,
         step: TrainStep,
         train_loader: BatchLoader | ShardLoader,
@@ -55,7 +57,7 @@ class Trainer:
         log: RunLog,
         saver: Saver,
         options: TrainerConfig,
-        stop_early: Callable[[TrainState], str | None] = lambda state: None,
+        stop_early: Callable[[TrainState], str | None] = lambda _: None,
     ) -> None:
         self.step = step
         self.train_loader = train_loader
@@ -67,15 +69,15 @@ class Trainer:
         self.options = options
         self.epochs = options.epochs
         self.stop_early = stop_early
-        self.logged = EpochStats.of(EpochState(), 0)  # of the epoch under way, when last the loggers got a point
+        self.logged = EpochStats.of(EpochState(), 0)  # of the current epoch, at the last log point
         self.stop = GracefulExit()
 
     def fit(self) -> dict[str, Any]:
-        """Train the epochs that are left; return the best and the last one's metrics, as in ``metrics.json``.
+        """Train the remaining epochs; return the metrics of the best and the last, as in ``metrics.json``.
 
         Raises:
-            SystemExit: a signal asked for the end; the state is saved.
-            DetkitError: the batches do not come any more; the state is saved.
+            SystemExit: a signal requested the end; the state is saved.
+            DetkitError: the loader's processes were lost (the state is saved), or as ``train_epoch``.
         """
         with self.stop.install():
             try:
@@ -85,11 +87,11 @@ class Trainer:
                     self.exit_if_requested()
             except WorkersLost as error:
                 self.save()
-                raise DetkitError(f"{error}; resume={self.saver.run_dir} goes on from what is saved") from None
+                raise DetkitError(f"{error}; continue with resume={self.saver.run_dir}") from None
         return self.state.results
 
     def fit_epoch(self, epoch: int) -> None:
-        """Train for the rest of an epoch, validate, then save and log both."""
+        """Train for the rest of an epoch, validate, save and log."""
         state = self.state
         start = time.perf_counter() - state.current.seconds
         losses, images_per_s = self.train_epoch(epoch)
@@ -108,21 +110,21 @@ class Trainer:
         if is_main_process():
             self.saver.save_epoch(self.step, state.results)
             self.log.epoch(state, losses, evaluation, self.val_set, self.epochs)
-        barrier()  # with patience: writing may take longer than ranks wait in a step
+        barrier()  # has a longer timeout than a step, as writing may be slow
 
     def is_over(self) -> bool:
-        """Whether all epochs are done, or there is a reason to stop early, of which rank 0's counts; says that one."""
+        """Whether all epochs are done or rank 0 has a reason to stop early, which is logged."""
         reason = run_on_main(lambda: self.stop_early(self.state))
         if reason and self.state.epoch < self.epochs:
             logger.info("stopped early: %s", reason)
         return bool(reason) or self.state.epoch >= self.epochs
 
     def train_epoch(self, epoch: int) -> tuple[dict[str, float], float]:
-        """Go through the rest of the training set; return the epoch's mean loss terms and images per second.
+        """Train on the rest of an epoch; return its mean loss terms and images per second.
 
         Raises:
-            DetkitError: ``max_nonfinite_steps`` in a row had a loss or gradient that was not finite.
-            SystemExit: a signal asked for the end; the state is saved.
+            DetkitError: ``max_nonfinite_steps`` steps in a row were not finite, or no image of the epoch can be read.
+            SystemExit: a signal requested the end; the state is saved.
         """
         train_mode(self.step.detector)
         state, current, batches = self.state, self.state.current, len(self.train_loader)
@@ -149,13 +151,13 @@ class Trainer:
         self.log.warn_skipped(gather_messages(issues))
         images = int(all_reduce_sum(torch.tensor(current.images, device=self.step.precision.device)))
         if not images:
-            raise DetkitError("no image of this epoch can be read, on any rank: detkit check_data says why")
+            raise DetkitError("no image of this epoch can be read on any rank: run detkit check_data for details")
         return current.means(self.check_nonfinite()), images / current.seconds
 
     def log_progress(self, bar: Bar, epoch: int) -> None:
-        """Between two batches: advance the bar, and say how the epoch goes where that is due, on rank 0.
+        """Advance the progress bar after a batch and, on rank 0, log progress if it is due.
 
-        This alone waits for the device.
+        Only logging synchronizes with the device.
         """
         state, current, batches = self.state, self.state.current, len(self.train_loader)
         nth, last = state.step % self.options.log_every == 0, current.position == batches
@@ -164,7 +166,7 @@ class Trainer:
             return
         reading = EpochStats.of(current, self.check_nonfinite())
         left = clock(self.seconds_left(epoch))
-        bar.advance(f"{reading}  {left} left of the run")
+        bar.advance(f"{reading}  {left} left")
         if not (nth or last):
             return
         window, self.logged = reading.since(self.logged), reading
@@ -177,14 +179,14 @@ class Trainer:
         self.log.scalars(values | {"train/epoch": epoch + current.position / batches}, state.step)
 
     def seconds_left(self, epoch: int) -> float:
-        """Return how long the rest of the run takes, at the epoch's pace, and the last one's for the validations."""
+        """Estimate the remaining time of the run from this epoch's speed and the last epoch's validation time."""
         current, history, batches = self.state.current, self.state.history, len(self.train_loader)
         pace = current.seconds / current.batches
-        rest = max(history[-1]["seconds"] - pace * batches, 0) if history else 0
-        return ((self.epochs - epoch) * batches - current.position) * pace + (self.epochs - epoch) * rest
+        validation = max(history[-1]["seconds"] - pace * batches, 0) if history else 0
+        return ((self.epochs - epoch) * batches - current.position) * pace + (self.epochs - epoch) * validation
 
     def measured(self) -> dict[str, float]:
-        """Return the latest gradient's norm, the epoch's share of waiting for data, and the memory used."""
+        """Return the latest gradient norm, the data-wait fraction of the epoch, and the memory in GiB."""
         current = self.state.current
         return {
             "grad_norm": float(current.grad_norm),
@@ -193,32 +195,32 @@ class Trainer:
         }
 
     def check_nonfinite(self) -> int:
-        """Return of how many of the epoch's batches so far the loss was finite.
+        """Return the number of batches of this epoch with a finite loss.
 
         Raises:
-            DetkitError: ``max_nonfinite_steps`` in a row were not; names the images of one, and where the weights are.
+            DetkitError: ``max_nonfinite_steps`` steps in a row were not finite; names images and the saved weights.
         """
         counts = self.step.health.read()
         if counts.in_a_row < self.options.max_nonfinite_steps or not is_main_process():  # rank 0 ends the run for all
             return self.state.current.batches - counts.bad_losses
         files = [str(file) for file in self.step.health.suspects()]
-        path = self.saver.save_rescue(self.step, self.state.epoch)  # from before the steps that were skipped
-        self.step.health.counts[3] = 0  # a run that is resumed has as many again
+        path = self.saver.save_rescue(self.step, self.state.epoch)  # the weights from before the skipped steps
+        self.step.health.counts[3] = 0  # a resumed run starts counting at 0
         self.save()
         more = f" and {len(files) - 4} more" if len(files) > 4 else ""
         raise DetkitError(
             f"the loss or its gradient was not finite in {counts.in_a_row} steps in a row, last for the images "
-            f"{', '.join(files[:4])}{more}: look at these and go on with resume={self.saver.run_dir}, or start again "
-            f"with weights={path}, which are those from before, and a lower optim.lr or amp=off"
+            f"{', '.join(files[:4])}{more}: check these and continue with resume={self.saver.run_dir}, or start again "
+            f"from the weights before these steps, weights={path}, with a lower optim.lr or amp=off"
         )
 
     def skipped(self) -> dict[str, int]:
-        """Return the epoch's columns on optimizer steps that were left out."""
+        """Return the numbers of optimizer steps skipped in this epoch, for its row."""
         counts = self.step.health.read()
         return {"skipped_steps": counts.skipped_steps, "overflow_steps": counts.overflow_steps}
 
     def validate(self) -> Evaluation:
-        """Evaluate the averaged weights on the validation set, in the precision of the training."""
+        """Evaluate the averaged weights on the validation set, in the training precision."""
         with show_progress("validation", len(self.val_loader)) as bar:
 
             def advance() -> None:
@@ -231,31 +233,33 @@ class Trainer:
         return result
 
     def save(self) -> None:
-        """Save where the run stands."""
+        """Save the training state."""
         self.saver.save_state(self.step, self.state, len(self.train_loader))
 
     def exit_if_requested(self) -> None:
-        """Between two batches: save and end the process, if a signal has asked for that, on whatever rank."""
+        """Save and end the process if any rank has received a signal to do so."""
         signum = all_reduce_max(self.stop.signum or 0)
         if signum:
             self.save()
             name = signal.Signals(signum).name
-            logger.info("%s: saved after %d batches; resume=%s goes on", name, self.state.step, self.saver.run_dir)
+            logger.info(
+                "%s: saved after %d batches; continue with resume=%s", name, self.state.step, self.saver.run_dir
+            )
             barrier()
             self.stop.exit(signum)
 
     def label(self, epoch: int) -> str:
-        """Return how a line about an epoch begins."""
+        """Return the prefix of a line about an epoch."""
         return f"epoch {epoch + 1}/{self.epochs}"
 
 
 def early_stopping(patience: int | None) -> Callable[[TrainState], str | None]:
-    """Return a reason to stop early: no AP as good as the best for ``patience`` epochs; None: there is none."""
+    """Return a function that gives a reason to stop if AP has been below the best for ``patience`` epochs, or None."""
 
     def reason(state: TrainState) -> str | None:
-        waited = state.epoch - state.best_epoch
-        if patience is None or waited < patience:
+        since_best = state.epoch - state.best_epoch
+        if patience is None or since_best < patience:
             return None
-        return f"no AP has been as good as epoch {state.best_epoch}'s for {waited} epochs (trainer.patience)"
+        return f"AP has not reached that of epoch {state.best_epoch} for {since_best} epochs (trainer.patience)"
 
     return reason

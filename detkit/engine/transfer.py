@@ -1,21 +1,22 @@
-"""Starting from a checkpoint: what fits is taken, and a report tells how much that was."""
+"""Transfer learning: load matching weights from a checkpoint, and report how many."""
 
 from dataclasses import dataclass
 from pathlib import Path
 
 from torch import nn
 
-from detkit.engine.checkpoint import alike, read_header, read_weights
+from detkit.engine.checkpoint import is_compatible, read_header, read_weights
 from detkit.errors import DetkitError, shorten
 
 
 @dataclass(frozen=True)
 class TransferRow:
-    """One part of a detector, in numbers (elements of its parameters): together they are ``parameters``.
+    """Number of parameters of one part of a detector; the three counts add up to ``parameters``.
 
     Attributes:
+        part: backbone, neck or head.
         loaded: copied from the file.
-        mismatched: in the file under the same name, in another shape.
+        mismatched: in the file under the same name with another shape.
         missing: not in the file.
     """
 
@@ -26,19 +27,20 @@ class TransferRow:
 
     @property
     def parameters(self) -> int:
-        """Return how many there are."""
+        """Return the total number of parameters."""
         return self.loaded + self.mismatched + self.missing
 
 
 @dataclass(frozen=True)
 class TransferReport:
-    """What a detector took from a checkpoint.
+    """Result of loading a checkpoint into a detector.
 
     Attributes:
+        path: the checkpoint.
         rows: one for each of backbone, neck and head.
-        afresh: names of the detector's tensors that kept their own values.
-        unexpected_keys: how many of the file's tensors have no place in the detector.
-        warnings: sentences on what starts from noise though a percentage may look well.
+        missing_keys: names of the detector's tensors that were not loaded.
+        unexpected_keys: number of tensors in the file that the detector does not have.
+        warnings: messages about parts that remain randomly initialized.
     """
 
     path: Path
@@ -49,45 +51,45 @@ class TransferReport:
 
     @property
     def total(self) -> TransferRow:
-        """Return the rows' sum."""
+        """Return the sum of the rows."""
         return TransferRow(
             "all", *(sum(getattr(r, key) for r in self.rows) for key in ("loaded", "mismatched", "missing"))
         )
 
 
 def load_weights(detector: nn.Module, path: str | Path) -> TransferReport:
-    """Copy into ``detector`` every tensor of a checkpoint whose name and shape it shares, and report on it.
+    """Load every tensor of a checkpoint that matches ``detector`` in name and shape, and return a report.
 
     Raises:
-        DetkitError: an unreadable file, or one of which not a single kernel or matrix fits.
+        DetkitError: the file cannot be read, or no kernel or matrix in it matches.
     """
     path = Path(path)
     header = read_header(path)
-    theirs, own = header.tensors, detector.state_dict()
-    names = [name for name in theirs if name in own and alike(own[name], theirs[name])]
-    if not any(len(theirs[name].shape) > 1 for name in names):
+    saved, expected = header.tensors, detector.state_dict()
+    names = [name for name in saved if name in expected and is_compatible(expected[name], saved[name])]
+    if not any(len(saved[name].shape) > 1 for name in names):
         raise DetkitError(
-            f"weights={path}: not a single kernel in it fits this model: name the model it is of, or leave it out"
+            f"weights={path}: no kernel in it matches this model: use the model that it was saved from, or omit weights"
         )
-    fitting = read_weights(path, names)
-    detector.load_state_dict(fitting, strict=False)
+    matching = read_weights(path, names)
+    detector.load_state_dict(matching, strict=False)
 
     def row(part: str) -> TransferRow:
         counts = {"loaded": 0, "mismatched": 0, "missing": 0}
         for name, parameter in detector.named_parameters():
             if name.startswith(f"{part}."):
-                kind = "loaded" if name in fitting else "mismatched" if name in theirs else "missing"
+                kind = "loaded" if name in matching else "mismatched" if name in saved else "missing"
                 counts[kind] += parameter.numel()
         return TransferRow(part, **counts)
 
-    missing_keys = tuple(name for name in own if name not in fitting)
+    missing_keys = tuple(name for name in expected if name not in matching)
     rows = tuple(row(part) for part, _ in detector.named_children())
-    warnings = [f"the {row.part} starts from noise" for row in rows if row.loaded < 0.01 * row.parameters]
-    known, ours = header.class_names, getattr(detector, "class_names", ())
-    if known and ours and known != ours:
-        few, wanted = (shorten(", ".join((*names[:3], "..."))) for names in (known, ours))
+    warnings = [f"the {row.part} is randomly initialized" for row in rows if row.loaded < 0.01 * row.parameters]
+    old, new = header.class_names, getattr(detector, "class_names", ())
+    if old and new and old != new:
+        old_names, new_names = (shorten(", ".join((*names[:3], "..."))) for names in (old, new))
         warnings.append(
-            f"the file knows {len(known)} classes ({few}), this model has {len(ours)} ({wanted}): "
-            "what tells them apart has to be learnt"
+            f"the file has {len(old)} classes ({old_names}), this model has {len(new)} ({new_names}): "
+            "classification must be trained again"
         )
-    return TransferReport(path, rows, missing_keys, sum(name not in own for name in theirs), tuple(warnings))
+    return TransferReport(path, rows, missing_keys, sum(name not in expected for name in saved), tuple(warnings))

@@ -19,7 +19,7 @@ from detkit.registry import WRITERS
 from detkit.tasks.common import make_run_dir, train_command
 from detkit.viz.console import make_console
 from detkit.viz.data_plots import plot_set
-from detkit.viz.data_tables import print_classes, print_problems, print_splits, write_findings
+from detkit.viz.data_tables import print_classes, print_issues, print_splits, write_issues
 
 logger = logging.getLogger(__name__)
 
@@ -52,12 +52,12 @@ def run(cfg: CheckDataConfig) -> dict[str, IssueLog]:
     keep = audit_images(splits, logs, worker_count(cfg.workers))
 
     try:
-        write_findings(logs, run_dir / "findings.csv")
+        write_issues(logs, run_dir / "findings.csv")
         plot_set(splits, run_dir / "plots")
     finally:
         print_splits(splits, console)
         print_classes(splits, console)
-        print_problems(logs, console)
+        print_issues(logs, console)
     if copy is not None:
         own = cfg.data.name if cfg.data.name in WRITERS.names() else "coco"
         _write_copy(_cleaned(splits, keep), cfg.format or own, copy)

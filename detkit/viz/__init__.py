@@ -1,1 +1,1 @@
-"""Figures, drawn boxes and console tables."""
+"""Plots, images with boxes, and console tables."""

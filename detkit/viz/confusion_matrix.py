@@ -1,4 +1,4 @@
-"""Which class is taken for which."""
+"""Confusion matrix of a detector."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -11,16 +11,17 @@ from detkit.data.annotations import Annotations
 def confusion_matrix(
     annotations: Annotations, predictions: Iterable[Mapping[str, Any]], *, score: float = 0.25, iou: float = 0.5
 ) -> np.ndarray:
-    """Return (classes + 1, classes + 1) how often boxes of one class (rows) were found as another (columns).
+    """Return (C + 1, C + 1) counts of labelled classes (rows) predicted as other classes (columns).
 
-    The last row counts what was found where nothing is labelled, the last column what was missed. In each image labels
-    and predictions are paired whatever their class, those that overlap most first; a prediction left over that lies by
-    at least ``iou`` of its area in a crowd does not count.
+    The last row counts false positives, the last column missed boxes. In each image, labels and predictions are matched
+    regardless of class, in order of decreasing IoU. An unmatched prediction is ignored if at least ``iou`` of its area
+    lies in a crowd box.
 
     Args:
+        annotations: ground truth of the set.
         predictions: COCO results of the set.
-        score: smallest that counts.
-        iou: smallest of a pair.
+        score: minimum score of a prediction.
+        iou: minimum IoU of a match.
     """
     background = len(annotations.class_names)
     counts = np.zeros((background + 1, background + 1), np.int64)
@@ -36,7 +37,7 @@ def confusion_matrix(
         labels = labels[~crowd]
         xywh = np.array([box for box, _ in records], float).reshape(-1, 4)
         boxes, classes = np.concatenate((xywh[:, :2], xywh[:, :2] + xywh[:, 2:]), 1), [label for _, label in records]
-        pairs = _pair(_overlap(truth, boxes), iou)
+        pairs = _match(_overlap(truth, boxes), iou)
         for t, p in pairs:
             counts[labels[t], classes[p]] += 1
         for t in {*range(len(truth))} - {t for t, _ in pairs}:
@@ -47,9 +48,9 @@ def confusion_matrix(
     return counts
 
 
-def _pair(iou_tp: np.ndarray, least: float) -> list[tuple[int, int]]:
-    """Return pairs of rows and columns, the largest overlap first, each row and column once."""
-    rows, columns = np.nonzero(iou_tp >= least)
+def _match(iou_tp: np.ndarray, min_iou: float) -> list[tuple[int, int]]:
+    """Match rows and columns one to one, in order of decreasing IoU."""
+    rows, columns = np.nonzero(iou_tp >= min_iou)
     order = np.argsort(-iou_tp[rows, columns], kind="stable")
     pairs: dict[int, int] = {}
     for row, column in zip(rows[order].tolist(), columns[order].tolist(), strict=True):
@@ -59,10 +60,10 @@ def _pair(iou_tp: np.ndarray, least: float) -> list[tuple[int, int]]:
 
 
 def _overlap(first: np.ndarray, second: np.ndarray, of_second: bool = False) -> np.ndarray:
-    """Return the (A, B) intersection over union of xyxy boxes, or the share of the second's area in the first."""
+    """Return the (A, B) IoU of xyxy boxes (A, 4) and (B, 4), or the fraction of the second's area in the first."""
     low = np.maximum(first[:, None, :2], second[None, :, :2])
     high = np.minimum(first[:, None, 2:], second[None, :, 2:])
-    both = (high - low).clip(0).prod(2)
+    intersection = (high - low).clip(0).prod(2)
     areas = [(boxes[:, 2:] - boxes[:, :2]).prod(1) for boxes in (first, second)]
-    whole = areas[1][None] if of_second else areas[0][:, None] + areas[1][None] - both
-    return both / np.maximum(whole, 1e-9)
+    denominator = areas[1][None] if of_second else areas[0][:, None] + areas[1][None] - intersection
+    return intersection / np.maximum(denominator, 1e-9)

@@ -1,10 +1,11 @@
-"""The terminal: log messages, and output that never ends the program nor gives orders to a terminal."""
+"""Console output: log messages, escaped control characters, and streams that never raise."""
 
 import io
 import logging
 import os
 import sys
 from contextlib import suppress
+from pathlib import Path
 from typing import IO, Any
 
 from rich.console import Console
@@ -17,24 +18,26 @@ LEVELS = ("debug", "info", "warning", "error")
 
 
 class Terminal(Console):
-    """A console that shows control characters in text, such as that of a file name, escaped."""
+    """Console that escapes control characters in text, for instance in file names."""
 
     def render_str(self, text: str, **options: Any) -> Text:
-        """Render a string: rich does so with all that is printed, in tables too."""
+        """Render a string; rich calls this for everything that is printed, including tables."""
         return super().render_str("\n".join(map(printable, text.split("\n"))), **options)
 
 
 def make_console(stderr: bool = False, quiet: bool = False, file: IO[str] | None = None) -> Console:
-    """Return a console that prints text as it is: [brackets] and :colons: in names are no markup, lines do not wrap.
+    """Return a console that prints text literally, without markup, emoji codes or line wrapping.
 
     Args:
-        file: prints there, also while stdout is redirected; None: to what is stdout at the time, or stderr.
+        stderr: print to stderr instead of stdout.
+        quiet: print nothing.
+        file: print to this stream; None: to the current stdout or stderr.
     """
     return Terminal(file=file, stderr=stderr, quiet=quiet, markup=False, emoji=False, highlight=False, soft_wrap=True)
 
 
 class ConsoleHandler(logging.Handler):
-    """Prints log records to what is stdout at the time, warnings in yellow; below errors only those of rank 0."""
+    """Prints log records to the current stdout, warnings in yellow; ranks other than 0 only print errors."""
 
     def emit(self, record: logging.LogRecord) -> None:
         """Print one record."""
@@ -43,10 +46,10 @@ class ConsoleHandler(logging.Handler):
 
 
 def setup_logging() -> None:
-    """Print detkit's log messages, from the level that the environment variable ``DETKIT_LOG`` names; ``info`` without.
+    """Print detkit's log messages from the level in the environment variable ``DETKIT_LOG`` (default: ``info``).
 
     Raises:
-        DetkitError: it names no level.
+        DetkitError: ``DETKIT_LOG`` is not a level.
     """
     level = os.environ.get("DETKIT_LOG", "info").lower()
     if level not in LEVELS:
@@ -58,56 +61,56 @@ def setup_logging() -> None:
 
 
 class Output:
-    """A text stream that never fails: what cannot be encoded is escaped, and what cannot be written is lost.
+    """Text stream that never raises: characters that cannot be encoded are escaped, failed output is dropped.
 
-    So a program goes on when a reader has gone (``| head``), a terminal is closed or a disk is full.
+    A program thus continues after its reader has ended (``| head``), its terminal is closed or the disk is full.
 
     Args:
-        stream: the file beneath.
+        stream: the underlying stream.
     """
 
     def __init__(self, stream: IO[str]) -> None:
         self.stream = stream
-        if isinstance(stream, io.TextIOWrapper):  # a StringIO encodes nothing
+        if isinstance(stream, io.TextIOWrapper):  # not a StringIO, which does not encode
             with suppress(OSError):
                 stream.reconfigure(errors="backslashreplace")
 
     def write(self, text: str) -> int:
-        """Write ``text``, or lose it."""
+        """Write ``text``, or drop it."""
         try:
             self.stream.write(text)
-        except (OSError, ValueError):  # ValueError: it is closed
-            self._lose()
+        except (OSError, ValueError):  # ValueError: closed
+            self._redirect_to_devnull()
         return len(text)
 
     def flush(self) -> None:
-        """Write what waits, or lose it."""
+        """Flush, or drop the buffered text."""
         try:
             self.stream.flush()
         except (OSError, ValueError):
-            self._lose()
+            self._redirect_to_devnull()
 
-    def _lose(self) -> None:
-        """Send the rest into nothing, also what other code writes there, and what waits for the end of the program."""
+    def _redirect_to_devnull(self) -> None:
+        """Discard all further output, including that of other code and what is flushed at exit."""
         with suppress(OSError, ValueError):
-            nothing = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nothing, self.stream.fileno())
-            os.close(nothing)
+            devnull = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(devnull, self.stream.fileno())
+            os.close(devnull)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.stream, name)
 
 
 def guard_output() -> None:
-    """Let nothing that is printed end this program; where stdout or stderr was closed before it began, it has none."""
-    for number in range(3):
+    """Replace stdout and stderr by streams that never raise; open /dev/null if they were closed at startup."""
+    for descriptor in range(3):
         try:
-            os.fstat(number)
+            os.fstat(descriptor)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free; a file of ours might, otherwise
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free descriptor, which another file would get otherwise
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is None:
-            stream = open(os.devnull, "w")  # noqa: SIM115  (for as long as the program lasts)
+            stream = Path(os.devnull).open("w")  # noqa: SIM115  (kept open until exit)
         if not isinstance(stream, Output):
             setattr(sys, name, Output(stream))

@@ -1,4 +1,4 @@
-"""The distributions of an image set as PNG."""
+"""Plots of data set statistics."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,11 +14,11 @@ from detkit.viz.data_tables import AREAS, class_counts
 from detkit.viz.plots import new_figure, save_figure
 
 BINS = 60
-SHOWN = 30  # classes on the page of a training set
+MAX_CLASSES = 30  # in the plot of a training set
 
 
 def plot_set(splits: Mapping[str, Annotations], folder: Path) -> None:
-    """Draw what a set holds, a panel a split: classes, box sizes, box centres, image sizes, boxes an image."""
+    """Plot classes, box sizes, box centres, image sizes and boxes per image, with one panel per split."""
     plot_classes(splits, folder / "classes.png")
     for name, draw in (
         ("box_sizes", draw_box_sizes),
@@ -37,17 +37,17 @@ def plot_set(splits: Mapping[str, Annotations], folder: Path) -> None:
 
 
 def draw_labels(annotations: Annotations) -> Figure:
-    """Draw what a training set holds, on one page: classes, box sizes, box centres, boxes an image."""
+    """Plot classes, box sizes, box centres and boxes per image of a training set in one figure."""
     figure = new_figure(12, 9)
     (classes, sizes), (centres, numbers) = figure.subplots(2, 2)
     figure.suptitle(f"{len(annotations)} images, {len(annotations.labels)} boxes")
     counts = class_counts(annotations)
-    order = np.argsort(-counts, kind="stable")[:SHOWN]
+    order = np.argsort(-counts, kind="stable")[:MAX_CLASSES]
     bars = classes.barh(np.arange(len(order)), counts[order])
     classes.bar_label(bars, [str(count) for count in counts[order]], padding=2, fontsize=7)
     names = [shorten(annotations.class_names[c], 25) for c in order]
     classes.set_yticks(np.arange(len(order)), names, fontsize=8, parse_math=False)
-    more = f", {SHOWN} of {len(counts)}" if len(counts) > SHOWN else ""
+    more = f", {MAX_CLASSES} of {len(counts)}" if len(counts) > MAX_CLASSES else ""
     classes.set(title=f"boxes of each class{more}", ylim=(len(order) - 0.5, -0.5))
     classes.margins(x=0.12)
     draw_box_sizes(sizes, annotations)
@@ -57,7 +57,7 @@ def draw_labels(annotations: Annotations) -> Figure:
 
 
 def plot_classes(splits: Mapping[str, Annotations], path: Path) -> None:
-    """Draw the share of every class in each split, as bars side by side: a set is split well where they are alike."""
+    """Plot the percentage of each class in each split as adjacent bars, which are similar if a set is split well."""
     names = [shorten(name, 40) for name in next(iter(splits.values())).class_names]
     figure = new_figure(8, min(max(0.22 * len(names) * len(splits), 3), 200))
     axes = figure.subplots()
@@ -76,7 +76,7 @@ def plot_classes(splits: Mapping[str, Annotations], path: Path) -> None:
 
 
 def draw_box_sizes(axes: Axes, annotations: Annotations) -> None:
-    """Draw how many boxes have which width and height, with COCO's bounds of small and medium."""
+    """Plot a histogram of box widths and heights, with COCO's limits of small and medium boxes."""
     w, h = (annotations.boxes[:, 2:] - annotations.boxes[:, :2]).T
     if len(w):
         low, high = max(min(w.min(), h.min()), 0.5), max(w.max(), h.max()) * 1.1
@@ -90,15 +90,15 @@ def draw_box_sizes(axes: Axes, annotations: Annotations) -> None:
 
 
 def draw_box_centres(axes: Axes, annotations: Annotations) -> None:
-    """Draw where in their images the boxes' centres are."""
+    """Plot a histogram of box centres relative to the image size."""
     size = np.repeat(annotations.sizes[:, ::-1], np.diff(annotations.offsets), axis=0)
     x, y = ((annotations.boxes[:, :2] + annotations.boxes[:, 2:]) / 2 / size).T
     axes.hist2d(x, y, bins=BINS // 2, range=((0, 1), (0, 1)), cmap="viridis")
-    axes.set(xlabel="box centre, share of the width", ylabel="share of the height", ylim=(1, 0))
+    axes.set(xlabel="box centre / image width", ylabel="box centre / image height", ylim=(1, 0))
 
 
 def draw_image_sizes(axes: Axes, annotations: Annotations) -> None:
-    """Draw the images' sizes, a dot each, larger where many share it."""
+    """Plot the image sizes as dots, scaled by the number of images of that size."""
     sizes, counts = np.unique(annotations.sizes[:, ::-1], axis=0, return_counts=True)
     widths, heights = sizes.T
     axes.scatter(widths, heights, s=10 + 190 * counts / counts.max(), alpha=0.5)
@@ -106,15 +106,15 @@ def draw_image_sizes(axes: Axes, annotations: Annotations) -> None:
     axes.plot((0, limit), (0, limit), "--", color="gray", linewidth=1)
     common = counts.argmax()
     axes.set(xlabel="image width, pixels", ylabel="image height, pixels", xlim=(0, limit), ylim=(0, limit))
-    words = f"most common: {sizes[common][0]}x{sizes[common][1]} ({100 * counts.max() / counts.sum():.0f} %)"
-    axes.text(0.02, 0.97, words, transform=axes.transAxes, va="top")
+    text = f"most common: {sizes[common][0]}x{sizes[common][1]} ({100 * counts.max() / counts.sum():.0f} %)"
+    axes.text(0.02, 0.97, text, transform=axes.transAxes, va="top")
 
 
 def draw_boxes_per_image(axes: Axes, annotations: Annotations) -> None:
-    """Draw how many images hold how many boxes."""
+    """Plot a histogram of the number of boxes per image."""
     counts = np.diff(annotations.offsets)
     step = max(-(-int(counts.max()) // BINS), 1)
     edges = np.arange(0, counts.max() + step + 1, step) - 0.5
     axes.hist(counts, bins=edges.tolist())
-    axes.set(xlabel="boxes of an image", ylabel="images")
+    axes.set(xlabel="boxes per image", ylabel="images")
     axes.grid(axis="y", alpha=0.3)

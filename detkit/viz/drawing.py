@@ -1,4 +1,4 @@
-"""Pictures with boxes, names and scores."""
+"""Drawing boxes on images, image grids, and encoding of images and figures."""
 
 import io
 import math
@@ -14,7 +14,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from detkit.errors import shorten
 
-PALETTE = (  # told apart on light and dark pictures alike; classes take them in turn
+PALETTE = (  # visible on light and dark images; assigned to classes in turn
     (230, 25, 75), (60, 180, 75), (0, 130, 200), (245, 130, 48), (145, 30, 180), (70, 240, 240), (240, 50, 230),
     (210, 245, 60), (250, 190, 212), (0, 128, 128), (220, 190, 255), (170, 110, 40), (255, 225, 25), (128, 0, 0),
     (170, 255, 195), (128, 128, 0), (255, 215, 180), (0, 0, 128),
@@ -28,12 +28,12 @@ def draw_boxes(
     class_names: Sequence[str],
     scores: Sequence[float] | None = None,
 ) -> np.ndarray:
-    """Return a copy of an (H, W, 3) uint8 RGB image with (N, 4) xyxy boxes, their names and scores drawn on it.
+    """Return a copy of an (H, W, 3) uint8 RGB image with (N, 4) xyxy boxes, class names and scores drawn on it.
 
-    Line and letter sizes follow the image's; where boxes come with scores, the best are drawn last, on top.
+    Line and font size scale with the image. The first boxes, usually those with the highest scores, are drawn on top.
     """
-    picture = Image.fromarray(image)
-    draw = ImageDraw.Draw(picture)
+    canvas = Image.fromarray(image)
+    draw = ImageDraw.Draw(canvas)
     line = max(round(max(image.shape[:2]) / 400), 1)
     font = _font(max(round(max(image.shape[:2]) / 45), 9))
     for k in reversed(range(len(boxes))):
@@ -43,38 +43,46 @@ def draw_boxes(
         text = shorten(class_names[int(labels[k])], 40) + ("" if scores is None else f" {float(scores[k]):.2f}")
         left, top, right, bottom = draw.textbbox((0, 0), text, font=font)
         width, height = right - left + 4, bottom - top + 4
-        x = min(max(x1, 0), max(picture.width - width, 0))
-        y = y1 - height if y1 >= height else y1  # inside the box where there is no room above it
+        x = min(max(x1, 0), max(canvas.width - width, 0))
+        y = y1 - height if y1 >= height else y1  # inside the box if there is no room above it
         draw.rectangle((x, y, x + width, y + height), fill=colour)
-        draw.text((x + 2 - left, y + 2 - top), text, font=font, fill=_ink(colour))
-    return np.asarray(picture)
+        draw.text((x + 2 - left, y + 2 - top), text, font=font, fill=_text_colour(colour))
+    return np.asarray(canvas)
 
 
-def grid(pictures: Sequence[np.ndarray], columns: int = 4, side: int = 320, titles: Sequence[str] = ()) -> np.ndarray:
-    """Lay pictures of any size out in rows, each shrunk or grown into a ``side`` x ``side`` cell.
+def image_grid(
+    images: Sequence[np.ndarray], columns: int = 4, side: int = 320, titles: Sequence[str] = ()
+) -> np.ndarray:
+    """Arrange images in a grid of cells, into which they are resized with their aspect ratio kept.
 
     Args:
-        titles: of the columns; none, or as many as these.
+        images: (H, W, 3) uint8 RGB, of any size.
+        columns: number of columns.
+        side: width and height of a cell in pixels.
+        titles: one per column, or none.
+
+    Returns:
+        the (H, W, 3) uint8 RGB grid.
     """
-    rows = math.ceil(len(pictures) / columns)
+    rows = math.ceil(len(images) / columns)
     top = 28 if titles else 0
-    sheet = Image.new("RGB", (columns * side, rows * side + top), (114, 114, 114))
+    canvas = Image.new("RGB", (columns * side, rows * side + top), (114, 114, 114))
     for k, title in enumerate(titles):
-        ImageDraw.Draw(sheet).text((k * side + 8, 4), title, font=_font(16), fill=(255, 255, 255))
-    for k, picture in enumerate(pictures):
-        image = Image.fromarray(picture)
-        ratio = side / max(image.size)
-        image = image.resize((max(round(image.width * ratio), 1), max(round(image.height * ratio), 1)))
+        ImageDraw.Draw(canvas).text((k * side + 8, 4), title, font=_font(16), fill=(255, 255, 255))
+    for k, image in enumerate(images):
+        cell = Image.fromarray(image)
+        ratio = side / max(cell.size)
+        cell = cell.resize((max(round(cell.width * ratio), 1), max(round(cell.height * ratio), 1)))
         x, y = k % columns * side, k // columns * side + top
-        sheet.paste(image, (x + (side - image.width) // 2, y + (side - image.height) // 2))
-    return np.asarray(sheet)
+        canvas.paste(cell, (x + (side - cell.width) // 2, y + (side - cell.height) // 2))
+    return np.asarray(canvas)
 
 
 def save_image(image: np.ndarray, path: Path) -> None:
     """Write an (H, W, 3) uint8 RGB image as JPEG.
 
     Raises:
-        OSError: it cannot be written, or has a side of more than 65,500 pixels; no part of it is left.
+        OSError: the file cannot be written (no partial file is left), or a side exceeds 65,500 pixels.
     """
     data = encode_image(image)
     try:
@@ -85,23 +93,23 @@ def save_image(image: np.ndarray, path: Path) -> None:
 
 
 def encode_image(image: np.ndarray) -> bytes:
-    """Return an (H, W, 3) uint8 RGB image as JPEG."""
+    """Encode an (H, W, 3) uint8 RGB image as JPEG."""
     data = io.BytesIO()
     Image.fromarray(image).save(data, "jpeg", quality=92)
     return data.getvalue()
 
 
 def encode_figure(figure: Figure) -> bytes:
-    """Return a figure as PNG."""
+    """Encode a figure as PNG."""
     data = io.BytesIO()
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing from")  # of a class's name; a box is drawn in its place
+        warnings.filterwarnings("ignore", "Glyph .* missing from")  # in a class name; a box is drawn instead
         figure.savefig(data, dpi=100)
     return data.getvalue()
 
 
-def _ink(colour: tuple[int, int, int]) -> tuple[int, int, int]:
-    """Black or white, whichever reads better on ``colour``."""
+def _text_colour(colour: tuple[int, int, int]) -> tuple[int, int, int]:
+    """Return black or white, whichever contrasts better with ``colour``."""
     r, g, b = colour
     return (0, 0, 0) if 0.299 * r + 0.587 * g + 0.114 * b > 140 else (255, 255, 255)
 

@@ -1,4 +1,4 @@
-"""Curves of a run and of an evaluation as figures."""
+"""Figures of a run's history and of evaluations."""
 
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -16,13 +16,13 @@ from detkit.ops.curves import RECALLS, THRESHOLDS, Curves
 from detkit.viz.confusion_matrix import confusion_matrix
 from detkit.viz.drawing import encode_figure
 
-NAMED = 20  # classes with a line of their own
-NUMBERED = 30  # classes up to which the cells of a confusion matrix hold numbers
-SCORE = 0.25  # of the boxes that a confusion matrix counts
+MAX_LINES = 20  # classes with a line of their own
+MAX_NUMBERED = 30  # classes up to which the cells of a confusion matrix show numbers
+MIN_SCORE = 0.25  # of predictions in a confusion matrix
 
 
 def plot_history(rows: Sequence[Mapping[str, float]], losses: Collection[str], path: Path) -> None:
-    """Draw the losses, the AP and the learning rate of every epoch side by side; rows as in ``history.csv``."""
+    """Plot losses, AP and learning rate by epoch, side by side; rows as in ``history.csv``."""
     panels = (
         ("training loss", losses),
         ("validation", ("AP", "AP50", "AP75")),
@@ -40,15 +40,17 @@ def plot_history(rows: Sequence[Mapping[str, float]], losses: Collection[str], p
 
 
 def draw_evaluation(
-    curves: Curves, predictions: Sequence[Mapping[str, Any]], annotations: Annotations, least: float = 0.0
+    curves: Curves, predictions: Sequence[Mapping[str, Any]], annotations: Annotations, min_score: float = 0.0
 ) -> dict[str, Figure]:
     """Return the figures of an evaluation by name: ``precision_recall`` and ``confusion_matrix``.
 
     Args:
+        curves: precision and recall.
         predictions: COCO results.
-        least: score of the boxes that were evaluated at all.
+        annotations: ground truth.
+        min_score: score threshold of the evaluation.
     """
-    names, score = annotations.class_names, max(SCORE, least)
+    names, score = annotations.class_names, max(MIN_SCORE, min_score)
     counts = confusion_matrix(annotations, predictions, score=score)
     return {
         "precision_recall": draw_curves(curves, names),
@@ -57,9 +59,9 @@ def draw_evaluation(
 
 
 def draw_curves(curves: Curves, class_names: Sequence[str]) -> Figure:
-    """Draw precision over recall, and F1 over the score threshold: of every class, and in black their mean.
+    """Plot precision over recall, and F1 over the score threshold, for each class and their mean (black).
 
-    The legends name the classes with the most boxes, with their AP50 and the best F1.
+    The legends list the classes with the most boxes, with AP50 and the best F1.
     """
     figure = new_figure(13, 5.4)
     left, right = figure.subplots(1, 2)
@@ -85,13 +87,13 @@ def _draw_classes(
     y_xc: np.ndarray,
     curves: Curves,
     class_names: Sequence[str],
-    figures: Sequence[str],
+    values: Sequence[str],
 ) -> None:
-    """Draw a line a class over ``x``, and their mean; ``figures`` stand in the legend, at ``loc``."""
-    labelled, named = curves.labelled(), curves.labelled(NAMED)
+    """Plot one line per class and their mean over ``x`` (X,); ``values`` are shown in the legend at ``loc``."""
+    labelled, named = curves.labelled(), curves.labelled(MAX_LINES)
     axes.plot(x, y_xc[:, sorted({*labelled} - {*named})], color="0.8", linewidth=0.5)
     lines = [axes.plot(x, y_xc[:, c], color=f"C{k}" if k < 10 else None, linewidth=1)[0] for k, c in enumerate(named)]
-    names = [f"{shorten(class_names[c], 30)} {figures[c]}" for c in named]
+    names = [f"{shorten(class_names[c], 30)} {values[c]}" for c in named]
     axes.plot(x, y_xc[:, labelled].mean(1), color="black", linewidth=2.5)
     legend = axes.legend(lines, names, fontsize=8, loc=loc)
     for text in legend.get_texts():
@@ -99,40 +101,39 @@ def _draw_classes(
     axes.grid(alpha=0.3)
 
 
-def draw_confusion(counts: np.ndarray, class_names: Sequence[str], score: float = SCORE) -> Figure:
-    """Draw a confusion matrix: (classes + 1, classes + 1) counts, what is labelled in rows, found in columns.
+def draw_confusion(counts: np.ndarray, class_names: Sequence[str], score: float = MIN_SCORE) -> Figure:
+    """Plot a confusion matrix (C + 1, C + 1): labelled classes in rows, predicted ones in columns, background last.
 
-    Colours are shares of a row, numbers are counts; the last row and column are the background. The title names the
-    smallest ``score`` that was counted.
+    Colours are fractions of a row, numbers are counts. ``score``, the minimum score, is shown in the title.
     """
     names = [*(shorten(name, 25) for name in class_names), "background"]
     side = min(max(0.42 * len(names) + 2.5, 5), 24)
     figure = new_figure(side + 1, side)
     axes = figure.subplots()
-    shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
-    image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
-    figure.colorbar(image, ax=axes, label="share of the row", fraction=0.046)
-    if len(names) <= NUMBERED:
+    fractions = counts / np.maximum(counts.sum(1, keepdims=True), 1)
+    image = axes.imshow(fractions, cmap="Blues", vmin=0, vmax=1)
+    figure.colorbar(image, ax=axes, label="fraction of the row", fraction=0.046)
+    if len(names) <= MAX_NUMBERED:
         for row, column in np.argwhere(counts):
-            ink = "white" if shares[row, column] > 0.6 else "black"
-            axes.text(column, row, str(counts[row, column]), ha="center", va="center", color=ink, fontsize=8)
-    size = 9 if len(names) <= NUMBERED else 6
+            text_colour = "white" if fractions[row, column] > 0.6 else "black"
+            axes.text(column, row, str(counts[row, column]), ha="center", va="center", color=text_colour, fontsize=8)
+    size = 9 if len(names) <= MAX_NUMBERED else 6
     ticks = np.arange(len(names)) if len(names) <= 200 else np.array([len(names) - 1])
     chosen = [names[k] for k in ticks]
     axes.set_xticks(ticks, chosen, rotation=90, fontsize=size, parse_math=False)
     axes.set_yticks(ticks, chosen, fontsize=size, parse_math=False)
-    axes.set(xlabel="found as", ylabel="labelled as", title=f"boxes of score {score:g} and more, IoU 0.5")
+    axes.set(xlabel="predicted class", ylabel="labelled class", title=f"boxes with score >= {score:g}, IoU 0.5")
     return figure
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """Return an empty figure of ``width`` x ``height`` inches that needs no screen."""
+    """Return an empty figure of ``width`` x ``height`` inches that does not need a display."""
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     return figure
 
 
 def save_figure(figure: Figure, path: Path) -> None:
-    """Write a figure as PNG; the file appears whole or not at all."""
+    """Write a figure as PNG atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, encode_figure(figure))

@@ -1,4 +1,4 @@
-"""Tables for the terminal."""
+"""Console tables of metrics and of rows."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -10,7 +10,7 @@ from detkit.errors import printable, shorten
 
 
 def print_metrics(metrics: Mapping[str, Any], console: Console) -> None:
-    """Print COCO metrics, 0 to 1: the whole set in the first row, then every class."""
+    """Print COCO metrics (0 to 1): all classes in the first row, then each class."""
     names = [name for name in metrics if name.startswith(("AP", "AR"))]
     table = Table(header_style="bold")
     table.add_column("class", overflow="fold")
@@ -25,21 +25,21 @@ def print_metrics(metrics: Mapping[str, Any], console: Console) -> None:
 
 
 def print_rows(rows: Sequence[Mapping[str, Any]], columns: Sequence[str], console: Console) -> None:
-    """Print the ``columns`` of the rows that have them: text to the left, numbers to the right."""
+    """Print ``columns`` of the rows, text left-aligned, numbers right-aligned; missing cells are empty."""
     table = Table(header_style="bold")
     for name in columns:
-        words = any(isinstance(row.get(name), str) for row in rows)
-        table.add_column(name, justify="left" if words else "right", overflow="fold")
+        is_text = any(isinstance(row.get(name), str) for row in rows)
+        table.add_column(name, justify="left" if is_text else "right", overflow="fold")
     for row in rows:
         table.add_row(*(_cell(row.get(name)) for name in columns))
     console.print(table, soft_wrap=False)
 
 
 def _cell(value: object) -> str:
-    """Floats to four digits; nothing for None."""
+    """Format a cell: floats with four digits, None as an empty string."""
     return "" if value is None else f"{value:.4g}" if isinstance(value, float) else printable(str(value))
 
 
 def _number(value: float) -> str:
-    """Three decimals; COCO's -1, for nothing to measure, is a dash."""
+    """Format a metric with three decimals; COCO's -1 (not defined) as a dash."""
     return "-" if value < 0 else f"{value:.3f}"

@@ -186,7 +186,7 @@ def test_nccl_carries_a_step(cuda, monkeypatch):
     backend = "nccl" if cuda.type == "cuda" else "gloo"
     dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     try:
-        monkeypatch.setattr(process_group, "_patient", dist.new_group(backend="gloo"))
+        monkeypatch.setattr(process_group, "_cpu_group", dist.new_group(backend="gloo"))
         for module in (collectives, process_group):
             monkeypatch.setattr(module, "world_size", lambda: 2)
         step = make_step(f"model=yolov8n {SMALL}", cuda, "bf16")

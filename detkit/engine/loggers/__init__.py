@@ -1,7 +1,7 @@
-"""Where a run's numbers, curves and pictures go: a file a logger, behind the interface of ``base.py``.
+"""Experiment loggers for metrics, curves and images: one file per logger, with the interface of ``base.py``.
 
-What is registered in LOGGERS is called with the run directory, the ``id`` that the logger had there before (None in a
-new run); it returns a ``Logger`` with an ``id`` of letters, digits and ``_-``.
+An entry of LOGGERS is called with the run directory and the logger's earlier ``id`` for it (None in a new run), and
+returns a ``Logger`` with an ``id`` of letters, digits and ``_-``.
 """
 
 import importlib.util
@@ -23,14 +23,14 @@ from detkit.registry import LOGGERS
 logger = logging.getLogger(__name__)
 
 OPTIONAL = ("wandb", "mlflow")
-IDS = "loggers.json"  # in the run directory: by what W&B and MLflow know the run
+IDS = "loggers.json"  # in the run directory: ids of the run in W&B and MLflow
 
 
 def check_loggers(names: Sequence[str]) -> None:
-    """Check that loggers are known, and the packages of OPTIONAL ones there.
+    """Check that loggers are registered, and the packages of OPTIONAL ones installed.
 
     Raises:
-        DetkitError: one is not.
+        DetkitError: a logger is unknown, or its package is missing.
     """
     for name in names:
         LOGGERS.get(name)
@@ -39,25 +39,27 @@ def check_loggers(names: Sequence[str]) -> None:
 
 
 def open_loggers(names: Sequence[str], run_dir: Path, step: int, *, resumed: bool = False) -> list[SafeLogger]:
-    """Open TensorBoard and the optional loggers ``names``, which go on with the runs they had for this directory.
+    """Open TensorBoard and the loggers ``names``, which continue their earlier runs for this directory.
 
     Args:
-        step: batches that the run has done.
-        resumed: the run goes on without a logger that does not open.
+        names: as in ``trainer.loggers``.
+        run_dir: run directory.
+        step: number of batches so far.
+        resumed: if a logger cannot be opened, warn instead of raising.
 
     Raises:
-        DetkitError: a logger of a new run does not open.
+        DetkitError: a logger of a new run cannot be opened.
     """
     opened = [SafeLogger("TensorBoard", TensorBoard(run_dir, step))]
     ids = _read_ids(run_dir / IDS)
     for name in names:
         try:
             backend = LOGGERS.get(name)(run_dir, ids.get(name))
-        except Exception as error:  # whatever these packages and their servers come up with
+        except Exception as error:  # of any kind, from the package or its server
             reason = (str(error) or type(error).__name__).splitlines()[0]
             if not resumed:
-                raise DetkitError(f"trainer.loggers: {name} does not open: {reason}") from None
-            logger.warning("%s does not open (%s): the run goes on without it", name, reason)
+                raise DetkitError(f"trainer.loggers: {name} cannot be opened: {reason}") from None
+            logger.warning("%s cannot be opened (%s): training continues without it", name, reason)
             continue
         ids[name] = backend.id
         opened.append(AsyncLogger(name, backend))
@@ -81,7 +83,7 @@ def _mlflow(run_dir: Path, run: str | None) -> Logger:
 
 
 def _read_ids(path: Path) -> dict[str, str]:
-    """Return the ids by logger; of a damaged file none, so that new runs begin."""
+    """Return the ids by logger; none if the file is missing or damaged, so that new runs are started."""
     try:
         content: Any = json.loads(read_regular(path))
     except (OSError, ValueError, RecursionError):

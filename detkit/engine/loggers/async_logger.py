@@ -1,4 +1,4 @@
-"""Wrappers that keep a logger's failures, and in the background its delays, away from the training."""
+"""Wrappers that isolate training from failures and delays of loggers."""
 
 import logging
 import time
@@ -12,16 +12,18 @@ from detkit.engine.loggers.base import Logger
 logger = logging.getLogger(__name__)
 
 Call = Callable[[Logger], None]
-CAPACITY = 10_000  # calls that wait for a slow logger
-PATIENCE = {True: 60.0, False: 10.0}  # seconds for the rest at the end of a run, and of one that was cut short
+CAPACITY = 10_000  # queued calls
+CLOSE_TIMEOUT = {True: 60.0, False: 10.0}  # seconds to process queued calls, by whether the run has finished
 
 
 class SafeLogger:
-    """Calls a logger at once, which suits TensorBoard: it writes where the loop itself writes. The first
-    failure is logged as a warning; what the logger was to keep is lost.
+    """Calls a logger synchronously, as suits TensorBoard, which only writes to the run directory.
+
+    The first failure is logged as a warning; data of failed calls is lost.
 
     Args:
         name: of the logger, for messages.
+        backend: the logger.
     """
 
     def __init__(self, name: str, backend: Logger) -> None:
@@ -30,25 +32,25 @@ class SafeLogger:
         self.failed = False
 
     def call(self, call: Call) -> None:
-        """Call the logger; a failed call is no failure of the run."""
+        """Call the logger; if that fails, only warn."""
         try:
             call(self.backend)
-        except Exception as error:  # whatever a full disk, a network or somebody's package comes up with
+        except Exception as error:  # of any kind: full disk, network, plugin
             self.warn((str(error) or type(error).__name__).splitlines()[0])
 
     def close(self, finished: bool) -> None:
-        """Let the logger end."""
+        """Close the logger; ``finished`` is False if the run was interrupted."""
         self.call(lambda logger: logger.close(finished))
 
     def warn(self, reason: str) -> None:
-        """Warn, once, why something is lost."""
+        """Warn that data is lost, once per logger."""
         if not self.failed:
             self.failed = True
-            logger.warning("%s fails (%s): what it was to keep is lost, the training goes on", self.name, reason)
+            logger.warning("%s failed (%s): some of its data is lost, training continues", self.name, reason)
 
 
 class AsyncLogger(SafeLogger):
-    """Calls a logger in a thread: one that waits for its network keeps neither this rank nor the others waiting."""
+    """Calls a logger in a background thread, so that network delays do not block the ranks."""
 
     def __init__(self, name: str, backend: Logger) -> None:
         super().__init__(name, backend)
@@ -57,15 +59,15 @@ class AsyncLogger(SafeLogger):
         self.thread.start()
 
     def call(self, call: Call) -> None:
-        """Leave a call to the thread; one that finds no room is lost."""
+        """Queue a call; it is lost if the queue is full."""
         try:
             self.calls.put_nowait(call)
         except Full:
             self.warn("too slow")
 
     def close(self, finished: bool) -> None:
-        """Wait for what is left, not for ever; where the queue is full, first for room."""
-        deadline = time.monotonic() + PATIENCE[finished]
+        """Process the queued calls and close the logger, for at most CLOSE_TIMEOUT."""
+        deadline = time.monotonic() + CLOSE_TIMEOUT[finished]
         with suppress(Full):
             for last in (lambda logger: logger.close(finished), None):
                 self.calls.put(last, timeout=max(deadline - time.monotonic(), 0))

@@ -1,4 +1,4 @@
-"""What a logger does."""
+"""Interface of loggers."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -11,30 +11,30 @@ Value = bool | int | float | str
 
 
 class Logger(Protocol):
-    """Keeps what a run measures, draws and says. A method may raise anything: the training goes on without.
+    """Records metrics, images and texts of a run. Methods may raise any exception; training continues.
 
-    Steps are batches of the run, the one axis of all that is kept.
+    A step is the number of batches so far, the x-axis of everything recorded.
     """
 
     def scalars(self, values: Mapping[str, float], step: int) -> None:
-        """Keep numbers by name, such as ``val/AP``."""
+        """Log scalars by name, such as ``val/AP``."""
 
     def image(self, name: str, path: Path, step: int) -> None:
-        """Keep a picture that lies at ``path``, a JPEG or PNG."""
+        """Log the image file ``path``, a JPEG or PNG."""
 
     def precision_recall(self, curves: Curves, class_names: Sequence[str], step: int) -> None:
-        """Keep precision and recall of a set's classes."""
+        """Log precision-recall curves of the classes."""
 
     def text(self, name: str, text: str) -> None:
-        """Keep a text in Markdown."""
+        """Log a Markdown text."""
 
     def hyper_parameters(self, values: Mapping[str, Value]) -> None:
-        """Keep what the run was made with, to compare runs by the last of their scalars ``best/...``."""
+        """Log the hyperparameters, to compare runs by the last values of their scalars ``best/...``."""
 
     def close(self, finished: bool) -> None:
-        """Write what waits; ``finished`` is False where the run was cut short."""
+        """Write pending data and close; ``finished`` is False if the run was interrupted."""
 
 
 def tag(name: str) -> str:
-    """Return a class name as every logger takes it in the name of a scalar: letters, digits, ``_``, ``-``, ``.``."""
+    """Return a class name with only characters that every logger allows: letters, digits, ``_``, ``-``, ``.``."""
     return re.sub(r"[^\w.-]+", "_", name)

@@ -1,4 +1,4 @@
-"""MLflow, by ``trainer.loggers=[mlflow]``."""
+"""MLflow logger, enabled by ``trainer.loggers=[mlflow]``."""
 
 import math
 import os
@@ -14,31 +14,34 @@ from mlflow.exceptions import MlflowException
 from detkit.engine.loggers.base import Value, tag
 from detkit.ops.curves import RECALLS, Curves
 
-BATCH = 100  # parameters of one request, at most
-LONGEST = 500  # characters of a parameter that every server takes
+MAX_PARAMS = 100  # parameters per request
+MAX_CHARACTERS = 500  # length of a parameter that every server accepts
 
 
 class MLflow:
-    """Writes to a run of the experiment MLFLOW_EXPERIMENT_NAME, or ``detkit``, at MLFLOW_TRACKING_URI, or ``./mlruns``.
+    """Logs to experiment MLFLOW_EXPERIMENT_NAME (``detkit``) at MLFLOW_TRACKING_URI (``./mlruns``).
 
     Args:
-        run: the ``id`` that the run directory had before; None for a new one.
+        run_dir: run directory; its name is the name of the run.
+        run: earlier ``id`` for the run directory; None for a new run.
 
     Attributes:
-        id: by which MLflow knows the run.
+        id: id of the run in MLflow.
 
     Raises:
-        MlflowException: the server does not answer.
+        MlflowException: the server does not respond.
     """
 
     def __init__(self, run_dir: Path, run: str | None) -> None:
-        os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")  # else ./mlruns is refused in favour of a database
-        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")  # seven take minutes
+        os.environ.setdefault(
+            "MLFLOW_ALLOW_FILE_STORE", "true"
+        )  # otherwise ./mlruns is rejected in favor of a database
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")  # the default, 7, takes minutes
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
         self.client = MlflowClient(os.environ.get("MLFLOW_TRACKING_URI") or Path("mlruns").resolve().as_uri())
-        self.known: set[str] = set()  # parameters, which MLflow does not let change
+        self.known: set[str] = set()  # parameters logged before; they are immutable
         if run is not None:
-            with suppress(MlflowException):  # of another tracking URI, or deleted
+            with suppress(MlflowException):  # run deleted, or at another tracking URI
                 self.known = {*self.client.get_run(run).data.params}
                 self.client.update_run(run, status="RUNNING")
                 self.id = run
@@ -53,30 +56,36 @@ class MLflow:
                 return self.client.create_experiment(name)
             except MlflowException:
                 found = self.client.get_experiment_by_name(name)
-                if found is None:  # else another run of a sweep has just made it
+                if found is None:  # otherwise, another run of a sweep has just created it
                     raise
         return found.experiment_id
 
     def scalars(self, values: Mapping[str, float], step: int) -> None:
+        """Log scalars by name."""
         now = round(1000 * time.time())
         finite = [Metric(name, value, now, step) for name, value in values.items() if math.isfinite(value)]
         self.client.log_batch(self.id, metrics=finite)
 
-    def image(self, name: str, path: Path, step: int) -> None:
-        self.client.log_artifact(self.id, str(path), "plots")  # the latest of its name
+    def image(self, name: str, path: Path, step: int) -> None:  # noqa: ARG002
+        """Log an image file, replacing the previous one of that name."""
+        self.client.log_artifact(self.id, str(path), "plots")
 
     def precision_recall(self, curves: Curves, class_names: Sequence[str], step: int) -> None:
+        """Log precision-recall curves of the classes."""
         classes = {tag(class_names[c]): curves.precision_rc[:, c].tolist() for c in curves.labelled()}
         content = {"step": step, "iou": 0.5, "recall": RECALLS.tolist(), "precision": classes}
         self.client.log_dict(self.id, content, "plots/precision_recall.json")
 
     def text(self, name: str, text: str) -> None:
+        """Log a Markdown text."""
         self.client.log_text(self.id, text, f"{name}.md")
 
     def hyper_parameters(self, values: Mapping[str, Value]) -> None:
-        new = [Param(name, str(value)[:LONGEST]) for name, value in values.items() if name not in self.known]
-        for start in range(0, len(new), BATCH):
-            self.client.log_batch(self.id, params=new[start : start + BATCH])
+        """Log the hyperparameters of the run."""
+        new = [Param(name, str(value)[:MAX_CHARACTERS]) for name, value in values.items() if name not in self.known]
+        for start in range(0, len(new), MAX_PARAMS):
+            self.client.log_batch(self.id, params=new[start : start + MAX_PARAMS])
 
     def close(self, finished: bool) -> None:
+        """End the run, as killed if it was interrupted."""
         self.client.set_terminated(self.id, "FINISHED" if finished else "KILLED")

@@ -1,4 +1,4 @@
-"""Weights & Biases, by ``trainer.loggers=[wandb]``."""
+"""Weights & Biases logger, enabled by ``trainer.loggers=[wandb]``."""
 
 import html
 import logging
@@ -15,24 +15,25 @@ from detkit.ops.curves import RECALLS, Curves
 
 logger = logging.getLogger(__name__)
 
-CLASSES = 20  # that are drawn, at most
-INIT_TIMEOUT = 30  # seconds for the server to answer
+MAX_CLASSES = 20  # with a curve
+INIT_TIMEOUT = 30  # seconds to wait for the server
 
 
 class WandB:
-    """Writes to a run of the project WANDB_PROJECT, or ``detkit``.
+    """Logs to project WANDB_PROJECT (``detkit``).
 
-    WANDB_MODE decides whether it is sent (``online``, ``offline``, ``disabled``). Where that is not set, and there is
-    no login or no network, the run is kept in ``RUN_DIR/wandb``, and ``wandb sync`` sends it later.
+    WANDB_MODE selects ``online``, ``offline`` or ``disabled``. If it is not set and there is no login or no network,
+    the run is stored in ``RUN_DIR/wandb`` for ``wandb sync``.
 
     Args:
-        run: the ``id`` that the run directory had before; None for a new one.
+        run_dir: run directory; its name is the name of the run.
+        run: earlier ``id`` for the run directory; None for a new run.
 
     Attributes:
-        id: by which W&B knows the run.
+        id: id of the run in W&B.
 
     Raises:
-        wandb.Error: WANDB_MODE asks for what there is no login for.
+        wandb.Error: WANDB_MODE requires a login that is missing.
     """
 
     def __init__(self, run_dir: Path, run: str | None) -> None:
@@ -43,7 +44,7 @@ class WandB:
             "id": self.id,
             "resume": "allow",
             "dir": run_dir,
-            "reinit": "create_new",  # leaves other runs of the process alone
+            "reinit": "create_new",  # do not end other runs of this process
             "settings": wandb.Settings(silent=True, console="off", init_timeout=INIT_TIMEOUT),
         }
         if "WANDB_MODE" in os.environ:
@@ -51,19 +52,22 @@ class WandB:
         else:
             self.run = _init_by_login(options)
         if self.run.settings.mode == "offline":
-            logger.info("W&B: offline; send it by: wandb sync %s/offline-run-*", run_dir / "wandb")
+            logger.info("W&B: offline; upload with: wandb sync %s/offline-run-*", run_dir / "wandb")
         elif self.run.url:
             logger.info("W&B: %s", self.run.url)
-        self.run.define_metric("*", step_metric="step")  # its own count would refuse what a resumed run repeats
+        self.run.define_metric("*", step_metric="step")  # W&B's own step would reject repeated steps of a resumed run
 
     def scalars(self, values: Mapping[str, float], step: int) -> None:
+        """Log scalars by name."""
         self.run.log({**values, "step": step})
 
     def image(self, name: str, path: Path, step: int) -> None:
-        self.run.log({f"pictures/{name}": wandb.Image(str(path)), "step": step})
+        """Log an image file."""
+        self.run.log({f"images/{name}": wandb.Image(str(path)), "step": step})
 
     def precision_recall(self, curves: Curves, class_names: Sequence[str], step: int) -> None:
-        classes = curves.labelled(CLASSES)
+        """Log precision-recall curves of the classes with the most boxes."""
+        classes = curves.labelled(MAX_CLASSES)
         if classes:
             lines = wandb.plot.line_series(
                 RECALLS.tolist(),
@@ -75,17 +79,20 @@ class WandB:
             self.run.log({"precision_recall": lines, "step": step})
 
     def text(self, name: str, text: str) -> None:
+        """Log a Markdown text."""
         self.run.log({name: wandb.Html(f"<pre>{html.escape(text)}</pre>"), "step": 0})
 
     def hyper_parameters(self, values: Mapping[str, Value]) -> None:
-        self.run.config.update(dict(values), allow_val_change=True)  # trainer.epochs of a run that is extended
+        """Log the hyperparameters of the run."""
+        self.run.config.update(dict(values), allow_val_change=True)  # trainer.epochs of an extended run
 
     def close(self, finished: bool) -> None:
+        """End the run, as failed if it was interrupted."""
         self.run.finish(exit_code=0 if finished else 1)
 
 
 def _init_by_login(options: dict[str, Any]) -> "wandb.Run":
-    """Start a run online where there is a login and the server answers, else offline."""
+    """Start a run online if there is a login and the server responds, otherwise offline."""
     try:
         if wandb.login(prompt=False):
             return wandb.init(**options)
