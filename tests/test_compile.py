@@ -62,9 +62,9 @@ def gradients(network, detector, images, amp):
     ids=lambda value: value.get("backbone", value["model"]) if isinstance(value, dict) else value,
 )
 def test_every_architecture_computes_the_same(parts, amp, caplog):
-    detector, network, said = make(caplog, amp, **parts)
-    assert len(said) == 1
-    assert "takes minutes" in said[0]
+    detector, network, logged = make(caplog, amp, **parts)
+    assert len(logged) == 1
+    assert "takes minutes" in logged[0]
     assert network is not detector
     plain = copy.deepcopy(detector)
     images = torch.rand(2, 3, 64, 64).contiguous(memory_format=torch.channels_last)
@@ -127,17 +127,17 @@ def test_what_cannot_be_compiled_runs_as_it_is(monkeypatch, caplog, when):
     detector = create_model("yolov8n", num_classes=3)
     before = copy.deepcopy(detector.state_dict())
     assert compile_network(detector, Precision.from_config("off", CPU), 64, 2) is detector
-    said = messages(caplog)
+    logged = messages(caplog)
     assert all(torch.equal(value, before[name]) for name, value in detector.state_dict().items())
-    assert len(said) == 2
-    assert "trainer.compile: the network runs uncompiled" in said[1]
-    assert "no compiler here" in said[1]
-    assert "\n" not in said[1]
+    assert len(logged) == 2
+    assert "trainer.compile: the network runs uncompiled" in logged[1]
+    assert "no compiler here" in logged[1]
+    assert "\n" not in logged[1]
 
 
 def test_synchronised_norms_are_not_compiled(caplog):
     detector = create_model("yolov8n", num_classes=3)
     convert_sync_batchnorm(detector)
     assert compile_network(detector, Precision.from_config("off", CPU), 64, 2) is detector
-    said = messages(caplog)
-    assert "sync_bn" in said[0]
+    logged = messages(caplog)
+    assert "sync_bn" in logged[0]

@@ -53,9 +53,9 @@ def test_a_training_goes_on_when_its_terminal_is_closed(overrides, tmp_path):
     number, terminal = pty.fork()
     if not number:
         os.execv(sys.executable, command("train", *overrides, "trainer.epochs=2", f"run_dir={run_dir}"))
-    said = b""
-    while b"writing to" not in said:
-        said += os.read(terminal, 1000)
+    output = b""
+    while b"writing to" not in output:
+        output += os.read(terminal, 1000)
     deadline = time.monotonic() + 300
     while not (run_dir / "plots" / "labels.png").exists():  # the training begins
         assert time.monotonic() < deadline
@@ -117,14 +117,14 @@ def test_a_handler_of_somebody_else_stays():
 
 
 @pytest.mark.parametrize(
-    ("error", "sentence"),
+    ("error", "message"),
     [
         (OSError(28, "No space left on device", "/x/a\nb"), "error: cannot read or write /x/a\\nb: No space left"),
         (OSError(24, "Too many open files"), "error: the system refuses: Too many open files"),
         (DetkitError("a\x1b[31m\nb"), "error: a\\x1b[31m\\nb"),
     ],
 )
-def test_what_the_system_refuses_is_a_sentence(error, sentence, monkeypatch, capsys):
+def test_a_refusal_by_the_system_is_one_message(error, message, monkeypatch, capsys):
     from detkit.tasks import summary
     from tests.conftest import run_command
 
@@ -132,6 +132,6 @@ def test_what_the_system_refuses_is_a_sentence(error, sentence, monkeypatch, cap
         raise error
 
     monkeypatch.setattr(summary, "run", fail)
-    status, _, said = run_command(monkeypatch, capsys, "summary")
-    assert (status, said.count("\n")) == (2, 1)
-    assert said.startswith(sentence)
+    status, _, output = run_command(monkeypatch, capsys, "summary")
+    assert (status, output.count("\n")) == (2, 1)
+    assert output.startswith(message)

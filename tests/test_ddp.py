@@ -122,7 +122,7 @@ def be_a_rank(rank: int, folder: Path, root: Path) -> None:
     convert_sync_batchnorm(model)
     found["norm_act"] = normalise(model[0], slice(0, 2) if rank == 0 else slice(2, 5))
     found["predictions"] = predict(root)
-    found["told"] = process_group.run_on_main(lambda: {"rank": process_group.rank()})
+    found["broadcast"] = process_group.run_on_main(lambda: {"rank": process_group.rank()})
     found["lines"] = process_group.gather_messages([f"of {rank}"] * rank)
     with pytest.raises(DetkitError, match="not here"):
         process_group.run_on_main(refuse)
@@ -207,7 +207,7 @@ def test_two_ranks_evaluate_as_one(ranks, shapes_root):
 
 
 def test_rank_0_speaks_for_all(ranks):
-    assert [rank["told"] for rank in ranks] == [{"rank": 0}] * 2
+    assert [rank["broadcast"] for rank in ranks] == [{"rank": 0}] * 2
     assert [rank["lines"] for rank in ranks] == [["of 1"], []]
     assert [rank["first"] for rank in ranks] == [False, True]
 

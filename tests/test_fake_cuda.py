@@ -59,10 +59,10 @@ def fake_batch(images: int, boxes: int) -> Batch:
     return Batch(pixels, empty(boxes, 4), empty(boxes, dtype=torch.int64), empty(boxes, dtype=torch.bool))
 
 
-@pytest.mark.parametrize("words", ZOO)
-def test_a_step_and_an_evaluation_stay_on_the_device(words):
+@pytest.mark.parametrize("overrides", ZOO)
+def test_a_step_and_an_evaluation_stay_on_the_device(overrides):
     """In fp16 with its scaler: forward, loss, backward, clipping, optimizer, average; then decoding, in bf16."""
-    cfg = resolve(compose_config("train", ["~data", "model.depth=0.1", *words.split()]))
+    cfg = resolve(compose_config("train", ["~data", "model.depth=0.1", *overrides.split()]))
     with torch.device("meta"):
         detector = build_detector(cfg, ["a", "b", "c"])
     loss = build_loss(cfg, detector.head)

@@ -71,8 +71,8 @@ def test_a_run_that_was_killed_ends_as_if_it_had_not_been(whole_run, overrides, 
             with suppress(ProcessLookupError):
                 os.kill(rng.choice(children(process) or [process.pid]), signal.SIGKILL)
         process.join(300)
-        said = (tmp_path / "log").read_text()
-        assert process.exitcode in ((0, -signal.SIGKILL) if trial % 2 else (0, 2)), said
+        output = (tmp_path / "log").read_text()
+        assert process.exitcode in ((0, -signal.SIGKILL) if trial % 2 else (0, 2)), output
     process = start(arguments, tmp_path / "log")
     process.join(300)
     assert process.exitcode == 0, (tmp_path / "log").read_text()

@@ -15,7 +15,7 @@ from detkit.structures import Batch
 
 
 @pytest.mark.parametrize(
-    ("image_size", "share", "stride", "sizes"),
+    ("image_size", "fraction", "stride", "sizes"),
     [
         (640, 0.5, 32, range(320, 961, 32)),
         (96, 0.5, 32, (64, 96, 128)),
@@ -23,19 +23,19 @@ from detkit.structures import Batch
         (128, 0.9, 64, (64, 128, 192)),
     ],
 )
-def test_sizes_are_every_multiple_of_the_range_alike(image_size, share, stride, sizes):
-    drawn = [draw_size(image_size, share, stride, 0, step) for step in range(3000)]
+def test_sizes_are_every_multiple_of_the_range_alike(image_size, fraction, stride, sizes):
+    drawn = [draw_size(image_size, fraction, stride, 0, step) for step in range(3000)]
     values, counts = np.unique(drawn, return_counts=True)
     assert values.tolist() == list(sizes)
     assert counts.min() > 0.6 * 3000 / len(values)
-    assert drawn[:50] == [draw_size(image_size, share, stride, 0, step) for step in range(50)]
+    assert drawn[:50] == [draw_size(image_size, fraction, stride, 0, step) for step in range(50)]
     if len(values) > 1:
-        assert drawn[:50] != [draw_size(image_size, share, stride, 1, step) for step in range(50)]
+        assert drawn[:50] != [draw_size(image_size, fraction, stride, 1, step) for step in range(50)]
 
 
 @pytest.mark.parametrize("size", [64, 96, 160])
-def test_boxes_scale_with_the_picture(size):
-    """White rectangles on black, found again in the resized picture."""
+def test_boxes_scale_with_the_image(size):
+    """White rectangles on black, found again in the resized image."""
     images = torch.zeros(3, 3, 96, 96).contiguous(memory_format=torch.channels_last)
     boxes = torch.tensor([[8.0, 20, 50, 60], [0, 0, 96, 96], [30, 9, 45, 90]])[:, None]
     for image, (box,) in zip(images, boxes.int().tolist(), strict=True):

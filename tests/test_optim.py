@@ -167,7 +167,7 @@ def test_the_longest_name_decides_the_factor():
 
 
 def test_factors_of_a_part_that_is_not_there():
-    with pytest.raises(DetkitError, match=r"optim\.lr_factors: .* no part 'backbone\.stage\.0'; did you mean"):
+    with pytest.raises(DetkitError, match=r"optim\.lr_factors: .* no module 'backbone\.stage\.0'; did you mean"):
         learning_rate_factors(detkit.create_model("yolov8n"), {"backbone.stage.0": 0.1})
 
 

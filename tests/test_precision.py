@@ -28,17 +28,17 @@ def test_autocast_computes_in_the_chosen_type():
             assert conv(x).dtype is expected
 
 
-@pytest.mark.parametrize(("amp", "sentence"), [("fp16", "needs CUDA"), ("half", "use auto, off, bf16 or fp16")])
-def test_impossible_choices_are_named(amp, sentence):
-    with pytest.raises(DetkitError, match=sentence):
+@pytest.mark.parametrize(("amp", "message"), [("fp16", "needs CUDA"), ("half", "use auto, off, bf16 or fp16")])
+def test_impossible_choices_are_named(amp, message):
+    with pytest.raises(DetkitError, match=message):
         Precision.from_config(amp, CPU)
 
 
 def test_devices(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert pick_device("auto") == CPU
-    for name, sentence in (("cuda", "torch sees no CUDA device"), ("tpu9", "use auto, cpu or cuda")):
-        with pytest.raises(DetkitError, match=sentence):
+    for name, message in (("cuda", "torch sees no CUDA device"), ("tpu9", "use auto, cpu or cuda")):
+        with pytest.raises(DetkitError, match=message):
             pick_device(name)
 
 
@@ -65,7 +65,7 @@ def test_a_gpu_by_number_is_the_current_one(monkeypatch):
         (DetkitError("out of memory"), False),
     ],
 )
-def test_a_full_memory_is_told_from_other_errors(error, expected):
+def test_out_of_memory_is_distinguished_from_other_errors(error, expected):
     assert is_out_of_memory(error) == expected
 
 

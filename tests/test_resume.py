@@ -116,7 +116,7 @@ def test_killed_at_random_moments(whole_run, overrides, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["SIGKILL", "SIGSTOP"])
 def test_a_lost_loader_process_ends_a_run_that_goes_on(whole_run, overrides, tmp_path, name):
-    """One is killed, as the out-of-memory killer does, or stops: saved, one sentence, the same end."""
+    """One is killed, as the out-of-memory killer does, or stops: saved, one message, the same end."""
     run_dir = tmp_path / "run"
     arguments = [*overrides, f"run_dir={run_dir}", "workers=2", "trainer.loader_timeout=5", "trainer.save_every=2"]
     process = subprocess.Popen([sys.executable, TOOL, *arguments], stderr=subprocess.PIPE, text=True)
@@ -127,9 +127,9 @@ def test_a_lost_loader_process_ends_a_run_that_goes_on(whole_run, overrides, tmp
     os.kill(int(children[0]), getattr(signal, name))
     _, error = process.communicate(timeout=300)
     assert (process.returncode, error.count("\n")) == (2, 1), error
-    words = "a data loading process was killed (signal 9" if name == "SIGKILL" else "no batch has come from the 2"
-    assert words in error
-    assert f"resume={run_dir} goes on" in error
+    reason = "a data loading process was killed (signal 9" if name == "SIGKILL" else "no batch has come from the 2"
+    assert reason in error
+    assert f"continue with resume={run_dir}" in error
     go_on(run_dir)
     assert_same_run(run_dir, whole_run)
 
@@ -229,7 +229,7 @@ def test_a_full_disk_keeps_what_was_saved(whole_run, tmp_path, monkeypatch, caps
 
 
 @pytest.mark.parametrize(
-    ("edit", "arguments", "sentence"),
+    ("edit", "arguments", "message"),
     [
         ({}, ["batch_size=8"], "batch_size cannot change when a run is resumed: only trainer.epochs"),
         ({}, ["model=yolov8s"], "model cannot change"),
@@ -247,11 +247,11 @@ def test_a_full_disk_keeps_what_was_saved(whole_run, tmp_path, monkeypatch, caps
         ({}, ["data=yolo", "data.yaml=x"], "data cannot change"),
     ],
 )
-def test_what_cannot_change_is_refused(whole_run, tmp_path, edit, arguments, sentence):
+def test_what_cannot_change_is_refused(whole_run, tmp_path, edit, arguments, message):
     shutil.copy(whole_run / "state.pt", tmp_path)
     content = edit if edit is None else yaml.safe_load((whole_run / "config.yaml").read_text()) | edit
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(content))
-    with pytest.raises(DetkitError, match=sentence):
+    with pytest.raises(DetkitError, match=message):
         go_on(tmp_path, *arguments)
 
 
@@ -289,15 +289,15 @@ def test_auto_goes_on_or_begins(whole_run, overrides, tmp_path, monkeypatch, cap
 
 
 @pytest.mark.parametrize(
-    ("command", "sentence"),
+    ("command", "message"),
     [
         (["batch_size=8"], "holds another run: batch_size is 4 there, not 8 .*resume=auto is for the same command"),
         (["model=yolov8s", "model.width=0.0625"], "holds another run: model.name is yolov8n there, not yolov8s"),
         (["run_dir=null"], "resume=auto needs run_dir=DIR"),
     ],
 )
-def test_auto_refuses_another_run(whole_run, overrides, command, sentence):
-    with pytest.raises(DetkitError, match=sentence):
+def test_auto_refuses_another_run(whole_run, overrides, command, message):
+    with pytest.raises(DetkitError, match=message):
         train.run(load_config("train", [*overrides, f"run_dir={whole_run}", "resume=auto", *command]))
 
 
@@ -393,10 +393,10 @@ def test_ranks_that_see_different_runs_say_so(theirs, tmp_path, monkeypatch):
 
 def test_a_signal_is_handed_over_to_somebody_s_handler(whole_run, overrides, tmp_path, monkeypatch):
     """As submitit's are: SIGTERM is nothing to it, on SIGUSR2 it queues the job again and exits; both after a save."""
-    step, told = TrainStep.__call__, []
+    step, received = TrainStep.__call__, []
 
     def requeue(signum: int, frame: object) -> None:
-        told.append((signum, read_state(tmp_path / "run")["state"]["step"]))
+        received.append((signum, read_state(tmp_path / "run")["state"]["step"]))
         if signum == signal.SIGUSR2:
             sys.exit(77)
 
@@ -416,8 +416,8 @@ def test_a_signal_is_handed_over_to_somebody_s_handler(whole_run, overrides, tmp
         for signum, handler in before.items():
             signal.signal(signum, handler)
     assert end.value.code == 77
-    assert [at for signum, at in told if signum == signal.SIGTERM] == [2, 4]
-    assert told[-1][0] == signal.SIGUSR2
+    assert [at for signum, at in received if signum == signal.SIGTERM] == [2, 4]
+    assert received[-1][0] == signal.SIGUSR2
     monkeypatch.undo()
     go_on(tmp_path / "run", "trainer.save_every=1")
     assert_same_run(tmp_path / "run", whole_run)
@@ -469,10 +469,12 @@ def test_the_last_few_are_kept_and_a_damaged_one_is_passed_over(tmp_path, caplog
         (tmp_path / "state.pt").write_bytes(bad[: rng.integers(len(bad))] if trial % 4 == 0 else bad)
         caplog.clear()
         content = read_state(tmp_path)
-        told = caplog.messages
-        assert content["pending"] == (3 if told else 4)  # a bit of no meaning may change, such as one of the padding
+        warnings = caplog.messages
+        assert content["pending"] == (
+            3 if warnings else 4
+        )  # a bit of no meaning may change, such as one of the padding
         assert torch.equal(content["model"]["w"], torch.arange(999.0))
-        damaged += len(told)
+        damaged += len(warnings)
     assert damaged > 150
     for path in tmp_path.iterdir():
         path.write_bytes(data[:100])
@@ -503,7 +505,7 @@ def test_nothing_is_unpickled_freely(tmp_path, monkeypatch, caplog):
 
 
 @pytest.mark.parametrize(
-    ("change", "sentence"),
+    ("change", "message"),
     [
         (lambda c: c.update(schema_version=2), "state.pt has schema version 2"),
         (lambda c: c.pop("rng"), "it has no 'rng'"),
@@ -546,7 +548,7 @@ def test_nothing_is_unpickled_freely(tmp_path, monkeypatch, caplog):
         (lambda c: c.update(gradients={"no.such": torch.zeros(1)}), "of its 'gradients', 'no.such'"),
     ],
 )
-def test_a_state_that_does_not_fit_is_named(trained, tmp_path, change, sentence):
+def test_a_state_that_does_not_fit_is_named(trained, tmp_path, change, message):
     step, content = trained
     write_state(tmp_path, content, 1)
     content = torch.load(tmp_path / "state.pt", weights_only=True)
@@ -554,7 +556,7 @@ def test_a_state_that_does_not_fit_is_named(trained, tmp_path, change, sentence)
     write_state(tmp_path, content, 1)
     with pytest.raises(DetkitError) as error:
         load_training_state(read_state(tmp_path), step, 5)
-    assert sentence in str(error.value)
+    assert message in str(error.value)
     assert str(error.value).startswith(str(tmp_path / "state.pt"))
     assert len(str(error.value)) < 500
 

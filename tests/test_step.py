@@ -195,7 +195,7 @@ def test_a_scale_that_is_too_large_falls_until_steps_are_made():
         ([True, True], True, 1.0, NonFiniteCounts(0, 0, 0, 0)),
     ],
 )
-def test_overflow_is_told_from_bad_numbers(losses, gradient, scale, expected):
+def test_overflow_is_distinguished_from_non_finite_losses(losses, gradient, scale, expected):
     health = NonFiniteMonitor(CPU, max_batches=4)
     for finite in losses:
         health.add_loss(torch.tensor(finite), toy_batch(0))
@@ -221,7 +221,7 @@ class Batches(list):
             yield batch
 
 
-def test_too_many_in_a_row_end_the_run_by_a_sentence(tmp_path, monkeypatch):
+def test_too_many_in_a_row_end_the_run_with_a_message(tmp_path, monkeypatch):
     step = toy_step()
     batches = Batches([toy_batch(0), *(toy_batch(k, torch.inf) for k in (1, 2, 3))])
     trainer = Trainer(step, batches, [], None, **trainer_options(tmp_path, epochs=1, max_nonfinite_steps=3))
@@ -289,14 +289,14 @@ def test_frozen_parts_stay_as_they_are(names):
 
 
 @pytest.mark.parametrize(
-    ("names", "sentence"),
+    ("names", "message"),
     [
-        (["backbon"], "no part 'backbon'; did you mean 'backbone'"),
-        (["backbone", "neck", "head"], "nothing that learns"),
+        (["backbon"], "no module 'backbon'; did you mean 'backbone'"),
+        (["backbone", "neck", "head"], "no trainable parameter"),
     ],
 )
-def test_freezing_what_is_not_there_or_all(names, sentence):
-    with pytest.raises(DetkitError, match=sentence):
+def test_freezing_what_is_not_there_or_all(names, message):
+    with pytest.raises(DetkitError, match=message):
         freeze(Toy(), names)
 
 
@@ -312,7 +312,7 @@ def test_revcol_learns_behind_its_frozen_parts(names):
         assert (parameter.grad is not None) == parameter.requires_grad, name
 
 
-def test_an_average_that_is_told_to_stay_stays():
+def test_an_average_scaled_by_zero_stays():
     model = nn.Linear(3, 2)
     ema = EMA(model, decay=0.5, ramp=1e-9)
     start = ema.model.weight.clone()
@@ -346,7 +346,7 @@ def test_the_largest_batch_is_found_by_doubling(capacity, expected):
         assert "lower image_size" in explain_out_of_memory(attempt, 100, cuda)
 
 
-def test_running_out_of_memory_is_one_sentence(train_overrides, tmp_path, monkeypatch):
+def test_running_out_of_memory_is_one_message(train_overrides, tmp_path, monkeypatch):
     def fit(self: Trainer) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
@@ -370,7 +370,7 @@ def test_a_trial_leaves_the_detector_as_it_is():
 
 
 def test_auto_batch_is_for_training_on_a_gpu():
-    with pytest.raises(DetkitError, match="give it a number, such as 16"):
+    with pytest.raises(DetkitError, match="batch_size=auto needs a GPU"):
         choose_batch_size(lambda images: None, CPU)
     with pytest.raises(DetkitError, match="batch_size=auto is for training"):
         check_values(resolve(compose_config("eval", ["ckpt=x", "batch_size=auto"])), "eval")

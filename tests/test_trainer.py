@@ -29,10 +29,10 @@ from tests.conftest import trainer_options
 
 def test_a_run_directory_holds_what_it_should(finished_run: Path):
     written = {str(p.relative_to(finished_run)) for p in finished_run.rglob("*") if p.is_file()}
-    pictures = {f"plots/{name}.jpg" for name in ("train_batch0", "train_batch1", "train_batch2", "val_predictions")}
+    images = {f"plots/{name}.jpg" for name in ("train_batch0", "train_batch1", "train_batch2", "val_predictions")}
     files = {"config.yaml", "best.safetensors", "last.safetensors", "history.csv", "metrics.json"}
     files |= {f"plots/{name}.png" for name in ("history", "labels", "precision_recall", "confusion_matrix")}
-    assert files | pictures <= written
+    assert files | images <= written
     config = yaml.safe_load((finished_run / "config.yaml").read_text())
     assert (config["image_size"], config["trainer"]["epochs"], config["data"]["name"]) == (64, 2, "shapes")
     with open(finished_run / "history.csv") as file:
@@ -67,7 +67,7 @@ def test_evaluation_reproduces_the_training_s_ap(finished_run, tmp_path):
     assert sorted(plots) == ["confusion_matrix.png", "precision_recall.png"]
 
 
-def test_predictions_are_written_as_pictures_and_json(finished_run, shapes_root, tmp_path):
+def test_predictions_are_written_as_images_and_json(finished_run, shapes_root, tmp_path):
     source = shapes_root / "images" / "val"
     out = tmp_path / "out"
     overrides = [

@@ -59,8 +59,8 @@ def test_events_hold_what_one_watches(finished_run):
     assert all(0 < float(row["data_wait"]) < 1 and float(row["memory_gib"]) > 0.05 for row in rows)
     names = ("labels", "train_batch0", "val_predictions", "precision_recall", "confusion_matrix")
     assert {f"images/{name}" for name in names} <= set(events.Tags()["images"])
-    picture = events.Images("images/val_predictions")[0]
-    assert (picture.width, picture.height) == Image.open(finished_run / "plots" / "val_predictions.jpg").size
+    image = events.Images("images/val_predictions")[0]
+    assert (image.width, image.height) == Image.open(finished_run / "plots" / "val_predictions.jpg").size
     tensors = set(events.Tags()["tensors"])
     assert {"precision_recall/all", "precision_recall/circle", "run/model", "run/config"} <= tensors
     assert b"| backbone" in events.Tensors("run/model")[0].tensor_proto.string_val[0]
@@ -177,7 +177,7 @@ def test_a_confusion_matrix_says_what_it_counts(least, score, found, tmp_path):
     metrics, curves = coco_metrics(annotations, predictions)
     evaluation = Evaluation(metrics, predictions, [], [], curves)
     axes = draw_evaluation(evaluation.curves, evaluation.predictions, annotations, least)["confusion_matrix"].axes[0]
-    assert axes.get_title() == f"boxes of score {score} and more, IoU 0.5"
+    assert axes.get_title() == f"boxes with score >= {score}, IoU 0.5"
     assert np.diagonal(axes.images[0].get_array()).sum() == found
 
 
@@ -200,14 +200,14 @@ def test_lines_without_a_terminal(train_overrides, tmp_path, monkeypatch, capsys
     monkeypatch.setenv("FORCE_COLOR", "1")  # as many CI services do
     arguments = [*train_overrides, f"run_dir={tmp_path / 'run'}", "trainer.log_every=2"]
     train.run(load_config("train", arguments))
-    said = capsys.readouterr().out
-    said = re.sub(r"\x1b\[[\d;]*m", "", said)  # colours
-    assert "\r" not in said
-    assert "\x1b" not in said
-    lines = re.findall(r"^\d\d-\d\d \d\d:\d\d:\d\d  (epoch ./2  batch ./3)  (.*)$", said, re.MULTILINE)
+    output = capsys.readouterr().out
+    output = re.sub(r"\x1b\[[\d;]*m", "", output)  # colours
+    assert "\r" not in output
+    assert "\x1b" not in output
+    lines = re.findall(r"^\d\d-\d\d \d\d:\d\d:\d\d  (epoch ./2  batch ./3)  (.*)$", output, re.MULTILINE)
     assert [where for where, _ in lines] == ["epoch 1/2  batch 2/3", "epoch 2/2  batch 1/3", "epoch 2/2  batch 3/3"]
-    words = r"box [\d.]+  cls [\d.]+  dfl [\d.]+  \d+ images/s  \d+ % waiting for data  \d+:\d\d left"
-    assert all(re.fullmatch(words, line) for _, line in lines)
+    pattern = r"box [\d.]+  cls [\d.]+  dfl [\d.]+  \d+ images/s  \d+ % waiting for data  \d+:\d\d left"
+    assert all(re.fullmatch(pattern, line) for _, line in lines)
     events = EventAccumulator(str(tmp_path / "run")).Reload()
     assert [event.step for event in events.Scalars("loss/box")] == [2, 3, 4, 6]
 
@@ -260,14 +260,14 @@ def test_a_logger_that_fails_ends_nothing(train_overrides, tmp_path, monkeypatch
         monkeypatch.setitem(LOGGERS._parts, name, lambda *_: Broken())
     arguments = [*train_overrides, f"run_dir={tmp_path / 'run'}", "trainer.loggers=[one,two]"]
     assert train.run(load_config("train", arguments))["last"]["epoch"] == 2
-    said = capsys.readouterr().out
+    output = capsys.readouterr().out
     for name in ("TensorBoard", "one", "two"):
-        assert said.count(f"{name} failed (no route to host): some of its data is lost") == 1
+        assert output.count(f"{name} failed (no route to host): some of its data is lost") == 1
     assert (tmp_path / "run" / "plots" / "confusion_matrix.png").is_file()
 
 
 def test_what_cannot_be_drawn_ends_nothing(train_overrides, tmp_path, monkeypatch, capsys):
-    """A part that cannot be counted, an odd set: each is said once, and the run writes the rest."""
+    """A part that cannot be counted, an unusual set: each is reported once, and the run writes the rest."""
     drawn = {
         (run_logging, "summarize"): "the model's summary",
         (run_logging, "draw_labels"): "labels.png",
@@ -278,14 +278,14 @@ def test_what_cannot_be_drawn_ends_nothing(train_overrides, tmp_path, monkeypatc
     for place, name in drawn:
         monkeypatch.setattr(place, name, Broken(ValueError).any)
     train.run(load_config("train", [*train_overrides, f"run_dir={tmp_path / 'run'}"]))
-    said = capsys.readouterr().out
+    output = capsys.readouterr().out
     for what in drawn.values():
-        assert said.count(f"{what} cannot be drawn (no route to host)") == 1
+        assert output.count(f"{what} cannot be drawn (no route to host)") == 1
     assert EventAccumulator(str(tmp_path / "run")).Reload().Tensors("run/config")
     assert (tmp_path / "run" / "best.safetensors").is_file()
 
 
-def test_a_full_disk_is_no_fault_of_a_picture(tmp_path):
+def test_a_full_disk_is_no_fault_of_an_image(tmp_path):
     with pytest.raises(OSError, match="No space"), RunLog(tmp_path).drawing("labels.png"):
         raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -320,7 +320,7 @@ def test_a_slow_logger_keeps_nobody_waiting():
     assert done == [0, 1, 2, 3, 4]
 
 
-def test_a_full_queue_is_told_once(caplog):
+def test_a_full_queue_is_reported_once(caplog):
     channel = AsyncLogger("slow", None)
     channel.calls.maxsize = 1
     go_on = Event()
@@ -380,14 +380,14 @@ def test_a_plugin_brings_a_logger(tmp_path, monkeypatch):
     assert opened == [None, "run-7"]
 
 
-def test_a_missing_package_is_said_before_anything_is_done(tmp_path, monkeypatch, capsys):
+def test_a_missing_package_is_reported_before_anything_is_done(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(loggers.importlib.util, "find_spec", lambda name: None)
     run_dir = tmp_path / "run"
-    status, _, said = run_command(monkeypatch, capsys, "train", "trainer.loggers=[wandb]", f"run_dir={run_dir}")
+    status, _, output = run_command(monkeypatch, capsys, "train", "trainer.loggers=[wandb]", f"run_dir={run_dir}")
     assert (status, run_dir.exists()) == (2, False)
-    assert said == "error: trainer.loggers=wandb needs a package that is missing: pip install 'detkit[wandb]'\n"
-    status, _, said = run_command(monkeypatch, capsys, "train", "trainer.loggers=[comet]")
-    assert (status, said) == (2, "error: unknown logger 'comet': known are mlflow, wandb\n")
+    assert output == "error: trainer.loggers=wandb needs a package that is missing: pip install 'detkit[wandb]'\n"
+    status, _, output = run_command(monkeypatch, capsys, "train", "trainer.loggers=[comet]")
+    assert (status, output) == (2, "error: unknown logger 'comet': known are mlflow, wandb\n")
 
 
 def test_a_logger_that_does_not_open_ends_a_new_run_only(tmp_path, monkeypatch, caplog):
@@ -418,7 +418,7 @@ def test_a_resumed_run_is_the_same_to_wandb(tmp_path, monkeypatch, caplog):
     folders = [path.name for path in (tmp_path / "wandb").glob("offline-run-*")]
     assert len(folders) == 2
     assert all(name.endswith(f"-{run}") for name in folders)
-    assert not [sentence for sentence in caplog.messages if "fails" in sentence]
+    assert not [message for message in caplog.messages if "failed" in message]
 
 
 def test_a_resumed_run_is_the_same_to_mlflow(train_overrides, tmp_path, monkeypatch, capsys):
@@ -429,7 +429,7 @@ def test_a_resumed_run_is_the_same_to_mlflow(train_overrides, tmp_path, monkeypa
     arguments = [*train_overrides, "run_dir=run", "trainer.loggers=[mlflow]", "trainer.epochs=1"]
     train.run(load_config("train", arguments))
     go_on(Path("run"), "trainer.epochs=2")
-    assert "fails" not in capsys.readouterr().out
+    assert "mlflow failed" not in capsys.readouterr().out
     client = mlflow.MlflowClient((tmp_path / "mlruns").as_uri())
     (run,) = client.search_runs([client.get_experiment_by_name("detkit").experiment_id])
     assert run.info.run_id == json.loads(Path("run/loggers.json").read_text())["mlflow"]

@@ -88,7 +88,7 @@ class BatchNormSnapshot:
 
     @torch.no_grad()
     def keep_finite(self, before: list[Tensor], finite: Tensor) -> None:
-        """Restore ``before``, an earlier ``copy``, unless ``finite``, () bool, is true and the statistics are finite."""
+        """Restore ``before``, an earlier ``copy``, unless ``finite``, () bool, and the statistics are finite."""
         after = self.copy()
         for vector in after:
             finite = finite & vector.isfinite().all()

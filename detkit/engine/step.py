@@ -130,7 +130,7 @@ class TrainStep:
         return dict(zip(terms, summed.unbind(), strict=True))
 
     def accumulated_batches(self, step: int) -> int:
-        """Return the number of batches per optimizer step at batch ``step``, rising to ``accumulate`` in the warm-up."""
+        """Return the batches per optimizer step at batch ``step``, rising from 1 to ``accumulate`` in the warm-up."""
         warmup = self.schedule.warmup
         return round(1 + (self.accumulate - 1) * min(step / warmup, 1)) if warmup else self.accumulate
 

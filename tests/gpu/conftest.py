@@ -26,16 +26,16 @@ def deterministic() -> Iterator[None]:
     torch.use_deterministic_algorithms(False)
 
 
-def compose(words: str, device: torch.device) -> Composition:
+def compose(overrides: str, device: torch.device) -> Composition:
     """A detector of three classes and its loss, in train mode."""
-    cfg = resolve(compose_config("check", words.split()))
+    cfg = resolve(compose_config("check", overrides.split()))
     detector = build_detector(cfg, ["a", "b", "c"]).to(device).train()
     return Composition(detector, build_loss(cfg, detector.head))
 
 
-def make_step(words: str, device: torch.device, amp: str, optimizer: str = "adamw") -> TrainStep:
+def make_step(overrides: str, device: torch.device, amp: str, optimizer: str = "adamw") -> TrainStep:
     """A training step of such a detector, of small numbers: no warm-up, one batch a step."""
-    composition = compose(words, device)
+    composition = compose(overrides, device)
     recipe = Recipe(optimizer, 0.002, 0.9, 5e-4, 0.0)
     schedule = Schedule(recipe, epochs=10, final=0.01, shape="constant", warmup=0, warmup_momentum=0.8)
     precision = Precision.from_config(amp if device.type == "cuda" or amp != "fp16" else "bf16", device)

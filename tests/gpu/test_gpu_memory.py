@@ -1,4 +1,4 @@
-"""A GPU's memory: what fits is found, what does not is said, RevCol's does not grow with its columns."""
+"""A GPU's memory: what fits is found, what does not is reported, RevCol's does not grow with its columns."""
 
 import re
 
@@ -29,14 +29,21 @@ def larger_set(tmp_path_factory):
 
 
 @pytest.mark.parametrize("compiled", [False, True])
-def test_running_out_of_memory_is_a_sentence_with_a_batch_that_fits(compiled, larger_set, cuda, tmp_path):
-    words = ["model=yolov8n", f"data.root={larger_set}", "image_size=640", "workers=2", "amp=bf16", f"device={cuda}"]
-    words += ["trainer.epochs=1", "augment=none", f"trainer.compile={compiled}"]
+def test_running_out_of_memory_names_a_batch_that_fits(compiled, larger_set, cuda, tmp_path):
+    arguments = [
+        "model=yolov8n",
+        f"data.root={larger_set}",
+        "image_size=640",
+        "workers=2",
+        "amp=bf16",
+        f"device={cuda}",
+    ]
+    arguments += ["trainer.epochs=1", "augment=none", f"trainer.compile={compiled}"]
     with limited_memory(cuda, gib=3):
         with pytest.raises(DetkitError, match=r"batch_size=64 does not fit into the memory of cuda") as error:
-            train.run(load_config("train", [*words, "batch_size=64", f"run_dir={tmp_path / 'first'}"]))
+            train.run(load_config("train", [*arguments, "batch_size=64", f"run_dir={tmp_path / 'first'}"]))
         fits = re.search(r"batch_size=\d+ would fit", str(error.value))[0].split()[0]
-        train.run(load_config("train", [*words, fits, f"run_dir={tmp_path / 'second'}"]))
+        train.run(load_config("train", [*arguments, fits, f"run_dir={tmp_path / 'second'}"]))
 
 
 @pytest.mark.parametrize("amp", ["bf16", "fp16"])
@@ -58,7 +65,7 @@ def test_the_batch_that_is_chosen_trains(optimizer, amp, cuda):
     step.optimizer.zero_grad()
 
 
-def test_what_never_fits_is_said(cuda):
+def test_what_never_fits_is_reported(cuda):
     detector = detkit.create_model("yolov8n", num_classes=3).to(cuda)
     loss = make_step("model=yolov8n", cuda, "bf16").loss
     with limited_memory(cuda, gib=0.5), pytest.raises(DetkitError, match="one image fits"):

@@ -22,9 +22,9 @@ pytestmark = pytest.mark.gpu
 CPU = torch.device("cpu")
 
 
-@pytest.mark.parametrize("words", GRID)
-def test_what_check_checks_holds(words, cuda):
-    cfg = resolve(compose_config("check", words.split()))
+@pytest.mark.parametrize("overrides", GRID)
+def test_what_check_checks_holds(overrides, cuda):
+    cfg = resolve(compose_config("check", overrides.split()))
     if "columns" in cfg["backbone"]:
         cfg["backbone"]["columns"] = 2
     with torch.device("meta"):
@@ -38,10 +38,10 @@ def test_what_check_checks_holds(words, cuda):
     assert not [finding for finding in findings if finding.status == "fail"]
 
 
-@pytest.mark.parametrize("words", [*MODELS, REVCOL])
-def test_it_computes_what_a_cpu_does(words, cuda):
+@pytest.mark.parametrize("overrides", [*MODELS, REVCOL])
+def test_it_computes_what_a_cpu_does(overrides, cuda):
     """The boxes and scores, the loss and its gradients; up to the order of sums."""
-    reference = compose(f"{words} {SMALL}", CPU)
+    reference = compose(f"{overrides} {SMALL}", CPU)
     for module in reference.detector.modules():
         for name in ("rate", "drop_path"):
             if isinstance(getattr(module, name, None), float):
@@ -60,10 +60,10 @@ def test_it_computes_what_a_cpu_does(words, cuda):
     assert (norms[0] - norms[1]).norm() < 0.01 * norms[1].norm()
 
 
-@pytest.mark.parametrize("words", MODELS)
-def test_fused_in_half_precision(words, cuda):
+@pytest.mark.parametrize("overrides", MODELS)
+def test_fused_in_half_precision(overrides, cuda):
     """Not further from float32 than the plain form in half precision, but for chance."""
-    composition = compose(f"{words} {SMALL}", cuda)
+    composition = compose(f"{overrides} {SMALL}", cuda)
     composition.randomize_norms()
     half = torch.float16 if cuda.type == "cuda" else torch.bfloat16
     expected = composition.decode()
@@ -89,9 +89,9 @@ def test_every_convolution_gives_channels_last(cuda):
     assert all(seen)
 
 
-@pytest.mark.parametrize("words", MODELS)
-def test_the_layout_in_memory_does_not_matter(words, cuda):
-    composition = compose(f"{words} {SMALL}", cuda)
+@pytest.mark.parametrize("overrides", MODELS)
+def test_the_layout_in_memory_does_not_matter(overrides, cuda):
+    composition = compose(f"{overrides} {SMALL}", cuda)
     composition.randomize_norms()
     contiguous = copy.deepcopy(composition.detector).to(memory_format=torch.contiguous_format).eval()
     assert max(deviations(composition.decode(contiguous), composition.decode())) < 1e-4
@@ -110,9 +110,9 @@ def test_a_checkpoint_goes_to_the_gpu_and_back(cuda, tmp_path):
 
 
 @pytest.mark.parametrize("amp", ["off", "bf16"])
-@pytest.mark.parametrize("words", ["model=yolov8n", "model=yolov5n_akconv", "model=goldyolo_n", REVCOL])
-def test_compiled_it_computes_the_same(words, amp, cuda):
-    composition = compose(f"{words} {SMALL}", cuda)
+@pytest.mark.parametrize("overrides", ["model=yolov8n", "model=yolov5n_akconv", "model=goldyolo_n", REVCOL])
+def test_compiled_it_computes_the_same(overrides, amp, cuda):
+    composition = compose(f"{overrides} {SMALL}", cuda)
     detector, batch = composition.detector, noise(cuda)
     precision = Precision.from_config(amp, cuda)
     network = compile_network(detector, precision, 64, len(batch.images))

@@ -44,12 +44,12 @@ def overrides(shapes_root: Path, cuda: torch.device) -> list[str]:
     return [f"data.root={shapes_root}", "model.width=0.125", *sizes, *options]
 
 
-def run(*words: str) -> dict:
-    return train.run(load_config("train", list(words)))
+def run(*arguments: str) -> dict:
+    return train.run(load_config("train", list(arguments)))
 
 
 @pytest.mark.parametrize(
-    "words",
+    "arguments",
     [
         ("amp=off",),
         ("amp=bf16", "workers=2"),
@@ -61,10 +61,10 @@ def run(*words: str) -> dict:
     ],
     ids=" ".join,
 )
-def test_a_training_ends_with_all_it_should(words, overrides, cuda, tmp_path):
+def test_a_training_ends_with_all_it_should(arguments, overrides, cuda, tmp_path):
     if cuda.type == "cpu":
-        words = [word for word in words if word not in ("amp=fp16", "trainer.compile=true")]
-    results = run(*overrides, *words, f"run_dir={tmp_path / 'run'}")
+        arguments = [argument for argument in arguments if argument not in ("amp=fp16", "trainer.compile=true")]
+    results = run(*overrides, *arguments, f"run_dir={tmp_path / 'run'}")
     assert results["last"]["epoch"] == 2
     with open(tmp_path / "run" / "history.csv") as file:
         rows = list(csv.DictReader(file))
@@ -74,10 +74,10 @@ def test_a_training_ends_with_all_it_should(words, overrides, cuda, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "words", [("amp=bf16",), ("amp=fp16", "optim=sgd"), ("model=yolov5n", "amp=bf16")], ids=" ".join
+    "arguments", [("amp=bf16",), ("amp=fp16", "optim=sgd"), ("model=yolov5n", "amp=bf16")], ids=" ".join
 )
-def test_every_saved_state_leads_to_the_same_end(words, overrides, cuda, tmp_path, monkeypatch):
-    words = [word for word in words if cuda.type == "cuda" or word != "amp=fp16"]
+def test_every_saved_state_leads_to_the_same_end(arguments, overrides, cuda, tmp_path, monkeypatch):
+    arguments = [argument for argument in arguments if cuda.type == "cuda" or argument != "amp=fp16"]
     write, saves = saver.write_state, []
 
     def keep(folder: Path, content: dict, count: int) -> None:
@@ -86,7 +86,7 @@ def test_every_saved_state_leads_to_the_same_end(words, overrides, cuda, tmp_pat
         shutil.copytree(folder, saves[-1])
 
     monkeypatch.setattr(saver, "write_state", keep)
-    run(*overrides, *words, f"run_dir={tmp_path / 'run'}")
+    run(*overrides, *arguments, f"run_dir={tmp_path / 'run'}")
     monkeypatch.undo()
     assert len(saves) == 12
     for save in (saves[2], saves[5], saves[8]):
@@ -117,7 +117,7 @@ def test_a_run_changes_its_device(overrides, cuda, tmp_path):
     """To the CPU and back, an epoch on each; the scaler stays behind."""
     run_dir = tmp_path / "run"
     options = [f"run_dir={run_dir}", "trainer.epochs=1", "amp=bf16"]
-    run(*[word for word in overrides if not word.startswith("trainer.epochs")], *options)
+    run(*[argument for argument in overrides if not argument.startswith("trainer.epochs")], *options)
     go_on(run_dir, "device=cpu", "trainer.epochs=2")
     go_on(run_dir, f"device={cuda}", "trainer.epochs=3")
     assert [row["epoch"] for row in history(run_dir)] == ["1", "2", "3"]
@@ -158,14 +158,14 @@ def test_validation_finds_what_a_cpu_finds(amp, finished_run, shapes_root, cuda)
 
 def test_evaluating_and_predicting(finished_run, shapes_root, cuda, tmp_path):
     ckpt = f"ckpt={finished_run / 'best.safetensors'}"
-    words = [ckpt, "workers=2", f"device={cuda}", f"run_dir={tmp_path / 'eval'}"]
-    metrics = eval_task.run(load_config("eval", words))
+    arguments = [ckpt, "workers=2", f"device={cuda}", f"run_dir={tmp_path / 'eval'}"]
+    metrics = eval_task.run(load_config("eval", arguments))
     assert set(METRICS) <= metrics.keys()
     found = []
     for k, device in enumerate((cuda, "cpu")):
         out = tmp_path / f"predict{k}"
-        words = [ckpt, f"source={shapes_root / 'images' / 'val'}", f"run_dir={out}", "score=0.001", "max_det=3"]
-        predict.run(load_config("predict", [*words, f"device={device}"]))
+        arguments = [ckpt, f"source={shapes_root / 'images' / 'val'}", f"run_dir={out}", "score=0.001", "max_det=3"]
+        predict.run(load_config("predict", [*arguments, f"device={device}"]))
         found.append(json.loads((out / "predictions.json").read_text()))
     scores = [[detection["score"] for record in records for detection in record["detections"]] for records in found]
     assert scores[0] == pytest.approx(scores[1], abs=1e-3)
@@ -174,15 +174,15 @@ def test_evaluating_and_predicting(finished_run, shapes_root, cuda, tmp_path):
 def test_one_rank_for_each_gpu(overrides, cuda, tmp_path):
     """As torchrun starts them: one where there is one GPU."""
     count = torch.cuda.device_count() if cuda.type == "cuda" else 1
-    words = [word for word in overrides if not word.startswith(("batch_size", "optim.nominal_batch"))]
-    words += [f"batch_size={4 * count}", f"optim.nominal_batch={8 * count}", f"run_dir={tmp_path / 'run'}"]
-    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={count}", str(TOOL), *words]
+    arguments = [argument for argument in overrides if not argument.startswith(("batch_size", "optim.nominal_batch"))]
+    arguments += [f"batch_size={4 * count}", f"optim.nominal_batch={8 * count}", f"run_dir={tmp_path / 'run'}"]
+    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={count}", str(TOOL), *arguments]
     subprocess.run(command, check=True, timeout=600, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)})
     assert load_file(tmp_path / "run" / "best.safetensors")
 
 
 def test_nccl_carries_a_step(cuda, monkeypatch):
-    """One rank that is told that there are two: every sum goes through NCCL, what rank 0 says through gloo."""
+    """One rank that believes that there are two: every sum goes through NCCL, what rank 0 says through gloo."""
     backend = "nccl" if cuda.type == "cuda" else "gloo"
     dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     try:
@@ -197,15 +197,15 @@ def test_nccl_carries_a_step(cuda, monkeypatch):
         assert step.health.read().skipped_steps == 0
         assert process_group.run_on_main(lambda: {"a": [1, "b"]}) == {"a": [1, "b"]}
         assert process_group.all_reduce_max(3) == 3
-        assert process_group.gather_objects(b"words")[0] == b"words"
+        assert process_group.gather_objects(b"data")[0] == b"data"
         process_group.barrier()
     finally:
         dist.destroy_process_group()
 
 
 def test_a_benchmark_names_the_card(cuda, capsys):
-    words = ["task=train", "image_size=64", "batch_size=2", "rounds=1", f"device={cuda}", "model.width=0.125"]
-    result = benchmark.run(load_config("benchmark", words))
+    arguments = ["task=train", "image_size=64", "batch_size=2", "rounds=1", f"device={cuda}", "model.width=0.125"]
+    result = benchmark.run(load_config("benchmark", arguments))
     line = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert line["device_name"] == result["device_name"]
     assert line["device_name"] == (torch.cuda.get_device_name(cuda) if cuda.type == "cuda" else line["device_name"])

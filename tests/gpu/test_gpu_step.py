@@ -28,10 +28,10 @@ REVCOL = "backbone=revcol_tiny backbone.columns=3 backbone.layers=[1,1,1,1] back
 
 
 @pytest.mark.parametrize("amp", ["off", "bf16", "fp16"])
-@pytest.mark.parametrize("words", ["model=yolov8n", "model=yolov5n", REVCOL])
-def test_a_batch_is_learnt(words, amp, cuda):
+@pytest.mark.parametrize("overrides", ["model=yolov8n", "model=yolov5n", REVCOL])
+def test_a_batch_is_learnt(overrides, amp, cuda):
     """In thirty steps: a loss that grows with the overlaps rises first, then falls."""
-    step, batch = make_step(f"{words} {SMALL}", cuda, amp), noise(cuda)
+    step, batch = make_step(f"{overrides} {SMALL}", cuda, amp), noise(cuda)
     losses = torch.stack([sum(step(batch, k, 0).values()) for k in range(30)])
     counts = step.health.read()
     assert losses.isfinite().all()
@@ -41,15 +41,15 @@ def test_a_batch_is_learnt(words, amp, cuda):
 
 
 @pytest.mark.parametrize(
-    ("words", "optimizer", "amp"),
+    ("overrides", "optimizer", "amp"),
     [
-        *((words, "adamw", "bf16") for words in MODELS),
+        *((overrides, "adamw", "bf16") for overrides in MODELS),
         ("model=yolov8n", "sgd", "fp16"),
         ("model=yolov8n", "adamw", "off"),
     ],
 )
-def test_a_step_never_waits(words, optimizer, amp, cuda, deterministic):
-    step = make_step(f"{words} {SMALL}", cuda, amp, optimizer)
+def test_a_step_never_waits(overrides, optimizer, amp, cuda, deterministic):
+    step = make_step(f"{overrides} {SMALL}", cuda, amp, optimizer)
     batches = [noise(cuda) for _ in range(4)]
     step(batches[0], 0, 0)  # what is made at the first time may wait
     with nothing_waits(cuda):
@@ -105,10 +105,10 @@ def test_the_loop_waits_only_where_a_line_is_due(cuda, deterministic, tmp_path, 
     assert all(value > 0 for value in losses.values())
 
 
-@pytest.mark.parametrize("words", [*MODELS, REVCOL])
-def test_nan_in_the_weights_is_skipped_steps(words, cuda):
+@pytest.mark.parametrize("overrides", [*MODELS, REVCOL])
+def test_nan_in_the_weights_is_skipped_steps(overrides, cuda):
     """And no index that a GPU would not survive: what comes after still computes."""
-    step = make_step(f"{words} {SMALL}", cuda, "off")
+    step = make_step(f"{overrides} {SMALL}", cuda, "off")
     with torch.no_grad():
         next(step.detector.parameters()).fill_(torch.nan)
     before = [p.clone() for p in step.detector.parameters()]
@@ -140,20 +140,20 @@ def _leaves(tree: object) -> list:
     return torch.utils._pytree.tree_leaves(tree)
 
 
-def learnt(words: str, device: torch.device) -> TrainStep:
+def learnt(overrides: str, device: torch.device) -> TrainStep:
     """Train for five steps in bf16, the same whenever it is called."""
     torch.manual_seed(0)
-    step = make_step(f"{words} {SMALL}", device, "bf16")
+    step = make_step(f"{overrides} {SMALL}", device, "bf16")
     for k in range(5):
         step(noise(device), k, 0)
     return step
 
 
-@pytest.mark.parametrize("words", [*MODELS, REVCOL])
-def test_training_twice_gives_the_same_bits(words, cuda, deterministic, monkeypatch):
+@pytest.mark.parametrize("overrides", [*MODELS, REVCOL])
+def test_training_twice_gives_the_same_bits(overrides, cuda, deterministic, monkeypatch):
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.backends.cuda.enable_mem_efficient_sdp(False)  # as make_deterministic does
     torch.backends.cuda.enable_cudnn_sdp(False)
-    first, again = (learnt(words, cuda).detector.state_dict() for _ in range(2))
+    first, again = (learnt(overrides, cuda).detector.state_dict() for _ in range(2))
     different = [name for name, value in first.items() if not torch.equal(value, again[name])]
     assert not different
