@@ -58,10 +58,8 @@ class EpochState:
 
     Attributes:
         position: of the last batch in the epoch, from 1; see ``Batch.position``.
-        batches: number of batches that this rank was trained on.
-        images: number of images that this rank was trained on.
-        seconds: total time so far.
-        waited: seconds spent waiting for batches.
+        batches, images: numbers that this rank was trained on.
+        seconds, waited: total time so far, and the time spent waiting for batches.
         losses: loss terms, summed over the batches; () tensors on the device.
         grad_norm: () norm of the latest gradient before clipping; at first that of the previous epoch.
     """
@@ -93,8 +91,7 @@ class TrainState:
     Attributes:
         epoch: number of finished epochs.
         step: number of batches so far.
-        best: best AP.
-        best_epoch: epoch of the best AP, from 1.
+        best, best_epoch: the best AP and its epoch, from 1.
         current: progress of the current epoch.
         results: metrics of the best and the last epoch, as in ``metrics.json``.
         history: the rows of ``history.csv``.
@@ -110,13 +107,7 @@ class TrainState:
 
 
 def training_state_dict(step: TrainStep, state: TrainState, batches: int) -> dict[str, Any]:
-    """Return the contents of ``state.pt``: tensors, numbers, strings, lists and dicts.
-
-    Args:
-        step: holds the model, its average and the optimizer.
-        state: progress of the run.
-        batches: number of batches per epoch.
-    """
+    """Return the contents of ``state.pt``: tensors, numbers, strings, lists and dicts; ``batches`` is per epoch."""
     parameters = step.detector.named_parameters()
     return {
         "schema_version": SCHEMA_VERSION,

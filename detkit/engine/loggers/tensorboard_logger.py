@@ -96,7 +96,7 @@ class TensorBoard:
             raise
 
     def _open(self) -> BinaryIO:
-        """Open a new event file, without SummaryWriter, whose thread does not let errors be handled."""
+        """Open a new event file, not with SummaryWriter, as errors in its thread cannot be handled."""
         now, self.files = time.time(), self.files + 1
         name = f"events.out.tfevents.{int(now):010}.{socket.gethostname()}.{os.getpid()}.{self.files}"
         file = self.file = (self.run_dir / name).open("wb", buffering=0)
