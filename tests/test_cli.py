@@ -9,10 +9,11 @@ import pytest
 
 import detkit
 from detkit import cli
-from detkit.config import compose_config, config_dir, group_options, load_config, resolve
+from detkit.config import compose_config, config_dir, group_options, resolve
 from detkit.engine.trainer import Trainer
 from detkit.errors import DetkitError
-from detkit.tasks.common import make_run_dir
+from detkit.tasks import list_tasks, load_config
+from detkit.tasks.runs.run_dir import make_run_dir
 
 TOOLS = Path(__file__).parents[1] / "tools"
 GROUPS = ("model", "backbone", "neck", "head", "loss", "data", "augment", "optim", "trainer", "experiment")
@@ -172,7 +173,7 @@ def test_tools_are_the_commands_from_any_folder(tmp_path):
     assert "model=yolov8q does not exist" in result.stderr
     assert "Traceback" not in result.stderr
     assert not list(tmp_path.iterdir())
-    assert {path.stem for path in TOOLS.glob("*.py")} == set(cli.TASKS)
+    assert {path.stem for path in TOOLS.glob("*.py")} == set(list_tasks())
 
 
 def test_a_plugin_brings_a_part(tmp_path, monkeypatch):

@@ -16,7 +16,7 @@ from detkit.data.formats.yolo import read_yolo
 from detkit.errors import DetkitError
 from detkit.ops.image import read_bytes
 from detkit.registry import DATASETS, WRITERS
-from detkit.tasks.common import train_command
+from detkit.tasks.runs.data import train_command
 from tests.conftest import run_command
 
 FORMATS = ("coco", "voc", "webdataset", "yolo")

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from detkit.config import explain
 from detkit.distributed import process_group, rendezvous
 from detkit.ops.atomic_write import write_atomically
-from detkit.tasks import sweep as sweep_task
+from detkit.tasks.sweeps import sweep as sweep_task
 from tests.conftest import run_command
 
 TOOL = str(Path(__file__).parents[1] / "tools" / "train.py")

@@ -16,7 +16,6 @@ import pytest
 import torch.distributed as dist
 from PIL import Image
 
-from detkit.config import load_config
 from detkit.data import shard_loader
 from detkit.data.annotations import Annotations
 from detkit.data.augment.pipeline import Augmentation
@@ -29,7 +28,7 @@ from detkit.data.shard_loader import ShardLoader, cut_batches
 from detkit.errors import DetkitError
 from detkit.ops.image import read_bytes, read_image, tar_member
 from detkit.tasks import eval as eval_task
-from detkit.tasks import train
+from detkit.tasks import load_config, train
 
 PLAIN = {"mosaic": {"p": 0.0, "close_epochs": 0}, "affine": {"scale": [1.0, 1.0], "translate": 0.0}, "transforms": {}}
 MOSAIC = PLAIN | {"mosaic": {"p": 1.0, "close_epochs": 0}, "affine": {"scale": [0.5, 1.5], "translate": 0.1}}

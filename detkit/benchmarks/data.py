@@ -16,9 +16,8 @@ import cv2
 import torch
 from rich.table import Table
 
-from detkit.benchmarks.common import WARMUP, print_result
+from detkit.benchmarks.common import WARMUP, BenchmarkConfig, print_result
 from detkit.benchmarks.peer import start_peer
-from detkit.config.commands import BenchmarkConfig
 from detkit.data.annotations import Annotations
 from detkit.data.augment.pipeline import AugmentedDataset, mosaic_window
 from detkit.data.cache import KEPT_BYTES, LocalImages

@@ -1,4 +1,4 @@
-"""Report on an image set, and what is wrong with it."""
+"""Report on a data set, and what is wrong with it: ``detkit check_data data=coco data.root=DIR``."""
 
 import logging
 import sys
@@ -6,7 +6,9 @@ from pathlib import Path
 
 import numpy as np
 
-from detkit.config.commands import CheckDataConfig
+from detkit.config.common import CommonConfig
+from detkit.config.fields import Location, field, location
+from detkit.config.schema import DataConfig
 from detkit.data.annotations import Annotations
 from detkit.data.audit import audit_images
 from detkit.data.formats.writing import require_empty_dir, write_set
@@ -16,7 +18,8 @@ from detkit.data.read import explain_empty, read_splits
 from detkit.data.splits import TRAINED
 from detkit.errors import DetkitError
 from detkit.registry import WRITERS
-from detkit.tasks.common import make_run_dir, train_command
+from detkit.tasks.runs.data import train_command
+from detkit.tasks.runs.run_dir import make_run_dir
 from detkit.viz.console import make_console
 from detkit.viz.data_plots import plot_set
 from detkit.viz.data_tables import print_classes, print_problems, print_splits, write_findings
@@ -24,6 +27,14 @@ from detkit.viz.data_tables import print_classes, print_problems, print_splits, 
 logger = logging.getLogger(__name__)
 
 KEPT = 100_000  # findings of a kind that are listed; all are counted
+
+
+class CheckDataConfig(CommonConfig):
+    """``configs/check_data.yaml``."""
+
+    data: DataConfig
+    fix: Location | None = location("new or empty folder in which to write a cleaned copy")
+    format: str | None = field("format of the cleaned copy; null keeps that of the set", "the name of a format")
 
 
 def run(cfg: CheckDataConfig) -> dict[str, IssueLog]:
