@@ -1,5 +1,6 @@
 """The commands: a user's mistake is one sentence, exit status 2 and no traceback."""
 
+import functools
 import subprocess
 import sys
 import time
@@ -128,7 +129,7 @@ def test_a_sweep_runs_every_choice_in_a_directory_of_its_own(monkeypatch, tmp_pa
         seen.append((cfg.seed, make_run_dir(cfg, "train", "x")))
         time.sleep(0.6)  # the clock of a sweep's name moves on while its jobs run
 
-    monkeypatch.setattr(train, "run", run)
+    monkeypatch.setattr(train, "run", functools.wraps(train.run)(run))
     monkeypatch.chdir(tmp_path)
     arguments = ["-m", "seed=0,1", "backbone.block=c2f,[c2f,c2f,c2f,c2f]", f"data.root={shapes_root}"]
     monkeypatch.setattr(sys, "argv", ["detkit", "train", *arguments])
@@ -160,7 +161,7 @@ def test_a_fault_is_not_dressed_as_a_mistake(monkeypatch):
     def broken(cfg: dict) -> None:
         raise RuntimeError("a bug")
 
-    monkeypatch.setattr(train, "run", broken)
+    monkeypatch.setattr(train, "run", functools.wraps(train.run)(broken))
     monkeypatch.setattr(sys, "argv", ["detkit", "train"])
     with pytest.raises(RuntimeError, match="a bug"):
         cli.main()

@@ -1,5 +1,6 @@
 """What is printed never ends a command: readers go, terminals close, disks fill up, names are of any characters."""
 
+import functools
 import os
 import pty
 import signal
@@ -131,7 +132,7 @@ def test_what_the_system_refuses_is_a_sentence(error, sentence, monkeypatch, cap
     def fail(cfg: dict) -> None:
         raise error
 
-    monkeypatch.setattr(summary, "run", fail)
+    monkeypatch.setattr(summary, "run", functools.wraps(summary.run)(fail))
     status, _, said = run_command(monkeypatch, capsys, "summary")
     assert (status, said.count("\n")) == (2, 1)
     assert said.startswith(sentence)
