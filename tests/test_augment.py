@@ -216,7 +216,7 @@ def test_an_image_of_a_window_is_decoded_once(shapes_root, monkeypatch):
     monkeypatch.setattr(
         dataset, "decode_resized", lambda data, path, *rest: decoded.append(path) or decode_resized(data, path, *rest)
     )
-    monkeypatch.setattr(cache, "KEPT_BYTES", 0)
+    monkeypatch.setattr(cache, "LOCAL_CACHE_BYTES", 0)
     images = DetectionDataset(read_shapes("train", root=str(shapes_root)), 64)
     window = mosaic_window("auto", images, 4)
     assert [mosaic_window("window", images, n) for n in (4, 6, 10, 24, 61, 64, 100)] == [16, 18, 20, 24, 16, 16, 20]

@@ -81,7 +81,7 @@ def test_a_disk_cache_belongs_to_its_files(shapes, tmp_path):
 def test_what_does_not_fit_is_refused(shapes, monkeypatch, tmp_path):
     size = cache.shared_bytes(shapes, 64)
     assert size == 24 * (1 + 64 * 64 * 3)
-    monkeypatch.setattr(cache, "free_memory", lambda: int(size / cache.MARGIN) - 1)
+    monkeypatch.setattr(cache, "free_memory", lambda: int(size / cache.MAX_FRACTION) - 1)
     with pytest.raises(DetkitError, match=r"data.cache=ram takes 0.00 GiB for 24 images at 64 pixels, more than 80%"):
         DetectionDataset(shapes, 64, "ram")
     usage = cache.shutil.disk_usage(tmp_path)._replace(free=size)
@@ -104,13 +104,13 @@ def test_free_memory_is_what_the_machine_has():
 
 
 def test_a_process_keeps_the_first_and_remembers_the_last(shapes, monkeypatch):
-    monkeypatch.setattr(cache, "KEPT_BYTES", 5 * 64 * 64 * 3)
-    monkeypatch.setattr(cache, "LAST_IMAGES", 2)
+    monkeypatch.setattr(cache, "LOCAL_CACHE_BYTES", 5 * 64 * 64 * 3)
+    monkeypatch.setattr(cache, "RECENT_IMAGES", 2)
     images = DetectionDataset(shapes, 64)
     assert not images.in_memory
     for index in (0, 1, 2, 3, 4, 0, 5, 6, 5, 7):
         assert not images[0, index].image.flags.writeable
-    assert list(images.cache.kept) == [0, 1, 2, 3, 4]
+    assert list(images.cache.permanent) == [0, 1, 2, 3, 4]
     assert list(images.cache.last) == [6, 7]
     monkeypatch.undo()
     assert DetectionDataset(shapes, 64).in_memory

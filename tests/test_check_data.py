@@ -335,6 +335,6 @@ def test_a_stopped_process_is_one_sentence(shapes_root, monkeypatch):
 
 def test_an_image_that_goes_away_meanwhile_is_a_finding(shapes_root, tmp_path):
     a = read_coco("val", root=str(shapes_root))
-    a.paths = PathTable.of([tmp_path / "gone.png"])
+    a.paths = PathTable.from_paths([tmp_path / "gone.png"])
     ((digest, damage),) = decode_and_hash_all(a, 1)
     assert digest == b"" and "does not decode" in damage

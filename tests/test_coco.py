@@ -250,7 +250,7 @@ def test_what_makes_no_sense_is_fixed_or_skipped(coco_set, change, kind, detail)
         before = {"images": 1, "annotations": 1 + len(json.loads(file.read_text())["images"])}[match[1]]
         assert issue.line == 1 + before + int(match[2]) or "text" in file.read_text()
     with pytest.raises(DetkitError, match=r"data\.strict=true refuses it"):
-        annotations.issues.refuse()
+        annotations.issues.raise_if_any()
 
 
 @pytest.mark.parametrize(

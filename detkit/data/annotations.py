@@ -25,7 +25,7 @@ class PathTable(Sequence[Path]):
         self.ends = ends
 
     @classmethod
-    def of(cls, paths: Iterable[str | Path]) -> "PathTable":
+    def from_paths(cls, paths: Iterable[str | Path]) -> "PathTable":
         """Return the table of some paths."""
         builder = PathBuilder()
         for path in paths:
@@ -76,7 +76,7 @@ class PathBuilder(Sequence[str]):
         """Return the names where ``keep``, (N,) bool."""
         if keep.all():
             return PathTable(np.frombuffer(self.text, np.uint8), np.asarray(self.ends, np.int64))
-        return PathTable.of(self[k] for k in np.flatnonzero(keep).tolist())
+        return PathTable.from_paths(self[k] for k in np.flatnonzero(keep).tolist())
 
 
 @dataclass
@@ -127,7 +127,7 @@ class Annotations:
         boxes = np.repeat(keep, counts)
         return replace(
             self,
-            paths=PathTable.of(self.paths[k] for k in np.flatnonzero(keep).tolist()),
+            paths=PathTable.from_paths(self.paths[k] for k in np.flatnonzero(keep).tolist()),
             image_ids=self.image_ids[keep],
             sizes=self.sizes[keep],
             offsets=np.concatenate(([0], counts[keep].cumsum())),

@@ -18,7 +18,7 @@ from detkit.errors import DetkitError
 from detkit.ops.image import read_image
 
 DAMAGE = ("premature end", "bad Huffman code", "CRC error")  # what decoders complain of while they make up the rest
-Look = tuple[bytes, str]  # the hash of an image's pixels, empty where there are none; what is wrong with it
+DecodeResult = tuple[bytes, str]  # the hash of an image's pixels, empty where there are none; what is wrong with it
 
 
 def audit_images(
@@ -34,34 +34,34 @@ def audit_images(
     Raises:
         DetkitError: a decoding process was killed, as it is where memory runs out.
     """
-    looks = {split: decode_and_hash_all(annotations, workers) for split, annotations in splits.items()}
-    keep = {split: np.array([not damage for _, damage in looks[split]], bool) for split in splits}
+    results = {split: decode_and_hash_all(annotations, workers) for split, annotations in splits.items()}
+    keep = {split: np.array([not damage for _, damage in results[split]], bool) for split in splits}
     owner: dict[bytes, tuple[str, Path]] = {}  # split and first image of each hash
-    seen: list[str] = []
-    picks = _selections(splits)
+    checked: list[str] = []
+    subsets = _selections(splits)
     for split in held_out_first(splits):
         annotations, log = splits[split], logs[split]
-        first = _log_images(annotations, looks[split], log)
-        if split in picks:
+        first = _log_images(annotations, results[split], log)
+        if split in subsets:
             log.add("same_split", annotations.source, None, "lists images of train, val and test alone")
             continue
-        twin = next((other for other in seen if splits[other].paths == annotations.paths), None)
-        if twin is not None:
+        duplicate_of = next((other for other in checked if splits[other].paths == annotations.paths), None)
+        if duplicate_of is not None:
             kind = "trained_on" if split == "train" else "same_split"
-            log.add(kind, annotations.source, None, f"lists the images of {twin}")
-            keep[split] = keep[twin]
+            log.add(kind, annotations.source, None, f"lists the images of {duplicate_of}")
+            keep[split] = keep[duplicate_of]
             continue
-        seen.append(split)
-        for k, (digest, _) in enumerate(looks[split]):
+        checked.append(split)
+        for k, (digest, _) in enumerate(results[split]):
             if digest in owner:
                 keep[split][k] = False
                 path, (other, image) = annotations.paths[k], owner[digest]
-                words = f"is in {other}, too" if path == image else f"shows the same as the {other} image {image}"
-                log.add("leaked_image", path, None, words)
+                detail = f"is in {other}, too" if path == image else f"shows the same as the {other} image {image}"
+                log.add("leaked_image", path, None, detail)
         owner |= {digest: (split, path) for digest, path in first.items() if digest not in owner}
-    if picks:
-        kept = {path for split in seen for path, good in zip(splits[split].paths, keep[split], strict=True) if good}
-        keep |= {split: np.array([path in kept for path in splits[split].paths], bool) for split in picks}
+    if subsets:
+        kept = {path for split in checked for path, good in zip(splits[split].paths, keep[split], strict=True) if good}
+        keep |= {split: np.array([path in kept for path in splits[split].paths], bool) for split in subsets}
     log_unlabelled(splits, logs)
     return keep
 
@@ -73,10 +73,10 @@ def _selections(splits: Mapping[str, Annotations]) -> list[str]:
     return [split for split in sorted(others) if known.issuperset(splits[split].paths)]
 
 
-def _log_images(annotations: Annotations, looks: list[Look], log: IssueLog) -> dict[bytes, Path]:
+def _log_images(annotations: Annotations, results: list[DecodeResult], log: IssueLog) -> dict[bytes, Path]:
     """Log damaged and equal images of a split; return the first image of each hash."""
     first: dict[bytes, Path] = {}
-    for path, (digest, damage) in zip(annotations.paths, looks, strict=True):
+    for path, (digest, damage) in zip(annotations.paths, results, strict=True):
         if damage:
             log.add("damaged_image", path, None, damage)
         if digest in first:
@@ -86,17 +86,17 @@ def _log_images(annotations: Annotations, looks: list[Look], log: IssueLog) -> d
     return first
 
 
-def decode_and_hash_all(annotations: Annotations, workers: int) -> list[Look]:
+def decode_and_hash_all(annotations: Annotations, workers: int) -> list[DecodeResult]:
     """Decode all images by ``workers`` processes, one at least; a bar shows on a terminal.
 
     Raises:
         DetkitError: one of them was killed.
     """
     paths = [str(path) for path in annotations.paths]
-    return list(map_files(decode_and_hash, paths, f"decoding {annotations.source.name}", workers, _begin))
+    return list(map_files(decode_and_hash, paths, f"decoding {annotations.source.name}", workers, _init_worker))
 
 
-def decode_and_hash(path: str) -> Look:
+def decode_and_hash(path: str) -> DecodeResult:
     """Decode an image as training does; two files have the same hash where training sees the same pixels.
 
     Decoders make up what is missing in a damaged JPEG and say so on stderr only, which ``_begin`` has led into a file.
@@ -104,11 +104,11 @@ def decode_and_hash(path: str) -> Look:
     try:
         image = read_image(Path(path))
     except (DetkitError, MemoryError, OSError) as error:
-        _complaints()
+        _read_stderr()
         reason = str(error).partition(f"{path}: ")[2] or type(error).__name__
         return b"", f"does not decode: {reason}"
-    text = _complaints()
-    if any(words in text for words in DAMAGE):
+    text = _read_stderr()
+    if any(marker in text for marker in DAMAGE):
         return b"", f"is damaged: {text.splitlines()[0][:200]}"
     digest = hashlib.blake2b(np.ascontiguousarray(image).data, digest_size=16, key=b"%d %d" % image.shape[:2])
     return digest.digest(), ""
@@ -129,7 +129,7 @@ def log_unlabelled(splits: Mapping[str, Annotations], logs: Mapping[str, IssueLo
 _stderr: BinaryIO | None = None  # of a process of look_at_all
 
 
-def _begin() -> None:
+def _init_worker() -> None:
     """Start a process: decoders write to a file of its own in place of the terminal."""
     global _stderr
     cv2.setNumThreads(0)  # one process a core is enough; 1 would wait for threads that a fork does not inherit
@@ -137,7 +137,7 @@ def _begin() -> None:
     os.dup2(_stderr.fileno(), 2)
 
 
-def _complaints() -> str:
+def _read_stderr() -> str:
     """Return what was written to stderr since the last call."""
     if _stderr is None:
         return ""

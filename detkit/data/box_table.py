@@ -36,12 +36,12 @@ class BoxTable:
     """Rows of boxes (ROW), appended one by one and given back by image."""
 
     def __init__(self) -> None:
-        self._last = bytearray()  # rows of the block that is being filled
+        self._pending = bytearray()  # rows of the block that is being filled
         self._file: BinaryIO | None = None  # the blocks before it
         self._blocks = 0
 
     def __len__(self) -> int:
-        return self._blocks * BLOCK + len(self._last) // ROW.itemsize
+        return self._blocks * BLOCK + len(self._pending) // ROW.itemsize
 
     @property
     def on_disk(self) -> bool:
@@ -57,9 +57,9 @@ class BoxTable:
             struct.error: a whole number beyond 64 bits.
             DetkitError: the temporary folder is full.
         """
-        if len(self._last) == BLOCK * ROW.itemsize:
-            self._put_away()
-        self._last += _pack(image, label, line, position, *xyxy, area, crowd)
+        if len(self._pending) == BLOCK * ROW.itemsize:
+            self._spill()
+        self._pending += _pack(image, label, line, position, *xyxy, area, crowd)
 
     def by_image(self, images: int, translate: Callable[[np.ndarray], np.ndarray]) -> Iterator[np.ndarray]:
         """Yield all rows in arrays of about a block, each with the rows of images after those of the array before.
@@ -74,9 +74,9 @@ class BoxTable:
             DetkitError: the temporary folder is full.
         """
         if self._file is None:
-            yield translate(np.frombuffer(self._last, ROW))
+            yield translate(np.frombuffer(self._pending, ROW))
             return
-        self._put_away()
+        self._spill()
         groups = min(images, GROUPS)
         counts = np.zeros((self._blocks, groups), np.int64)
         for block in range(self._blocks):
@@ -84,17 +84,17 @@ class BoxTable:
             counts[block] = np.bincount(rows["image"] * groups // images, minlength=groups)
             self._write(block * BLOCK, rows[np.argsort(rows["image"], kind="stable")])
         bounds = np.concatenate((np.zeros((self._blocks, 1), np.int64), counts.cumsum(1)), 1)
-        for first, last in _ranges(counts.sum(0)):
+        for first, last in _group_ranges(counts.sum(0)):
             spans = enumerate(bounds[:, [first, last]].tolist())
             yield np.concatenate([self._read(block * BLOCK + begin, end - begin) for block, (begin, end) in spans])
         self._file.close()
 
-    def _put_away(self) -> None:
+    def _spill(self) -> None:
         """Write the block that is being filled to the temporary file."""
         if self._file is None:
             self._file = open_temporary()
-        self._write(self._blocks * BLOCK, np.frombuffer(self._last, ROW))
-        self._last = bytearray()
+        self._write(self._blocks * BLOCK, np.frombuffer(self._pending, ROW))
+        self._pending = bytearray()
         self._blocks += 1
 
     def _read(self, start: int, count: int) -> np.ndarray:
@@ -132,7 +132,7 @@ class GrowingArray:
         else:
             write_temporary(self._file, part)
 
-    def whole(self) -> np.ndarray:
+    def to_array(self) -> np.ndarray:
         """Return the array; one on disk is mapped into memory, to be read only, and its file goes with it."""
         if self._file is None or not self._length:
             return np.concatenate(self._parts)
@@ -140,7 +140,7 @@ class GrowingArray:
         return np.memmap(self._file, self._parts[0].dtype, "r", shape=shape).view(np.ndarray)  # as in index.py
 
 
-def _ranges(totals: np.ndarray) -> Iterator[tuple[int, int]]:
+def _group_ranges(totals: np.ndarray) -> Iterator[tuple[int, int]]:
     """Cut groups of ``totals`` rows each into ranges (first, last) of at most BLOCK rows, or of one group."""
     ends, first = np.cumsum(totals), 0
     while first < len(totals):
@@ -155,7 +155,7 @@ def open_temporary() -> BinaryIO:
     try:
         return tempfile.TemporaryFile(prefix="detkit-")
     except OSError as error:
-        raise _no_room(error) from None
+        raise _disk_full_error(error) from None
 
 
 def write_temporary(file: BinaryIO, rows: np.ndarray, place: int | None = None) -> None:
@@ -166,9 +166,9 @@ def write_temporary(file: BinaryIO, rows: np.ndarray, place: int | None = None) 
         file.write(rows.reshape(-1).view(np.uint8).data)
         file.flush()
     except OSError as error:
-        raise _no_room(error) from None
+        raise _disk_full_error(error) from None
 
 
-def _no_room(error: OSError) -> DetkitError:
+def _disk_full_error(error: OSError) -> DetkitError:
     words = f"{error.strerror or error}: make room there, or set TMPDIR to a folder on another disk"
     return DetkitError(f"the boxes cannot be sorted in the temporary folder, {words}")

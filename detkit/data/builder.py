@@ -14,7 +14,7 @@ from detkit.data.splits import MissingSplit
 from detkit.data.validation import validate_boxes, validate_images
 from detkit.errors import DetkitError, is_name, shorten
 
-Place = Callable[[int, int, int], tuple[object, int | None, str]]
+Locate = Callable[[int, int, int], tuple[object, int | None, str]]
 
 
 def check_class_names(names: Sequence[str], where: str) -> None:
@@ -95,7 +95,7 @@ class AnnotationBuilder:
         """
         self.boxes.append(image, label, line, position, xyxy, area, crowd)
 
-    def build(self, place: Place, translate: Callable[[np.ndarray], np.ndarray] = lambda rows: rows) -> Annotations:
+    def build(self, locate: Locate, translate: Callable[[np.ndarray], np.ndarray] = lambda rows: rows) -> Annotations:
         """Look at the image files, clip the boxes, drop what cannot be used.
 
         Args:
@@ -110,31 +110,31 @@ class AnnotationBuilder:
             first = f": {self.log.issues[0]}" if self.log.issues else ""
             raise DetkitError(f"{self.source} lists no images{first}")
         probes = probe_all(self.paths)
-        verdict = validate_images(self.paths, probes, np.asarray(self.stated).reshape(-1, 2), self.log)
-        usable, sizes = verdict.usable, probes[:, :2]
+        validation = validate_images(self.paths, probes, np.asarray(self.stated).reshape(-1, 2), self.log)
+        usable, sizes = validation.usable, probes[:, :2]
         if not usable.any():
             missing = (probes[:, 4] & MISSING).all()
             raise (MissingSplit if missing else DetkitError)(
                 f"{self.source} leaves no image to use: {self.log.summary()}; the first is {self.log.issues[0]}"
             )
 
-        def in_upright_image(rows: np.ndarray) -> np.ndarray:
+        def to_upright_image(rows: np.ndarray) -> np.ndarray:
             rows = translate(rows)
-            rows["xyxy"], rows["area"] = verdict.move(rows["image"], rows["xyxy"], rows["area"])
-            rows["image"] = verdict.first_of[rows["image"]]
+            rows["xyxy"], rows["area"] = validation.to_upright(rows["image"], rows["xyxy"], rows["area"])
+            rows["image"] = validation.first_index[rows["image"]]
             return rows[usable[rows["image"]]]
 
         count, large = len(self.paths), self.boxes.on_disk
         counts = np.zeros(count, np.int64)
         boxes, labels = GrowingArray(np.float64, (4,), large), GrowingArray(np.int32, (), large)
         areas, crowd = GrowingArray(np.float64, (), large), GrowingArray(np.bool_, (), large)
-        for rows in self.boxes.by_image(count, in_upright_image):
-            clipped, order = self._judge(rows, sizes, place)
+        for rows in self.boxes.by_image(count, to_upright_image):
+            clipped, order = self._validate(rows, sizes, locate)
             rows, stated = rows[order], rows["area"][order]
-            own = np.prod(clipped[:, 2:] - clipped[:, :2], axis=1)
+            box_areas = np.prod(clipped[:, 2:] - clipped[:, :2], axis=1)
             boxes.append(clipped)
             labels.append(rows["label"])
-            areas.append(np.where(np.isfinite(stated) & (stated >= 0), stated, own))
+            areas.append(np.where(np.isfinite(stated) & (stated >= 0), stated, box_areas))
             crowd.append(rows["crowd"])
             counts += np.bincount(rows["image"], minlength=count)
         counts = counts[usable]
@@ -146,20 +146,20 @@ class AnnotationBuilder:
             image_ids=np.asarray(self.image_ids, np.int64)[usable],
             sizes=np.ascontiguousarray(sizes[usable]),
             offsets=np.concatenate(([0], counts.cumsum())),
-            boxes=boxes.whole(),
-            labels=labels.whole(),
-            areas=areas.whole(),
-            crowd=crowd.whole(),
+            boxes=boxes.to_array(),
+            labels=labels.to_array(),
+            areas=areas.to_array(),
+            crowd=crowd.to_array(),
             class_names=self.class_names,
             category_ids=self.category_ids,
             issues=self.log,
         )
 
-    def _judge(self, rows: np.ndarray, sizes: np.ndarray, place: Place) -> tuple[np.ndarray, np.ndarray]:
+    def _validate(self, rows: np.ndarray, sizes: np.ndarray, locate: Locate) -> tuple[np.ndarray, np.ndarray]:
         """Return the clipped boxes (K, 4) of the rows to keep, by image, and which rows these are (K,)."""
 
         def describe(k: int) -> tuple[object, int | None, str]:
-            return place(*(int(rows[name][k]) for name in ("image", "line", "position")))
+            return locate(*(int(rows[name][k]) for name in ("image", "line", "position")))
 
         boxes, image_of = rows["xyxy"].copy(), rows["image"].copy()
         boxes, keep = validate_boxes(boxes, rows["label"], image_of, sizes, self.normalised, describe, self.log)

@@ -20,9 +20,9 @@ from detkit.ops.files import cache_dir
 from detkit.ops.image import fit_sizes, image_file
 from detkit.ops.memory import free_memory, gib
 
-KEPT_BYTES = 128 * 2**20  # what a process keeps where there is no cache,
-LAST_IMAGES = 32  # and how many it remembers beside them: more than a window of the order (augment/pipeline.py) has
-MARGIN = 0.8  # share of the free memory or disk that a cache may take
+LOCAL_CACHE_BYTES = 128 * 2**20  # what a process keeps where there is no cache,
+RECENT_IMAGES = 32  # and how many it remembers beside them: more than a window of the order (augment/pipeline.py) has
+MAX_FRACTION = 0.8  # share of the free memory or disk that a cache may take
 VERSION = 1  # of the files: how their pixels are made and laid out
 
 Load = Callable[[], np.ndarray]
@@ -38,27 +38,27 @@ class LocalImages:
         holds_all: whether every image of the set can be kept.
     """
 
-    def __init__(self, annotations: Annotations, longest: int, keep: int) -> None:
-        self.keep = keep
-        self.holds_all = bool(_image_bytes(annotations, longest).sum() <= keep)
-        self.kept: dict[int, np.ndarray] = {}
-        self.last: dict[int, np.ndarray] = {}
+    def __init__(self, annotations: Annotations, longest: int, capacity: int) -> None:
+        self.capacity = capacity
+        self.holds_all = bool(_image_bytes(annotations, longest).sum() <= capacity)
+        self.permanent: dict[int, np.ndarray] = {}
+        self.recent: dict[int, np.ndarray] = {}
         self.bytes = 0  # of those kept
 
     def fetch(self, index: int, load: Load) -> np.ndarray:
         """Return image ``index`` (H, W, 3), read-only."""
-        for images in (self.kept, self.last):
+        for images in (self.permanent, self.recent):
             if index in images:
                 return images[index]
         image = load()
         image.flags.writeable = False
-        if self.bytes + image.nbytes <= self.keep:
-            self.kept[index] = image
+        if self.bytes + image.nbytes <= self.capacity:
+            self.permanent[index] = image
             self.bytes += image.nbytes
         else:
-            self.last[index] = image
-            if len(self.last) > LAST_IMAGES:
-                del self.last[next(iter(self.last))]  # the first that came
+            self.recent[index] = image
+            if len(self.recent) > RECENT_IMAGES:
+                del self.recent[next(iter(self.recent))]  # the first that came
         return image
 
 
@@ -78,7 +78,7 @@ class SharedImages:
         count = len(self.shapes)
         self.offsets = count + np.concatenate(([0], np.cumsum(_image_bytes(annotations, longest))))
         self.bytes = np.frombuffer(buffer, np.uint8)
-        self.there = self.bytes[:count]
+        self.is_filled = self.bytes[:count]
 
     def fetch(self, index: int, load: Load) -> np.ndarray:
         """Return image ``index`` (H, W, 3), read-only.
@@ -87,9 +87,9 @@ class SharedImages:
             ValueError: ``load`` made an image of another size than the annotations' sizes lead to.
         """
         pixels = self.bytes[self.offsets[index] : self.offsets[index + 1]].reshape(*self.shapes[index], 3)
-        if not self.there[index]:
+        if not self.is_filled[index]:
             np.copyto(pixels, load())
-            self.there[index] = 1  # after the pixels: another process may look at any moment
+            self.is_filled[index] = 1  # after the pixels: another process may look at any moment
         pixels.flags.writeable = False
         return pixels
 
@@ -104,10 +104,10 @@ def open_cache(kind: str | None, annotations: Annotations, longest: int) -> Loca
         DetkitError: there is too little free memory or disk; says what it takes and what there is.
     """
     if kind is None:
-        return LocalImages(annotations, longest, KEPT_BYTES)
+        return LocalImages(annotations, longest, LOCAL_CACHE_BYTES)
     size = shared_bytes(annotations, longest)
-    what = f"{len(annotations)} images at {longest} pixels"
-    buffer = _memory(size, what) if kind == "ram" else _file(_cache_file(annotations, longest), size, what)
+    contents = f"{len(annotations)} images at {longest} pixels"
+    buffer = _memory(size, contents) if kind == "ram" else _file(_cache_file(annotations, longest), size, contents)
     return SharedImages(buffer, annotations, longest)
 
 
@@ -126,29 +126,29 @@ def _image_bytes(annotations: Annotations, longest: int) -> np.ndarray:
     return 3 * _image_shapes(annotations, longest).prod(1)
 
 
-def _memory(size: int, what: str) -> mmap.mmap:
+def _memory(size: int, contents: str) -> mmap.mmap:
     """Return zeroed memory that forked processes share."""
     free = free_memory()
-    if size > MARGIN * free:
+    if size > MAX_FRACTION * free:
         raise DetkitError(
-            f"data.cache=ram takes {gib(size)} for {what}, more than {MARGIN:.0%} of the {gib(free)} of free memory: "
-            "use data.cache=disk or data.cache=null"
+            f"data.cache=ram takes {gib(size)} for {contents}, more than {MAX_FRACTION:.0%} of the "
+            f"{gib(free)} of free memory: use data.cache=disk or data.cache=null"
         )
     return mmap.mmap(-1, size)
 
 
-def _file(path: Path, size: int, what: str) -> mmap.mmap:
+def _file(path: Path, size: int, contents: str) -> mmap.mmap:
     """Map the cache file, made first where there is none."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         if not path.exists():
-            for older in path.parent.glob(f"{path.name.partition('-')[0]}-*.u8"):  # of the set as it was before
-                older.unlink(missing_ok=True)
+            for stale in path.parent.glob(f"{path.name.partition('-')[0]}-*.u8"):  # of the set as it was before
+                stale.unlink(missing_ok=True)
             free = shutil.disk_usage(path.parent).free
-            if size > MARGIN * free:
+            if size > MAX_FRACTION * free:
                 raise DetkitError(
-                    f"data.cache=disk takes {gib(size)} for {what}, more than {MARGIN:.0%} of the {gib(free)} free "
-                    f"at {path.parent}: make room, point XDG_CACHE_HOME at another disk, or use data.cache=null"
+                    f"data.cache=disk takes {gib(size)} for {contents}, more than {MAX_FRACTION:.0%} of the "
+                    f"{gib(free)} free at {path.parent}: make room, point XDG_CACHE_HOME at another disk, or use data.cache=null"
                 )
             _reserve(path, size)
         with path.open("r+b") as file:
@@ -172,7 +172,7 @@ def _reserve(path: Path, size: int) -> None:
 
 def _cache_file(annotations: Annotations, longest: int) -> Path:
     """Return the file in the user's cache folder, named by the set and by all that its pixels depend on."""
-    of_set = hashlib.blake2b(os.fsencode(f"{annotations.source.absolute()} {longest}"), digest_size=8)
+    set_digest = hashlib.blake2b(os.fsencode(f"{annotations.source.absolute()} {longest}"), digest_size=8)
     digest = hashlib.blake2b(b"%d " % VERSION + np.ascontiguousarray(annotations.sizes).tobytes(), digest_size=8)
     for path in annotations.paths:
         try:
@@ -180,4 +180,4 @@ def _cache_file(annotations: Annotations, longest: int) -> Path:
         except OSError as error:
             raise DetkitError(f"cannot read image {path}: {error.strerror or error}") from None
         digest.update(os.fsencode(path) + b"\0%d %d\n" % (status.st_size, status.st_mtime_ns))
-    return cache_dir() / "images" / f"{of_set.hexdigest()}-{digest.hexdigest()}.u8"
+    return cache_dir() / "images" / f"{set_digest.hexdigest()}-{digest.hexdigest()}.u8"

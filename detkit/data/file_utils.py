@@ -90,26 +90,26 @@ def walk(folder: Path) -> Iterator[str]:
         DetkitError: the folder itself cannot be listed; folders within that cannot are passed over.
     """
     seen: set[tuple[int, int]] = set()
-    waiting = [str(folder)]
-    while waiting:
-        here = waiting.pop()
+    pending = [str(folder)]
+    while pending:
+        current = pending.pop()
         try:
-            status = os.stat(here)
-            with os.scandir(here) as entries:
+            status = os.stat(current)
+            with os.scandir(current) as entries:
                 found = sorted((entry.name, _is_folder(entry)) for entry in entries)
         except OSError as error:
-            if here == str(folder):
+            if current == str(folder):
                 raise DetkitError(f"cannot list the folder {folder}: {error.strerror or error}") from None
             continue
         if (status.st_dev, status.st_ino) in seen:
             continue
         seen.add((status.st_dev, status.st_ino))
         for name, is_folder in found:
-            path = os.path.join(here, name)
+            path = os.path.join(current, name)
             if not is_folder:
                 yield path
             elif not name.startswith("."):
-                waiting.append(path)
+                pending.append(path)
 
 
 def _is_folder(entry: os.DirEntry) -> bool:
@@ -122,7 +122,7 @@ def _is_folder(entry: os.DirEntry) -> bool:
 def map_files(
     function: Callable[[str], Any],
     paths: Sequence[str],
-    words: str,
+    description: str,
     workers: int,
     initializer: Callable[[], None] | None = None,
 ) -> Iterator[Any]:
@@ -135,42 +135,42 @@ def map_files(
     Raises:
         DetkitError: one of the processes was killed, or nothing comes from them for TIMEOUT.
     """
-    others = multiprocessing.active_children()
+    unrelated = multiprocessing.active_children()
     try:
-        with ProcessPoolExecutor(max(workers, 1), initializer=partial(_begin, initializer)) as pool:
-            results = _in_turn(pool, function, iter(paths), 4 * max(workers, 1))
+        with ProcessPoolExecutor(max(workers, 1), initializer=partial(_init_process, initializer)) as pool:
+            results = _in_order(pool, function, iter(paths), 4 * max(workers, 1))
             try:
-                yield from track(results, words, len(paths), transient=True, disable=not sys.stdout.isatty())
+                yield from track(results, description, len(paths), transient=True, disable=not sys.stdout.isatty())
             except BaseException:
                 for child in multiprocessing.active_children():  # the pool would wait for what they are at
-                    if child not in others:
+                    if child not in unrelated:
                         child.kill()
                 raise
     except BrokenProcessPool:
-        raise DetkitError(f"{words}: a process was killed, for want of memory perhaps; try workers=1") from None
+        raise DetkitError(f"{description}: a process was killed, for want of memory perhaps; try workers=1") from None
     except TimeoutError:
         reason = "the storage stalls, or the processes were stopped"
-        raise DetkitError(f"{words}: nothing has come for {TIMEOUT:g} seconds: {reason}") from None
+        raise DetkitError(f"{description}: nothing has come for {TIMEOUT:g} seconds: {reason}") from None
 
 
-def _in_turn(
+def _in_order(
     pool: ProcessPoolExecutor, function: Callable[[str], Any], paths: Iterator[str], ahead: int
 ) -> Iterator[Any]:
     """Yield ``function(path)`` in order; no more than ``ahead`` chunks wait (``pool.map`` would keep them all)."""
-    waiting: deque[Future] = deque()
+    pending: deque[Future] = deque()
     while chunk := [*islice(paths, CHUNK)]:
-        waiting.append(pool.submit(_each, function, chunk))
-        if len(waiting) == ahead:
-            yield from waiting.popleft().result(TIMEOUT)
-    for future in waiting:
+        pending.append(pool.submit(_map_chunk, function, chunk))
+        if len(pending) == ahead:
+            yield from pending.popleft().result(TIMEOUT)
+    for future in pending:
         yield from future.result(TIMEOUT)
 
 
-def _each(function: Callable[[str], Any], paths: list[str]) -> list[Any]:
+def _map_chunk(function: Callable[[str], Any], paths: list[str]) -> list[Any]:
     return [function(path) for path in paths]
 
 
-def _begin(initializer: Callable[[], None] | None) -> None:
+def _init_process(initializer: Callable[[], None] | None) -> None:
     """Prepare a process, which ends with this one and leaves Ctrl-C to it."""
     end_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -35,7 +35,7 @@ def probe(path: str | Path) -> tuple[int, int, int, int, int]:
         return 0, 0, 0, 0, MISSING
     try:
         with warnings.catch_warnings(action="ignore"), open_image(path) as file:  # malformed EXIF is passed over
-            return _describe(open_header(file), path)
+            return _inspect(open_header(file), path)
     except PILLOW_ERRORS:  # UnreadableImage is one of them
         return 0, 0, 0, 0, UNREADABLE
 
@@ -52,7 +52,7 @@ def why_unreadable(path: str | Path) -> str:
     return "it is damaged"
 
 
-def _describe(image: Image.Image, path: str | Path) -> tuple[int, int, int, int, int]:
+def _inspect(image: Image.Image, path: str | Path) -> tuple[int, int, int, int, int]:
     width, height = image.size
     mode, flags = image.mode, 0
     if mode in ("1", "L", "LA", "La") or mode.startswith("I"):
@@ -70,7 +70,7 @@ def _describe(image: Image.Image, path: str | Path) -> tuple[int, int, int, int,
         exif, whole = _png_chunks(path)
     else:
         exif = image.getexif()
-        whole = image.format not in ("JPEG", "MPO") or _jpeg_ends(path)
+        whole = image.format not in ("JPEG", "MPO") or _has_jpeg_end(path)
     orientation = exif.get(EXIF_ORIENTATION, 1)
     if orientation in range(2, 9):
         flags |= ROTATED | orientation << ORIENTATION_SHIFT
@@ -106,17 +106,17 @@ def _png_chunks(path: str | Path) -> tuple[Image.Exif, bool]:
     return exif, False
 
 
-def _jpeg_ends(path: str | Path) -> bool:
+def _has_jpeg_end(path: str | Path) -> bool:
     """Whether the end marker is there; cameras pad a file, so that where it is missing the picture is decoded."""
     with open_image(path) as file:
         size = file.seek(0, os.SEEK_END)
         file.seek(max(size - 64, 0))
         if b"\xff\xd9" in file.read():
             return True
-    return _decodes(path)
+    return _is_decodable(path)
 
 
-def _decodes(path: str | Path) -> bool:
+def _is_decodable(path: str | Path) -> bool:
     try:
         with open_image(path) as file:
             open_header(file).load()

@@ -25,8 +25,8 @@ from detkit.ops.files import cache_dir, open_regular
 from detkit.ops.image import max_pixels
 
 VERSION = 4  # of the layout, and of the judgement of images and boxes
-ABOUT = "index.json"  # everything but the arrays
-PART = 2**18  # elements that are written at a time
+METADATA_FILE = "index.json"  # everything but the arrays
+CHUNK = 2**18  # elements that are written at a time
 ARRAYS = {  # of N images and T boxes: type and shape of an element
     "image_ids": (np.int64, ()),
     "sizes": (np.int32, (2,)),
@@ -43,7 +43,7 @@ def cached(
     kind: str,
     files: Sequence[Path],
     folders: Sequence[Path],
-    flat: Sequence[Path],
+    flat_folders: Sequence[Path],
     log: IssueLog | None,
     build: Callable[[IssueLog], Annotations],
     **arguments: Any,
@@ -58,10 +58,11 @@ def cached(
     if log is not None:
         return build(log)
     name = json.dumps(
-        [VERSION, max_pixels(), kind, [str(p.absolute()) for p in (*files, *folders, *flat)], arguments], sort_keys=True
+        [VERSION, max_pixels(), kind, [str(p.absolute()) for p in (*files, *folders, *flat_folders)], arguments],
+        sort_keys=True,
     )
     prefix = hashlib.blake2b(name.encode(errors="surrogateescape"), digest_size=8).hexdigest()
-    index = index_folder() / f"{prefix}-{fingerprint(files, folders, flat)}"
+    index = index_folder() / f"{prefix}-{fingerprint(files, folders, flat_folders)}"
     annotations = open_index(index)
     if annotations is None:
         annotations = build(IssueLog())
@@ -76,24 +77,24 @@ def index_folder() -> Path:
     return cache_dir() / "index"
 
 
-def fingerprint(files: Sequence[Path], folders: Sequence[Path], flat: Sequence[Path]) -> str:
+def fingerprint(files: Sequence[Path], folders: Sequence[Path], flat_folders: Sequence[Path]) -> str:
     """Return a hash of the names, sizes and modification times of files, and of all files in folders."""
     digest = hashlib.blake2b(digest_size=16)
     for file in files:
-        digest.update(_state(str(file)))
+        digest.update(_file_state(str(file)))
     for folder in folders:
         if os.path.isdir(folder):
             for path in walk(folder):
-                digest.update(_state(path))
+                digest.update(_file_state(path))
         digest.update(b"end")
-    for folder in flat:
+    for folder in flat_folders:
         for name in names_in(folder):
-            digest.update(_state(os.path.join(folder, name)))
+            digest.update(_file_state(os.path.join(folder, name)))
         digest.update(b"end")
     return digest.hexdigest()
 
 
-def _state(path: str) -> bytes:
+def _file_state(path: str) -> bytes:
     try:
         status = os.stat(path)
         return os.fsencode(path) + b"\0%d %d\0" % (status.st_size, status.st_mtime_ns)
@@ -103,9 +104,9 @@ def _state(path: str) -> bytes:
 
 def write_index(annotations: Annotations, folder: Path) -> bool:
     """Write the index in one piece: whole or not at all, whoever else writes it; False where the disk refuses."""
-    table = annotations.paths if isinstance(annotations.paths, PathTable) else PathTable.of(annotations.paths)
+    table = annotations.paths if isinstance(annotations.paths, PathTable) else PathTable.from_paths(annotations.paths)
     arrays = {name: getattr(annotations, name) for name in ARRAYS} | {"path_text": table.text, "path_ends": table.ends}
-    about = {
+    metadata = {
         "source": str(annotations.source),
         "class_names": annotations.class_names,
         "category_ids": annotations.category_ids,
@@ -114,12 +115,12 @@ def write_index(annotations: Annotations, folder: Path) -> bool:
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".index-", dir=folder.parent) as scratch:
-            made = Path(scratch, "index")
-            made.mkdir()
+            new_index = Path(scratch, "index")
+            new_index.mkdir()
             for name, array in arrays.items():
-                _save(made / f"{name}.npy", array)
-            (made / ABOUT).write_text(json.dumps(about))
-            _publish(made, folder)
+                _save(new_index / f"{name}.npy", array)
+            (new_index / METADATA_FILE).write_text(json.dumps(metadata))
+            _publish(new_index, folder)
         return True
     except OSError:  # a full or read-only disk
         return False
@@ -130,19 +131,19 @@ def _save(file: Path, array: np.ndarray) -> None:
     with file.open("wb") as stream:
         header = {"descr": npy.dtype_to_descr(array.dtype), "fortran_order": False, "shape": array.shape}
         npy.write_array_header_1_0(stream, header)
-        for start in range(0, len(array), PART):
-            array[start : start + PART].tofile(stream)
+        for start in range(0, len(array), CHUNK):
+            array[start : start + CHUNK].tofile(stream)
             _unmap_pages(array)
 
 
-def _publish(made: Path, folder: Path) -> None:
+def _publish(new_index: Path, folder: Path) -> None:
     """Move an index to its place, unless another process has put one there meanwhile."""
     try:
-        made.rename(folder)
+        new_index.rename(folder)
     except OSError:
         if open_index(folder) is None:  # what is there is damaged
             _remove(folder)
-            made.rename(folder)
+            new_index.rename(folder)
 
 
 def _unmap_pages(array: np.ndarray) -> None:
@@ -155,16 +156,16 @@ def _unmap_pages(array: np.ndarray) -> None:
 def open_index(folder: Path) -> Annotations | None:
     """Map an index into memory; None where it is not there or not whole."""
     try:
-        with open_regular(folder / ABOUT) as file:
-            about = json.load(file)
+        with open_regular(folder / METADATA_FILE) as file:
+            metadata = json.load(file)
         arrays = {name: _map(folder / f"{name}.npy", *element) for name, element in ARRAYS.items()}
         table = PathTable(*(_map(folder / f"{name}.npy", *element) for name, element in PATH_ARRAYS.items()))
         annotations = Annotations(
-            source=Path(about["source"]),
+            source=Path(metadata["source"]),
             paths=table,
-            class_names=tuple(about["class_names"]),
-            category_ids=tuple(about["category_ids"]),
-            issues=IssueLog.from_dict(about["problems"]),
+            class_names=tuple(metadata["class_names"]),
+            category_ids=tuple(metadata["category_ids"]),
+            issues=IssueLog.from_dict(metadata["problems"]),
             **arrays,
         )
         return annotations if _is_consistent(annotations, table) else None

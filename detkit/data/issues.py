@@ -129,7 +129,7 @@ class IssueLog:
         """Return the first problem kept that has one of these outcomes."""
         return next((p for p in self.issues if KINDS[p.kind].outcome in outcomes), None)
 
-    def refuse(self) -> None:
+    def raise_if_any(self) -> None:
         """Check that nothing was fixed or skipped.
 
         Raises:
@@ -139,8 +139,8 @@ class IssueLog:
         if first is not None:
             others = sum(self.of(SKIPPED, FIXED).values()) - 1
             more = f" (and {others} more)" if others else ""
-            words = shorten(str(first), 600)
-            raise DetkitError(f"{words}{more}; data.strict=true refuses it, and check_data lists everything")
+            message = shorten(str(first), 600)
+            raise DetkitError(f"{message}{more}; data.strict=true refuses it, and check_data lists everything")
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain data for json."""

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from detkit.data.sampling import draw_items, epoch_length
-from detkit.data.workers import TIMEOUT, Workers, init_worker, share, worker_context
+from detkit.data.workers import TIMEOUT, Workers, init_worker, to_shared_memory, worker_context
 from detkit.distributed.collectives import world_size
 from detkit.errors import DetkitError, UnreadableImage
 from detkit.structures import Batch, Sample, SampleKey
@@ -127,10 +127,10 @@ class BatchLoader:
         self.batches = BatchSampler(self.sampler, batch_size, starts)
         self.issues: list[str] = []
         loader = DataLoader(
-            _Guarded(dataset),
+            _ErrorsAsValues(dataset),
             batch_sampler=self.batches,
             num_workers=workers,
-            collate_fn=_collate,
+            collate_fn=_collate_or_error,
             pin_memory=pin,
             persistent_workers=workers > 0,
             worker_init_fn=init_worker,
@@ -158,10 +158,10 @@ class BatchLoader:
             WorkersLost: a process has died, or there was no batch in time.
         """
         self.sampler.epoch, self.batches.skip = epoch, skip
-        yield from made_batches(self.workers, self.issues, skip)
+        yield from collect_batches(self.workers, self.issues, skip)
 
 
-def made_batches(
+def collect_batches(
     results: Iterable[tuple[Batch | DetkitError | None, list[str]]], issues: list[str], skip: int
 ) -> Iterator[Batch]:
     """Yield what worker processes made, with the problems met since the batch before.
@@ -178,8 +178,8 @@ def made_batches(
         DetkitError: the mistake that came instead of a batch, or there was no batch at all.
     """
     empty = world_size() == 1 and skip == 0  # of several ranks, one may well have no image
-    for position, (batch, sentences) in enumerate(results, 1 + skip):
-        issues += sentences
+    for position, (batch, messages) in enumerate(results, 1 + skip):
+        issues += messages
         if isinstance(batch, DetkitError):
             raise type(batch)(str(batch))  # not itself: a cycle with this frame would make the workers end late
         empty = empty and batch is None
@@ -221,7 +221,7 @@ def collate(samples: list[Sample]) -> Batch:
     return Batch(images, boxes, labels, valid, [s.meta for s in samples])
 
 
-class _Guarded(Dataset):
+class _ErrorsAsValues(Dataset):
     """Hands a DetkitError on as a value: raised in a worker, it would arrive wrapped in that process' traceback."""
 
     def __init__(self, dataset: Dataset) -> None:
@@ -234,11 +234,11 @@ class _Guarded(Dataset):
             return error
 
 
-def _collate(items: list[Sample | DetkitError]) -> tuple[Batch | DetkitError | None, list[str]]:
+def _collate_or_error(items: list[Sample | DetkitError]) -> tuple[Batch | DetkitError | None, list[str]]:
     issues = [str(item) for item in items if isinstance(item, UnreadableImage)]
     fault = next((e for e in items if isinstance(e, DetkitError) and not isinstance(e, UnreadableImage)), None)
     samples = [item for item in items if isinstance(item, Sample)]
     try:
-        return fault or (share(collate(samples)) if samples else None), issues
+        return fault or (to_shared_memory(collate(samples)) if samples else None), issues
     except DetkitError as error:
         return error, issues

@@ -8,7 +8,7 @@ from typing import Any
 import detkit.data.formats  # noqa: F401  (registers them)
 from detkit.data.annotations import Annotations
 from detkit.data.issues import FIXED, SKIPPED, IssueLog
-from detkit.data.splits import TRAINED, MissingSplit, splits_of
+from detkit.data.splits import REQUIRED_SPLITS, MissingSplit, splits_of
 from detkit.errors import DetkitError
 from detkit.registry import DATASETS
 
@@ -31,11 +31,11 @@ def read_split(data: Mapping[str, Any], split: str, log: IssueLog | None = None)
         return DATASETS.build(_reader_arguments(data), split, log=log)
     annotations = DATASETS.build(_reader_arguments(data), split)
     if data.get("strict"):
-        annotations.issues.refuse()
+        annotations.issues.raise_if_any()
     return annotations
 
 
-def read_splits(data: Mapping[str, Any], kept: int | None = None) -> dict[str, Annotations]:
+def read_splits(data: Mapping[str, Any], issue_limit: int | None = None) -> dict[str, Annotations]:
     """Read every split of the configured data set; say which are skipped, as their files are not there or
     their classes are others.
 
@@ -48,9 +48,9 @@ def read_splits(data: Mapping[str, Any], kept: int | None = None) -> dict[str, A
     splits: dict[str, Annotations] = {}
     for split in splits_of(_reader_arguments(data)):
         try:
-            splits[split] = read_split(data, split, None if kept is None else IssueLog(kept))
+            splits[split] = read_split(data, split, None if issue_limit is None else IssueLog(issue_limit))
         except MissingSplit as error:
-            if split in TRAINED:
+            if split in REQUIRED_SPLITS:
                 raise
             logger.warning("%s is skipped: %s", split, error)
     train_set = splits["train"]
@@ -61,7 +61,7 @@ def read_splits(data: Mapping[str, Any], kept: int | None = None) -> dict[str, A
         try:
             check_classes(train_set, splits[split])
         except DetkitError as error:
-            if split in TRAINED:
+            if split in REQUIRED_SPLITS:
                 raise
             logger.warning("%s is skipped: %s", split, error)
             del splits[split]
@@ -74,12 +74,12 @@ def read_training(data: Mapping[str, Any]) -> tuple[Annotations, Annotations]:
     Raises:
         DetkitError: one cannot be read, their classes differ, or one has no boxes and ``data.allow_empty`` is not set.
     """
-    train_set, val_set = (read_split(data, split) for split in TRAINED)
+    train_set, val_set = (read_split(data, split) for split in REQUIRED_SPLITS)
     check_classes(train_set, val_set)
-    for split, annotations in zip(TRAINED, (train_set, val_set), strict=True):
+    for split, annotations in zip(REQUIRED_SPLITS, (train_set, val_set), strict=True):
         if not len(annotations.labels) and not data.get("allow_empty"):
-            words = "correct that, or train all the same with data.allow_empty=true (check_data lists what is wrong)"
-            raise DetkitError(f"{split} has no boxes: {explain_empty(annotations)}; {words}")
+            hint = "correct that, or train all the same with data.allow_empty=true (check_data lists what is wrong)"
+            raise DetkitError(f"{split} has no boxes: {explain_empty(annotations)}; {hint}")
     return train_set, val_set
 
 
@@ -87,13 +87,13 @@ def explain_empty(annotations: Annotations) -> str:
     """Say where the boxes of a split without any were looked for, and what was found there."""
     issues, count = annotations.issues, len(annotations)
     without = issues.counts["unlabelled_image"]
-    words = [f"{count} images in {annotations.source}"]
+    parts = [f"{count} images in {annotations.source}"]
     if without:
         first = next(issue for issue in issues.issues if issue.kind == "unlabelled_image")
-        words += [f"label files found: {max(count - without, 0)} of {count}", f"the first image: {first}"]
+        parts += [f"label files found: {max(count - without, 0)} of {count}", f"the first image: {first}"]
     if issues.summary():
-        words += [issues.summary(), f"the first: {issues.first(SKIPPED, FIXED)}"]
-    return "; ".join(words)
+        parts += [issues.summary(), f"the first: {issues.first(SKIPPED, FIXED)}"]
+    return "; ".join(parts)
 
 
 def _reader_arguments(data: Mapping[str, Any]) -> dict[str, Any]:

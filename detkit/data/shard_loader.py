@@ -17,8 +17,8 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from detkit.data.dataset import DetectionDataset
-from detkit.data.loader import collate, made_batches
-from detkit.data.workers import TIMEOUT, Workers, init_worker, share, worker_context
+from detkit.data.loader import collate, collect_batches
+from detkit.data.workers import TIMEOUT, Workers, init_worker, to_shared_memory, worker_context
 from detkit.distributed.collectives import world_size
 from detkit.distributed.process_group import rank
 from detkit.errors import DetkitError, UnreadableImage
@@ -92,7 +92,7 @@ class ShardLoader:
             WorkersLost: a process has died, or there was no batch in time.
         """
         self.stream.progress.copy_(torch.tensor([epoch, skip]))
-        yield from made_batches(islice(self.workers, skip, None), self.issues, skip)
+        yield from collect_batches(islice(self.workers, skip, None), self.issues, skip)
 
 
 class ShardStream(IterableDataset):
@@ -121,9 +121,9 @@ class ShardStream(IterableDataset):
         worker, workers = (info.id, info.num_workers) if (info := get_worker_info()) else (0, 1)
         epoch, skip = self.progress.tolist()
         batches = len(self.batch_bounds) - 1
-        shares = [batches * k // workers for k in range(workers + 1)]
-        bounds = self.batch_bounds[shares[worker] : shares[worker + 1] + 1]
-        turns = sorted((turn, k) for k in range(workers) for turn in range(shares[k + 1] - shares[k]))
+        worker_bounds = [batches * k // workers for k in range(workers + 1)]
+        bounds = self.batch_bounds[worker_bounds[worker] : worker_bounds[worker + 1] + 1]
+        turns = sorted((turn, k) for k in range(workers) for turn in range(worker_bounds[k + 1] - worker_bounds[k]))
         skip = [k for _, k in turns[:skip]].count(worker)  # of this worker's: they take turns
         issues: list[str] = []
         begin, end = self.begin + int(bounds[0]), self.begin + int(bounds[-1])
@@ -135,7 +135,7 @@ class ShardStream(IterableDataset):
         for size in np.diff(bounds[skip:]):
             try:
                 batch = [*islice(samples, int(size))]
-                yield share(collate(batch)) if batch else None, issues.copy()
+                yield to_shared_memory(collate(batch)) if batch else None, issues.copy()
             except DetkitError as error:  # raised here, it would arrive wrapped in this process' traceback
                 yield error, issues.copy()
             issues.clear()
@@ -208,8 +208,8 @@ class ShardStream(IterableDataset):
 
         for k, sample in enumerate(chain(tuple(pool), samples)):
             if k >= skip:
-                own = np.random.default_rng((self.seed, epoch, sample.meta.index))
-                yield self.augment(sample, partial(partner, own), own, epoch)
+                sample_rng = np.random.default_rng((self.seed, epoch, sample.meta.index))
+                yield self.augment(sample, partial(partner, sample_rng), sample_rng, epoch)
             pool[rng.integers(len(pool))] = sample
 
 
@@ -232,13 +232,13 @@ def shuffled(images: Iterable[EncodedImage], rng: np.random.Generator) -> Iterat
     The buffer fills by and by, as two images come for one that leaves: the first batch does not wait for it to be full.
     """
     buffer: list[EncodedImage] = []
-    held = 0
+    buffered_bytes = 0
     for count, image in enumerate(images):
         buffer.append(image)
-        held += len(image[1])
-        while held > BUFFER_BYTES or len(buffer) > max(BUFFER_START, count // 2):
+        buffered_bytes += len(image[1])
+        while buffered_bytes > BUFFER_BYTES or len(buffer) > max(BUFFER_START, count // 2):
             k = int(rng.integers(len(buffer)))
             buffer[k], buffer[-1] = buffer[-1], buffer[k]
-            held -= len(buffer[-1][1])
+            buffered_bytes -= len(buffer[-1][1])
             yield buffer.pop()
     yield from (buffer[k] for k in rng.permutation(len(buffer)))

@@ -9,7 +9,7 @@ from typing import Any
 from detkit.errors import DetkitError, nearest, shorten
 from detkit.registry import DATASETS, SPLIT_NAMES
 
-TRAINED = ("train", "val")  # every set has these
+REQUIRED_SPLITS = ("train", "val")  # every set has these
 ALIASES = {"valid": "val", "validation": "val"}  # what some tools call it
 HELD_OUT_FIRST = {"test": 0, "val": 1, "train": 3}  # others: 2
 
@@ -29,7 +29,7 @@ def splits_of(arguments: Mapping[str, Any]) -> list[str]:
     """
     DATASETS.get(arguments["name"])
     if arguments["name"] not in SPLIT_NAMES.names():  # a plugin's
-        return [*TRAINED]
+        return [*REQUIRED_SPLITS]
     return SPLIT_NAMES.build(arguments)
 
 
@@ -42,8 +42,8 @@ def pick_split(split: str, known: Iterable[str], source: object) -> str:
     known = [*known]
     name = split if split in known else ALIASES.get(split, split)
     if name not in known:
-        there = ", ".join(map(shorten, known))
-        raise DetkitError(f"{source} has no split '{shorten(split)}': it has {there}{nearest(split, known)}")
+        available = ", ".join(map(shorten, known))
+        raise DetkitError(f"{source} has no split '{shorten(split)}': it has {available}{nearest(split, known)}")
     return name
 
 

@@ -13,7 +13,7 @@ from detkit.data.augment.mosaic import clip_boxes
 from detkit.data.dataset import DetectionDataset
 from detkit.structures import ImageMeta, Sample, SampleKey
 
-PAIRS = 1 << 18  # boxes times tiles that are looked at together, to bound the memory
+MAX_PAIRS = 1 << 18  # boxes times tiles that are looked at together, to bound the memory
 
 
 class TiledDataset(Dataset):
@@ -34,11 +34,13 @@ class TiledDataset(Dataset):
     ) -> None:
         self.dataset = dataset
         self.files = DetectionDataset(dataset.annotations)
-        self.image_of_tile, self.windows, self._boxed = find_tiles(dataset.annotations, size, overlap)
-        shows = np.zeros(len(self.windows), bool)
-        shows[self._boxed[0]] = True
-        self.filled, self.empty = np.flatnonzero(shows), np.flatnonzero(~shows)
-        self.empty_slots = min(round(len(self.filled) * (1 - positive_fraction) / positive_fraction), len(self.empty))
+        self.image_of_tile, self.windows, self._tile_labels = find_tiles(dataset.annotations, size, overlap)
+        is_positive = np.zeros(len(self.windows), bool)
+        is_positive[self._tile_labels[0]] = True
+        self.positive_tiles, self.empty_tiles = np.flatnonzero(is_positive), np.flatnonzero(~is_positive)
+        self.empty_slots = min(
+            round(len(self.positive_tiles) * (1 - positive_fraction) / positive_fraction), len(self.empty_tiles)
+        )
 
     @property
     def in_memory(self) -> bool:
@@ -46,7 +48,7 @@ class TiledDataset(Dataset):
         return self.dataset.in_memory
 
     def __len__(self) -> int:
-        return len(self.dataset) + len(self.filled) + self.empty_slots
+        return len(self.dataset) + len(self.positive_tiles) + self.empty_slots
 
     def __getitem__(self, key: SampleKey | tuple[int, int]) -> Sample:
         """Return item ``key[1]`` in epoch ``key[0]``: an image, or a tile of one."""
@@ -64,15 +66,17 @@ class TiledDataset(Dataset):
 
     def tile(self, epoch: int, slot: int) -> int:
         """Return the tile of ``slot`` among the items after the whole images."""
-        if slot < len(self.filled):
-            return int(self.filled[slot])
-        return int(self.empty[(slot - len(self.filled) + epoch * self.empty_slots) % len(self.empty)])
+        if slot < len(self.positive_tiles):
+            return int(self.positive_tiles[slot])
+        return int(
+            self.empty_tiles[(slot - len(self.positive_tiles) + epoch * self.empty_slots) % len(self.empty_tiles)]
+        )
 
     def labels_by_item(self) -> tuple[np.ndarray, np.ndarray]:
         """Return the item of each box that shows, and its label, (T,) each."""
         items, labels = self.dataset.labels_by_item()
-        tiles, tile_labels = self._boxed
-        slots = len(self.dataset) + np.searchsorted(self.filled, tiles)
+        tiles, tile_labels = self._tile_labels
+        slots = len(self.dataset) + np.searchsorted(self.positive_tiles, tiles)
         return np.concatenate((items, slots)), np.concatenate((labels, tile_labels))
 
 
@@ -117,16 +121,16 @@ def find_tiles(
         images.append(np.repeat(members, len(grid)))
         windows.append(np.tile(grid, (len(members), 1)))
         rows = boxes_by_shape[box_bounds[k] : box_bounds[k + 1]]
-        for part in np.array_split(rows, -(-len(rows) * len(grid) // PAIRS) or 1):
-            row, tile = np.nonzero(_shows(a.boxes[part], grid))
-            member = np.searchsorted(members, image_of_box[part[row]])
+        for chunk in np.array_split(rows, -(-len(rows) * len(grid) // MAX_PAIRS) or 1):
+            row, tile = np.nonzero(_visible_pairs(a.boxes[chunk], grid))
+            member = np.searchsorted(members, image_of_box[chunk[row]])
             tiles.append(first + member * len(grid) + tile)
-            labels.append(a.labels[part[row]])
+            labels.append(a.labels[chunk[row]])
         first += len(members) * len(grid)
     return np.concatenate(images), np.concatenate(windows), (np.concatenate(tiles), np.concatenate(labels))
 
 
-def _shows(boxes: np.ndarray, windows: np.ndarray) -> np.ndarray:
+def _visible_pairs(boxes: np.ndarray, windows: np.ndarray) -> np.ndarray:
     """Return which of (N, 4) boxes show enough in which of (T, 4) windows, (N, T) bool."""
     pairs = np.repeat(boxes, len(windows), axis=0)
     window_of_pair = np.tile(windows, (len(boxes), 1))

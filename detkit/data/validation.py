@@ -20,8 +20,8 @@ from detkit.data.image_probe import (
 )
 from detkit.data.issues import IssueLog
 
-OVERHANG = 1.0  # pixels that a box may reach over its image's edge before that is called a problem: rounding
-BEYOND = 1e-3  # the same of normalised values
+PIXEL_TOLERANCE = 1.0  # pixels that a box may reach over its image's edge before that is called a problem: rounding
+NORMALISED_TOLERANCE = 1e-3  # the same of normalised values
 ASPECT_TOLERANCE = 0.02  # relative: a resized image keeps its aspect to within this
 ISSUES_OF_FLAGS = {
     MISSING: ("missing_image", "the file does not exist"),
@@ -48,13 +48,13 @@ class ImageValidation:
     """
 
     usable: np.ndarray
-    first_of: np.ndarray
+    first_index: np.ndarray
     scale: np.ndarray
     turned: np.ndarray
     stored: np.ndarray
     orientation: np.ndarray
 
-    def move(self, image_of: np.ndarray, boxes: np.ndarray, areas: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def to_upright(self, image_of: np.ndarray, boxes: np.ndarray, areas: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return (T, 4) boxes and (T,) areas, of the images ``image_of`` (T,), in the frame of the upright image."""
         if (self.scale != 1).any():
             factors = self.scale[image_of]
@@ -78,14 +78,14 @@ def validate_images(paths: Sequence[str], probes: np.ndarray, stated: np.ndarray
         stated: (N, 2) height and width that the labels state, 0 where they do not.
     """
     sizes, stored, flags = probes[:, :2], probes[:, 2:4], probes[:, 4]
-    for bit, (kind, words) in ISSUES_OF_FLAGS.items():
+    for bit, (kind, message) in ISSUES_OF_FLAGS.items():
 
-        def describe_flag(k: int, words: str = words) -> tuple[str, None, str]:
-            return paths[k], None, words or why_unreadable(paths[k])
+        def describe_flag(k: int, message: str = message) -> tuple[str, None, str]:
+            return paths[k], None, message or why_unreadable(paths[k])
 
         log.extend(kind, np.flatnonzero(flags & bit), describe_flag)
-    positions, first_of = np.arange(len(paths)), _first_of_each(paths)
-    first = first_of == positions
+    positions, first_index = np.arange(len(paths)), _first_indices(paths)
+    first = first_index == positions
     log.extend("repeated_image", np.flatnonzero(~first), lambda k: (paths[k], None, "listed before"))
     readable = (flags & UNUSABLE) == 0
 
@@ -104,8 +104,10 @@ def validate_images(paths: Sequence[str], probes: np.ndarray, stated: np.ndarray
     log.extend("contradicting_size", np.flatnonzero(contradicting), describe)
     scale = np.where(resized[:, None], scale[:, ::-1], 1.0)
     usable = readable & first & ~contradicting
-    first_of = np.where(contradicting, positions, first_of)  # boxes that cannot be trusted are not given to the first
-    return ImageValidation(usable, first_of, scale, turned, stored, flags >> ORIENTATION_SHIFT)
+    first_index = np.where(
+        contradicting, positions, first_index
+    )  # boxes that cannot be trusted are not given to the first
+    return ImageValidation(usable, first_index, scale, turned, stored, flags >> ORIENTATION_SHIFT)
 
 
 def orient_boxes(boxes: np.ndarray, stored: np.ndarray, orientation: np.ndarray) -> np.ndarray:
@@ -123,7 +125,7 @@ def validate_boxes(
     image_of: np.ndarray,
     sizes: np.ndarray,
     normalised: bool,
-    place: Callable[[int], tuple[object, int | None, str]],
+    locate: Callable[[int], tuple[object, int | None, str]],
     log: IssueLog,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Clip boxes to their images, and decide which can be used.
@@ -136,18 +138,18 @@ def validate_boxes(
     Returns:
         the boxes in pixels, clipped; and (T,) bool.
     """
-    given = boxes
+    original = boxes
 
-    def report(kind: str, mask: np.ndarray, words: str) -> None:
+    def report(kind: str, mask: np.ndarray, message: str) -> None:
         def describe(k: int) -> tuple[object, int | None, str]:
-            file, line, intro = place(k)
-            return file, line, f"{intro}[{', '.join(f'{v:g}' for v in given[k])}] {words}"
+            file, line, intro = locate(k)
+            return file, line, f"{intro}[{', '.join(f'{v:g}' for v in original[k])}] {message}"
 
         log.extend(kind, np.flatnonzero(mask), describe)
 
     height, width = sizes.T.astype(np.float64)[:, image_of]
     if normalised:
-        beyond = ((boxes < -BEYOND) | (boxes > 1 + BEYOND)).any(1)
+        out_of_range = ((boxes < -NORMALISED_TOLERANCE) | (boxes > 1 + NORMALISED_TOLERANCE)).any(1)
         boxes = boxes * np.stack((width, height, width, height), 1)
     clipped = np.empty_like(boxes)
     for side, limit in enumerate((width, height, width, height)):
@@ -159,18 +161,18 @@ def validate_boxes(
     outside = ~flat & ((visible_w <= 0) | (visible_h <= 0))
     report("outside_box", outside, "(x1, y1, x2, y2) lies outside its image")
     keep = ~flat & ~outside
-    again = _repeated(clipped, labels, image_of, keep)
-    report("duplicate_box", again, "(x1, y1, x2, y2) of the same class was given before")
-    keep &= ~again
+    duplicate = _find_duplicates(clipped, labels, image_of, keep)
+    report("duplicate_box", duplicate, "(x1, y1, x2, y2) of the same class was given before")
+    keep &= ~duplicate
     if normalised:
-        report("beyond_one", keep & beyond, "(x1, y1, x2, y2 from centre and size) reaches beyond 0..1")
+        report("beyond_one", keep & out_of_range, "(x1, y1, x2, y2 from centre and size) reaches beyond 0..1")
     else:
-        over = np.abs(clipped - boxes).max(1, initial=0) > OVERHANG
-        report("overhanging_box", keep & over, "(x1, y1, x2, y2) reaches beyond its image")
+        overhanging = np.abs(clipped - boxes).max(1, initial=0) > PIXEL_TOLERANCE
+        report("overhanging_box", keep & overhanging, "(x1, y1, x2, y2) reaches beyond its image")
     return clipped, keep
 
 
-def _repeated(boxes: np.ndarray, labels: np.ndarray, image_of: np.ndarray, keep: np.ndarray) -> np.ndarray:
+def _find_duplicates(boxes: np.ndarray, labels: np.ndarray, image_of: np.ndarray, keep: np.ndarray) -> np.ndarray:
     """Return (T,) bool: the same box and label stand earlier in the same image."""
     rows = np.flatnonzero(keep)
     order = rows[
@@ -178,12 +180,12 @@ def _repeated(boxes: np.ndarray, labels: np.ndarray, image_of: np.ndarray, keep:
     ]  # stable: the first of its like comes first
     same = (boxes[order][1:] == boxes[order][:-1]).all(1)
     same &= (labels[order][1:] == labels[order][:-1]) & (image_of[order][1:] == image_of[order][:-1])
-    again = np.zeros(len(keep), bool)
-    again[order[1:][same]] = True
-    return again
+    duplicate = np.zeros(len(keep), bool)
+    duplicate[order[1:][same]] = True
+    return duplicate
 
 
-def _first_of_each(paths: Sequence[str]) -> np.ndarray:
+def _first_indices(paths: Sequence[str]) -> np.ndarray:
     """Return (N,) int64, where each file was listed first."""
     first = np.arange(len(paths))
     hashes = np.fromiter((hash(path) for path in paths), np.int64, len(paths))  # a dictionary of all would be large

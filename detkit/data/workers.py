@@ -23,14 +23,19 @@ from detkit.ops.processes import end_with_parent
 from detkit.structures import Batch
 
 TIMEOUT = 600.0  # seconds without a batch after which the processes are given up
-SHARED = "/dev/shm"  # where torch keeps what processes hand to one another, on Linux
-ROOM = "give it more (docker run --shm-size=2g), or use fewer workers, or workers=0"
+SHM_DIR = "/dev/shm"  # where torch keeps what processes hand to one another, on Linux
+SHM_HINT = "give it more (docker run --shm-size=2g), or use fewer workers, or workers=0"
 PREFETCH = 2  # batches that a process makes ahead, torch's default
-SCARCE = (errno.EMFILE, errno.ENFILE, errno.ENOSPC, errno.ENOMEM)  # exit statuses of a process that cannot hand on
+RESOURCE_ERRNOS = (
+    errno.EMFILE,
+    errno.ENFILE,
+    errno.ENOSPC,
+    errno.ENOMEM,
+)  # exit statuses of a process that cannot hand on
 
 HINTS = {
     "SIGKILL": ", as the out-of-memory killer does: use fewer workers, or workers=0",
-    "SIGBUS": f": {SHARED} is full, {ROOM}",
+    "SIGBUS": f": {SHM_DIR} is full, {SHM_HINT}",
 }
 SIGCHLD = getattr(signal, "SIGCHLD", signal.SIGTERM)  # there is none on Windows, and no handler of torch's
 
@@ -57,20 +62,20 @@ class Workers:
         self.timeout = timeout
         self.processes: list[BaseProcess] = []
         self.iterator: Any = None  # torch's
-        self.late = False
+        self.timed_out = False
 
     def __iter__(self) -> Iterator[Any]:
         if not self.loader.num_workers:
             yield from self.loader
             return
         if self.processes:
-            self._waited(lambda: iter(self.loader))
+            self._wait_for(lambda: iter(self.loader))
         else:
             self._start()
-        while (result := self._waited(lambda: next(self.iterator, None))) is not None:
+        while (result := self._wait_for(lambda: next(self.iterator, None))) is not None:
             yield result
 
-    def have_ended(self) -> bool:
+    def any_exited(self) -> bool:
         """Whether one of the processes is no more."""
         return any(process.exitcode is not None for process in self.processes)
 
@@ -88,13 +93,13 @@ class Workers:
             reason = self._fork()
         finally:
             sys.unraisablehook = hook
-        _tame_sigchld(handler)
+        _replace_sigchld_handler(handler)
         if reason is None:
             self.processes += self.iterator._workers  # also those that have died already
         else:
             _kill([child for child in multiprocessing.active_children() if child not in others])
-            words = f"{self.loader.num_workers} data loading processes cannot be started"
-            raise DetkitError(f"{words} ({reason}): use fewer workers, or workers=0")
+            message = f"{self.loader.num_workers} data loading processes cannot be started"
+            raise DetkitError(f"{message} ({reason}): use fewer workers, or workers=0")
 
     def _fork(self) -> str | None:
         """Make torch's iterator; return why there are not so many processes, if there are not.
@@ -111,29 +116,29 @@ class Workers:
             return str(error).strip().rstrip(".")
         return None
 
-    def _waited(self, receive: Callable[[], T]) -> T:
+    def _wait_for(self, receive: Callable[[], T]) -> T:
         """Return what ``receive`` gets from the processes.
 
         Raises:
             WorkersLost: one has died, or nothing came in time.
         """
         try:
-            if self.have_ended():
+            if self.any_exited():
                 raise ChildProcessError
-            with _interrupted(self), _after(self.timeout, self._give_up):
+            with _interrupt_on_exit(self), _call_after(self.timeout, self._on_timeout):
                 return receive()
         except Exception as error:
-            sentence = self._explain(error, self._exit_codes())
-            if sentence is None:
+            message = self._explain(error, self._exit_codes())
+            if message is None:
                 raise
         _kill(self.processes)
         # torch's way to end them may wait for a lock that one of the dead has taken along.
         threading.Thread(target=self.iterator._shutdown_workers, daemon=True).start()
-        raise WorkersLost(sentence)
+        raise WorkersLost(message)
 
-    def _give_up(self) -> None:
+    def _on_timeout(self) -> None:
         """End the processes, and with them whatever the other thread waits for."""
-        self.late = True
+        self.timed_out = True
         for process in self.processes:
             process.kill()
 
@@ -148,9 +153,9 @@ class Workers:
     def _explain(self, error: Exception, codes: list[int]) -> str | None:
         """Say what an error means, and the exit codes of those that have ended; None: a fault in the work itself."""
         count = self.loader.num_workers
-        if self.late:
-            words = f"no batch has come from the {count} data loading processes for {self.timeout:g} seconds"
-            return f"{words} (trainer.loader_timeout): the storage stalls, or they were stopped"
+        if self.timed_out:
+            message = f"no batch has come from the {count} data loading processes for {self.timeout:g} seconds"
+            return f"{message} (trainer.loader_timeout): the storage stalls, or they were stopped"
         if not codes:
             if getattr(error, "errno", None) in (errno.EMFILE, errno.ENFILE) or "open files" in str(error):
                 return (
@@ -158,7 +163,7 @@ class Workers:
                 )
             return None
         if codes[0] >= 0:
-            reason = os.strerror(codes[0]) if codes[0] in SCARCE else f"exit status {codes[0]}"
+            reason = os.strerror(codes[0]) if codes[0] in RESOURCE_ERRNOS else f"exit status {codes[0]}"
             return f"a data loading process has ended ({reason}): use fewer workers, or workers=0"
         name = signal.Signals(-codes[0]).name
         hint = HINTS.get(name, ": workers=0 shows where")
@@ -174,16 +179,16 @@ def check_shared_memory(batch_bytes: int, workers: int) -> None:
     Raises:
         DetkitError: there is not; says what it takes and what there is.
     """
-    if not workers or not os.path.isdir(SHARED):
+    if not workers or not os.path.isdir(SHM_DIR):
         return
-    status = os.statvfs(SHARED)
+    status = os.statvfs(SHM_DIR)
     free, needed = status.f_bavail * status.f_frsize, (PREFETCH * workers + 1) * batch_bytes
     if needed > free:
-        words = f"{workers} data loading processes take {_mib(needed)} of {SHARED} (a batch {_mib(batch_bytes)})"
-        raise DetkitError(f"{words}, which has {_mib(free)} free: {ROOM}")
+        message = f"{workers} data loading processes take {_mib(needed)} of {SHM_DIR} (a batch {_mib(batch_bytes)})"
+        raise DetkitError(f"{message}, which has {_mib(free)} free: {SHM_HINT}")
 
 
-def share(batch: Batch) -> Batch:
+def to_shared_memory(batch: Batch) -> Batch:
     """Move a batch of a worker process to shared memory; elsewhere it stays.
 
     torch would do so as well, but in a thread where what fails is lost and waited for.
@@ -199,8 +204,8 @@ def share(batch: Batch) -> Batch:
             tensor.share_memory_()
     except RuntimeError as error:
         size, reason = _mib(sum(tensor.nbytes for tensor in tensors)), str(error).rpartition(": ")[2].partition(" (")[0]
-        hint = "raise the limit (ulimit -n)" if "open files" in reason else ROOM
-        raise WorkersLost(f"a batch of {size} cannot be handed over through {SHARED} ({reason}): {hint}") from None
+        hint = "raise the limit (ulimit -n)" if "open files" in reason else SHM_HINT
+        raise WorkersLost(f"a batch of {size} cannot be handed over through {SHM_DIR} ({reason}): {hint}") from None
     return batch
 
 
@@ -217,13 +222,13 @@ def init_worker(_: int) -> None:
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
     end_with_parent()
-    Queue._on_queue_feeder_error = staticmethod(_cannot_hand_on)  # type: ignore[attr-defined]  # private
+    Queue._on_queue_feeder_error = staticmethod(_exit_on_queue_error)  # type: ignore[attr-defined]  # private
 
 
-def _cannot_hand_on(error: Exception, _: object) -> None:
+def _exit_on_queue_error(error: Exception, _: object) -> None:
     """End a worker process whose result is lost on its way, as it would be waited for."""
     number = getattr(error, "errno", None)
-    os._exit(number if number in SCARCE else 1)
+    os._exit(number if number in RESOURCE_ERRNOS else 1)
 
 
 def _kill(processes: list[BaseProcess]) -> None:
@@ -239,7 +244,7 @@ def _kill(processes: list[BaseProcess]) -> None:
 _receiving: Workers | None = None  # what the main thread waits for
 
 
-def _tame_sigchld(before: Any) -> None:
+def _replace_sigchld_handler(before: Any) -> None:
     """Put a handler of SIGCHLD in the place of torch's, which raises wherever the main thread is when a worker dies: in
     the middle of an optimizer step or of a file, too. This one raises where the thread waits for that worker.
 
@@ -253,7 +258,7 @@ def _tame_sigchld(before: Any) -> None:
         global _receiving
         if callable(before):
             before(signum, frame)
-        if _receiving is not None and _receiving.have_ended():
+        if _receiving is not None and _receiving.any_exited():
             _receiving = None  # once is enough
             raise ChildProcessError
 
@@ -261,7 +266,7 @@ def _tame_sigchld(before: Any) -> None:
 
 
 @contextmanager
-def _interrupted(workers: Workers) -> Iterator[None]:
+def _interrupt_on_exit(workers: Workers) -> Iterator[None]:
     """Let the death of a process end what the main thread waits for."""
     global _receiving
     _receiving = workers
@@ -272,7 +277,7 @@ def _interrupted(workers: Workers) -> Iterator[None]:
 
 
 @contextmanager
-def _after(seconds: float, call: Callable[[], None]) -> Iterator[None]:
+def _call_after(seconds: float, call: Callable[[], None]) -> Iterator[None]:
     """Call something from another thread, if the block takes longer."""
     timer = threading.Timer(seconds, call)
     timer.daemon = True

@@ -42,7 +42,7 @@ def paste_objects(
     for k in rng.choice(chosen, rng.integers(1, max_objects + 1)):
         extent = high[k] - low[k]
         corners = rng.integers(0, (width, height) - extent + 1, (TRIES, 2))
-        covered = _covered(np.concatenate((corners, corners + extent), 1), boxes)
+        covered = _covered_fraction(np.concatenate((corners, corners + extent), 1), boxes)
         free = (hidden + covered <= MAX_HIDDEN).all(1)
         if not free.any():
             continue
@@ -50,7 +50,7 @@ def paste_objects(
         (x, y), (w, h) = corners[place], extent
         image[y : y + h, x : x + w] = donor.image[low[k, 1] : high[k, 1], low[k, 0] : high[k, 0]]
         crop = np.concatenate((low[k], high[k]))
-        shown = _covered(crop[None], donor_boxes)[0] >= MIN_SHOWN
+        shown = _covered_fraction(crop[None], donor_boxes)[0] >= MIN_SHOWN
         pasted, keep = clip_boxes(donor_boxes[shown], crop)
         boxes = np.concatenate((boxes, pasted + np.tile(corners[place] - low[k], 2)))
         labels = np.concatenate((labels, donor_labels[shown][keep]))
@@ -58,7 +58,7 @@ def paste_objects(
     return Sample(image, boxes.astype(np.float32), labels, sample.meta)
 
 
-def _covered(places: np.ndarray, boxes: np.ndarray) -> np.ndarray:
+def _covered_fraction(places: np.ndarray, boxes: np.ndarray) -> np.ndarray:
     """Return the share of each of (N, 4) boxes that each of (P, 4) places covers, (P, N)."""
     low = np.maximum(places[:, None, :2], boxes[None, :, :2])
     high = np.minimum(places[:, None, 2:], boxes[None, :, 2:])

@@ -13,6 +13,6 @@ def mixup(a: Sample, b: Sample, rng: np.random.Generator, alpha: float) -> Sampl
         alpha: the share of ``a`` is drawn from Beta(alpha, alpha): near a half where alpha is large (32), anything
             from 0 to 1 where it is 1.
     """
-    share = rng.beta(alpha, alpha)
-    image = cv2.addWeighted(a.image, share, b.image, 1 - share, 0)
+    weight = rng.beta(alpha, alpha)
+    image = cv2.addWeighted(a.image, weight, b.image, 1 - weight, 0)
     return Sample(image, np.concatenate((a.boxes, b.boxes)), np.concatenate((a.labels, b.labels)), a.meta)

@@ -64,7 +64,7 @@ def mosaic_affine(samples: Sequence[Sample], size: int, rng: np.random.Generator
     centre = rng.uniform(size / 2, 3 * size / 2, 2)
     matrix, shift = affine.draw(rng, size, canvas)
     turned = bool(matrix[0, 1] or matrix[1, 0])
-    paint = _warp if turned else _paste
+    draw_tile = _warp if turned else _paste
     output = np.full((size, size, 4 if turned else 3), PAD_VALUE, np.uint8)
     boxes, labels, windows = [], [], []
     for k, sample in enumerate(samples):
@@ -73,12 +73,14 @@ def mosaic_affine(samples: Sequence[Sample], size: int, rng: np.random.Generator
         extent = np.array((width * fit, height * fit))
         # tiles 0 to 3 touch the centre from the upper left, upper right, lower left, lower right
         corner = centre - extent * ((k + 1) % 2, 1 - k // 2) if mosaic else (size - extent) / 2
-        seen = ((-corner / fit).tolist(), ((canvas - corner) / fit).tolist())  # the canvas, from the image
-        placed, kept, window = paint(output, sample, fit * matrix, matrix @ corner + shift, seen)
-        boxes.append(placed)
-        labels.append(kept)
+        visible_range = ((-corner / fit).tolist(), ((canvas - corner) / fit).tolist())  # the canvas, from the image
+        tile_boxes, tile_labels, window = draw_tile(
+            output, sample, fit * matrix, matrix @ corner + shift, visible_range
+        )
+        boxes.append(tile_boxes)
+        labels.append(tile_labels)
         windows.append(window)
-    windows_n4 = np.repeat(np.array(windows, np.float32), [len(kept) for kept in labels], axis=0)
+    windows_n4 = np.repeat(np.array(windows, np.float32), [len(tile_labels) for tile_labels in labels], axis=0)
     clipped, keep = clip_boxes(np.concatenate(boxes), windows_n4)
     image = cv2.cvtColor(output, cv2.COLOR_RGBA2RGB) if turned else output
     return Sample(image, clipped.astype(np.float32), np.concatenate(labels)[keep], samples[0].meta)
@@ -100,7 +102,11 @@ def clip_boxes(boxes: np.ndarray, window: np.ndarray) -> tuple[np.ndarray, np.nd
 
 
 def _paste(
-    output: np.ndarray, sample: Sample, matrix: np.ndarray, offset: np.ndarray, seen: tuple[list[float], list[float]]
+    output: np.ndarray,
+    sample: Sample,
+    matrix: np.ndarray,
+    offset: np.ndarray,
+    visible_range: tuple[list[float], list[float]],
 ) -> tuple[np.ndarray, np.ndarray, tuple[float, ...]]:
     """Draw the part ``seen`` (low, high; pixels of the image) at ``xy * scale + offset`` into ``output``.
 
@@ -113,7 +119,7 @@ def _paste(
     scale = float(matrix[0, 0])
     spans = []  # along x and y: from where to where in the image, in its drawing, in the output
     for length, limit, start, first, last in zip(
-        sample.image.shape[1::-1], output.shape[1::-1], offset.tolist(), *seen, strict=True
+        sample.image.shape[1::-1], output.shape[1::-1], offset.tolist(), *visible_range, strict=True
     ):
         low = max(round(max(first, 0.0) * scale + start), 0)
         high = min(round(min(last, length) * scale + start), limit)
@@ -137,7 +143,11 @@ def _paste(
 
 
 def _warp(
-    output: np.ndarray, sample: Sample, matrix: np.ndarray, offset: np.ndarray, seen: tuple[list[float], list[float]]
+    output: np.ndarray,
+    sample: Sample,
+    matrix: np.ndarray,
+    offset: np.ndarray,
+    visible_range: tuple[list[float], list[float]],
 ) -> tuple[np.ndarray, np.ndarray, tuple[float, ...]]:
     """Draw the part ``seen`` (low, high; pixels of the image) at ``matrix @ xy + offset`` into ``output``.
 
@@ -152,10 +162,10 @@ def _warp(
     frame = _enclosing_boxes(np.array(((0, 0, size, size),)), inverse, -inverse @ offset)[
         0
     ]  # the output, seen from the image
-    visible = np.maximum(seen[0], frame[:2]), np.minimum(seen[1], frame[2:])
+    visible = np.maximum(visible_range[0], frame[:2]), np.minimum(visible_range[1], frame[2:])
     # A pixel more at the edges of the output, for the interpolation; none where the canvas ends.
-    low = np.floor(np.maximum(np.maximum(seen[0], frame[:2] - 1), 0)).astype(int)
-    high = np.ceil(np.minimum(np.minimum(seen[1], frame[2:] + 1), (width, height))).astype(int)
+    low = np.floor(np.maximum(np.maximum(visible_range[0], frame[:2] - 1), 0)).astype(int)
+    high = np.ceil(np.minimum(np.minimum(visible_range[1], frame[2:] + 1), (width, height))).astype(int)
     crop = np.concatenate((low, high))
     window = np.clip(_enclosing_boxes(crop[None], matrix, offset)[0], 0, size)
     first, last = np.floor(window[:2]).astype(int), np.ceil(window[2:]).astype(int)

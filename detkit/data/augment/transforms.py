@@ -112,7 +112,7 @@ class Albumentation:
             transform = cls(**{**arguments, "p": 1.0})
         except Exception as error:  # whatever the library raises in whichever of its transforms
             given = dict(arguments)
-            raise DetkitError(f"augment.transforms: {name} refuses its arguments {given}: {_line(error)}") from None
+            raise DetkitError(f"augment.transforms: {name} refuses its arguments {given}: {_one_line(error)}") from None
         if transform.targets_as_params:
             wants = ", ".join(transform.targets_as_params)
             raise DetkitError(
@@ -156,7 +156,7 @@ class Albumentation:
             result = self.compose(image=sample.image, bboxes=sample.boxes, labels=sample.labels)
         except Exception as error:  # likewise
             picture = f"a picture of {size[1]}x{size[0]} pixels"
-            raise DetkitError(f"augment.transforms: {self.name} fails on {picture}: {_line(error)}") from None
+            raise DetkitError(f"augment.transforms: {self.name} fails on {picture}: {_one_line(error)}") from None
         image = result["image"]
         if not (isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.shape[2:] == (3,)):
             raise DetkitError(
@@ -193,7 +193,7 @@ def build_transform(name: str, arguments: Mapping[str, Any] | None, size: int = 
     return Albumentation(name, arguments, size)
 
 
-def _line(error: Exception) -> str:
+def _one_line(error: Exception) -> str:
     """Return an error's text on one line, without the details and links that pydantic adds."""
     lines = (line.partition(" [type=")[0].strip() for line in str(error).splitlines())
     return " ".join(line for line in lines if not line.startswith("For further information")) or type(error).__name__

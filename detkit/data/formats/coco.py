@@ -11,13 +11,23 @@ import numpy as np
 
 from detkit.data.annotations import Annotations
 from detkit.data.builder import AnnotationBuilder
-from detkit.data.formats.coco_fields import LARGEST, NONSENSE, Categories, Ids, box_of, fault, file_name, flag, side
+from detkit.data.formats.coco_fields import (
+    INVALID_FIELD,
+    MAX_COORDINATE,
+    Categories,
+    Ids,
+    describe_invalid_field,
+    file_name,
+    parse_box,
+    parse_flag,
+    parse_side,
+)
 from detkit.data.formats.image_names import ImageNames
 from detkit.data.formats.json_stream import read_records
 from detkit.data.formats.unsupported import other_format_of
 from detkit.data.index import cached
 from detkit.data.issues import IssueLog
-from detkit.data.splits import ALIASES, TRAINED, pick_split
+from detkit.data.splits import ALIASES, REQUIRED_SPLITS, pick_split
 from detkit.errors import DetkitError, shorten
 from detkit.registry import DATASETS, SPLIT_NAMES
 
@@ -54,7 +64,7 @@ def read_coco(
     files = _split_files(root, keys | {"test": (test_annotations, test_images)})
     split = pick_split(split, files, root)
     file, image_dir = files[split]
-    labelled = split in TRAINED
+    labelled = split in REQUIRED_SPLITS
     return cached("coco", [file], [image_dir], [], log, lambda log: read_coco_json(file, image_dir, log, labelled))
 
 
@@ -66,7 +76,7 @@ def coco_splits(*, root: str | int, **keys: str | None) -> list[str]:
             keys.get(f"{split}_annotations", f"annotations/instances_{split}.json"),
             keys.get(f"{split}_images", f"images/{split}"),
         )
-        for split in (*TRAINED, "test")
+        for split in (*REQUIRED_SPLITS, "test")
     }
     return [*_split_files(root, named)]
 
@@ -81,20 +91,20 @@ def _split_files(root: str | int, keys: Mapping[str, tuple[Any, Any]]) -> dict[s
         if annotations is None or images is None:
             continue
         place = base / str(annotations), base / str(images)
-        typed = annotations != f"annotations/instances_{split}.json"
-        if not typed and not place[0].exists():
+        is_explicit = annotations != f"annotations/instances_{split}.json"
+        if not is_explicit and not place[0].exists():
             names = (split, *(alias for alias, name in ALIASES.items() if name == split))
-            others = [(base / "annotations" / f"instances_{name}.json", base / "images" / name) for name in names]
-            others += [(base / name / ROBOFLOW, base / name) for name in names]
-            place = next((other for other in others if other[0].is_file()), place)
-        if split in TRAINED or typed or place[0].exists():
+            alternatives = [(base / "annotations" / f"instances_{name}.json", base / "images" / name) for name in names]
+            alternatives += [(base / name / ROBOFLOW, base / name) for name in names]
+            place = next((other for other in alternatives if other[0].is_file()), place)
+        if split in REQUIRED_SPLITS or is_explicit or place[0].exists():
             found[split] = place
-    taken = {os.path.realpath(file) for file, _ in found.values()}
+    used_files = {os.path.realpath(file) for file, _ in found.values()}
     named = [(file.stem.removeprefix("instances_"), file) for file in base.glob("annotations/instances_*.json")]
     places = {name: (file, base / "images" / name) for name, file in named}
     places |= {file.parent.name: (file, file.parent) for file in base.glob(f"*/{ROBOFLOW}")}
     for name, (file, images) in sorted(places.items()):
-        if name and name not in keys and os.path.realpath(file) not in taken and images.is_dir():
+        if name and name not in keys and os.path.realpath(file) not in used_files and images.is_dir():
             found[name] = file, images
     return found
 
@@ -114,19 +124,23 @@ def read_coco_json(file: Path, image_dir: Path, log: IssueLog | None = None, lab
     """
     reader = _Reader(file, image_dir, IssueLog() if log is None else log)
     categories: list[Any] = []
-    take = {"images": reader.image, "annotations": reader.box, "categories": lambda k, line, c: categories.append(c)}
+    handlers = {
+        "images": reader.image,
+        "annotations": reader.box,
+        "categories": lambda k, line, c: categories.append(c),
+    }
     missing = set(LISTS)
     for key, position, line, record in read_records(file, LISTS):
         if position < 0:
             missing.discard(key)
         else:
-            take[key](position, line, record)
+            handlers[key](position, line, record)
     missing -= set() if labelled else {"annotations", "categories"}
     if missing:
         hint = other_format_of(file)
         raise DetkitError(f"{file} is not a COCO detection file: it has no list '{min(missing)}'{hint}")
     unlabelled = not labelled and not categories and not reader.builder.boxes
-    annotations = reader.build(*(((), ()) if unlabelled else reader.categories.ranked(categories, file)))
+    annotations = reader.build(*(((), ()) if unlabelled else reader.categories.sorted_by_id(categories, file)))
     annotations.watched = reader.watched
     return annotations
 
@@ -146,24 +160,26 @@ class _Reader:
         """Take images[position]."""
         try:
             image_id, given = self.images.number(record["id"]), file_name(record)
-            stated = side(record.get("height")), side(record.get("width"))
-        except NONSENSE:
+            stated = parse_side(record.get("height")), parse_side(record.get("width"))
+        except INVALID_FIELD:
             needs = {
                 "id": ("a whole 'id'", self.images.number),
                 "file_name": ("a 'file_name'", lambda _: file_name(record)),
-                "height": ("'height' in whole pixels", side),
-                "width": ("'width' in whole pixels", side),
+                "height": ("'height' in whole pixels", parse_side),
+                "width": ("'width' in whole pixels", parse_side),
             }
-            self.log.add("malformed_image", self.file, line, f"images[{position}] {fault(record, needs)}")
+            self.log.add(
+                "malformed_image", self.file, line, f"images[{position}] {describe_invalid_field(record, needs)}"
+            )
             return
         if image_id in self.seen:
-            words = f"images[{position}] has the id {shorten(record['id'])}, given before"
-            self.log.add("repeated_image", self.file, line, words)
+            message = f"images[{position}] has the id {shorten(record['id'])}, given before"
+            self.log.add("repeated_image", self.file, line, message)
             return
         name, taken_by = self.names.locate(given)
         if taken_by:
-            words = f"images[{position}] is {shorten(given)}, but {name} is the image of {shorten(taken_by)}"
-            self.log.add("repeated_image", self.file, line, words)
+            message = f"images[{position}] is {shorten(given)}, but {name} is the image of {shorten(taken_by)}"
+            self.log.add("repeated_image", self.file, line, message)
             return
         self.seen.add(image_id)
         self.builder.add_image(self.image_dir / name, image_id, stated)
@@ -174,19 +190,21 @@ class _Reader:
         """Take annotations[position]."""
         try:
             image_id, category_id = self.images.number(record["image_id"]), self.categories.use(record["category_id"])
-            x, y, w, h = box_of(record)
-            area, crowd = record.get("area"), flag(record.get("iscrowd"))
-        except NONSENSE:
+            x, y, w, h = parse_box(record)
+            area, crowd = record.get("area"), parse_flag(record.get("iscrowd"))
+        except INVALID_FIELD:
             needs = {
                 "image_id": ("a whole 'image_id'", self.images.number),
                 "category_id": ("a whole 'category_id'", self.categories.number),
-                "bbox": ("'bbox' as [x, y, width, height] in numbers", lambda bbox: bbox and box_of(record)),
-                "segmentation": ("a 'bbox', or a 'segmentation' of polygons or a mask", lambda _: box_of(record)),
-                "iscrowd": ("'iscrowd' to be 0 or 1", flag),
+                "bbox": ("'bbox' as [x, y, width, height] in numbers", lambda bbox: bbox and parse_box(record)),
+                "segmentation": ("a 'bbox', or a 'segmentation' of polygons or a mask", lambda _: parse_box(record)),
+                "iscrowd": ("'iscrowd' to be 0 or 1", parse_flag),
             }
-            self.log.add("malformed_box", self.file, line, f"annotations[{position}] {fault(record, needs)}")
+            self.log.add(
+                "malformed_box", self.file, line, f"annotations[{position}] {describe_invalid_field(record, needs)}"
+            )
             return
-        area = float(area) if type(area) in (int, float) and abs(area) < LARGEST**2 else math.nan
+        area = float(area) if type(area) in (int, float) and abs(area) < MAX_COORDINATE**2 else math.nan
         corners = (x, y, x + w, y + h)
         self.builder.add_box(image_id, category_id, corners, line, position, area=area, crowd=crowd)
 
@@ -207,20 +225,20 @@ class _Reader:
             rows["image"], rows["label"] = image, label
             return rows[has_image & has_label]
 
-        return builder.build(lambda _, line, position: self._place(line, position), translate)
+        return builder.build(lambda _, line, position: self._locate(line, position), translate)
 
     def _log_unknown(
-        self, kind: str, key: str, known: Ids, rows: np.ndarray, ids: np.ndarray, mask: np.ndarray
+        self, kind: str, key: str, ids_seen: Ids, rows: np.ndarray, ids: np.ndarray, mask: np.ndarray
     ) -> None:
         def describe(k: int) -> tuple[Path, int, str]:
-            words = f"has {key} {known.word(int(ids[k]))}, which the file does not define"
-            return self._place(int(rows["line"][k]), int(rows["position"][k]), words)
+            message = f"has {key} {ids_seen.original(int(ids[k]))}, which the file does not define"
+            return self._locate(int(rows["line"][k]), int(rows["position"][k]), message)
 
         self.log.extend(kind, np.flatnonzero(mask), describe)
 
-    def _place(self, line: int, position: int, words: str = "") -> tuple[Path, int, str]:
+    def _locate(self, line: int, position: int, message: str = "") -> tuple[Path, int, str]:
         """Return file, line and words about ``annotations[position]``."""
-        return self.file, line, f"annotations[{position}] {words}"
+        return self.file, line, f"annotations[{position}] {message}"
 
 
 class _Positions:

@@ -12,12 +12,12 @@ from detkit.data.builder import check_class_names
 from detkit.data.formats.segmentation import XYWH, numbers, segmentation_box
 from detkit.errors import DetkitError, shorten
 
-LARGEST = 1e9  # pixels of a coordinate: beyond, it is nonsense
+MAX_COORDINATE = 1e9  # pixels of a coordinate: beyond, it is nonsense
 MAX_USED = 100_000  # categories that are known to have boxes
-WHOLE = re.compile(r"[+-]?[0-9]{1,18}(\.0*)?")
+INTEGER = re.compile(r"[+-]?[0-9]{1,18}(\.0*)?")
 FLAGS = {"0": False, "1": True, "0.0": False, "1.0": True, "false": False, "true": True}
 # What the functions below raise where a field makes no sense.
-NONSENSE = (LookupError, TypeError, ValueError, OverflowError, AttributeError)
+INVALID_FIELD = (LookupError, TypeError, ValueError, OverflowError, AttributeError)
 
 
 class Ids:
@@ -25,24 +25,24 @@ class Ids:
 
     def __init__(self) -> None:
         self.numbers: dict[str, int] = {}
-        self.words: list[str] = []
+        self.names: list[str] = []
 
     def number(self, value: Any) -> int:
         """Return the number of an id; ValueError for what is none."""
         if not isinstance(value, str):
-            return whole(value)
-        if WHOLE.fullmatch(value):
+            return parse_int(value)
+        if INTEGER.fullmatch(value):
             return int(value.partition(".")[0])
         if not value:
             raise ValueError(value)
         if value not in self.numbers:
-            self.words.append(value)
-            self.numbers[value] = -len(self.words)
+            self.names.append(value)
+            self.numbers[value] = -len(self.names)
         return self.numbers[value]
 
-    def word(self, number: int) -> object:
+    def original(self, number: int) -> object:
         """Return the id that has a number, for a message."""
-        return shorten(self.words[-number - 1]) if -len(self.words) <= number < 0 else number
+        return shorten(self.names[-number - 1]) if -len(self.names) <= number < 0 else number
 
 
 class Categories(Ids):
@@ -59,7 +59,7 @@ class Categories(Ids):
             self.used.add(number)
         return number
 
-    def ranked(self, records: list[Any], file: Path) -> tuple[tuple[int, ...], tuple[str, ...]]:
+    def sorted_by_id(self, records: list[Any], file: Path) -> tuple[tuple[int, ...], tuple[str, ...]]:
         """Return the categories' ids, ascending, and their names.
 
         Roboflow puts a root above the classes, which may be called as one of them is: then it is left out.
@@ -72,9 +72,9 @@ class Categories(Ids):
         for k, record in enumerate(records):
             try:
                 number, name = self.number(record["id"]), class_name(record["name"])
-            except NONSENSE:
+            except INVALID_FIELD:
                 needs = {"id": ("a whole 'id'", self.number), "name": ("a 'name'", class_name)}
-                raise DetkitError(f"{file}: categories[{k}] {fault(record, needs)}") from None
+                raise DetkitError(f"{file}: categories[{k}] {describe_invalid_field(record, needs)}") from None
             if number in names:
                 raise DetkitError(f"{file}: 'categories' holds the same id twice; give every class one of its own")
             names[number] = name
@@ -107,56 +107,56 @@ def file_name(record: Mapping[str, Any]) -> str:
     return name
 
 
-def side(value: Any) -> int:
+def parse_side(value: Any) -> int:
     """Return a stated height or width in pixels; 0 where it is null or, as VIA has it, -1."""
-    if isinstance(value, str) and WHOLE.fullmatch(value):
+    if isinstance(value, str) and INTEGER.fullmatch(value):
         value = int(value.partition(".")[0])
-    side = max(whole(value or 0), 0)
-    if side >= 2**31:
+    parse_side = max(parse_int(value or 0), 0)
+    if parse_side >= 2**31:
         raise ValueError(value)
-    return side
+    return parse_side
 
 
-def box_of(record: Mapping[str, Any]) -> XYWH:
+def parse_box(record: Mapping[str, Any]) -> XYWH:
     """Return x, y, width and height of an annotation."""
     x, y, w, h = numbers(record["bbox"]) if record.get("bbox") else segmentation_box(record["segmentation"])
-    if not (max(abs(x), abs(y), abs(w), abs(h)) < LARGEST and not math.isnan(x + y + w + h)):
+    if not (max(abs(x), abs(y), abs(w), abs(h)) < MAX_COORDINATE and not math.isnan(x + y + w + h)):
         raise ValueError(record["bbox"])
     return x, y, w, h
 
 
-def flag(value: Any) -> bool:
+def parse_flag(value: Any) -> bool:
     """Return what an ``iscrowd`` says, in whatever way."""
     if value in (None, 0, 1):
         return bool(value)
     return FLAGS[str(value).strip().lower()]
 
 
-def fault(record: Any, needs: Mapping[str, tuple[str, Callable[[Any], object]]]) -> str:
+def describe_invalid_field(record: Any, needs: Mapping[str, tuple[str, Callable[[Any], object]]]) -> str:
     """Say which field of a record makes no sense.
 
     Args:
         needs: of each field what the record needs, and a function that raises NONSENSE for anything else.
     """
     if isinstance(record, Mapping):
-        for key, (words, check) in needs.items():
+        for key, (names, check) in needs.items():
             try:
                 check(record.get(key))
-            except NONSENSE:
+            except INVALID_FIELD:
                 found = "there is none" if record.get(key) is None else f"it is {shorten(record[key], 100)}"
-                return f"needs {words}, {found}"
+                return f"needs {names}, {found}"
     return f"needs fields such as '{next(iter(needs))}', it is {shorten(record, 100)}"
 
 
-def is_whole(value: Any) -> bool:
+def is_int64(value: Any) -> bool:
     """Whether ``value`` is an integer that fits 64 bits."""
     return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63
 
 
-def whole(value: Any) -> int:
+def parse_int(value: Any) -> int:
     """Return a whole number, which may be written as 480.0; ValueError for anything else."""
     if isinstance(value, float) and value.is_integer():
         value = int(value)
-    if not is_whole(value):
+    if not is_int64(value):
         raise ValueError(value)
     return value

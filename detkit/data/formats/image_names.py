@@ -26,13 +26,13 @@ class ImageNames:
             the name, and the other path whose image that is already; empty: no other's.
         """
         there = not set(name) & set("/\\?%") or self.listings.has(os.path.join(self.folder, name))
-        found = name if there else self._found(name)
+        found = name if there else self._find(name)
         if found is None:
             return name, ""
         other = self.owners.setdefault(found, name)
         return found, "" if other == name else other
 
-    def _found(self, name: str) -> str | None:
+    def _find(self, name: str) -> str | None:
         """Return what an image is called here; None where none is, also not where its own folder is and it is not."""
         for names in _candidates(name):
             for candidate in names:
@@ -51,6 +51,6 @@ def _candidates(name: str) -> Iterator[list[str]]:
         if "://" in path or "?" in path:
             url = urlsplit(path)
             path = parse_qs(url.query).get("d", [url.path])[0]  # Label Studio serves files as ?d=PATH
-    for spelt in dict.fromkeys((path, unquote(path))):
-        parts = [part for part in with_slashes(spelt).split("/") if part not in ("", ".", "..")]
+    for decoded in dict.fromkeys((path, unquote(path))):
+        parts = [part for part in with_slashes(decoded).split("/") if part not in ("", ".", "..")]
         yield ["/".join(parts[k:]) for k in range(max(len(parts) - MAX_PARTS, 0), len(parts))]

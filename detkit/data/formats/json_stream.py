@@ -14,7 +14,7 @@ from detkit.ops.files import open_regular
 CHUNK = 2**20  # characters read at a time
 MAX_VALUE = 2**28  # characters of one record
 SPACE = " \t\r\n"
-AFTER = tuple(f"{SPACE},:]}}")  # what may follow a value
+DELIMITERS = tuple(f"{SPACE},:]}}")  # what may follow a value
 _spaces = re.compile(f"[{SPACE}]*").match
 _decode = json.JSONDecoder().raw_decode
 
@@ -44,30 +44,32 @@ class _Reader:
         self.stream = stream
         self.file = file
         self.text = ""
-        self.at = 0
+        self.position = 0
         self.line = 1
         self.column = 0  # characters of the line before the window
 
     def records(self, lists: tuple[str, ...]) -> Iterator[tuple[str, int, int, Any]]:
         if self.next_character() != "{":
-            words = f"is not a COCO detection file: it is no json object with lists {lists}{other_format_of(self.file)}"
-            raise DetkitError(f"{self.file} {words}")
+            message = (
+                f"is not a COCO detection file: it is no json object with lists {lists}{other_format_of(self.file)}"
+            )
+            raise DetkitError(f"{self.file} {message}")
         self.advance(1)
-        met: set[str] = set()
+        seen: set[str] = set()
         while self.next_character() != "}":
             key = self.value()
             if not isinstance(key, str):
                 raise self.malformed("a key is expected")
             self.expect(":")
             if key not in lists:
-                self.pass_over()
+                self.skip_value()
             elif self.next_character() != "[":
-                words = f"is not a COCO detection file: '{key}' is no list (line {self.line})"
-                raise DetkitError(f"{self.file} {words}{other_format_of(self.file)}")
-            elif key in met:
+                message = f"is not a COCO detection file: '{key}' is no list (line {self.line})"
+                raise DetkitError(f"{self.file} {message}{other_format_of(self.file)}")
+            elif key in seen:
                 raise self.malformed(f"there is another list '{key}' before this one")
             else:
-                met.add(key)
+                seen.add(key)
                 yield key, -1, self.line, None
                 yield from ((key, *element) for element in self.elements())
             if self.next_character() != "}":
@@ -76,7 +78,7 @@ class _Reader:
         if not self.at_end():
             raise self.malformed("something follows the end of the object, as where two files were put into one")
 
-    def pass_over(self) -> None:
+    def skip_value(self) -> None:
         """Take a value that nobody asks for; a list one element at a time."""
         if self.next_character() == "[":
             for _ in self.elements():
@@ -97,18 +99,18 @@ class _Reader:
 
     def next_character(self) -> str:
         """Pass over white space; return the character that comes then, without taking it."""
-        if self.at < len(self.text) and self.text[self.at] not in SPACE:
-            return self.text[self.at]
+        if self.position < len(self.text) and self.text[self.position] not in SPACE:
+            return self.text[self.position]
         if self.at_end():
             raise self.malformed("the file ends too early")
-        return self.text[self.at]
+        return self.text[self.position]
 
     def at_end(self) -> bool:
         """Pass over white space; return whether nothing comes after it."""
         while True:
-            self.advance(_spaces(self.text, self.at).end() - self.at)  # type: ignore[union-attr]  # it always matches
-            if self.at < len(self.text) or not self.more():
-                return self.at == len(self.text)
+            self.advance(_spaces(self.text, self.position).end() - self.position)  # type: ignore[union-attr]  # it always matches
+            if self.position < len(self.text) or not self.read_more():
+                return self.position == len(self.text)
 
     def expect(self, character: str) -> None:
         if self.next_character() != character:
@@ -120,39 +122,41 @@ class _Reader:
         self.next_character()
         while True:
             try:
-                value, end = _decode(self.text, self.at)
-                taken = end - self.at
-                if self.text[end : end + 1] in AFTER or not self.more():  # else a number that may go on: 12 of 12.5
-                    self.advance(taken)
+                value, end = _decode(self.text, self.position)
+                length = end - self.position
+                if (
+                    self.text[end : end + 1] in DELIMITERS or not self.read_more()
+                ):  # else a number that may go on: 12 of 12.5
+                    self.advance(length)
                     return value
             except json.JSONDecodeError as error:
-                fault = error.pos - self.at
-                if not self.more():
-                    self.advance(fault)
+                error_offset = error.pos - self.position
+                if not self.read_more():
+                    self.advance(error_offset)
                     raise self.malformed(error.msg) from None
             except (ValueError, RecursionError) as error:  # a number of thousands of digits, lists without end
                 raise self.malformed(str(error)) from None
 
     def advance(self, count: int) -> None:
-        end = self.at + count
-        lines = self.text.count("\n", self.at, end)
+        end = self.position + count
+        lines = self.text.count("\n", self.position, end)
         if lines:
             self.line += lines
-            self.column = -self.text.rfind("\n", self.at, end) - 1
-        self.at = end
+            self.column = -self.text.rfind("\n", self.position, end) - 1
+        self.position = end
 
-    def more(self) -> bool:
+    def read_more(self) -> bool:
         """Read on, twice as far as what is left unread; return whether there was anything."""
-        left = len(self.text) - self.at
-        if left > MAX_VALUE:
+        unread = len(self.text) - self.position
+        if unread > MAX_VALUE:
             raise self.malformed(f"one record is longer than {MAX_VALUE} characters, or broken")
-        chunk = self.stream.read(max(CHUNK, left))
-        self.column += self.at
-        self.text = self.text[self.at :] + chunk
-        self.at = 0
+        chunk = self.stream.read(max(CHUNK, unread))
+        self.column += self.position
+        self.text = self.text[self.position :] + chunk
+        self.position = 0
         return bool(chunk)
 
-    def malformed(self, words: str) -> DetkitError:
+    def malformed(self, message: str) -> DetkitError:
         return DetkitError(
-            f"{self.file} is malformed json, line {self.line} column {self.column + self.at + 1}: {words}"
+            f"{self.file} is malformed json, line {self.line} column {self.column + self.position + 1}: {message}"
         )

@@ -107,18 +107,18 @@ def draw_image(rng: np.random.Generator) -> tuple[np.ndarray, list[tuple[int, li
     owner = np.zeros(canvas.shape[:2], np.uint8)  # which shape a pixel shows, counted from 1; 0 is background
     labels: list[int] = []
     sizes, visible = np.zeros((2, 0), int)  # pixels of each shape, drawn and still to be seen
-    wanted = 0 if rng.random() < 0.06 else rng.integers(1, 5)
-    for _ in range(wanted):
+    count = 0 if rng.random() < 0.06 else rng.integers(1, 5)
+    for _ in range(count):
         label = int(rng.integers(len(OUTLINES)))
         corners = _place(rng, label, canvas.shape[0])
         mask = np.zeros_like(owner)
         cv2.fillPoly(mask, [corners], 1)
         mask = mask.astype(bool)
-        left = visible - np.bincount(owner[mask], minlength=len(labels) + 1)[1:]
-        if (left < MIN_VISIBLE * sizes).any():
+        remaining = visible - np.bincount(owner[mask], minlength=len(labels) + 1)[1:]
+        if (remaining < MIN_VISIBLE * sizes).any():
             continue  # it would hide another one
         labels.append(label)
-        sizes, visible = np.append(sizes, mask.sum()), np.append(left, mask.sum())
+        sizes, visible = np.append(sizes, mask.sum()), np.append(remaining, mask.sum())
         owner[mask] = len(labels)
         _paint(rng, canvas, mask, corners, label)
     _scribble(rng, canvas, int(rng.integers(0, 3)))
@@ -155,8 +155,8 @@ OUTLINES: dict[str, Callable[[], np.ndarray]] = {  # corners within the unit cir
 
 def _place(rng: np.random.Generator, label: int, size: int) -> np.ndarray:
     """Return one outline's corners at a random place, size, angle and slight squeeze: (K, 2) int32."""
-    across = MIN_SHAPE + (MAX_SHAPE - MIN_SHAPE) * rng.random() ** 1.3  # more small ones than large ones
-    radius = OVERSAMPLING * across / 2
+    diameter = MIN_SHAPE + (MAX_SHAPE - MIN_SHAPE) * rng.random() ** 1.3  # more small ones than large ones
+    radius = OVERSAMPLING * diameter / 2
     points = list(OUTLINES.values())[label]() * radius * (1, rng.uniform(0.8, 1))
     angle = rng.uniform(0, 2 * np.pi)
     c, s = np.cos(angle), np.sin(angle)
@@ -180,11 +180,11 @@ def _background(rng: np.random.Generator) -> np.ndarray:
     coarse = int(rng.integers(3, 24))
     cloud = cv2.resize(rng.random((coarse, coarse), np.float32), (SIZE, SIZE), interpolation=cv2.INTER_CUBIC)[..., None]
     first, second = rng.uniform(0, 255, (2, 3)).astype(np.float32)
-    picture = first + np.clip(cloud, 0, 1) * (second - first)
+    image = first + np.clip(cloud, 0, 1) * (second - first)
     if rng.random() < 0.4:
-        picture *= 1 - np.float32(rng.uniform(0.1, 0.4)) * _stripes(rng, SIZE)[..., None]
+        image *= 1 - np.float32(rng.uniform(0.1, 0.4)) * _stripes(rng, SIZE)[..., None]
     side = SIZE * OVERSAMPLING
-    return cv2.resize(picture, (side, side), interpolation=cv2.INTER_LINEAR)
+    return cv2.resize(image, (side, side), interpolation=cv2.INTER_LINEAR)
 
 
 def _stripes(rng: np.random.Generator, size: int) -> np.ndarray:

@@ -31,11 +31,11 @@ import numpy as np
 from detkit.data.annotations import Annotations
 from detkit.data.builder import AnnotationBuilder, check_class_names
 from detkit.data.file_utils import names_in
-from detkit.data.formats.coco_fields import LARGEST, is_whole
+from detkit.data.formats.coco_fields import MAX_COORDINATE, is_int64
 from detkit.data.formats.writing import WriteResult
 from detkit.data.index import cached
 from detkit.data.issues import IssueLog
-from detkit.data.splits import TRAINED, pick_split
+from detkit.data.splits import REQUIRED_SPLITS, pick_split
 from detkit.errors import DetkitError
 from detkit.ops.files import open_regular, read_regular
 from detkit.ops.image import IMAGE_SUFFIXES, MAX_BYTES, read_bytes
@@ -64,15 +64,15 @@ def read_webdataset(split: str, *, root: str | int, log: IssueLog | None = None)
     folder = _folder(root)
     split = pick_split(split, webdataset_splits(root=root), folder)
     file = folder / f"{split}.json"
-    about = _load(file)
-    shards = [folder / shard["file"] for shard in about["shards"]]
+    metadata = _load(file)
+    shards = [folder / shard["file"] for shard in metadata["shards"]]
     for shard in shards:
         if not os.path.isfile(shard):
             raise DetkitError(f"{shard}, which {file} lists, does not exist: copy it there, or convert the set again")
 
     def build(log: IssueLog) -> Annotations:
-        builder = AnnotationBuilder(file, log, about["class_names"], about["category_ids"])
-        for shard, entry in zip(shards, about["shards"], strict=True):
+        builder = AnnotationBuilder(file, log, metadata["class_names"], metadata["category_ids"])
+        for shard, entry in zip(shards, metadata["shards"], strict=True):
             _read_shard(shard, entry["images"], builder)
         ids = builder.image_ids
         if min(ids, default=0) < 0 or len(set(ids)) < len(ids):  # some have none, or one that others have
@@ -87,7 +87,10 @@ def webdataset_splits(*, root: str | int) -> list[str]:
     """Return train, val, and the names of the other json files that list shards."""
     folder = _folder(root)
     others = [folder / name for name in names_in(folder) if name.endswith(".json") and not name.startswith(".")]
-    return [*TRAINED, *(file.stem for file in others if file.stem not in TRAINED and _lists_shards(file))]
+    return [
+        *REQUIRED_SPLITS,
+        *(file.stem for file in others if file.stem not in REQUIRED_SPLITS and _lists_shards(file)),
+    ]
 
 
 def _folder(root: str | int) -> Path:
@@ -129,15 +132,18 @@ def write_webdataset(annotations: Annotations, folder: Path, split: str, shard_i
         (folder / f"{split}.json").unlink(missing_ok=True)  # it would list shards that change
         for number, start in enumerate(range(0, count, shard_images)):
             name, rows = f"{split}-{number:06d}.tar", order[start : start + shard_images].tolist()
-            with _appearing(folder / name) as scratch, tarfile.open(scratch, "w", format=tarfile.GNU_FORMAT) as archive:
+            with (
+                _atomic_path(folder / name) as scratch,
+                tarfile.open(scratch, "w", format=tarfile.GNU_FORMAT) as archive,
+            ):
                 for row in rows:
                     path = annotations.paths[row]
                     _add(archive, f"{row:08d}{path.suffix.lower()}", read_bytes(path).tobytes())
                     _add(archive, f"{row:08d}.json", json.dumps(_label(annotations, row)).encode())
             shards.append({"file": name, "images": len(rows)})
-        about = {"class_names": annotations.class_names, "category_ids": annotations.category_ids, "shards": shards}
-        with _appearing(folder / f"{split}.json") as scratch:
-            scratch.write_text(json.dumps(about, indent=1))
+        metadata = {"class_names": annotations.class_names, "category_ids": annotations.category_ids, "shards": shards}
+        with _atomic_path(folder / f"{split}.json") as scratch:
+            scratch.write_text(json.dumps(metadata, indent=1))
     except OSError as error:
         raise DetkitError(f"cannot write {error.filename or folder}: {error.strerror or error}") from None
 
@@ -163,7 +169,7 @@ def _add(archive: tarfile.TarFile, name: str, data: bytes) -> None:
 
 
 @contextmanager
-def _appearing(path: Path) -> Iterator[Path]:
+def _atomic_path(path: Path) -> Iterator[Path]:
     """Give a scratch file that becomes ``path`` once the block is done, and goes away where that fails."""
     scratch = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
@@ -176,26 +182,28 @@ def _appearing(path: Path) -> Iterator[Path]:
 def _load(file: Path) -> dict[str, Any]:
     """Read SPLIT.json; names of shards are names of files beside it and nothing else."""
     try:
-        about = json.loads(read_regular(file, MAX_LIST).decode("utf-8-sig"))
+        metadata = json.loads(read_regular(file, MAX_LIST).decode("utf-8-sig"))
     except FileNotFoundError:
         raise DetkitError(f"{file} does not exist: it lists the shards, and convert_data writes it") from None
     except OSError as error:
         raise DetkitError(f"cannot read {file}: {error.strerror or error}") from None
     except (ValueError, RecursionError) as error:
         raise DetkitError(f"{file} is malformed json: {error}") from None
-    about = about if isinstance(about, dict) else {}
-    names: Any = about.get("class_names")
-    shards: Any = about.get("shards")
-    ids = about.setdefault("category_ids", list(range(len(names))) if isinstance(names, list) else [])
+    metadata = metadata if isinstance(metadata, dict) else {}
+    names: Any = metadata.get("class_names")
+    shards: Any = metadata.get("shards")
+    ids = metadata.setdefault("category_ids", list(range(len(names))) if isinstance(names, list) else [])
     if not (_is_list(names, lambda v: isinstance(v, str)) and names):
         raise DetkitError(f"{file}: 'class_names' must be a list of different names")
     check_class_names(names, f"{file}: 'class_names'")
-    if not (_is_list(ids, is_whole) and len(set(ids)) == len(names) == len(ids)):
+    if not (_is_list(ids, is_int64) and len(set(ids)) == len(names) == len(ids)):
         raise DetkitError(f"{file}: 'category_ids' must be a list of different whole numbers, one for each class")
     if not (_is_list(shards, _is_shard) and len({shard["file"] for shard in shards}) == len(shards)):
-        needs = 'different names of tar files in the same folder, such as {"file": "train-000000.tar", "images": 1000}'
-        raise DetkitError(f"{file}: 'shards' must list {needs}")
-    return about
+        requirement = (
+            'different names of tar files in the same folder, such as {"file": "train-000000.tar", "images": 1000}'
+        )
+        raise DetkitError(f"{file}: 'shards' must list {requirement}")
+    return metadata
 
 
 def _is_list(value: Any, allowed: Any) -> bool:
@@ -203,7 +211,7 @@ def _is_list(value: Any, allowed: Any) -> bool:
 
 
 def _is_shard(entry: Any) -> bool:
-    if not (isinstance(entry, dict) and isinstance(entry.get("file"), str) and is_whole(entry.get("images"))):
+    if not (isinstance(entry, dict) and isinstance(entry.get("file"), str) and is_int64(entry.get("images"))):
         return False
     name = entry["file"]
     return name.endswith(".tar") and not set(name) & set('/\\:"\0\n') and entry["images"] >= 0
@@ -275,8 +283,8 @@ def _read_sample(
                 raise ValueError(f"it is larger than {MAX_JSON} bytes")
             _append(path, json.loads(archive.extractfile(label).read()), builder)  # type: ignore[union-attr]  # a plain file
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError) as error:
-            words = f"{label.name} must be json with 'boxes' [[x1, y1, x2, y2], ...] and as many 'labels': {error}"
-            log.add("unreadable_labels", path, None, words)
+            message = f"{label.name} must be json with 'boxes' [[x1, y1, x2, y2], ...] and as many 'labels': {error}"
+            log.add("unreadable_labels", path, None, message)
     return True
 
 
@@ -291,17 +299,17 @@ def _append(path: str, record: dict[str, Any], builder: AnnotationBuilder) -> No
     crowd = record.get("crowd") or [False] * len(boxes)
     rows = list(zip(boxes, labels, areas, crowd, strict=True))
     stated = (record.get("height") or 0, record.get("width") or 0)
-    if not all(is_whole(side) and 0 <= side < 2**31 for side in stated):
+    if not all(is_int64(side) and 0 <= side < 2**31 for side in stated):
         raise ValueError("'height' and 'width' are whole pixels")
     image_id = record.get("id", -1)
-    image = builder.add_image(path, image_id if is_whole(image_id) else -1, stated)
+    image = builder.add_image(path, image_id if is_int64(image_id) else -1, stated)
     for k, (box, label, area, is_crowd) in enumerate(rows):
-        if not (_is_list(box, lambda v: _is_number(v, LARGEST)) and len(box) == 4 and is_whole(label)):
+        if not (_is_list(box, lambda v: _is_number(v, MAX_COORDINATE)) and len(box) == 4 and is_int64(label)):
             builder.log.add("malformed_box", path, None, f"boxes[{k}] needs four numbers and a label from 0")
         elif not 0 <= label < len(builder.class_names):
             builder.log.add("unknown_class", path, None, f"boxes[{k}] has label {label}, which the set does not define")
         else:
-            area = area if _is_number(area, LARGEST**2) else math.nan
+            area = area if _is_number(area, MAX_COORDINATE**2) else math.nan
             builder.add_box(image, label, box, k, area=area, crowd=bool(is_crowd))
 
 

@@ -5,10 +5,10 @@ from pathlib import Path
 
 from detkit.ops.files import open_regular
 
-LOOKED_AT = 2**16  # bytes of a file
+HEADER_BYTES = 2**16  # bytes of a file
 _EXPORT = "export COCO json, YOLO or Pascal VOC there"
 # What a file is whose beginning holds all of these words.
-KINDS: tuple[tuple[str, tuple[bytes, ...]], ...] = (
+FORMATS: tuple[tuple[str, tuple[bytes, ...]], ...] = (
     (f"a project of the VGG Image Annotator (VIA): {_EXPORT}", (b'"_via_',)),
     (f"the VGG Image Annotator's own json: {_EXPORT}", (b'"regions"', b'"shape_attributes"')),
     (f"the VGG Image Annotator's own json: {_EXPORT}", (b'"regions"', b'"filename"')),
@@ -30,10 +30,10 @@ KINDS: tuple[tuple[str, tuple[bytes, ...]], ...] = (
 
 def other_format(start: bytes) -> str:
     """Return ``: it is ...``, which format the beginning of a label file is of and what to do; nothing if unknown."""
-    start = start[:LOOKED_AT]
-    for words, signs in KINDS:
-        if all(sign in start for sign in signs):
-            return f": it is {words}"
+    start = start[:HEADER_BYTES]
+    for description, markers in FORMATS:
+        if all(marker in start for marker in markers):
+            return f": it is {description}"
     first, _, rest = start.partition(b"\n")
     if rest and first.count(b",") >= 3 and re.fullmatch(rb"[^{}\[\]<>]+", first):
         return ": it is a table (CSV): convert it to COCO json, YOLO or Pascal VOC"
@@ -46,6 +46,6 @@ def other_format_of(file: Path) -> str:
     """Return what ``other_format`` says of a file."""
     try:
         with open_regular(file) as stream:
-            return other_format(stream.read(LOOKED_AT))
+            return other_format(stream.read(HEADER_BYTES))
     except OSError:
         return ""

@@ -15,13 +15,13 @@ from detkit.data.file_utils import Listings, list_images, names_in, read_lines, 
 from detkit.data.formats.voc_xml import SIDES, VocObject, parse_xml
 from detkit.data.index import cached
 from detkit.data.issues import IssueLog
-from detkit.data.splits import TRAINED, pick_split
+from detkit.data.splits import REQUIRED_SPLITS, pick_split
 from detkit.errors import DetkitError, is_name, shorten
 from detkit.ops.files import open_regular
 from detkit.ops.image import IMAGE_SUFFIXES
 from detkit.registry import DATASETS, SPLIT_NAMES
 
-LARGEST = 1e9  # pixels of a coordinate: beyond, it is nonsense
+MAX_COORDINATE = 1e9  # pixels of a coordinate: beyond, it is nonsense
 MAX_PARTS = 20  # of a listed path: more in front are passed over
 
 
@@ -128,7 +128,7 @@ def _read_split(
     image_file = _image_finder(folder)
     classes: dict[str, int] = {}  # numbered as they come
     stems: list[str] = []
-    labelled = split in TRAINED or any(os.path.isfile(labels / f"{name}.xml") for name in names[split])
+    labelled = split in REQUIRED_SPLITS or any(os.path.isfile(labels / f"{name}.xml") for name in names[split])
     for name in dict.fromkeys(names[split]):
         file = labels / f"{name}.xml"
         if not labelled:
@@ -146,13 +146,15 @@ def _read_split(
         for obj in objects:
             xyxy = _box(obj, one_based)
             if xyxy is None:
-                words = f"<object> needs a printable name and a <bndbox> of numbers, it has {shorten(obj.fields, 100)}"
-                log.add("malformed_box", file, obj.line, words)
+                message = (
+                    f"<object> needs a printable name and a <bndbox> of numbers, it has {shorten(obj.fields, 100)}"
+                )
+                log.add("malformed_box", file, obj.line, message)
                 continue
             label = classes.setdefault(obj.fields["name"], len(classes))
             builder.add_box(image, label, xyxy, obj.line, crowd=obj.fields.get("difficult") == "1")
-    again = len(names[split]) - len(set(names[split]))
-    for name in [name for name, count in Counter(names[split]).items() if count > 1] if again else ():
+    repeated = len(names[split]) - len(set(names[split]))
+    for name in [name for name, count in Counter(names[split]).items() if count > 1] if repeated else ():
         log.add("repeated_image", list_file, None, f"names {shorten(name)} more than once")
     silent = IssueLog(limit=0)
     for name in dict.fromkeys(name for other, entries in names.items() if other != split for name in entries):
@@ -183,7 +185,7 @@ def _box(obj: VocObject, one_based: bool) -> tuple[float, float, float, float] |
         x1, y1, x2, y2 = (float(obj.fields[side]) for side in SIDES)
     except (KeyError, ValueError):
         return None
-    if not is_name(name) or not all(abs(v) < LARGEST for v in (x1, y1, x2, y2)):  # NaN is not, either
+    if not is_name(name) or not all(abs(v) < MAX_COORDINATE for v in (x1, y1, x2, y2)):  # NaN is not, either
         return None
     return (x1 - 1, y1 - 1, x2, y2) if one_based else (x1, y1, x2, y2)
 

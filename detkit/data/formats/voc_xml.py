@@ -20,8 +20,8 @@ MAX_OBJECTS = 100_000
 MAX_VALUE = 1000  # characters of a field that are kept
 DECLARATION = re.compile(rb"""\s*<\?xml\s[^>]{0,200}?encoding\s*=\s*["']([\w.:-]{1,40})["']""")
 # Encodings that are named where a larger one is meant.
-MEANT = {"gb2312": "gb18030", "gbk": "gb18030", "big5": "cp950", "shift_jis": "cp932", "euc_kr": "cp949"}
-NO_CHARSETS = {"idna", "punycode", "unicode_escape", "raw_unicode_escape"}  # Python's own, some of them slow
+SUPERSETS = {"gb2312": "gb18030", "gbk": "gb18030", "big5": "cp950", "shift_jis": "cp932", "euc_kr": "cp949"}
+NON_TEXT_CODECS = {"idna", "punycode", "unicode_escape", "raw_unicode_escape"}  # Python's own, some of them slow
 
 
 @dataclass
@@ -49,12 +49,12 @@ def parse_xml(file: Path, log: IssueLog) -> tuple[tuple[int, int], list[VocObjec
         if reader.root != "annotation" and not reader.objects:
             raise ValueError(f"it is no Pascal VOC annotation{other_format(data) or f', its root is <{reader.root}>'}")
     except expat.ExpatError as error:
-        words = f"malformed xml: {expat.ErrorString(error.code)}{other_format(data)}"
-        log.add("unreadable_labels", file, error.lineno, words)
+        message = f"malformed xml: {expat.ErrorString(error.code)}{other_format(data)}"
+        log.add("unreadable_labels", file, error.lineno, message)
         return None
     except (OSError, ValueError, LookupError) as error:  # LookupError: an encoding nobody knows
-        words = f"cannot be read: {getattr(error, 'strerror', None) or error}"
-        log.add("unreadable_labels", file, None, shorten(words, 400))
+        message = f"cannot be read: {getattr(error, 'strerror', None) or error}"
+        log.add("unreadable_labels", file, None, shorten(message, 400))
         return None
     try:
         stated = int(float(reader.size.get("height", "0"))), int(float(reader.size.get("width", "0")))
@@ -76,14 +76,14 @@ def _decoded(data: bytes) -> bytes | str:
         return data
     declared = match[1].decode()
     name = codecs.lookup(declared).name
-    if name in NO_CHARSETS:
+    if name in NON_TEXT_CODECS:
         raise LookupError(f"unknown encoding: {declared}")
     if data.startswith(codecs.BOM_UTF8) or name.startswith(
         ("utf-16", "utf-32")
     ):  # in these, nothing would have matched
         name = "utf-8"
     try:
-        return text.decode(MEANT.get(name, name))
+        return text.decode(SUPERSETS.get(name, name))
     except UnicodeDecodeError as error:
         raise ValueError(f"it is not in the encoding {declared} that it declares (byte {error.start})") from None
 
@@ -101,12 +101,12 @@ class _XmlReader:
         self.parser.StartElementHandler = self.start
         self.parser.EndElementHandler = self.end
         self.parser.CharacterDataHandler = self.characters
-        self.parser.EntityDeclHandler = self.refuse
+        self.parser.EntityDeclHandler = self.reject_entity
         self.root = ""
         self.size: dict[str, str] = {}
         self.objects: list[VocObject] = []
         self.path: list[str] = []
-        self.inside = 0  # elements around what is within the <object> or <size> that is open; 0: none is
+        self.container_depth = 0  # elements around what is within the <object> or <size> that is open; 0: none is
         self.text = ""
 
     def start(self, tag: str, _: dict[str, str]) -> None:
@@ -116,29 +116,29 @@ class _XmlReader:
             raise ValueError(f"its elements are nested more than {MAX_DEPTH} deep")
         if len(self.path) == 1:
             self.root = shorten(tag, 40)
-        elif not self.inside and tag in ("object", "size", "bndbox"):
-            self.inside = len(self.path)
+        elif not self.container_depth and tag in ("object", "size", "bndbox"):
+            self.container_depth = len(self.path)
             if tag != "size":
                 if len(self.objects) == MAX_OBJECTS:
                     raise ValueError(f"it holds more than {MAX_OBJECTS:,} objects")
                 self.objects.append(VocObject(self.parser.CurrentLineNumber))
 
     def characters(self, text: str) -> None:
-        if self.inside and len(self.text) < MAX_VALUE:
+        if self.container_depth and len(self.text) < MAX_VALUE:
             self.text += text[:MAX_VALUE]
 
     def end(self, tag: str) -> None:
-        below = len(self.path) - self.inside if self.inside else 0
-        if below and self.path[self.inside - 1] == "size":
+        below = len(self.path) - self.container_depth if self.container_depth else 0
+        if below and self.path[self.container_depth - 1] == "size":
             if below == 1 and tag in ("width", "height"):
                 self.size[tag] = self.text.strip()
         elif tag in FIELDS and (below == 1 or (below == 2 and self.path[-2] == "bndbox")):
             self.objects[-1].fields[tag] = self.text.strip()
         elif not below:
-            self.inside = 0
+            self.container_depth = 0
         self.path.pop()
         self.text = ""
 
     @staticmethod
-    def refuse(*_: object) -> None:
+    def reject_entity(*_: object) -> None:
         raise ValueError("it declares entities")

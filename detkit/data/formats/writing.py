@@ -28,7 +28,7 @@ class WriteResult:
     warnings: list[str] = field(default_factory=list)
 
 
-def write_set(form: str, splits: Mapping[str, Annotations], folder: Path) -> WriteResult:
+def write_set(format_name: str, splits: Mapping[str, Annotations], folder: Path) -> WriteResult:
     """Write splits as ``form`` (a name in WRITERS) into ``folder``, which is made, with their images.
 
     Images are hard links where the disk allows it, else copies. A writer is ``(splits, folder) -> WriteResult``.
@@ -36,19 +36,19 @@ def write_set(form: str, splits: Mapping[str, Annotations], folder: Path) -> Wri
     Raises:
         DetkitError: the folder holds something, the disk refuses, or the format cannot hold the classes.
     """
-    writer = WRITERS.get(form)
+    writer = WRITERS.get(format_name)
     require_empty_dir(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        written = writer(splits, folder.resolve())
+        result = writer(splits, folder.resolve())
     except OSError as error:
         reason = f"{error.filename or folder}: {error.strerror or error}"
         raise DetkitError(f"cannot write the set, {reason}; what is in {folder} is not whole, remove it") from None
     turned = sum(annotations.issues.counts["exif_rotated"] for annotations in splits.values())
     if turned:
-        words = "their boxes are those of the upright picture, which not every tool shows"
-        written.warnings.append(f"images turned by their EXIF orientation: {turned}; {words}")
-    return written
+        explanation = "their boxes are those of the upright picture, which not every tool shows"
+        result.warnings.append(f"images turned by their EXIF orientation: {turned}; {explanation}")
+    return result
 
 
 def require_empty_dir(folder: Path) -> None:
@@ -58,18 +58,18 @@ def require_empty_dir(folder: Path) -> None:
         DetkitError: it holds something, or is a file.
     """
     try:
-        full = os.path.lexists(folder) and (not folder.is_dir() or any(folder.iterdir()))
+        not_empty = os.path.lexists(folder) and (not folder.is_dir() or any(folder.iterdir()))
     except (OSError, ValueError) as error:
         raise DetkitError(f"cannot write to {folder}: {error}") from None
-    if full:
+    if not_empty:
         raise DetkitError(f"{folder} is not an empty folder: name another one, or remove it")
 
 
 def area_warnings(splits: Mapping[str, Annotations]) -> list[str]:
     """Return a warning where the stated areas, which are lost, are not those of the boxes, as COCO's are of masks."""
     for annotations in splits.values():
-        own = np.prod(annotations.boxes[:, 2:] - annotations.boxes[:, :2], axis=1)
-        if not np.allclose(own, annotations.areas, rtol=1e-3):
+        box_areas = np.prod(annotations.boxes[:, 2:] - annotations.boxes[:, :2], axis=1)
+        if not np.allclose(box_areas, annotations.areas, rtol=1e-3):
             return ["areas of masks are lost: small, medium and large go by the boxes' areas from here on"]
     return []
 
@@ -80,7 +80,7 @@ def file_names(splits: Mapping[str, Annotations]) -> list[list[str]]:
     Stems are told apart over all splits, also on a file system that takes capital letters for small ones.
     """
     taken: set[str] = set()
-    again: dict[str, int] = defaultdict(lambda: 1)  # how often a stem has come, counted where it did so before
+    repeats: dict[str, int] = defaultdict(lambda: 1)  # how often a stem has come, counted where it did so before
     names: list[list[str]] = []
     for annotations in splits.values():
         names.append([])
@@ -89,8 +89,8 @@ def file_names(splits: Mapping[str, Annotations]) -> list[list[str]]:
             stem = stem.encode()[:MAX_STEM].decode(errors="ignore") or "image"
             unique = stem
             while unique.casefold() in taken:
-                again[stem] += 1
-                unique = f"{stem}-{again[stem]}"
+                repeats[stem] += 1
+                unique = f"{stem}-{repeats[stem]}"
             taken.add(unique.casefold())
             suffix = path.suffix if path.suffix.lower() in IMAGE_SUFFIXES else ".jpg"  # the content tells what it is
             names[-1].append(unique + suffix)

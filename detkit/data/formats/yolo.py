@@ -18,13 +18,13 @@ from detkit.data.formats.image_names import ImageNames
 from detkit.data.formats.label_files import LabelFiles, label_folders
 from detkit.data.index import cached
 from detkit.data.issues import IssueLog
-from detkit.data.splits import ALIASES, TRAINED, MissingSplit, pick_split
+from detkit.data.splits import ALIASES, REQUIRED_SPLITS, MissingSplit, pick_split
 from detkit.errors import DetkitError, shorten
 from detkit.ops.files import MAX_TEXT, read_regular, read_yaml
 from detkit.registry import DATASETS, SPLIT_NAMES
 
-WORDS = ("names", "path", "train", "val", "valid", "validation", "test")  # keys of a data.yaml that hold no numbers
-LARGEST = 1e6  # of a normalised value: beyond, it is nonsense
+TEXT_KEYS = ("names", "path", "train", "val", "valid", "validation", "test")  # keys of a data.yaml that hold no numbers
+MAX_VALUE = 1e6  # of a normalised value: beyond, it is nonsense
 
 
 @DATASETS.register("yolo")
@@ -98,8 +98,8 @@ def _read_label_file(
     """Append an image and its boxes; an image whose labels cannot be read is left out, one without any is not."""
     file = labels.find(path)
     if file is None:
-        places = " nor ".join(map(str, labels.candidates(path)))
-        builder.log.add("unlabelled_image", path, None, f"has no label file {places}")
+        label_files = " nor ".join(map(str, labels.candidates(path)))
+        builder.log.add("unlabelled_image", path, None, f"has no label file {label_files}")
     try:
         text = "" if file is None else read_regular(file, MAX_TEXT).decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
@@ -114,8 +114,8 @@ def _read_label_file(
         xyxy = _box(fields, keypoints)
         if xyxy is None:
             rest = f", and {keypoints} of keypoints or none" if keypoints else ", or a polygon of 3 points or more"
-            words = f"needs a class and 4 numbers{rest}, it is '{shorten(line, 80)}'"
-            builder.log.add("malformed_box", file, number, words)
+            message = f"needs a class and 4 numbers{rest}, it is '{shorten(line, 80)}'"
+            builder.log.add("malformed_box", file, number, message)
             continue
         category = int(float(fields[0]))
         if category not in label_of:
@@ -137,7 +137,7 @@ def _box(fields: list[str], keypoints: int) -> tuple[float, float, float, float]
         return None
     if keypoints and len(numbers) == 5 + keypoints:
         numbers = numbers[:5]
-    if not (numbers[0].is_integer() and all(abs(v) < LARGEST for v in numbers)):  # NaN is not, either
+    if not (numbers[0].is_integer() and all(abs(v) < MAX_VALUE for v in numbers)):  # NaN is not, either
         return None
     if len(numbers) == 5:
         x, y, w, h = numbers[1:]
@@ -151,7 +151,7 @@ def _box(fields: list[str], keypoints: int) -> tuple[float, float, float, float]
 def _load(file: Path) -> dict[str, Any]:
     """Parse the data.yaml."""
     try:
-        content = read_yaml(file, as_written=WORDS)
+        content = read_yaml(file, as_written=TEXT_KEYS)
     except OSError as error:
         raise DetkitError(f"cannot read data.yaml={file}: {error.strerror or error}") from None
     if not isinstance(content, dict):
@@ -168,7 +168,7 @@ def _names(content: Mapping[str, Any], file: Path) -> tuple[tuple[str, ...], tup
         raise DetkitError(f"{file} needs 'names': a list of class names, or a mapping of class ids to names")
     by_id: dict[int, str] = {}
     for key, name in names.items():
-        number = _whole(key)
+        number = _parse_int(key)
         if number is None or number < 0:
             raise DetkitError(f"{file}: the keys of 'names' must be whole numbers, 0 or more, one is {shorten(key)}")
         if not isinstance(name, str) or number in by_id:
@@ -178,16 +178,16 @@ def _names(content: Mapping[str, Any], file: Path) -> tuple[tuple[str, ...], tup
     result = tuple(by_id[k] for k in ids)
     check_class_names(result, f"{file}: 'names'")
     count = content.get("nc")
-    if count is not None and _whole(count) is None:
+    if count is not None and _parse_int(count) is None:
         raise DetkitError(f"{file}: 'nc' must be the number of classes, it is {shorten(count)}")
-    if count is not None and _whole(count) != len(ids):
+    if count is not None and _parse_int(count) != len(ids):
         raise DetkitError(
-            f"{file}: 'nc' is {_whole(count)}, but 'names' holds {len(ids)}; correct the one or the other"
+            f"{file}: 'nc' is {_parse_int(count)}, but 'names' holds {len(ids)}; correct the one or the other"
         )
     return result, ids
 
 
-def _whole(value: Any) -> int | None:
+def _parse_int(value: Any) -> int | None:
     """Return a whole number, which may be written as ``2.0``, ``"2"`` or ``0x2``; None for anything else."""
     text = str(value) if isinstance(value, (int, float, str)) and not isinstance(value, bool) else ""
     match = re.fullmatch(r"([0-9]{1,9})(\.0*)?|(0[xX][0-9a-fA-F]{1,7})", text.strip())
@@ -200,7 +200,7 @@ def _keypoints(content: Mapping[str, Any], file: Path) -> int:
     if shape is None:
         return 0
     values = re.findall(r"[^\s,()\[\]]+", shape) if isinstance(shape, str) else shape  # "(17, 3)" as well
-    numbers = [_whole(value) for value in values] if isinstance(values, list) else []
+    numbers = [_parse_int(value) for value in values] if isinstance(values, list) else []
     if len(numbers) != 2 or not numbers[0] or numbers[1] not in (2, 3):
         raise DetkitError(f"{file}: 'kpt_shape' must be [keypoints, 2 or 3 numbers of each], it is {shorten(shape)}")
     return numbers[0] * numbers[1]
@@ -208,12 +208,12 @@ def _keypoints(content: Mapping[str, Any], file: Path) -> int:
 
 def _split_names(content: Mapping[str, Any], file: Path) -> list[str]:
     """Return train, val, test where it is there, and the other keys whose values are folders or lists of images."""
-    names = [*TRAINED, *(["test"] if content.get("test") else [])]
+    names = [*REQUIRED_SPLITS, *(["test"] if content.get("test") else [])]
     return names + [key for key in content if _is_other_split(key, content, file)]
 
 
 def _is_other_split(key: Any, content: Mapping[str, Any], file: Path) -> bool:
-    if key in (*TRAINED, *ALIASES, "test", "trainval", "path", "names") or not isinstance(key, str):
+    if key in (*REQUIRED_SPLITS, *ALIASES, "test", "trainval", "path", "names") or not isinstance(key, str):
         return False
     try:
         sources = _sources(content, key, file)
@@ -259,8 +259,8 @@ def _read_list(file: Path, roots: Iterable[Path]) -> list[str]:
     finders = [ImageNames(folder) for folder in folders]
     paths = []
     for line in read_lines(file):
-        places = (os.path.normpath(folder / line) for folder in folders)
+        candidates = (os.path.normpath(folder / line) for folder in folders)
         by_end = (os.path.join(f.folder, name) for f in finders for name, other in [f.locate(line)] if not other)
-        first = next(places)
-        paths.append(first if listings.has(first) else next(filter(listings.has, chain(places, by_end)), first))
+        first = next(candidates)
+        paths.append(first if listings.has(first) else next(filter(listings.has, chain(candidates, by_end)), first))
     return paths
