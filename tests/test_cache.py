@@ -86,7 +86,7 @@ def test_what_does_not_fit_is_refused(shapes, monkeypatch, tmp_path):
         DetectionDataset(shapes, 64, "ram")
     usage = cache.shutil.disk_usage(tmp_path)._replace(free=size)
     monkeypatch.setattr(cache.shutil, "disk_usage", lambda _: usage)
-    with pytest.raises(DetkitError, match=r"data.cache=disk takes 0.00 GiB .* make room"):
+    with pytest.raises(DetkitError, match=r"data.cache=disk takes 0.00 GiB .* data.cache=null"):
         DetectionDataset(shapes, 64, "disk")
     assert not list((tmp_path / "cache" / "detkit" / "images").iterdir())
 

@@ -281,7 +281,7 @@ def test_names_without_end_are_cut_where_they_are_printed(coco_set, tmp_path, mo
         ("format=[coco]", "format=['coco'] must be the name of a format"),
         ("run_dir=.", "run_dir=. is not empty"),
         ("data.val_annotations=gone.json", "gone.json: No such file"),
-        ("data.val_images=gone", "leaves no image to use"),
+        ("data.val_images=gone", "leaves no usable image"),
     ],
 )
 def test_mistakes_are_one_sentence(shapes_root, tmp_path, monkeypatch, capsys, change, sentence):

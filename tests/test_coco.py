@@ -170,7 +170,7 @@ def broken(change):
         (broken(lambda c: c["images"].clear()), "lists no images"),
         (
             broken(lambda c: [i.update(file_name="x.png") for i in c["images"]]),
-            r"leaves no image .*x\.png: the file does",
+            r"leaves no usable image.*x\.png: the file does",
         ),
     ],
 )
