@@ -235,8 +235,8 @@ def test_what_cannot_be_read_is_refused(coco_set, text, sentence):
         (lambda c: c["annotations"][2].update(image_id=5), "labels_without_image", r"annotations\[2\] has image_id 5"),
         (lambda c: c["annotations"][0].update(category_id=1), "unknown_class", r"annotations\[0\] has category_id 1"),
         (lambda c: c["annotations"][0].update(bbox=[30, 2, 3, 4]), "outside_box", r"annotations\[0\] \[30, 2, 33, 6\]"),
-        (lambda c: c["annotations"].append(c["annotations"][0]), "duplicate_box", r"annotations\[3\] .* given before"),
-        (lambda c: c["annotations"][0].update(bbox=[15, 2, 9, 4]), "overhanging_box", r"annotations\[0\] .* beyond"),
+        (lambda c: c["annotations"].append(c["annotations"][0]), "duplicate_box", r"annotations\[3\] .* duplicates"),
+        (lambda c: c["annotations"][0].update(bbox=[15, 2, 9, 4]), "overhanging_box", r"annotations\[0\] .* exceeds"),
     ],
 )
 def test_what_makes_no_sense_is_fixed_or_skipped(coco_set, change, kind, detail):
@@ -249,7 +249,7 @@ def test_what_makes_no_sense_is_fixed_or_skipped(coco_set, change, kind, detail)
     if match := re.search(r"(\w+)\[(\d+)\]", issue.detail):
         before = {"images": 1, "annotations": 1 + len(json.loads(file.read_text())["images"])}[match[1]]
         assert issue.line == 1 + before + int(match[2]) or "text" in file.read_text()
-    with pytest.raises(DetkitError, match=r"data\.strict=true refuses it"):
+    with pytest.raises(DetkitError, match=r"data\.strict=true rejects it"):
         annotations.issues.raise_if_any()
 
 

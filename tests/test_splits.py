@@ -239,7 +239,7 @@ def test_an_image_is_in_one_split_of_a_cleaned_copy(tmp_path, monkeypatch, capsy
     run = [f"fix={tmp_path / 'copy'}", f"run_dir={tmp_path / 'run'}", "workers=1"]
     status, out, _ = run_command(monkeypatch, capsys, "check_data", "data=coco", f"data.root={root}", *run)
     assert status == 2
-    assert "unfixed: images that are in another split, too: 2 in train, 1 in val, 1 in holdout" in out
+    assert "unfixed: images that are also in another split: 2 in train, 1 in val, 1 in holdout" in out
     copy = ["data=coco", f"data.root={tmp_path / 'copy'}", f"run_dir={tmp_path / 'again'}", "workers=1"]
     status, out, _ = run_command(monkeypatch, capsys, "check_data", *copy)
     assert status == 0, out
@@ -255,7 +255,7 @@ def test_a_split_under_a_second_name_is_a_note(tmp_path, monkeypatch, capsys):
     run = [f"fix={tmp_path / 'copy'}", f"run_dir={tmp_path / 'run'}", "workers=1"]
     status, out, _ = run_command(monkeypatch, capsys, "check_data", "data=yolo", f"data.yaml={file}", *run)
     assert status == 0, out
-    assert "note: splits without an image of their own: 1 in val" in out
+    assert "note: splits that contain only images of other splits: 1 in val" in out
     copy = {"name": "yolo", "yaml": str(tmp_path / "copy/data.yaml")}
     assert [len(DATASETS.build(copy, split)) for split in splits_of(copy)] == [1, 2, 2]
 
@@ -265,7 +265,7 @@ def test_validating_with_what_is_trained_on_is_wrong_and_converted_as_it_is(tmp_
     run = [f"fix={tmp_path / 'copy'}", f"run_dir={tmp_path / 'run'}", "workers=1"]
     status, out, _ = run_command(monkeypatch, capsys, "check_data", "data=yolo", f"data.yaml={file}", *run)
     assert status == 2
-    assert "trained on and validated with: 1 in train" in out
+    assert "used for both training and validation: 1 in train" in out
     copy = {"name": "yolo", "yaml": str(tmp_path / "copy/data.yaml")}
     assert [len(DATASETS.build(copy, split)) for split in splits_of(copy)] == [3, 3]
 
@@ -289,7 +289,7 @@ def test_a_list_of_all_images_or_of_a_few_takes_none_from_train(sets, tmp_path, 
     run = [f"fix={tmp_path / 'copy'}", f"run_dir={tmp_path / 'run'}", "workers=1"]
     status, out, _ = run_command(monkeypatch, capsys, "check_data", "data=voc", f"data.root={root}", *run)
     assert status == 0, out
-    assert "note: splits without an image of their own: 1 in all, 1 in few" in out
+    assert "note: splits that contain only images of other splits: 1 in all, 1 in few" in out
     copy = {"name": "voc", "root": str(tmp_path / "copy")}
     counts = {split: len(DATASETS.build(copy, split)) for split in splits_of(copy)}
     assert counts == {"train": 2, "val": 2, "test": 2, "holdout": 2, "all": 4, "few": 1}
@@ -312,7 +312,7 @@ def test_a_split_without_boxes_is_an_error_unless_asked_for(empty, tmp_path, tra
     data = ["data=coco", f"data.root={draw_coco(tmp_path / 'set', ('train', 'val'), empty=(empty,))}"]
     status, out, _ = run_command(monkeypatch, capsys, "check_data", *data, f"run_dir={tmp_path / 'r'}", "workers=1")
     assert status == 2
-    assert f"unfixed: splits without any box, which stop a training: 1 in {empty}" in out
+    assert f"unfixed: splits without any box, which training rejects: 1 in {empty}" in out
     train = ["train", *data, *train_overrides[1:], "trainer.epochs=1", f"run_dir={tmp_path / 'run'}"]
     status, _, error = run_command(monkeypatch, capsys, *train)
     assert status == 2

@@ -237,7 +237,7 @@ def look(path: str) -> int:
 
 
 def test_a_killed_process_of_a_pool_is_a_sentence():
-    with pytest.raises(DetkitError, match="looking: a process was killed, for want of memory perhaps"):
+    with pytest.raises(DetkitError, match="looking: a process was killed, possibly for lack of memory"):
         list(map_files(look, [str(k) for k in range(8)], "looking", 2))
 
 

@@ -145,16 +145,15 @@ def _file(path: Path, size: int, contents: str) -> mmap.mmap:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         if not path.exists():
-            for stale in path.parent.glob(
-                f"{path.name.partition('-')[0]}-*.u8"
-            ):  # of previous versions of the data set
+            # Caches of previous versions of the data set.
+            for stale in path.parent.glob(f"{path.name.partition('-')[0]}-*.u8"):
                 stale.unlink(missing_ok=True)
             free = shutil.disk_usage(path.parent).free
             if size > MAX_FRACTION * free:
                 raise DetkitError(
                     f"data.cache=disk takes {gib(size)} for {contents}, more than {MAX_FRACTION:.0%} of the "
-                    f"{gib(free)} free at {path.parent}: free some space, set XDG_CACHE_HOME to a folder on another disk, or "
-                    "use data.cache=null"
+                    f"{gib(free)} free at {path.parent}: free some space, set XDG_CACHE_HOME to a folder on another "
+                    "disk, or use data.cache=null"
                 )
             _reserve(path, size)
         with path.open("r+b") as file:

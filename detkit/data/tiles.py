@@ -1,8 +1,8 @@
-"""Tiles: large training images seen in parts at full resolution, for objects that shrinking would wipe out.
+"""Tiling of large training images at full resolution, for objects that would vanish when images are shrunk.
 
-    items of the data set    [ N whole images | P tiles that show an object | E of the empty tiles, others every epoch ]
+    items of the data set    [ N whole images | P tiles with objects | E of the empty tiles, others in each epoch ]
 
-Validation stays on whole images: it measures what prediction, which does not tile, will find.
+Validation uses whole images, as prediction does not tile.
 """
 
 import numpy as np
@@ -13,20 +13,20 @@ from detkit.data.augment.mosaic import clip_boxes
 from detkit.data.dataset import DetectionDataset
 from detkit.structures import ImageMeta, Sample, SampleKey
 
-MAX_PAIRS = 1 << 18  # boxes times tiles that are looked at together, to bound the memory
+MAX_PAIRS = 1 << 18  # boxes times tiles processed at once, to bound the memory
 
 
 class TiledDataset(Dataset):
-    """A data set, and the tiles of its images that are larger than a tile, in flat arrays.
+    """A data set and the tiles of its images that are larger than a tile.
 
-    Boxes are clipped to their tile and dropped where too little of them shows (``mosaic.clip_boxes``). Neighbours
-    overlap, so an object no larger than the overlap is whole in at least one tile.
+    Boxes are clipped to their tile and dropped if too little of them is visible (``mosaic.clip_boxes``). Adjacent tiles
+    overlap, so every object not larger than the overlap is complete in at least one tile.
 
     Args:
-        dataset: the whole images; the tiles are read in full from the files, whatever size it has its images in.
-        size: side of a tile in pixels; where an image is narrower or lower, its tiles are.
-        overlap: share of ``size`` that neighbours have in common, or more.
-        positive_fraction: of an epoch's tiles, those that show an object; the rest are empty ones, which come in turn.
+        dataset: the whole images; tiles are read from the files at full resolution, whatever its image size.
+        size: side of a tile in pixels; tiles are smaller where the image is.
+        overlap: minimum overlap of adjacent tiles as a fraction of ``size``.
+        positive_fraction: fraction of an epoch's tiles with objects; the others are empty tiles, which alternate.
     """
 
     def __init__(
@@ -44,14 +44,14 @@ class TiledDataset(Dataset):
 
     @property
     def in_memory(self) -> bool:
-        """Whether the whole images are at hand without decoding; the tiles never are."""
+        """Whether no whole image is decoded more than once; tiles always are."""
         return self.dataset.in_memory
 
     def __len__(self) -> int:
         return len(self.dataset) + len(self.positive_tiles) + self.empty_slots
 
     def __getitem__(self, key: SampleKey | tuple[int, int]) -> Sample:
-        """Return item ``key[1]`` in epoch ``key[0]``: an image, or a tile of one."""
+        """Return item ``key[1]`` in epoch ``key[0]``, an image or a tile."""
         epoch, index = key[:2]
         if index < len(self.dataset):
             return self.dataset[key]
@@ -65,7 +65,7 @@ class TiledDataset(Dataset):
         return Sample(sample.image[y1:y2, x1:x2].copy(), boxes, sample.labels[keep], meta)
 
     def tile(self, epoch: int, slot: int) -> int:
-        """Return the tile of ``slot`` among the items after the whole images."""
+        """Return the index of the tile in ``slot``, counted after the whole images."""
         if slot < len(self.positive_tiles):
             return int(self.positive_tiles[slot])
         return int(
@@ -73,7 +73,7 @@ class TiledDataset(Dataset):
         )
 
     def labels_by_item(self) -> tuple[np.ndarray, np.ndarray]:
-        """Return the item of each box that shows, and its label, (T,) each."""
+        """Return the item and the label of each visible box, (T,) each."""
         items, labels = self.dataset.labels_by_item()
         tiles, tile_labels = self._tile_labels
         slots = len(self.dataset) + np.searchsorted(self.positive_tiles, tiles)
@@ -81,7 +81,7 @@ class TiledDataset(Dataset):
 
 
 def tile_starts(length: int, size: int, overlap: float) -> np.ndarray:
-    """Return the first pixel of each tile along a side of ``length`` pixels, evenly spread from end to end."""
+    """Return the first pixel of each tile along a side of ``length`` pixels, evenly spaced, (K,) int64."""
     if length <= size:
         return np.zeros(1, np.int64)
     step = max(size - int(np.ceil(overlap * size)), 1)
@@ -93,11 +93,11 @@ def tile_starts(length: int, size: int, overlap: float) -> np.ndarray:
 def find_tiles(
     annotations: Annotations, size: int, overlap: float
 ) -> tuple[np.ndarray, np.ndarray, tuple[np.ndarray, np.ndarray]]:
-    """Lay tiles over every image with a side longer than ``size``.
+    """Tile every image with a side longer than ``size``.
 
     Returns:
-        the image of each tile (T,), its window (T, 4) xyxy in pixels of the image, and of each box that shows in a
-        tile (no crowds) the tile and the label, (K,) each.
+        the image of each tile (T,), its window (T, 4) xyxy in pixels of the image, and the tile and label of each box
+        that is visible in a tile (without crowds), (K,) each.
     """
     a = annotations
     shapes, shape_of_image = np.unique(a.sizes, axis=0, return_inverse=True)
@@ -131,7 +131,7 @@ def find_tiles(
 
 
 def _visible_pairs(boxes: np.ndarray, windows: np.ndarray) -> np.ndarray:
-    """Return which of (N, 4) boxes show enough in which of (T, 4) windows, (N, T) bool."""
+    """Return which of (N, 4) boxes are sufficiently visible in which of (T, 4) windows, (N, T) bool."""
     pairs = np.repeat(boxes, len(windows), axis=0)
     window_of_pair = np.tile(windows, (len(boxes), 1))
     return clip_boxes(pairs, window_of_pair)[1].reshape(len(boxes), len(windows))

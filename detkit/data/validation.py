@@ -1,4 +1,4 @@
-"""Vectorised validation of images and boxes: keep, fix or skip."""
+"""Vectorized validation of images and boxes: keep, fix or skip."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -20,16 +20,16 @@ from detkit.data.image_probe import (
 )
 from detkit.data.issues import IssueLog
 
-PIXEL_TOLERANCE = 1.0  # pixels that a box may reach over its image's edge before that is called a problem: rounding
-NORMALISED_TOLERANCE = 1e-3  # the same of normalised values
-ASPECT_TOLERANCE = 0.02  # relative: a resized image keeps its aspect to within this
+PIXEL_TOLERANCE = 1.0  # by which a box may exceed its image without being reported, for rounding
+NORMALISED_TOLERANCE = 1e-3  # the same for normalised values
+ASPECT_TOLERANCE = 0.02  # relative difference in aspect ratio of a resized image
 ISSUES_OF_FLAGS = {
     MISSING: ("missing_image", "the file does not exist"),
     UNREADABLE: ("unreadable_image", ""),  # why: see image_probe.why_unreadable
-    TRUNCATED: ("truncated_image", "the file ends before the picture does"),
-    ROTATED: ("exif_rotated", "turned upright by its EXIF orientation"),
+    TRUNCATED: ("truncated_image", "the file ends before the image data"),
+    ROTATED: ("exif_rotated", "rotated by its EXIF orientation"),
     GRAY: ("gray_image", "gray"),
-    DEEP: ("deep_image", "more than 8 bits a channel"),
+    DEEP: ("deep_image", "more than 8 bits per channel"),
     CMYK: ("cmyk_image", "CMYK"),
     ALPHA: ("alpha_image", "has transparency"),
 }
@@ -37,14 +37,15 @@ ISSUES_OF_FLAGS = {
 
 @dataclass
 class ImageValidation:
-    """What becomes of N images, and of the boxes that were drawn in them.
+    """The validation of N images, and the transforms of their boxes.
 
     Attributes:
         usable: (N,) bool.
-        first_of: (N,) int64, of a file that is listed twice the first image, which has the boxes of both.
-        scale: (N, 2) x and y by which an image was resized after labelling, 1 for most.
-        turned: (N,) bool: labelled before its EXIF turn.
-        stored: (N, 2) height and width before that turn; orientation: (N,) of EXIF.
+        first_index: (N,) int64, the first index of the same file, which gets the boxes of its duplicates.
+        scale: (N, 2) factors in x and y by which an image was resized after labelling, usually 1.
+        turned: (N,) bool, whether the boxes refer to the image without its EXIF orientation.
+        stored: (N, 2) height and width without the EXIF orientation.
+        orientation: (N,) EXIF orientation.
     """
 
     usable: np.ndarray
@@ -55,7 +56,7 @@ class ImageValidation:
     orientation: np.ndarray
 
     def to_upright(self, image_of: np.ndarray, boxes: np.ndarray, areas: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return (T, 4) boxes and (T,) areas, of the images ``image_of`` (T,), in the frame of the upright image."""
+        """Transform (T, 4) boxes and (T,) areas of the images ``image_of`` (T,) to the upright image."""
         if (self.scale != 1).any():
             factors = self.scale[image_of]
             boxes, areas = boxes * np.tile(factors, 2), areas * factors.prod(1)
@@ -68,14 +69,16 @@ class ImageValidation:
 
 
 def validate_images(paths: Sequence[str], probes: np.ndarray, stated: np.ndarray, log: IssueLog) -> ImageValidation:
-    """Decide which images can be used, and how the boxes of those that are of another size than stated come along.
+    """Decide which images are usable, and how to transform the boxes of images whose size differs from their labels.
 
-    An image whose stated size is that before its EXIF turn has its boxes turned; one that keeps the stated aspect was
-    resized after labelling, and its boxes are scaled; any other cannot be trusted.
+    If the stated size is that without the EXIF orientation, the boxes are rotated. If the aspect ratio matches, the
+    image was resized after labelling, and the boxes are scaled. Otherwise the image is skipped.
 
     Args:
+        paths: of the N images.
         probes: (N, 5) int32 of ``image_probe.probe``.
-        stated: (N, 2) height and width that the labels state, 0 where they do not.
+        stated: (N, 2) height and width according to the labels, 0 if they do not say.
+        log: receives the problems.
     """
     sizes, stored, flags = probes[:, :2], probes[:, 2:4], probes[:, 4]
     for bit, (kind, message) in ISSUES_OF_FLAGS.items():
@@ -111,7 +114,7 @@ def validate_images(paths: Sequence[str], probes: np.ndarray, stated: np.ndarray
 
 
 def orient_boxes(boxes: np.ndarray, stored: np.ndarray, orientation: np.ndarray) -> np.ndarray:
-    """Turn (T, 4) xyxy boxes of images (height, width) ``stored`` as their EXIF ``orientation`` (T,), 5 to 8, asks."""
+    """Apply EXIF ``orientation`` (T,), 5 to 8, to (T, 4) xyxy boxes of images of size ``stored``, (T, 2)."""
     x, y = boxes[:, 0::2], boxes[:, 1::2]
     height, width = stored[:, :1], stored[:, 1:]
     new_x = np.where(np.isin(orientation, (6, 7))[:, None], height - y, y)
@@ -128,15 +131,19 @@ def validate_boxes(
     locate: Callable[[int], tuple[object, int | None, str]],
     log: IssueLog,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Clip boxes to their images, and decide which can be used.
+    """Clip boxes to their images, and decide which are usable.
 
     Args:
-        boxes: (T, 4) finite xyxy, in pixels, or in 0..1 where ``normalised``.
-        labels, image_of: (T,); sizes: (N, 2) height and width of the images.
-        place: number of a box -> its file, its line and words that introduce it.
+        boxes: (T, 4) finite xyxy, in pixels, or in 0..1 if ``normalised``.
+        labels: (T,).
+        image_of: (T,) image of each box.
+        sizes: (N, 2) height and width of the images.
+        normalised: whether boxes are in 0..1.
+        locate: maps the index of a box to its file, its line and the start of a message.
+        log: receives the problems.
 
     Returns:
-        the boxes in pixels, clipped; and (T,) bool.
+        the clipped boxes in pixels (T, 4), and whether to keep them (T,) bool.
     """
     original = boxes
 
@@ -162,22 +169,22 @@ def validate_boxes(
     report("outside_box", outside, "(x1, y1, x2, y2) lies outside its image")
     keep = ~flat & ~outside
     duplicate = _find_duplicates(clipped, labels, image_of, keep)
-    report("duplicate_box", duplicate, "(x1, y1, x2, y2) of the same class was given before")
+    report("duplicate_box", duplicate, "(x1, y1, x2, y2) duplicates an earlier box of the same class")
     keep &= ~duplicate
     if normalised:
-        report("beyond_one", keep & out_of_range, "(x1, y1, x2, y2 from centre and size) reaches beyond 0..1")
+        report("beyond_one", keep & out_of_range, "(x1, y1, x2, y2 from centre and size) exceeds 0..1")
     else:
         overhanging = np.abs(clipped - boxes).max(1, initial=0) > PIXEL_TOLERANCE
-        report("overhanging_box", keep & overhanging, "(x1, y1, x2, y2) reaches beyond its image")
+        report("overhanging_box", keep & overhanging, "(x1, y1, x2, y2) exceeds its image")
     return clipped, keep
 
 
 def _find_duplicates(boxes: np.ndarray, labels: np.ndarray, image_of: np.ndarray, keep: np.ndarray) -> np.ndarray:
-    """Return (T,) bool: the same box and label stand earlier in the same image."""
+    """Return whether the same box and label occur earlier in the same image, (T,) bool."""
     rows = np.flatnonzero(keep)
     order = rows[
         np.lexsort((*boxes[rows].T, labels[rows], image_of[rows]))
-    ]  # stable: the first of its like comes first
+    ]  # stable: the first of duplicates stays first
     same = (boxes[order][1:] == boxes[order][:-1]).all(1)
     same &= (labels[order][1:] == labels[order][:-1]) & (image_of[order][1:] == image_of[order][:-1])
     duplicate = np.zeros(len(keep), bool)
@@ -186,9 +193,9 @@ def _find_duplicates(boxes: np.ndarray, labels: np.ndarray, image_of: np.ndarray
 
 
 def _first_indices(paths: Sequence[str]) -> np.ndarray:
-    """Return (N,) int64, where each file was listed first."""
+    """Return the index of the first occurrence of each path, (N,) int64."""
     first = np.arange(len(paths))
-    hashes = np.fromiter((hash(path) for path in paths), np.int64, len(paths))  # a dictionary of all would be large
+    hashes = np.fromiter((hash(path) for path in paths), np.int64, len(paths))  # smaller than a dictionary of all
     order = np.argsort(hashes, kind="stable")
     equal = np.flatnonzero(hashes[order][1:] == hashes[order][:-1])
     seen: dict[str, int] = {}
