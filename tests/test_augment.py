@@ -255,7 +255,7 @@ def test_an_image_that_becomes_unreadable_is_skipped_and_named(shapes_root, tmp_
     assert issue.startswith(f"cannot read image {broken}: ")
     annotations.paths = [broken] * 24
     dataset = AugmentedDataset(DetectionDataset(annotations, 64), 64, augment, 0, 20)
-    with pytest.raises(DetkitError, match="no image of this epoch can be read; .*: cannot read image"):
+    with pytest.raises(DetkitError, match=r"no image of this epoch can be read; .*: cannot read image"):
         list(BatchLoader(dataset, 4, workers=workers).epoch(0))
 
 

@@ -99,7 +99,7 @@ def test_a_full_temporary_folder_is_one_sentence(monkeypatch):
     monkeypatch.setattr(box_table, "open_temporary", Full)
     monkeypatch.setattr(box_table, "BLOCK", 2)
     table = BoxTable()
-    with pytest.raises(DetkitError, match="No space left on device: .* TMPDIR"):
+    with pytest.raises(DetkitError, match=r"No space left on device: .* TMPDIR"):
         for _ in range(3):
             table.append(0, 0, 0, 0, (0, 0, 1, 1), 0, False)
     assert ROW.itemsize == 80

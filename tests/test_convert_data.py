@@ -146,7 +146,7 @@ def test_the_command_prints_how_to_train(sets, tmp_path, monkeypatch, capsys):
     status, out, _ = run_command(monkeypatch, capsys, "convert_data", *arguments)
     assert status == 0
     yaml_file = tmp_path / "my set" / "data.yaml"
-    assert "mind: YOLO txt knows no crowds: 2 of them" in out
+    assert "mind: YOLO txt cannot represent crowds: 2 of them" in out
     assert out.endswith(f"python tools/train.py data=yolo 'data.yaml=\"{yaml_file}\"'\n")
     assert read_yolo("train", yaml=str(yaml_file)).class_names == ("zebra crossing", "Ämpel & <Co>")
     assert train_command({"name": "voc", "root": "/a/b-1"}) == "python tools/train.py data=voc data.root=/a/b-1"
@@ -155,7 +155,7 @@ def test_the_command_prints_how_to_train(sets, tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        ("dst=full", "full is not an empty folder: name another one, or remove it"),
+        ("dst=full", "full is not an empty folder"),
         ("dst=full/file", "file is not an empty folder"),
         ("dst=full/file/below", "cannot write"),
         ("format=yollo", "unknown format 'yollo': known are coco"),
@@ -181,7 +181,7 @@ def test_a_disk_that_refuses_is_one_sentence(sets, tmp_path, monkeypatch):
     monkeypatch.setattr("detkit.data.formats.writing.os.link", refuse)
     monkeypatch.setattr("detkit.data.formats.writing.shutil.copyfileobj", refuse)
     splits = {"train": read_coco("train", root=sets["drawn"]["root"])}
-    with pytest.raises(DetkitError, match=r"No space left on device; what is in .* is not whole, remove it"):
+    with pytest.raises(DetkitError, match=r"No space left on device; .* is incomplete, remove it"):
         write_set("yolo", splits, tmp_path / "out")
 
 

@@ -206,7 +206,7 @@ def test_xml_is_read_in_the_encoding_that_it_declares(voc_set, declared, written
         ("<annotation>\udcc6\udcfb</annotation>", "malformed xml"),
         ("<a>" * 1000 + "</a>" * 1000, "nested more than 100 deep"),
         ("<annotations><image id='0'><box label='dog'/></image></annotations>", "CVAT's own xml"),
-        ("<html><body/></html>", "it is no Pascal VOC annotation"),
+        ("<html><body/></html>", "it is not a Pascal VOC annotation"),
         ('{"images": []}', "malformed xml"),
         (f"<annotation>{'<object/>' * 100_001}</annotation>", "more than 100,000 objects"),
     ],
@@ -233,8 +233,8 @@ def test_deep_xml_and_long_text_take_no_time(voc_set):
 @pytest.mark.parametrize(
     ("texts", "words"),
     [
-        ((None, None), r"2\).* first is .*a\.xml: does not exist"),
-        (("<annotation/>", "<annotation/>"), "2 images .* hold no object, so"),
+        ((None, None), r"2\).* first problem: .*a\.xml: does not exist"),
+        (("<annotation/>", "<annotation/>"), "2 images .* contain no objects, so"),
         (("<annotation><bndbox/></annotation>", None), "malformed boxes"),
         (("<annotations><image /></annotations>", None), "CVAT's own xml"),
     ],

@@ -188,7 +188,7 @@ def test_damage_is_left_out_and_said(tmp_path):
         "overhanging_box": 1,
     }
     said = " ".join(map(str, log.issues))
-    assert "a.tar: holds 2 samples of 4 that are listed; the file ends early" in said
+    assert "a.tar: contains 2 of 4 listed samples; unexpected end of file" in said
     assert "b.tar: holds 0 samples of 1" in said
     loader = ShardLoader(DetectionDataset(found), Augmentation(64, PLAIN, 1), 2, workers=0)
     assert sorted(o.index for batch in loader.epoch(0) for o in batch.metas) == list(range(5))
@@ -296,7 +296,7 @@ MISTAKES = [
     ({}, {"class_names": ["a", "a"]}, "'class_names' holds the same name twice"),
     ({}, {"class_names": ["a", " "]}, "'class_names' holds the name ' '"),
     ({}, {"category_ids": [1]}, "'category_ids' must be a list of different whole numbers"),
-    ({}, {"shards": [{"file": "x.tar", "images": 3}]}, "x.tar, which .*train.json lists, does not exist"),
+    ({}, {"shards": [{"file": "x.tar", "images": 3}]}, "x.tar, listed in .*train.json, does not exist"),
     ({}, {"shards": []}, "train.json lists no images"),
     *(
         ({}, {"shards": [{"file": name, "images": 3}]}, "'shards' must list different names of tar files")

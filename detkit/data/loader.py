@@ -198,7 +198,8 @@ def collect_batches(
             issues.clear()
             yield batch
     if empty:
-        raise DetkitError(f"no image of this epoch can be read; the first problem: {issues[0] if issues else 'there are none'}")
+        first = issues[0] if issues else "there are none"
+        raise DetkitError(f"no image of this epoch can be read; the first problem: {first}")
 
 
 def worker_count(workers: int | str) -> int:

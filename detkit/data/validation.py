@@ -107,9 +107,7 @@ def validate_images(paths: Sequence[str], probes: np.ndarray, stated: np.ndarray
     log.extend("contradicting_size", np.flatnonzero(contradicting), describe)
     scale = np.where(resized[:, None], scale[:, ::-1], 1.0)
     usable = readable & first & ~contradicting
-    first_index = np.where(
-        contradicting, positions, first_index
-    )  # boxes that cannot be trusted are not given to the first
+    first_index = np.where(contradicting, positions, first_index)  # boxes of skipped images are dropped
     return ImageValidation(usable, first_index, scale, turned, stored, flags >> ORIENTATION_SHIFT)
 
 

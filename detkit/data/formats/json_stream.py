@@ -1,4 +1,4 @@
-"""Reading a large json file record by record: a COCO file of ten million boxes would not fit into memory as objects."""
+"""Reading a json file record by record, as a COCO file of ten million boxes would not fit into memory as objects."""
 
 import json
 import re
@@ -20,13 +20,13 @@ _decode = json.JSONDecoder().raw_decode
 
 
 def read_records(file: Path, lists: tuple[str, ...]) -> Iterator[tuple[str, int, int, Any]]:
-    """Yield the elements of the named lists of a json object, as they stand in the file.
+    """Yield the elements of the named lists of a json object, in the order of the file.
 
     Yields:
-        key of the list, position in it (-1 with None as the record, where the list begins), line in the file, record.
+        key of the list, position in it, line in the file, record; at the start of the list, position -1 and None.
 
     Raises:
-        DetkitError: not a file, not an object, malformed (with line and column), or one of the lists is none.
+        DetkitError: it is not a file, not a json object, malformed (with line and column), or a value is not a list.
     """
     try:
         with TextIOWrapper(open_regular(file), encoding="utf-8-sig") as stream:
@@ -38,7 +38,7 @@ def read_records(file: Path, lists: tuple[str, ...]) -> Iterator[tuple[str, int,
 
 
 class _Reader:
-    """A window of text that moves over the file, ``line`` being where it stands."""
+    """A json parser over a sliding window of the file."""
 
     def __init__(self, stream: TextIO, file: Path) -> None:
         self.stream = stream
@@ -46,12 +46,12 @@ class _Reader:
         self.text = ""
         self.position = 0
         self.line = 1
-        self.column = 0  # characters of the line before the window
+        self.column = 0  # characters of the current line before the window
 
     def records(self, lists: tuple[str, ...]) -> Iterator[tuple[str, int, int, Any]]:
         if self.next_character() != "{":
             message = (
-                f"is not a COCO detection file: it is no json object with lists {lists}{other_format_of(self.file)}"
+                f"is not a COCO detection file: it is not a json object with lists {lists}{other_format_of(self.file)}"
             )
             raise DetkitError(f"{self.file} {message}")
         self.advance(1)
@@ -64,7 +64,7 @@ class _Reader:
             if key not in lists:
                 self.skip_value()
             elif self.next_character() != "[":
-                message = f"is not a COCO detection file: '{key}' is no list (line {self.line})"
+                message = f"is not a COCO detection file: '{key}' is not a list (line {self.line})"
                 raise DetkitError(f"{self.file} {message}{other_format_of(self.file)}")
             elif key in seen:
                 raise self.malformed(f"there is another list '{key}' before this one")
@@ -76,10 +76,10 @@ class _Reader:
                 self.expect(",")
         self.advance(1)
         if not self.at_end():
-            raise self.malformed("something follows the end of the object, as where two files were put into one")
+            raise self.malformed("there is text after the end of the object, as in two concatenated files")
 
     def skip_value(self) -> None:
-        """Take a value that nobody asks for; a list one element at a time."""
+        """Skip a value; a list one element at a time."""
         if self.next_character() == "[":
             for _ in self.elements():
                 pass
@@ -98,15 +98,15 @@ class _Reader:
         self.advance(1)
 
     def next_character(self) -> str:
-        """Pass over white space; return the character that comes then, without taking it."""
+        """Skip whitespace and return the next character without consuming it."""
         if self.position < len(self.text) and self.text[self.position] not in SPACE:
             return self.text[self.position]
         if self.at_end():
-            raise self.malformed("the file ends too early")
+            raise self.malformed("unexpected end of file")
         return self.text[self.position]
 
     def at_end(self) -> bool:
-        """Pass over white space; return whether nothing comes after it."""
+        """Skip whitespace and return whether the end of the file is reached."""
         while True:
             self.advance(_spaces(self.text, self.position).end() - self.position)  # type: ignore[union-attr]  # it always matches
             if self.position < len(self.text) or not self.read_more():
@@ -118,7 +118,7 @@ class _Reader:
         self.advance(1)
 
     def value(self) -> Any:
-        """Take one json value."""
+        """Parse one json value."""
         self.next_character()
         while True:
             try:
@@ -126,7 +126,7 @@ class _Reader:
                 length = end - self.position
                 if (
                     self.text[end : end + 1] in DELIMITERS or not self.read_more()
-                ):  # else a number that may go on: 12 of 12.5
+                ):  # otherwise an incomplete number: 12 of 12.5
                     self.advance(length)
                     return value
             except json.JSONDecodeError as error:
@@ -134,7 +134,7 @@ class _Reader:
                 if not self.read_more():
                     self.advance(error_offset)
                     raise self.malformed(error.msg) from None
-            except (ValueError, RecursionError) as error:  # a number of thousands of digits, lists without end
+            except (ValueError, RecursionError) as error:  # a number with thousands of digits, deeply nested lists
                 raise self.malformed(str(error)) from None
 
     def advance(self, count: int) -> None:
@@ -146,7 +146,7 @@ class _Reader:
         self.position = end
 
     def read_more(self) -> bool:
-        """Read on, twice as far as what is left unread; return whether there was anything."""
+        """Read at least as much as is unparsed; return False at the end of the file."""
         unread = len(self.text) - self.position
         if unread > MAX_VALUE:
             raise self.malformed(f"one record is longer than {MAX_VALUE} characters, or broken")

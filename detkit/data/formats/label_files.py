@@ -1,4 +1,4 @@
-"""Finding the text file with the labels of an image, in YOLO's layout."""
+"""Finding the label files of images in YOLO's layout."""
 
 import os
 from collections import defaultdict
@@ -7,7 +7,7 @@ from pathlib import Path
 
 from detkit.data.file_utils import Listings, images_in
 
-# Tools leave these beside the labels.
+# Other text files that tools write next to the labels.
 NON_LABEL_FILES = {
     *("classes.txt", "labels.txt", "readme.txt", "notes.txt"),
     *("train.txt", "val.txt", "valid.txt", "test.txt"),
@@ -15,16 +15,18 @@ NON_LABEL_FILES = {
 
 
 def label_folders(folder: Path) -> list[Path]:
-    """Return where the labels of the images in a folder may be: first where ``images`` in its path is ``labels``.
+    """Return the possible label folders of an image folder: its path with ``images`` replaced by ``labels``.
 
-    Where several parts of the path are called so, the last one counts first. The folder itself comes at the end.
+    If several parts of the path are ``images``, each one is replaced, the last part first. The last candidate is the
+    folder itself.
     """
     label_dirs: dict[str, Path] = {}
-    for parts in (folder.parts, Path(os.path.abspath(folder)).parts):
+    absolute = Path(os.path.abspath(folder))  # noqa: PTH100  (Path.resolve would follow links)
+    for parts in (folder.parts, absolute.parts):
         for k in reversed(range(len(parts))):
             if parts[k] == "images":
                 label_dir = Path(*parts[:k], "labels", *parts[k + 1 :])
-                label_dirs.setdefault(os.path.abspath(label_dir), label_dir)
+                label_dirs.setdefault(os.path.abspath(label_dir), label_dir)  # noqa: PTH100  (as above)
     return [*label_dirs.values(), folder]
 
 
@@ -32,19 +34,19 @@ class LabelFiles:
     """Finds the label files of images."""
 
     def __init__(self) -> None:
-        self.label_dirs: dict[Path, list[Path]] = {}  # of each folder of images: the folders where its labels may be
-        self.stems: dict[Path, set[str]] = defaultdict(set)  # names, without suffix, of the images looked for in each
+        self.label_dirs: dict[Path, list[Path]] = {}  # possible label folders of each image folder
+        self.stems: dict[Path, set[str]] = defaultdict(set)  # stems of the requested images of each folder
         self.listings = Listings()
-        self.used: set[Path] = set()  # folders in which labels were found
+        self.used: set[Path] = set()  # folders that contain labels
 
     def candidates(self, image: Path) -> list[Path]:
-        """Return the text files that may hold the labels of an image, in the order of their claim."""
+        """Return the possible label files of an image in order of priority."""
         if image.parent not in self.label_dirs:
             self.label_dirs[image.parent] = label_folders(image.parent)
         return [folder / f"{image.stem}.txt" for folder in self.label_dirs[image.parent]]
 
     def find(self, image: Path) -> Path | None:
-        """Return the text file with the labels of an image, the first that is there."""
+        """Return the first existing label file of an image."""
         self.stems[image.parent].add(image.stem)
         file = next((file for file in self.candidates(image) if self.listings.has(str(file))), None)
         if file is not None:
@@ -52,7 +54,7 @@ class LabelFiles:
         return file
 
     def without_image(self) -> Iterator[Path]:
-        """Yield the text files that belong to no image, in the folders where labels are or should be."""
+        """Yield the text files without an image in the label folders."""
         known: dict[Path, set[str]] = defaultdict(set)
         folders = set(self.used)
         for image_folder, label_dirs in self.label_dirs.items():
