@@ -89,7 +89,7 @@ def test_boxes_are_never_all_in_memory(tmp_path, monkeypatch):
     assert peak < 20_000 * ROW.itemsize / 2
 
 
-def test_a_full_temporary_folder_is_one_sentence(monkeypatch):
+def test_a_full_temporary_folder_is_one_error_message(monkeypatch):
     class Full:
         def seek(self, place: int) -> None: ...
 

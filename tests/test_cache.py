@@ -1,4 +1,4 @@
-"""Cached images are the images, whoever decoded them, and a cache that does not fit is refused in a sentence."""
+"""Cached images are the images, whoever decoded them, and a cache that does not fit is refused in a message."""
 
 import os
 from pathlib import Path
@@ -167,7 +167,7 @@ def test_every_set_has_the_option(name, shapes_root):
         assert len(read_split(cfg["data"], "train")) == 24  # the reader is not handed it
 
 
-def test_a_window_of_memory_is_no_picture_s_own(shapes):
+def test_a_window_of_memory_is_shared_by_its_images(shapes):
     """A transform that draws over a cached image fails loudly instead of spoiling it."""
     pixels = DetectionDataset(shapes, 64, "ram")[0, 0].image
     with pytest.raises((ValueError, cv2.error)):

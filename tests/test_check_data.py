@@ -274,7 +274,7 @@ def test_names_without_end_are_cut_where_they_are_printed(coco_set, tmp_path, mo
 
 
 @pytest.mark.parametrize(
-    ("change", "sentence"),
+    ("change", "message"),
     [
         ("fix=.", ". is not an empty folder"),
         ("format=yollo", "unknown format 'yollo'"),
@@ -284,12 +284,12 @@ def test_names_without_end_are_cut_where_they_are_printed(coco_set, tmp_path, mo
         ("data.val_images=gone", "leaves no usable image"),
     ],
 )
-def test_mistakes_are_one_sentence(shapes_root, tmp_path, monkeypatch, capsys, change, sentence):
+def test_mistakes_are_one_error_message(shapes_root, tmp_path, monkeypatch, capsys, change, message):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine").write_text("mine")
     status, _, error = check_data(monkeypatch, capsys, "data=coco", f"data.root={shapes_root}", change)
     assert status == 2
-    assert sentence in error and len(error.strip().splitlines()) == 1
+    assert message in error and len(error.strip().splitlines()) == 1
 
 
 def test_the_limit_on_pixels_is_a_key(shapes_root, tmp_path, monkeypatch, capsys):
@@ -318,14 +318,14 @@ def test_many_processes_see_what_one_sees(tmp_path):
     assert class_counts(a).tolist() == [0]
 
 
-def test_a_killed_process_is_one_sentence(shapes_root, monkeypatch):
+def test_a_killed_process_is_one_error_message(shapes_root, monkeypatch):
     a = read_coco("val", root=str(shapes_root))
     monkeypatch.setattr("detkit.data.audit.read_image", lambda path: os._exit(9))
     with pytest.raises(DetkitError, match="was killed, possibly for lack of memory"):
         decode_and_hash_all(a, 1)
 
 
-def test_a_stopped_process_is_one_sentence(shapes_root, monkeypatch):
+def test_a_stopped_process_is_one_error_message(shapes_root, monkeypatch):
     a = read_coco("val", root=str(shapes_root))
     monkeypatch.setattr("detkit.data.file_utils.TIMEOUT", 2.0)
     monkeypatch.setattr("detkit.data.audit.read_image", lambda path: os.kill(os.getpid(), signal.SIGSTOP))

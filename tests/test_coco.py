@@ -93,8 +93,8 @@ def test_each_record_of_one_file_has_a_size_of_its_own(coco_set):
     """The boxes of one that was labelled larger shrink with it; those of one of another shape cannot be trusted."""
     image = IMAGES[2]
     larger = image | {"id": 5, "height": 2 * image["height"], "width": 2 * image["width"]}
-    odd = image | {"id": 6, "height": 3 * image["height"]}
-    records = [image, larger, odd, image | {"id": 8}]  # the file is of the size that the last one states
+    mismatch = image | {"id": 6, "height": 3 * image["height"]}
+    records = [image, larger, mismatch, image | {"id": 8}]  # the file is of the size that the last one states
     boxes = [ANNOTATIONS[0] | {"image_id": 5, "bbox": [10, 10, 10, 10]}, ANNOTATIONS[0] | {"image_id": 6}]
     annotations = read_coco("train", root=str(coco_set(records, boxes, CATEGORIES)))
     assert annotations.boxes.tolist() == [[5, 5, 10, 10]]
@@ -144,7 +144,7 @@ def broken(change):
 
 
 @pytest.mark.parametrize(
-    ("text", "sentence"),
+    ("text", "message"),
     [
         ('{"images": [', "malformed json, line 1 column 13"),
         ('{"images": [],\n "annotations": [{"id": 1,}]}', "malformed json, line 2 column 2[67]"),
@@ -174,11 +174,11 @@ def broken(change):
         ),
     ],
 )
-def test_what_cannot_be_read_is_refused(coco_set, text, sentence):
+def test_what_cannot_be_read_is_refused(coco_set, text, message):
     root = coco_set(IMAGES, ANNOTATIONS, CATEGORIES)
     file = root / "annotations" / "instances_train.json"
     file.write_text(text, errors="surrogateescape")
-    with pytest.raises(DetkitError, match=sentence) as error:
+    with pytest.raises(DetkitError, match=message) as error:
         read_coco_json(file, root / "images" / "train")
     assert str(file) in str(error.value)
 
@@ -290,7 +290,7 @@ def test_fields_as_all_kinds_of_tools_write_them(coco_set, change):
     assert not found.issues.summary()
 
 
-def test_ids_that_are_words_have_numbers_of_their_own(coco_set):
+def test_ids_that_are_names_have_numbers_of_their_own(coco_set):
     def change(content):
         for k, image in enumerate(content["images"]):
             image["id"] = ("abc", "9" * 30, "deadbeef")[k]
@@ -347,7 +347,7 @@ def test_images_are_found_by_the_paths_of_other_machines(coco_set, name):
     assert not annotations.issues.summary()
 
 
-def test_folders_within_tell_images_of_the_same_name_apart(coco_set):
+def test_folders_distinguish_images_of_the_same_name(coco_set):
     root = coco_set(IMAGES, SOUND, CATEGORIES)
     folder = root / "images" / "train"
     for name in ("x", "y"):
@@ -425,7 +425,7 @@ def test_a_polygon_may_be_one_flat_list(coco_set):
 
 
 @pytest.mark.parametrize(
-    ("text", "words"),
+    ("text", "message"),
     [
         ('{"_via_settings": {}, "_via_img_metadata": {}}', r"\(VIA\): export"),
         ('{"a.jpg1": {"filename": "a.jpg", "size": 1, "regions": []}}', "VGG Image Annotator's own json: export"),
@@ -442,10 +442,10 @@ def test_a_polygon_may_be_one_flat_list(coco_set):
         ("train: a\nval: b\nnames: [x]\n", "data=yolo"),
     ],
 )
-def test_files_of_other_tools_are_recognised(coco_set, text, words):
+def test_files_of_other_tools_are_recognised(coco_set, text, message):
     root = coco_set(IMAGES, SOUND, CATEGORIES)
     (root / "annotations" / "instances_train.json").write_text(text)
-    with pytest.raises(DetkitError, match="is not a COCO detection file.*" + words):
+    with pytest.raises(DetkitError, match="is not a COCO detection file.*" + message):
         read_coco("train", root=str(root))
 
 

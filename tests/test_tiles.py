@@ -1,4 +1,4 @@
-"""Tiles of drawn pictures: they cover every pixel, and boxes are where their pixels are."""
+"""Tiles of drawn images: they cover every pixel, and boxes are where their pixels are."""
 
 import json
 
@@ -21,7 +21,7 @@ SIDE, OVERLAP = 96, 0.25
 
 @pytest.fixture(scope="module")
 def drawn(tmp_path_factory) -> DetectionDataset:
-    """Noise of 0..99 with squares of 100 and more, each of a gray of its own; the third picture shows none."""
+    """Noise of 0..99 with squares of 100 and more, each of a gray of its own; the third image shows none."""
     root = tmp_path_factory.mktemp("large")
     rng = np.random.default_rng(0)
     images, boxes = [], []

@@ -43,7 +43,7 @@ class ImageValidation:
         usable: (N,) bool.
         first_index: (N,) int64, the first index of the same file, which gets the boxes of its duplicates.
         scale: (N, 2) factors in x and y by which an image was resized after labelling, usually 1.
-        turned: (N,) bool, whether the boxes refer to the image without its EXIF orientation.
+        is_rotated: (N,) bool, whether the boxes refer to the image without its EXIF orientation.
         stored: (N, 2) height and width without the EXIF orientation.
         orientation: (N,) EXIF orientation.
     """
@@ -51,7 +51,7 @@ class ImageValidation:
     usable: np.ndarray
     first_index: np.ndarray
     scale: np.ndarray
-    turned: np.ndarray
+    is_rotated: np.ndarray
     stored: np.ndarray
     orientation: np.ndarray
 
@@ -60,7 +60,7 @@ class ImageValidation:
         if (self.scale != 1).any():
             factors = self.scale[image_of]
             boxes, areas = boxes * np.tile(factors, 2), areas * factors.prod(1)
-        rows = np.flatnonzero(self.turned[image_of])
+        rows = np.flatnonzero(self.is_rotated[image_of])
         if rows.size:
             images = image_of[rows]
             boxes = boxes.copy()
@@ -93,22 +93,22 @@ def validate_images(paths: Sequence[str], probes: np.ndarray, stated: np.ndarray
     readable = (flags & UNUSABLE) == 0
 
     differs = readable & (stated > 0).all(1) & (stated != sizes).any(1)
-    turned = differs & (flags & ROTATED > 0) & (stated == stored).all(1)
+    is_rotated = differs & (flags & ROTATED > 0) & (stated == stored).all(1)
     with np.errstate(divide="ignore", invalid="ignore"):
         scale = sizes / stated
-        resized = differs & ~turned & (np.abs(scale[:, 0] / scale[:, 1] - 1) < ASPECT_TOLERANCE)
-    contradicting = differs & ~turned & ~resized
+        resized = differs & ~is_rotated & (np.abs(scale[:, 0] / scale[:, 1] - 1) < ASPECT_TOLERANCE)
+    contradicting = differs & ~is_rotated & ~resized
 
     def describe(k: int) -> tuple[str, None, str]:
         (h, w), (stated_h, stated_w) = sizes[k], stated[k]
         return paths[k], None, f"is {w}x{h} pixels, its labels state {stated_w}x{stated_h}"
 
-    log.extend("stated_size", np.flatnonzero(turned | resized), describe)
+    log.extend("stated_size", np.flatnonzero(is_rotated | resized), describe)
     log.extend("contradicting_size", np.flatnonzero(contradicting), describe)
     scale = np.where(resized[:, None], scale[:, ::-1], 1.0)
     usable = readable & first & ~contradicting
     first_index = np.where(contradicting, positions, first_index)  # boxes of skipped images are dropped
-    return ImageValidation(usable, first_index, scale, turned, stored, flags >> ORIENTATION_SHIFT)
+    return ImageValidation(usable, first_index, scale, is_rotated, stored, flags >> ORIENTATION_SHIFT)
 
 
 def orient_boxes(boxes: np.ndarray, stored: np.ndarray, orientation: np.ndarray) -> np.ndarray:

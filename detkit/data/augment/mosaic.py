@@ -74,9 +74,9 @@ def mosaic_affine(samples: Sequence[Sample], size: int, rng: np.random.Generator
     canvas = 2 * size if mosaic else size
     centre = rng.uniform(size / 2, 3 * size / 2, 2)
     matrix, shift = affine.draw(rng, size, canvas)
-    turned = bool(matrix[0, 1] or matrix[1, 0])
-    draw_tile = _warp if turned else _paste
-    output = np.full((size, size, 4 if turned else 3), PAD_VALUE, np.uint8)
+    is_rotated = bool(matrix[0, 1] or matrix[1, 0])
+    draw_tile = _warp if is_rotated else _paste
+    output = np.full((size, size, 4 if is_rotated else 3), PAD_VALUE, np.uint8)
     boxes, labels, windows = [], [], []
     for k, sample in enumerate(samples):
         height, width = sample.image.shape[:2]
@@ -93,7 +93,7 @@ def mosaic_affine(samples: Sequence[Sample], size: int, rng: np.random.Generator
         windows.append(window)
     windows_n4 = np.repeat(np.array(windows, np.float32), [len(tile_labels) for tile_labels in labels], axis=0)
     clipped, keep = clip_boxes(np.concatenate(boxes), windows_n4)
-    image = cv2.cvtColor(output, cv2.COLOR_RGBA2RGB) if turned else output
+    image = cv2.cvtColor(output, cv2.COLOR_RGBA2RGB) if is_rotated else output
     return Sample(image, clipped.astype(np.float32), np.concatenate(labels)[keep], samples[0].meta)
 
 

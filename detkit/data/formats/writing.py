@@ -51,10 +51,10 @@ def write_set(format_name: str, splits: Mapping[str, Annotations], folder: Path)
     except OSError as error:
         reason = f"{error.filename or folder}: {error.strerror or error}"
         raise DetkitError(f"cannot write the data set, {reason}; {folder} is incomplete, remove it") from None
-    turned = sum(annotations.issues.counts["exif_rotated"] for annotations in splits.values())
-    if turned:
+    rotated = sum(annotations.issues.counts["exif_rotated"] for annotations in splits.values())
+    if rotated:
         explanation = "their boxes refer to the rotated image, which not every tool supports"
-        result.warnings.append(f"images rotated by their EXIF orientation: {turned}; {explanation}")
+        result.warnings.append(f"images rotated by their EXIF orientation: {rotated}; {explanation}")
     return result
 
 

@@ -24,15 +24,8 @@ from detkit.errors import DetkitError, shorten
 from detkit.ops.files import MAX_TEXT, read_regular, read_yaml
 from detkit.registry import DATASETS, SPLIT_NAMES
 
-TEXT_KEYS = (
-    "names",
-    "path",
-    "train",
-    "val",
-    "valid",
-    "validation",
-    "test",
-)  # keys of a data.yaml whose values are text
+# Keys of a data.yaml whose values are text.
+TEXT_KEYS = ("names", "path", "train", "val", "valid", "validation", "test")
 MAX_VALUE = 1e6  # of a normalised coordinate; larger values are invalid
 
 
