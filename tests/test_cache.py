@@ -103,7 +103,7 @@ def test_free_memory_is_what_the_machine_has():
     assert 2**20 < cache.free_memory() < 2**50
 
 
-def test_a_process_keeps_the_first_and_remembers_the_last(shapes, monkeypatch):
+def test_a_process_caches_the_first_and_the_most_recent(shapes, monkeypatch):
     monkeypatch.setattr(cache, "LOCAL_CACHE_BYTES", 5 * 64 * 64 * 3)
     monkeypatch.setattr(cache, "RECENT_IMAGES", 2)
     images = DetectionDataset(shapes, 64)
@@ -111,7 +111,7 @@ def test_a_process_keeps_the_first_and_remembers_the_last(shapes, monkeypatch):
     for index in (0, 1, 2, 3, 4, 0, 5, 6, 5, 7):
         assert not images[0, index].image.flags.writeable
     assert list(images.cache.permanent) == [0, 1, 2, 3, 4]
-    assert list(images.cache.last) == [6, 7]
+    assert list(images.cache.recent) == [6, 7]
     monkeypatch.undo()
     assert DetectionDataset(shapes, 64).in_memory
 

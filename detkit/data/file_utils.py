@@ -140,7 +140,7 @@ def map_files(
     Raises:
         DetkitError: a process was killed, or there was no result for TIMEOUT seconds.
     """
-    unrelated = multiprocessing.active_children()
+    existing = multiprocessing.active_children()
     try:
         with ProcessPoolExecutor(max(workers, 1), initializer=partial(_init_process, initializer)) as pool:
             results = _in_order(pool, function, iter(paths), 4 * max(workers, 1))
@@ -148,7 +148,7 @@ def map_files(
                 yield from track(results, description, len(paths), transient=True, disable=not sys.stdout.isatty())
             except BaseException:
                 for child in multiprocessing.active_children():  # the pool would wait for their current task
-                    if child not in unrelated:
+                    if child not in existing:
                         child.kill()
                 raise
     except BrokenProcessPool:

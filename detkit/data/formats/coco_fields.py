@@ -127,10 +127,10 @@ def parse_side(value: Any) -> int:
     """
     if isinstance(value, str) and INTEGER.fullmatch(value):
         value = int(value.partition(".")[0])
-    parse_side = max(parse_int(value or 0), 0)
-    if parse_side >= 2**31:
+    length = max(parse_int(value or 0), 0)
+    if length >= 2**31:
         raise ValueError(value)
-    return parse_side
+    return length
 
 
 def parse_box(record: Mapping[str, Any]) -> XYWH:
