@@ -128,7 +128,7 @@ def test_a_lost_loader_process_ends_a_run_that_goes_on(whole_run, overrides, tmp
     os.kill(int(children[0]), getattr(signal, name))
     _, error = process.communicate(timeout=300)
     assert (process.returncode, error.count("\n")) == (2, 1), error
-    words = "a data loading process was killed (signal 9" if name == "SIGKILL" else "no batch has come from the 2"
+    words = "a data loading process was killed (signal 9" if name == "SIGKILL" else "no batch from the 2"
     assert words in error
     assert f"resume={run_dir} goes on" in error
     go_on(run_dir)

@@ -15,7 +15,7 @@ from detkit.data.formats.writing import require_empty_dir, write_set
 from detkit.data.issues import FIXED, NOTE, SKIPPED, UNFIXED, IssueLog
 from detkit.data.loader import worker_count
 from detkit.data.read import explain_empty, read_splits
-from detkit.data.splits import TRAINED
+from detkit.data.splits import REQUIRED_SPLITS
 from detkit.errors import DetkitError
 from detkit.registry import WRITERS
 from detkit.tasks.runs.data import train_command
@@ -56,7 +56,7 @@ def run(cfg: CheckDataConfig) -> dict[str, IssueLog]:
     logs = {split: annotations.issues for split, annotations in splits.items()}
     for split, annotations in splits.items():
         if not len(annotations.labels):
-            fault = split in TRAINED and not cfg.data.allow_empty
+            fault = split in REQUIRED_SPLITS and not cfg.data.allow_empty
             kind = "empty_split" if fault else "unlabelled_split"
             logs[split].add(kind, annotations.source, None, f"holds no boxes: {explain_empty(annotations)}")
     run_dir = make_run_dir(cfg, "check_data", cfg.data.name)
@@ -96,7 +96,7 @@ def _cleaned(splits: dict[str, Annotations], keep: dict[str, np.ndarray]) -> dic
         words = "would be left in a cleaned copy: every image is damaged, or in another split"
         if keep[split].any():
             cleaned[split] = annotations.subset(keep[split])
-        elif split in TRAINED:
+        elif split in REQUIRED_SPLITS:
             raise DetkitError(f"nothing of {split} {words}")
         else:
             logger.warning("%s is skipped, as nothing of it %s", split, words)
