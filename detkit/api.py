@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from detkit.config import check_values, compose_config, group_options, import_plugins, is_whole, resolve
-from detkit.config.commands import MAX_CLASSES
+from detkit.config.common import MAX_CLASSES
 from detkit.engine.checkpoint import build_from_checkpoint, read_header
 from detkit.engine.transfer import load_weights
 from detkit.errors import DetkitError, shorten

@@ -18,11 +18,11 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from detkit import cli
-from detkit.config import load_config
 from detkit.data.formats import shapes
 from detkit.engine.run_log import RunLog
 from detkit.engine.saver import Saver
 from detkit.engine.state import TrainState
+from detkit.tasks import load_config
 from detkit.viz.console import setup_logging
 
 GOLDEN = Path(__file__).parent / "golden"

@@ -8,9 +8,8 @@ import pytest
 
 from detkit.benchmarks import akconv, reversible, train_step
 from detkit.benchmarks.data import CACHES
-from detkit.config import load_config
 from detkit.errors import DetkitError
-from detkit.tasks import benchmark
+from detkit.tasks import benchmark, load_config
 
 
 def last_line(task: str, capsys: pytest.CaptureFixture, *overrides: str) -> dict:

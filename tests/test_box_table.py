@@ -49,7 +49,7 @@ def test_blocks_on_disk_make_no_difference(log, tmp_path, monkeypatch):
     whole = read_coco("train", root=root, log=IssueLog())
     monkeypatch.setattr(box_table, "BLOCK", 32)
     monkeypatch.setattr(box_table, "GROUPS", 4)
-    monkeypatch.setattr(index, "PART", 100)
+    monkeypatch.setattr(index, "CHUNK", 100)
     for _ in range(2):  # the second time from the index
         blocks = read_coco("train", root=root, log=IssueLog() if log else None)
         for name in ARRAYS:
@@ -89,7 +89,7 @@ def test_boxes_are_never_all_in_memory(tmp_path, monkeypatch):
     assert peak < 20_000 * ROW.itemsize / 2
 
 
-def test_a_full_temporary_folder_is_one_sentence(monkeypatch):
+def test_a_full_temporary_folder_is_one_error_message(monkeypatch):
     class Full:
         def seek(self, place: int) -> None: ...
 
@@ -99,7 +99,7 @@ def test_a_full_temporary_folder_is_one_sentence(monkeypatch):
     monkeypatch.setattr(box_table, "open_temporary", Full)
     monkeypatch.setattr(box_table, "BLOCK", 2)
     table = BoxTable()
-    with pytest.raises(DetkitError, match="No space left on device: make room there, or set TMPDIR"):
+    with pytest.raises(DetkitError, match=r"No space left on device: .* TMPDIR"):
         for _ in range(3):
             table.append(0, 0, 0, 0, (0, 0, 1, 1), 0, False)
     assert ROW.itemsize == 80
@@ -108,12 +108,12 @@ def test_a_full_temporary_folder_is_one_sentence(monkeypatch):
 @pytest.mark.parametrize("on_disk", [False, True])
 def test_a_growing_array(on_disk):
     array = GrowingArray(np.float64, (2,), on_disk)
-    assert array.whole().shape == (0, 2)
+    assert array.to_array().shape == (0, 2)
     parts = [np.arange(6).reshape(3, 2), np.zeros((0, 2)), np.full((1, 2), 0.5)]
     for part in parts:
         array.append(part)
-    assert np.array_equal(array.whole(), np.concatenate(parts))
-    assert array.whole().dtype == np.float64
+    assert np.array_equal(array.to_array(), np.concatenate(parts))
+    assert array.to_array().dtype == np.float64
 
 
 def test_file_names_of_every_kind():

@@ -1,4 +1,4 @@
-"""Cached images are the images, whoever decoded them, and a cache that does not fit is refused in a sentence."""
+"""Cached images are the images, whoever decoded them, and a cache that does not fit is refused in a message."""
 
 import os
 from pathlib import Path
@@ -81,12 +81,12 @@ def test_a_disk_cache_belongs_to_its_files(shapes, tmp_path):
 def test_what_does_not_fit_is_refused(shapes, monkeypatch, tmp_path):
     size = cache.shared_bytes(shapes, 64)
     assert size == 24 * (1 + 64 * 64 * 3)
-    monkeypatch.setattr(cache, "free_memory", lambda: int(size / cache.MARGIN) - 1)
+    monkeypatch.setattr(cache, "free_memory", lambda: int(size / cache.MAX_FRACTION) - 1)
     with pytest.raises(DetkitError, match=r"data.cache=ram takes 0.00 GiB for 24 images at 64 pixels, more than 80%"):
         DetectionDataset(shapes, 64, "ram")
     usage = cache.shutil.disk_usage(tmp_path)._replace(free=size)
     monkeypatch.setattr(cache.shutil, "disk_usage", lambda _: usage)
-    with pytest.raises(DetkitError, match=r"data.cache=disk takes 0.00 GiB .* make room"):
+    with pytest.raises(DetkitError, match=r"data.cache=disk takes 0.00 GiB .* data.cache=null"):
         DetectionDataset(shapes, 64, "disk")
     assert not list((tmp_path / "cache" / "detkit" / "images").iterdir())
 
@@ -103,15 +103,15 @@ def test_free_memory_is_what_the_machine_has():
     assert 2**20 < cache.free_memory() < 2**50
 
 
-def test_a_process_keeps_the_first_and_remembers_the_last(shapes, monkeypatch):
-    monkeypatch.setattr(cache, "KEPT_BYTES", 5 * 64 * 64 * 3)
-    monkeypatch.setattr(cache, "LAST_IMAGES", 2)
+def test_a_process_caches_the_first_and_the_most_recent(shapes, monkeypatch):
+    monkeypatch.setattr(cache, "LOCAL_CACHE_BYTES", 5 * 64 * 64 * 3)
+    monkeypatch.setattr(cache, "RECENT_IMAGES", 2)
     images = DetectionDataset(shapes, 64)
     assert not images.in_memory
     for index in (0, 1, 2, 3, 4, 0, 5, 6, 5, 7):
         assert not images[0, index].image.flags.writeable
-    assert list(images.cache.kept) == [0, 1, 2, 3, 4]
-    assert list(images.cache.last) == [6, 7]
+    assert list(images.cache.permanent) == [0, 1, 2, 3, 4]
+    assert list(images.cache.recent) == [6, 7]
     monkeypatch.undo()
     assert DetectionDataset(shapes, 64).in_memory
 
@@ -167,7 +167,7 @@ def test_every_set_has_the_option(name, shapes_root):
         assert len(read_split(cfg["data"], "train")) == 24  # the reader is not handed it
 
 
-def test_a_window_of_memory_is_no_picture_s_own(shapes):
+def test_a_window_of_memory_is_shared_by_its_images(shapes):
     """A transform that draws over a cached image fails loudly instead of spoiling it."""
     pixels = DetectionDataset(shapes, 64, "ram")[0, 0].image
     with pytest.raises((ValueError, cv2.error)):

@@ -227,14 +227,14 @@ def test_everything_wrong_is_found_and_a_cleaned_copy_is_clean(form, tmp_path, m
     assert f"{len(expected) - noted} errors, {noted} notes: findings.csv and plots are in {run_dir}" in out
     line = next(line for kind, _, file, line in expected if kind == "degenerate_box")
     assert f"skipped: boxes without area: 1 in train\n  train: {root}" in out and f":{line}: " in out
-    assert "unfixed: images that are in another split, too: 1 in train" in out
+    assert "unfixed: images that are also in another split: 1 in train" in out
     assert {p.name for p in (run_dir / "plots").iterdir()} == {
         f"{name}.png" for name in ("classes", "box_sizes", "box_centres", "image_sizes", "boxes_per_image")
     }
     assert all(np.asarray(Image.open(p)).std() > 1 for p in (run_dir / "plots").iterdir())
 
     key = f"data.yaml={copy / 'data.yaml'}" if form == "yolo" else f"data.root={copy}"
-    assert "mind: images turned by their EXIF orientation: 1;" in out
+    assert "mind: images rotated by their EXIF orientation: 1;" in out
     assert f"cleaned copy, {form}: " in out and f"python tools/train.py data={form} {key}" in out
     status, out, _ = check_data(monkeypatch, capsys, f"data={form}", key, f"run_dir={tmp_path / 'again'}")
     assert status == 0, out
@@ -274,22 +274,22 @@ def test_names_without_end_are_cut_where_they_are_printed(coco_set, tmp_path, mo
 
 
 @pytest.mark.parametrize(
-    ("change", "sentence"),
+    ("change", "message"),
     [
         ("fix=.", ". is not an empty folder"),
         ("format=yollo", "unknown format 'yollo'"),
         ("format=[coco]", "format=['coco'] must be the name of a format"),
         ("run_dir=.", "run_dir=. is not empty"),
         ("data.val_annotations=gone.json", "gone.json: No such file"),
-        ("data.val_images=gone", "leaves no image to use"),
+        ("data.val_images=gone", "leaves no usable image"),
     ],
 )
-def test_mistakes_are_one_sentence(shapes_root, tmp_path, monkeypatch, capsys, change, sentence):
+def test_mistakes_are_one_error_message(shapes_root, tmp_path, monkeypatch, capsys, change, message):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine").write_text("mine")
     status, _, error = check_data(monkeypatch, capsys, "data=coco", f"data.root={shapes_root}", change)
     assert status == 2
-    assert sentence in error and len(error.strip().splitlines()) == 1
+    assert message in error and len(error.strip().splitlines()) == 1
 
 
 def test_the_limit_on_pixels_is_a_key(shapes_root, tmp_path, monkeypatch, capsys):
@@ -318,23 +318,23 @@ def test_many_processes_see_what_one_sees(tmp_path):
     assert class_counts(a).tolist() == [0]
 
 
-def test_a_killed_process_is_one_sentence(shapes_root, monkeypatch):
+def test_a_killed_process_is_one_error_message(shapes_root, monkeypatch):
     a = read_coco("val", root=str(shapes_root))
     monkeypatch.setattr("detkit.data.audit.read_image", lambda path: os._exit(9))
-    with pytest.raises(DetkitError, match="was killed, for want of memory perhaps"):
+    with pytest.raises(DetkitError, match="was killed, possibly for lack of memory"):
         decode_and_hash_all(a, 1)
 
 
-def test_a_stopped_process_is_one_sentence(shapes_root, monkeypatch):
+def test_a_stopped_process_is_one_error_message(shapes_root, monkeypatch):
     a = read_coco("val", root=str(shapes_root))
     monkeypatch.setattr("detkit.data.file_utils.TIMEOUT", 2.0)
     monkeypatch.setattr("detkit.data.audit.read_image", lambda path: os.kill(os.getpid(), signal.SIGSTOP))
-    with pytest.raises(DetkitError, match=r"nothing has come for 2 seconds: .* were stopped"):
+    with pytest.raises(DetkitError, match=r"no result for 2 seconds: .* were stopped"):
         decode_and_hash_all(a, 1)
 
 
 def test_an_image_that_goes_away_meanwhile_is_a_finding(shapes_root, tmp_path):
     a = read_coco("val", root=str(shapes_root))
-    a.paths = PathTable.of([tmp_path / "gone.png"])
+    a.paths = PathTable.from_paths([tmp_path / "gone.png"])
     ((digest, damage),) = decode_and_hash_all(a, 1)
     assert digest == b"" and "does not decode" in damage

@@ -1,5 +1,6 @@
 """The commands: a user's mistake is one sentence, exit status 2 and no traceback."""
 
+import functools
 import subprocess
 import sys
 import time
@@ -9,10 +10,11 @@ import pytest
 
 import detkit
 from detkit import cli
-from detkit.config import compose_config, config_dir, group_options, load_config, resolve
+from detkit.config import compose_config, config_dir, group_options, resolve
 from detkit.engine.trainer import Trainer
 from detkit.errors import DetkitError
-from detkit.tasks.common import make_run_dir
+from detkit.tasks import list_tasks, load_config
+from detkit.tasks.runs.run_dir import make_run_dir
 
 TOOLS = Path(__file__).parents[1] / "tools"
 GROUPS = ("model", "backbone", "neck", "head", "loss", "data", "augment", "optim", "trainer", "experiment")
@@ -127,7 +129,7 @@ def test_a_sweep_runs_every_choice_in_a_directory_of_its_own(monkeypatch, tmp_pa
         seen.append((cfg.seed, make_run_dir(cfg, "train", "x")))
         time.sleep(0.6)  # the clock of a sweep's name moves on while its jobs run
 
-    monkeypatch.setattr(train, "run", run)
+    monkeypatch.setattr(train, "run", functools.wraps(train.run)(run))
     monkeypatch.chdir(tmp_path)
     arguments = ["-m", "seed=0,1", "backbone.block=c2f,[c2f,c2f,c2f,c2f]", f"data.root={shapes_root}"]
     monkeypatch.setattr(sys, "argv", ["detkit", "train", *arguments])
@@ -159,7 +161,7 @@ def test_a_fault_is_not_dressed_as_a_mistake(monkeypatch):
     def broken(cfg: dict) -> None:
         raise RuntimeError("a bug")
 
-    monkeypatch.setattr(train, "run", broken)
+    monkeypatch.setattr(train, "run", functools.wraps(train.run)(broken))
     monkeypatch.setattr(sys, "argv", ["detkit", "train"])
     with pytest.raises(RuntimeError, match="a bug"):
         cli.main()
@@ -172,7 +174,7 @@ def test_tools_are_the_commands_from_any_folder(tmp_path):
     assert "model=yolov8q does not exist" in result.stderr
     assert "Traceback" not in result.stderr
     assert not list(tmp_path.iterdir())
-    assert {path.stem for path in TOOLS.glob("*.py")} == set(cli.TASKS)
+    assert {path.stem for path in TOOLS.glob("*.py")} == set(list_tasks())
 
 
 def test_a_plugin_brings_a_part(tmp_path, monkeypatch):

@@ -9,12 +9,11 @@ from functorch.compile import nop
 from torch._dynamo.backends.common import aot_autograd
 
 from detkit.api import create_model
-from detkit.config import load_config
 from detkit.distributed.sync_batch_norm import convert_sync_batchnorm
 from detkit.engine.compile import compile_network
 from detkit.engine.param_groups import train_mode
 from detkit.engine.precision import Precision
-from detkit.tasks import train
+from detkit.tasks import load_config, train
 
 CPU = torch.device("cpu")
 SMALL = ("backbone.columns=2", "backbone.layers=[1,1,1,1]", "backbone.channels=[16,32,48,64]")

@@ -10,13 +10,13 @@ import torch
 
 from detkit.config import as_hydra, check_values, compose_config, group_options, resolve
 from detkit.config.check import first_odd_value
-from detkit.config.commands import TASKS
 from detkit.data.augment import transforms  # noqa: F401  (the readers and transforms register themselves)
 from detkit.errors import DetkitError
 from detkit.hints import fits
 from detkit.models.budget import TooLarge
 from detkit.models.detector import build_detector, build_loss, sketch_detector
 from detkit.registry import BACKBONES
+from detkit.tasks import find_task, list_tasks
 
 NONSENSE: list[Any] = [
     "x",
@@ -89,17 +89,17 @@ def assert_readable(error: DetkitError) -> None:
     assert sentence.isprintable(), sentence
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", list_tasks())
 def test_every_key_has_a_type_and_survives_nonsense(task):
     cfg = composed(task)
-    check_values(cfg, task)
-    untyped = [key for key in cfg if key not in TASKS[task].model_fields]
+    check_values(cfg, find_task(task).config)
+    untyped = [key for key in cfg if key not in find_task(task).config.model_fields]
     assert not untyped
     refused = 0
     for place in places(cfg):
         for value in NONSENSE:
             try:
-                check_values(with_value(cfg, place, value), task)
+                check_values(with_value(cfg, place, value), find_task(task).config)
             except DetkitError as error:
                 assert_readable(error)
                 refused += 1
@@ -155,7 +155,7 @@ def test_every_option_is_allowed(group):
 )
 def test_values_of_no_sense_are_named(task, override, sentence):
     with pytest.raises(DetkitError) as error:
-        check_values(composed(task, override), task)
+        check_values(composed(task, override), find_task(task).config)
     assert sentence in str(error.value)
 
 
@@ -266,7 +266,7 @@ def test_values_without_end_are_refused():
 
 
 def test_names_of_files_need_not_be_utf8():
-    check_values(with_value(composed("predict"), ("source",), "caf\udce9.jpg"), "predict")
+    check_values(with_value(composed("predict"), ("source",), "caf\udce9.jpg"), find_task("predict").config)
 
 
 @pytest.mark.parametrize("path", ["/data/caf\udce9/x", "/data/ü 中/x", '"/data/ü"', "plain"])
@@ -284,4 +284,4 @@ def test_a_resumed_run_may_have_another_data_set():
 
 def test_the_schema_is_where_the_configs_are():
     """A key of a YAML file without a type would be a key that nobody can set."""
-    assert set(TASKS) == {path.stem for path in (Path(__file__).parents[1] / "tools").glob("*.py")}
+    assert set(list_tasks()) == {path.stem for path in (Path(__file__).parents[1] / "tools").glob("*.py")}

@@ -1,5 +1,6 @@
 """What is printed never ends a command: readers go, terminals close, disks fill up, names are of any characters."""
 
+import functools
 import os
 import pty
 import signal
@@ -131,7 +132,7 @@ def test_a_refusal_by_the_system_is_one_message(error, message, monkeypatch, cap
     def fail(cfg: dict) -> None:
         raise error
 
-    monkeypatch.setattr(summary, "run", fail)
+    monkeypatch.setattr(summary, "run", functools.wraps(summary.run)(fail))
     status, _, output = run_command(monkeypatch, capsys, "summary")
     assert (status, output.count("\n")) == (2, 1)
     assert output.startswith(message)

@@ -1,4 +1,4 @@
-"""Any format into any other: the same boxes; what a format cannot hold is said."""
+"""Any format into any other: the same boxes; what a format cannot represent is reported."""
 
 import json
 import os
@@ -16,7 +16,7 @@ from detkit.data.formats.yolo import read_yolo
 from detkit.errors import DetkitError
 from detkit.ops.image import read_bytes
 from detkit.registry import DATASETS, WRITERS
-from detkit.tasks.common import train_command
+from detkit.tasks.runs.data import train_command
 from tests.conftest import run_command
 
 FORMATS = ("coco", "voc", "webdataset", "yolo")
@@ -25,7 +25,7 @@ NAMES = ("day/a b.png", "night/a b.png", "night/ü.jpg", ".odd\nname.PNG", "A B.
 
 
 def draw_coco(root: Path) -> Path:
-    """A COCO set: equal names in two folders, odd names, polygons without bbox, a crowd, an image without boxes."""
+    """A COCO set: equal names in two folders, unusual names, polygons without bbox, a crowd, an image without boxes."""
     rng = np.random.default_rng(0)
     for split in ("train", "val"):
         images, annotations = [], []
@@ -113,7 +113,7 @@ def test_yolo_counts_classes_from_0_and_voc_says_that_it_loses_their_order(sets)
     assert "no list of classes" in warning and "2 of 2" in warning
 
 
-def test_file_names_are_safe_and_told_apart(sets):
+def test_file_names_are_safe_are_unique(sets):
     names = sorted(path.name for path in Path(sets["voc"]["root"], "JPEGImages").iterdir())
     assert len(names) == 2 * len(NAMES)
     assert {"a_b.png", "a_b-2.png", "A_B-3.bmp", "odd_name.PNG", "ü.jpg"} < set(names)
@@ -146,16 +146,16 @@ def test_the_command_prints_how_to_train(sets, tmp_path, monkeypatch, capsys):
     status, out, _ = run_command(monkeypatch, capsys, "convert_data", *arguments)
     assert status == 0
     yaml_file = tmp_path / "my set" / "data.yaml"
-    assert "mind: YOLO txt knows no crowds: 2 of them" in out
+    assert "mind: YOLO txt cannot represent crowds: 2 of them" in out
     assert out.endswith(f"python tools/train.py data=yolo 'data.yaml=\"{yaml_file}\"'\n")
     assert read_yolo("train", yaml=str(yaml_file)).class_names == ("zebra crossing", "Ämpel & <Co>")
     assert train_command({"name": "voc", "root": "/a/b-1"}) == "python tools/train.py data=voc data.root=/a/b-1"
 
 
 @pytest.mark.parametrize(
-    ("change", "sentence"),
+    ("change", "message"),
     [
-        ("dst=full", "full is not an empty folder: name another one, or remove it"),
+        ("dst=full", "full is not an empty folder"),
         ("dst=full/file", "file is not an empty folder"),
         ("dst=full/file/below", "cannot write"),
         ("format=yollo", "unknown format 'yollo': known are coco"),
@@ -163,25 +163,25 @@ def test_the_command_prints_how_to_train(sets, tmp_path, monkeypatch, capsys):
         ("data=voc", "has no folder Annotations"),
     ],
 )
-def test_mistakes_are_one_sentence(sets, tmp_path, monkeypatch, capsys, change, sentence):
+def test_mistakes_are_one_error_message(sets, tmp_path, monkeypatch, capsys, change, message):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").write_text("mine")
     arguments = ["data=coco", f"data.root={sets['drawn']['root']}", "format=coco", "dst=new", change]
     status, _, error = run_command(monkeypatch, capsys, "convert_data", *arguments)
     assert status == 2
-    assert sentence in error and len(error.strip().splitlines()) == 1
+    assert message in error and len(error.strip().splitlines()) == 1
     assert (tmp_path / "full" / "file").read_text() == "mine"
 
 
-def test_a_disk_that_refuses_is_one_sentence(sets, tmp_path, monkeypatch):
+def test_a_disk_that_refuses_is_one_error_message(sets, tmp_path, monkeypatch):
     def refuse(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("detkit.data.formats.writing.os.link", refuse)
     monkeypatch.setattr("detkit.data.formats.writing.shutil.copyfileobj", refuse)
     splits = {"train": read_coco("train", root=sets["drawn"]["root"])}
-    with pytest.raises(DetkitError, match=r"No space left on device; what is in .* is not whole, remove it"):
+    with pytest.raises(DetkitError, match=r"No space left on device; .* is incomplete, remove it"):
         write_set("yolo", splits, tmp_path / "out")
 
 

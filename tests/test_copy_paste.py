@@ -11,7 +11,7 @@ from detkit.structures import ImageMeta, Sample
 
 
 def drawn(rng: np.random.Generator, count: int, first: int, size: int = 128, side: int = 30) -> Sample:
-    """A black picture with up to ``count`` rectangles that do not touch; each has a gray of its own, ``first`` on."""
+    """A black image with up to ``count`` rectangles that do not touch; each has a gray of its own, ``first`` on."""
     image = np.zeros((size, size, 3), np.uint8)
     boxes, labels = [], []
     for k in range(count):
@@ -70,7 +70,7 @@ def test_only_small_boxes_are_pasted_and_one_object_in_several_copies():
 
 
 def test_many_pastes_together_hide_no_box():
-    """A picture full of one large box: forty pastes may hide three tenths of it, all together."""
+    """An image full of one large box: forty pastes may hide three tenths of it, all together."""
     rng = np.random.default_rng(0)
     image = np.full((64, 64, 3), 1, np.uint8)
     sample = Sample(image, np.array([[0, 0, 64, 64]], np.float32), np.array([1]), ImageMeta(0, Path("a"), (64, 64)))

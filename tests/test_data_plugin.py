@@ -73,8 +73,8 @@ def plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def detkit(*words: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    task, *rest = words
+def detkit(*arguments: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    task, *rest = arguments
     monkeypatch.setattr(sys, "argv", ["detkit", task, "--config-dir", "conf", "plugins=[csv_format]", *rest])
     try:
         cli.main()

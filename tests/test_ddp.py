@@ -18,7 +18,6 @@ from timm.layers import BatchNormAct2d
 from torch import nn
 
 import detkit
-from detkit.config import load_config
 from detkit.data.dataset import DetectionDataset, LetterboxDataset
 from detkit.data.formats.shapes import read_shapes
 from detkit.data.loader import BatchLoader
@@ -33,6 +32,7 @@ from detkit.errors import DetkitError
 from detkit.models.detector import build_loss
 from detkit.structures import ImageMeta, Sample
 from detkit.tasks import eval as eval_task
+from detkit.tasks import load_config
 
 ROOT = Path(__file__).parents[1]
 CASES = {  # model, batch norms, images of a batch

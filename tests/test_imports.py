@@ -14,7 +14,7 @@ LAYERS = (
     ("viz",),
     ("engine",),
     ("checks",),
-    ("api", "benchmarks", "tasks", "cli", "__init__"),
+    ("api", "benchmarks", "tasks", "cli", "config_docs", "__init__"),
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 

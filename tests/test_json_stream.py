@@ -48,7 +48,7 @@ def test_a_record_s_line_is_where_it_begins(tmp_path):
 
 
 @pytest.mark.parametrize("cut", range(0, 60, 3))
-def test_a_file_cut_off_anywhere_is_one_sentence(tmp_path, cut):
+def test_a_file_cut_off_anywhere_is_one_error_message(tmp_path, cut):
     file = tmp_path / "a.json"
     file.write_text(json.dumps({"images": [{"a": 1, "b": "text"}, {"a": [1, 2.5]}], "c": {"d": None}, "z": 1})[:cut])
     with pytest.raises(DetkitError, match=r"a\.json is (malformed json, line 1 column \d+|not a COCO)"):

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from detkit.config import load_config
 from detkit.errors import DetkitError
-from detkit.tasks import resume, train
+from detkit.tasks import load_config, train
+from detkit.tasks.runs import resume
 from tests.test_resume import assert_same_run, overrides, whole_run  # noqa: F401
 
 pytestmark = [pytest.mark.kill, pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")]

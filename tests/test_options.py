@@ -5,14 +5,14 @@ from pathlib import Path
 
 import pytest
 
-from detkit.config import check_values, compose_config, load_config, resolve
+from detkit.config import check_values, compose_config, resolve
 from detkit.data.dataset import DetectionDataset
 from detkit.data.formats.shapes import read_shapes
 from detkit.data.tiles import TiledDataset
 from detkit.engine.evaluator import METRICS
 from detkit.errors import DetkitError
 from detkit.tasks import eval as eval_task
-from detkit.tasks import train
+from detkit.tasks import load_config, train
 
 
 def test_a_run_with_every_option(train_overrides, shapes_root: Path, tmp_path):

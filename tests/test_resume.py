@@ -24,7 +24,7 @@ from torch import nn
 
 import detkit
 from detkit import cli
-from detkit.config import compose_config, load_config, resolve
+from detkit.config import compose_config, resolve
 from detkit.data.augment.pipeline import Augmentation, AugmentedDataset
 from detkit.data.dataset import DetectionDataset
 from detkit.data.formats.shapes import read_shapes
@@ -39,8 +39,9 @@ from detkit.engine.step import TrainStep
 from detkit.errors import DetkitError
 from detkit.models.losses.task_aligned import TaskAlignedLoss
 from detkit.models.profiling import dummy_batch
-from detkit.tasks import build_training, resume, train
-from detkit.tasks import run_lock as lock_module
+from detkit.tasks import load_config, train
+from detkit.tasks.runs import build_training, resume
+from detkit.tasks.runs import run_lock as lock_module
 
 TOOL = Path(__file__).parents[1] / "tools" / "train.py"
 CLOCK = ("images_per_s", "seconds", "data_wait", "memory_gib")
@@ -127,7 +128,7 @@ def test_a_lost_loader_process_ends_a_run_that_goes_on(whole_run, overrides, tmp
     os.kill(int(children[0]), getattr(signal, name))
     _, error = process.communicate(timeout=300)
     assert (process.returncode, error.count("\n")) == (2, 1), error
-    reason = "a data loading process was killed (signal 9" if name == "SIGKILL" else "no batch has come from the 2"
+    reason = "a data loading process was killed (signal 9" if name == "SIGKILL" else "no batch from the 2"
     assert reason in error
     assert f"continue with resume={run_dir}" in error
     go_on(run_dir)

@@ -8,7 +8,7 @@ from detkit.data.formats.shapes import MIN_SHAPE, OUTLINES, SIZE, draw_image, re
 from detkit.errors import DetkitError
 
 
-def test_pictures_depend_on_their_seed_alone():
+def test_images_depend_on_their_seed_alone():
     (first, objects), (again, same), (other, _) = (draw_image(np.random.default_rng((0, k))) for k in (5, 5, 6))
     assert np.array_equal(first, again)
     assert objects == same

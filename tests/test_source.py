@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from detkit.config import load_config
 from detkit.errors import DetkitError
+from detkit.tasks import load_config
 from detkit.tasks.import_weights import run as import_weights
 from detkit.weights.identify import identify
 from detkit.weights.source import read_source

@@ -27,7 +27,7 @@ def draw(path: Path, seed: int) -> None:
 
 
 def draw_coco(root: Path, splits: tuple[str, ...] = SPLITS, empty: tuple[str, ...] = ()) -> Path:
-    """A COCO set of two pictures a split, with a box each, or none in the ``empty`` splits."""
+    """A COCO set of two images per split, with a box each, or none in the ``empty`` splits."""
     for k, split in enumerate(splits):
         images, annotations = [], []
         for n in range(2):
@@ -42,7 +42,7 @@ def draw_coco(root: Path, splits: tuple[str, ...] = SPLITS, empty: tuple[str, ..
 
 
 def draw_yolo(root: Path, text: str, **folders: int) -> Path:
-    """A YOLO set with so many labelled pictures in each folder; ``text`` is its data.yaml."""
+    """A YOLO set with so many labelled images in each folder; ``text`` is its data.yaml."""
     for k, (folder, count) in enumerate(folders.items()):
         for n in range(count):
             draw(root / "images" / folder / f"{folder}{n}.png", 10 * k + n)
@@ -63,7 +63,7 @@ def sets(tmp_path_factory) -> dict[str, dict[str, str]]:
 
 
 def arguments(data: dict[str, str]) -> list[str]:
-    """What a command is told to read a set."""
+    """The arguments of a command that reads a set."""
     return [f"data={data['name']}", *(f"data.{key}={value}" for key, value in data.items() if key != "name")]
 
 
@@ -76,7 +76,7 @@ def content(data: dict[str, str]) -> dict[str, list]:
     return found
 
 
-def test_every_format_tells_its_splits():
+def test_every_format_lists_its_splits():
     assert set(SPLIT_NAMES.names()) == set(DATASETS.names())
     assert splits_of({"name": "shapes", "root": None}) == ["train", "val"]
     assert held_out_first(["train", "extra", "val", "test"]) == ["test", "val", "extra", "train"]
@@ -108,7 +108,7 @@ def test_a_written_data_yaml_is_read_from_its_own_folder(sets, tmp_path, monkeyp
 
 
 @pytest.mark.parametrize("form", FORMATS)
-def test_an_unknown_split_is_a_sentence_that_lists_them(sets, form):
+def test_an_unknown_split_is_a_message_that_lists_them(sets, form):
     with pytest.raises(DetkitError, match=r"no split 'tests': it has train, val, .*test.*; did you mean 'test'"):
         DATASETS.build(sets[form], "tests")
     assert len(DATASETS.build(sets[form], "valid")) == 2  # as some tools call it
@@ -126,10 +126,10 @@ def test_evaluation_of_any_split(finished_run, shapes_root, tmp_path, monkeypatc
         run_dir = f"run_dir={tmp_path / split.strip(chr(39))}"
         status, out, error = run_command(monkeypatch, capsys, *command, f"split={split}", run_dir)
         assert status == 0 and f" on {count} images" in out, error
-    for split, sentence in (("tset", "it has train, val, test, odd one; did you mean 'test'"), ("", "split= must be")):
+    for split, message in (("tset", "it has train, val, test, odd one; did you mean 'test'"), ("", "split= must be")):
         status, _, error = run_command(monkeypatch, capsys, *command, f"split={split}", f"run_dir={tmp_path / 'no'}")
         assert status == 2
-        assert sentence in error and len(error.strip().splitlines()) == 1
+        assert message in error and len(error.strip().splitlines()) == 1
 
 
 @pytest.mark.parametrize("form", ["coco", "coco without classes", "yolo", "voc"])
@@ -193,7 +193,7 @@ def test_keys_of_a_data_yaml_that_are_splits(tmp_path):
     assert [len(DATASETS.build(data, split).labels) for split in splits_of(data)] == [2, 1, 1, 1]
 
 
-def test_a_split_that_is_named_but_not_there_is_said(tmp_path, monkeypatch, capsys):
+def test_a_split_that_is_named_but_not_there_is_reported(tmp_path, monkeypatch, capsys):
     file = draw_yolo(tmp_path, "train: images/train\nval: images/val\ntest: ../test\nnames: [a]\n", train=1, val=1)
     with pytest.raises(MissingSplit, match=r"there is no .*test"):
         DATASETS.build({"name": "yolo", "yaml": str(file)}, "test")
@@ -239,7 +239,7 @@ def test_an_image_is_in_one_split_of_a_cleaned_copy(tmp_path, monkeypatch, capsy
     run = [f"fix={tmp_path / 'copy'}", f"run_dir={tmp_path / 'run'}", "workers=1"]
     status, out, _ = run_command(monkeypatch, capsys, "check_data", "data=coco", f"data.root={root}", *run)
     assert status == 2
-    assert "unfixed: images that are in another split, too: 2 in train, 1 in val, 1 in holdout" in out
+    assert "unfixed: images that are also in another split: 2 in train, 1 in val, 1 in holdout" in out
     copy = ["data=coco", f"data.root={tmp_path / 'copy'}", f"run_dir={tmp_path / 'again'}", "workers=1"]
     status, out, _ = run_command(monkeypatch, capsys, "check_data", *copy)
     assert status == 0, out
@@ -255,7 +255,7 @@ def test_a_split_under_a_second_name_is_a_note(tmp_path, monkeypatch, capsys):
     run = [f"fix={tmp_path / 'copy'}", f"run_dir={tmp_path / 'run'}", "workers=1"]
     status, out, _ = run_command(monkeypatch, capsys, "check_data", "data=yolo", f"data.yaml={file}", *run)
     assert status == 0, out
-    assert "note: splits without an image of their own: 1 in val" in out
+    assert "note: splits that contain only images of other splits: 1 in val" in out
     copy = {"name": "yolo", "yaml": str(tmp_path / "copy/data.yaml")}
     assert [len(DATASETS.build(copy, split)) for split in splits_of(copy)] == [1, 2, 2]
 
@@ -265,7 +265,7 @@ def test_validating_with_what_is_trained_on_is_wrong_and_converted_as_it_is(tmp_
     run = [f"fix={tmp_path / 'copy'}", f"run_dir={tmp_path / 'run'}", "workers=1"]
     status, out, _ = run_command(monkeypatch, capsys, "check_data", "data=yolo", f"data.yaml={file}", *run)
     assert status == 2
-    assert "trained on and validated with: 1 in train" in out
+    assert "used for both training and validation: 1 in train" in out
     copy = {"name": "yolo", "yaml": str(tmp_path / "copy/data.yaml")}
     assert [len(DATASETS.build(copy, split)) for split in splits_of(copy)] == [3, 3]
 
@@ -289,7 +289,7 @@ def test_a_list_of_all_images_or_of_a_few_takes_none_from_train(sets, tmp_path, 
     run = [f"fix={tmp_path / 'copy'}", f"run_dir={tmp_path / 'run'}", "workers=1"]
     status, out, _ = run_command(monkeypatch, capsys, "check_data", "data=voc", f"data.root={root}", *run)
     assert status == 0, out
-    assert "note: splits without an image of their own: 1 in all, 1 in few" in out
+    assert "note: splits that contain only images of other splits: 1 in all, 1 in few" in out
     copy = {"name": "voc", "root": str(tmp_path / "copy")}
     counts = {split: len(DATASETS.build(copy, split)) for split in splits_of(copy)}
     assert counts == {"train": 2, "val": 2, "test": 2, "holdout": 2, "all": 4, "few": 1}
@@ -312,7 +312,7 @@ def test_a_split_without_boxes_is_an_error_unless_asked_for(empty, tmp_path, tra
     data = ["data=coco", f"data.root={draw_coco(tmp_path / 'set', ('train', 'val'), empty=(empty,))}"]
     status, out, _ = run_command(monkeypatch, capsys, "check_data", *data, f"run_dir={tmp_path / 'r'}", "workers=1")
     assert status == 2
-    assert f"unfixed: splits without any box, which stop a training: 1 in {empty}" in out
+    assert f"unfixed: splits without any box, which training rejects: 1 in {empty}" in out
     train = ["train", *data, *train_overrides[1:], "trainer.epochs=1", f"run_dir={tmp_path / 'run'}"]
     status, _, error = run_command(monkeypatch, capsys, *train)
     assert status == 2
@@ -325,7 +325,7 @@ def test_a_split_without_boxes_is_an_error_unless_asked_for(empty, tmp_path, tra
     assert status == 2 and f"split={empty} has no boxes to compare with" in error
 
 
-def test_where_labels_were_looked_for_is_said(tmp_path, monkeypatch, capsys):
+def test_where_labels_were_looked_for_is_reported(tmp_path, monkeypatch, capsys):
     file = draw_yolo(tmp_path, "train: images/train\nval: images/val\nnames: [a]\n", train=3, val=1)
     for label in (tmp_path / "labels/train").iterdir():
         label.unlink()

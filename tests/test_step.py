@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import detkit
-from detkit.config import check_values, compose_config, load_config, resolve
+from detkit.config import check_values, compose_config, resolve
 from detkit.engine.auto_batch import choose_batch_size, explain_out_of_memory, largest_batch, make_trial_step
 from detkit.engine.ema import EMA
 from detkit.engine.evaluator import METRICS, Evaluation
@@ -25,7 +25,7 @@ from detkit.models.losses.task_aligned import TaskAlignedLoss
 from detkit.models.losses.yolov5 import YOLOv5Loss
 from detkit.models.profiling import dummy_batch
 from detkit.structures import Batch, DenseOutput, ImageMeta
-from detkit.tasks import train
+from detkit.tasks import find_task, load_config, train
 from tests.conftest import trainer_options
 
 CPU = torch.device("cpu")
@@ -373,7 +373,7 @@ def test_auto_batch_is_for_training_on_a_gpu():
     with pytest.raises(DetkitError, match="batch_size=auto needs a GPU"):
         choose_batch_size(lambda images: None, CPU)
     with pytest.raises(DetkitError, match="batch_size=auto is for training"):
-        check_values(resolve(compose_config("eval", ["ckpt=x", "batch_size=auto"])), "eval")
+        check_values(resolve(compose_config("eval", ["ckpt=x", "batch_size=auto"])), find_task("eval").config)
     check_values(resolve(compose_config("train", ["batch_size=auto"])))
 
 

@@ -2,6 +2,7 @@
 
 import csv
 import errno
+import functools
 import json
 import os
 import signal
@@ -16,7 +17,7 @@ import torch.distributed as dist
 from detkit.config import explain
 from detkit.distributed import process_group, rendezvous
 from detkit.ops.atomic_write import write_atomically
-from detkit.tasks import sweep as sweep_task
+from detkit.tasks.sweeps import sweep as sweep_task
 from tests.conftest import run_command
 
 TOOL = str(Path(__file__).parents[1] / "tools" / "train.py")
@@ -87,7 +88,7 @@ def test_a_fault_of_one_job_leaves_the_others(train_overrides, tmp_path, monkeyp
             raise RuntimeError("a bug\nand its details")
         return {"best": {"AP": 0.5, "AP50": 0.7, "epoch": 2}, "last": {"epoch": 3}}
 
-    monkeypatch.setattr(train, "run", run)
+    monkeypatch.setattr(train, "run", functools.wraps(train.run)(run))
     sweep = tmp_path / "sweep"
     status, printed, error = run_command(
         monkeypatch, capsys, "train", "-m", *train_overrides, "seed=0,1", f"hydra.sweep.dir={sweep}"
@@ -110,7 +111,7 @@ def test_a_mistake_of_another_rank_is_the_job_s(train_overrides, tmp_path, monke
         assert process_group.claim_error_message("a mistake of one")
         raise RuntimeError("Connection closed by peer")
 
-    monkeypatch.setattr(train, "run", run)
+    monkeypatch.setattr(train, "run", functools.wraps(train.run)(run))
     arguments = ["train", "-m", *train_overrides, "seed=0,1", f"hydra.sweep.dir={tmp_path}"]
     status, _, error = run_command(monkeypatch, capsys, *arguments)
     assert (status, error) == (2, "")
@@ -121,7 +122,7 @@ def test_a_mistake_of_another_rank_is_the_job_s(train_overrides, tmp_path, monke
 def test_a_job_that_exits_without_an_error_is_done(train_overrides, tmp_path, monkeypatch, capsys):
     from detkit.tasks import train
 
-    monkeypatch.setattr(train, "run", lambda cfg: sys.exit(cfg.seed))
+    monkeypatch.setattr(train, "run", functools.wraps(train.run)(lambda cfg: sys.exit(cfg.seed)))
     arguments = ["train", "-m", *train_overrides, "seed=0,1", f"hydra.sweep.dir={tmp_path}"]
     assert run_command(monkeypatch, capsys, *arguments)[0] == 1
     found = [(row["status"], row["error"]) for row in rows(tmp_path / "sweep.csv")]
@@ -136,7 +137,7 @@ def test_a_table_that_cannot_be_written_is_one_sentence(train_overrides, tmp_pat
             raise OSError(errno.ENOSPC, "No space left on device")
         write_atomically(path, data)
 
-    monkeypatch.setattr(train, "run", lambda cfg: None)
+    monkeypatch.setattr(train, "run", functools.wraps(train.run)(lambda cfg: None))
     monkeypatch.setattr(sweep_task, "write_atomically", full)
     arguments = ["train", "-m", *train_overrides, "seed=choice(0)", f"hydra.sweep.dir={tmp_path}"]
     status, printed, error = run_command(monkeypatch, capsys, *arguments)
@@ -150,7 +151,7 @@ def test_a_table_that_cannot_be_written_is_one_sentence(train_overrides, tmp_pat
 def test_a_signal_ends_the_sweep(train_overrides, tmp_path, monkeypatch, capsys):
     from detkit.tasks import train
 
-    monkeypatch.setattr(train, "run", lambda cfg: sys.exit(128 + signal.SIGTERM))
+    monkeypatch.setattr(train, "run", functools.wraps(train.run)(lambda cfg: sys.exit(128 + signal.SIGTERM)))
     arguments = ["train", "-m", *train_overrides, "seed=0,1", f"hydra.sweep.dir={tmp_path}"]
     status, printed, _ = run_command(monkeypatch, capsys, *arguments)
     assert status == 143

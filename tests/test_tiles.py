@@ -1,4 +1,4 @@
-"""Tiles of drawn pictures: they cover every pixel, and boxes are where their pixels are."""
+"""Tiles of drawn images: they cover every pixel, and boxes are where their pixels are."""
 
 import json
 
@@ -21,7 +21,7 @@ SIDE, OVERLAP = 96, 0.25
 
 @pytest.fixture(scope="module")
 def drawn(tmp_path_factory) -> DetectionDataset:
-    """Noise of 0..99 with squares of 100 and more, each of a gray of its own; the third picture shows none."""
+    """Noise of 0..99 with squares of 100 and more, each of a gray of its own; the third image shows none."""
     root = tmp_path_factory.mktemp("large")
     rng = np.random.default_rng(0)
     images, boxes = [], []
@@ -83,7 +83,7 @@ def test_items_are_the_images_then_filled_tiles_then_empty_ones(drawn):
     for image, window in zip(tiled.image_of_tile, tiled.windows, strict=True):
         rows = slice(a.offsets[image], a.offsets[image + 1])
         filled += bool(clip_boxes(a.boxes[rows][~a.crowd[rows]], window)[1].any())
-    assert len(tiled.filled) == filled
+    assert len(tiled.positive_tiles) == filled
     assert len(tiled) == n + filled + round(filled / 4)
     items, labels = tiled.labels_by_item()
     for index in range(n, len(tiled)):
@@ -104,13 +104,13 @@ def test_items_are_the_images_then_filled_tiles_then_empty_ones(drawn):
 
 def test_empty_tiles_take_turns(drawn):
     tiled = TiledDataset(drawn, SIDE, OVERLAP, positive_fraction=0.8)
-    slots = range(len(tiled.filled), len(tiled.filled) + tiled.empty_slots)
-    epochs = -(-len(tiled.empty) // tiled.empty_slots)
+    slots = range(len(tiled.positive_tiles), len(tiled.positive_tiles) + tiled.empty_slots)
+    epochs = -(-len(tiled.empty_tiles) // tiled.empty_slots)
     seen = [tiled.tile(epoch, slot) for epoch in range(epochs) for slot in slots]
-    assert set(seen) == set(tiled.empty.tolist())
-    assert len(set(seen[: len(tiled.empty)])) == len(tiled.empty)
+    assert set(seen) == set(tiled.empty_tiles.tolist())
+    assert len(set(seen[: len(tiled.empty_tiles)])) == len(tiled.empty_tiles)
     assert TiledDataset(drawn, SIDE, OVERLAP, positive_fraction=1.0).empty_slots == 0
-    assert TiledDataset(drawn, SIDE, OVERLAP, positive_fraction=0.01).empty_slots == len(tiled.empty)
+    assert TiledDataset(drawn, SIDE, OVERLAP, positive_fraction=0.01).empty_slots == len(tiled.empty_tiles)
     assert len(TiledDataset(drawn, 512)) == len(SIZES)
 
 

@@ -13,7 +13,6 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import detkit
-from detkit.config import load_config
 from detkit.engine.checkpoint import read_checkpoint
 from detkit.engine.evaluator import METRICS, Evaluation
 from detkit.engine.optimizer import Recipe, Schedule
@@ -23,7 +22,7 @@ from detkit.engine.trainer import Trainer
 from detkit.models.losses.task_aligned import TaskAlignedLoss
 from detkit.models.profiling import dummy_batch
 from detkit.tasks import eval as eval_task
-from detkit.tasks import predict, train
+from detkit.tasks import load_config, predict, train
 from tests.conftest import trainer_options
 
 

@@ -8,7 +8,7 @@ import detkit
 from detkit.engine.checkpoint import Checkpoint, write_checkpoint
 from detkit.engine.transfer import TransferRow, load_weights
 from detkit.errors import DetkitError
-from detkit.tasks.run_logging import print_transfer
+from detkit.tasks.runs.run_logging import print_transfer
 
 
 class Small(nn.Module):

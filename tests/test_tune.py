@@ -15,7 +15,7 @@ from detkit.engine.state import TrainState
 from detkit.engine.trainer import Trainer
 from detkit.errors import DetkitError
 from detkit.tasks import train, tune
-from detkit.tasks.search_space import as_overrides, check_space, folder_name, read_space, trial_config
+from detkit.tasks.sweeps.search_space import as_overrides, check_space, folder_name, read_space, trial_config
 from tests.conftest import run_command
 
 optuna = pytest.importorskip("optuna")

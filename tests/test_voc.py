@@ -22,7 +22,7 @@ def xml(*objects, size=SIZE, before=""):
 
 @pytest.fixture
 def voc_set(tmp_path):
-    """A set of two training pictures and one to validate on, 100x50."""
+    """A set of two training images and one to validate on, 100x50."""
     files = {
         "a": xml(("dog", 0, 10, 20, 30.5, 40), ("cat", 1, 1, 1, 9, 9)),
         "b c": xml(),
@@ -132,13 +132,13 @@ def test_lists_may_name_the_image_and_its_xml_file(voc_set):
     assert [path.name for path in read_voc("train", root=str(voc_set)).paths] == ["v.png", "a.png"]
 
 
-def test_a_name_twice_in_different_words_is_one_image(voc_set):
+def test_a_name_twice_in_different_spellings_is_one_image(voc_set):
     (voc_set / "ImageSets/Main/train.txt").write_text("a.png\na\n")
     annotations = read_voc("train", root=str(voc_set))
     assert (len(annotations), annotations.issues.counts["repeated_image"]) == (1, 1)
 
 
-def test_images_of_the_same_name_in_two_folders_are_told_apart(voc_set):
+def test_images_of_the_same_name_in_two_folders_are_unique(voc_set):
     for folder, value in (("x", 50), ("y", 60)):
         for kind in ("Annotations", "JPEGImages"):
             (voc_set / kind / folder).mkdir()
@@ -198,7 +198,7 @@ def test_xml_is_read_in_the_encoding_that_it_declares(voc_set, declared, written
 
 
 @pytest.mark.parametrize(
-    ("content", "words"),
+    ("content", "message"),
     [
         ('<?xml version="1.0" encoding="gb2312"?><annotation>\udcff\udcff</annotation>', "not in the encoding gb2312"),
         ('<?xml version="1.0" encoding="idna"?><annotation/>', "unknown encoding"),
@@ -206,16 +206,16 @@ def test_xml_is_read_in_the_encoding_that_it_declares(voc_set, declared, written
         ("<annotation>\udcc6\udcfb</annotation>", "malformed xml"),
         ("<a>" * 1000 + "</a>" * 1000, "nested more than 100 deep"),
         ("<annotations><image id='0'><box label='dog'/></image></annotations>", "CVAT's own xml"),
-        ("<html><body/></html>", "it is no Pascal VOC annotation"),
+        ("<html><body/></html>", "it is not a Pascal VOC annotation"),
         ('{"images": []}', "malformed xml"),
         (f"<annotation>{'<object/>' * 100_001}</annotation>", "more than 100,000 objects"),
     ],
 )
-def test_xml_that_cannot_be_read_is_named_with_the_reason(voc_set, content, words):
+def test_xml_that_cannot_be_read_is_named_with_the_reason(voc_set, content, message):
     (voc_set / "Annotations" / "b c.xml").write_text(content, errors="surrogateescape")
     (issue,) = read_voc("train", root=str(voc_set)).issues.issues
     assert issue.kind == "unreadable_labels"
-    assert words in issue.detail
+    assert message in issue.detail
 
 
 def test_deep_xml_and_long_text_take_no_time(voc_set):
@@ -231,21 +231,21 @@ def test_deep_xml_and_long_text_take_no_time(voc_set):
 
 
 @pytest.mark.parametrize(
-    ("texts", "words"),
+    ("texts", "message"),
     [
-        ((None, None), r"2\).* first is .*a\.xml: does not exist"),
-        (("<annotation/>", "<annotation/>"), "2 images .* hold no object, so"),
+        ((None, None), r"2\).* first problem: .*a\.xml: does not exist"),
+        (("<annotation/>", "<annotation/>"), "2 images .* contain no objects, so"),
         (("<annotation><bndbox/></annotation>", None), "malformed boxes"),
         (("<annotations><image /></annotations>", None), "CVAT's own xml"),
     ],
 )
-def test_a_set_without_any_object_is_refused_for_the_true_reason(voc_set, texts, words):
+def test_a_set_without_any_object_is_refused_for_the_true_reason(voc_set, texts, message):
     for name, text in zip(("a", "b c"), texts, strict=True):
         (voc_set / "Annotations" / f"{name}.xml").unlink()
         if text:
             (voc_set / "Annotations" / f"{name}.xml").write_text(text)
     (voc_set / "Annotations" / "v.xml").write_text("<annotation/>")
-    with pytest.raises(DetkitError, match=words):
+    with pytest.raises(DetkitError, match=message):
         read_voc("train", root=str(voc_set))
 
 

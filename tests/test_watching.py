@@ -20,7 +20,6 @@ from tensorboard.plugins.hparams import plugin_data_pb2
 from tensorboard.summary.writer.record_writer import RecordWriter
 from torchvision.ops import box_iou
 
-from detkit.config import load_config
 from detkit.data.annotations import Annotations
 from detkit.engine import epoch_stats, loggers, run_log
 from detkit.engine.epoch_stats import EpochStats, memory_gib, time_data_wait
@@ -34,7 +33,8 @@ from detkit.errors import DetkitError
 from detkit.ops.curves import RECALLS, THRESHOLDS, Curves
 from detkit.registry import LOGGERS
 from detkit.structures import Batch
-from detkit.tasks import resume, run_logging, train
+from detkit.tasks import load_config, train
+from detkit.tasks.runs import resume, run_logging
 from detkit.viz.confusion_matrix import confusion_matrix
 from detkit.viz.plots import draw_confusion, draw_curves, draw_evaluation, save_figure
 from tests.conftest import run_command

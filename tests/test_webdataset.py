@@ -16,7 +16,6 @@ import pytest
 import torch.distributed as dist
 from PIL import Image
 
-from detkit.config import load_config
 from detkit.data import shard_loader
 from detkit.data.annotations import Annotations
 from detkit.data.augment.pipeline import Augmentation
@@ -29,7 +28,7 @@ from detkit.data.shard_loader import ShardLoader, cut_batches
 from detkit.errors import DetkitError
 from detkit.ops.image import read_bytes, read_image, tar_member
 from detkit.tasks import eval as eval_task
-from detkit.tasks import train
+from detkit.tasks import load_config, train
 
 PLAIN = {"mosaic": {"p": 0.0, "close_epochs": 0}, "affine": {"scale": [1.0, 1.0], "translate": 0.0}, "transforms": {}}
 MOSAIC = PLAIN | {"mosaic": {"p": 1.0, "close_epochs": 0}, "affine": {"scale": [0.5, 1.5], "translate": 0.1}}
@@ -148,7 +147,7 @@ def test_samples_do_not_depend_on_the_workers_but_for_partners(shards):
     assert samples(MOSAIC, 2) == samples(MOSAIC, 2) != samples(MOSAIC, 0)
 
 
-def test_damage_is_left_out_and_said(tmp_path):
+def test_damage_is_left_out_and_reported(tmp_path):
     """A shard cut off within its third image, one that is no tar, one with every kind of bad sample."""
     write_tar(tmp_path / "a.tar", {f"{k}.{s}": d for k in range(4) for s, d in (("json", label(id=k)), ("png", png()))})
     with tarfile.open(tmp_path / "a.tar") as archive:
@@ -187,9 +186,9 @@ def test_damage_is_left_out_and_said(tmp_path):
         "degenerate_box": 1,
         "overhanging_box": 1,
     }
-    said = " ".join(map(str, log.issues))
-    assert "a.tar: holds 2 samples of 4 that are listed; the file ends early" in said
-    assert "b.tar: holds 0 samples of 1" in said
+    log_text = " ".join(map(str, log.issues))
+    assert "a.tar: contains 2 of 4 listed samples; unexpected end of file" in log_text
+    assert "b.tar: contains 0 of 1 listed samples" in log_text
     loader = ShardLoader(DetectionDataset(found), Augmentation(64, PLAIN, 1), 2, workers=0)
     assert sorted(o.index for batch in loader.epoch(0) for o in batch.metas) == list(range(5))
 
@@ -214,9 +213,9 @@ def test_damage_after_the_index_loses_no_other_image(workers, tmp_path):
     batches = list(loader.epoch(0))
     seen = {o.index for batch in batches for o in batch.metas}
     assert {0, 2, 3, 4, 5, 6, 7} <= seen <= set(range(12)) - {1, 11}
-    said = " ".join([p for batch in batches for p in batch.issues] + loader.issues)
-    assert f"cannot read image {damaged}" in said
-    assert "2.tar: " in said and "images are skipped" in said
+    log_text = " ".join([p for batch in batches for p in batch.issues] + loader.issues)
+    assert f"cannot read image {damaged}" in log_text
+    assert "2.tar: " in log_text and "images are skipped" in log_text
     for shard in tmp_path.glob("*.tar"):
         shard.unlink()
     with pytest.raises(DetkitError, match=r"no image of this epoch can be read; .*\.tar"):
@@ -251,7 +250,7 @@ def test_the_shuffle_buffer_holds_no_more_bytes_than_it_may(monkeypatch):
 def test_shards_are_read_in_long_pieces(tmp_path, monkeypatch):
     """Images of some KB, with their labels between them: a read of a megabyte brings many."""
     pixels = np.random.default_rng(0).integers(0, 256, (200, 40, 40, 3), np.uint8)
-    images = [cv2.imencode(".png", picture)[1].tobytes() for picture in pixels]
+    images = [cv2.imencode(".png", image)[1].tobytes() for image in pixels]
     write_tar(
         tmp_path / "a.tar",
         {f"{k:03d}.{s}": d for k, data in enumerate(images) for s, d in (("png", data), ("json", label()))},
@@ -296,7 +295,7 @@ MISTAKES = [
     ({}, {"class_names": ["a", "a"]}, "'class_names' holds the same name twice"),
     ({}, {"class_names": ["a", " "]}, "'class_names' holds the name ' '"),
     ({}, {"category_ids": [1]}, "'category_ids' must be a list of different whole numbers"),
-    ({}, {"shards": [{"file": "x.tar", "images": 3}]}, "x.tar, which .*train.json lists, does not exist"),
+    ({}, {"shards": [{"file": "x.tar", "images": 3}]}, "x.tar, listed in .*train.json, does not exist"),
     ({}, {"shards": []}, "train.json lists no images"),
     *(
         ({}, {"shards": [{"file": name, "images": 3}]}, "'shards' must list different names of tar files")
@@ -305,14 +304,14 @@ MISTAKES = [
 ]
 
 
-@pytest.mark.parametrize("arguments,content,sentence", MISTAKES, ids=range(len(MISTAKES)))
-def test_a_mistake_is_one_sentence(arguments, content, sentence, tmp_path, monkeypatch):
+@pytest.mark.parametrize("arguments,content,message", MISTAKES, ids=range(len(MISTAKES)))
+def test_a_mistake_is_one_error_message(arguments, content, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     if isinstance(content, str):
         (tmp_path / "train.json").write_text(content)
     elif content is not None:
         write_list(tmp_path, **content)
-    with pytest.raises(DetkitError, match=sentence) as error:
+    with pytest.raises(DetkitError, match=message) as error:
         read_split({"name": "webdataset", "root": str(tmp_path), **arguments}, "train")
     assert len(str(error.value).splitlines()) == 1
     assert not (tmp_path / "owned").exists()

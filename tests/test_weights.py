@@ -12,12 +12,13 @@ from torch import nn
 
 import detkit
 from detkit import cli
-from detkit.config import compose_config, group_options, load_config, resolve
+from detkit.config import compose_config, group_options, resolve
 from detkit.engine.checkpoint import build_from_checkpoint, read_checkpoint, save_checkpoint
 from detkit.errors import DetkitError
 from detkit.models.backbones.revcol import RevCol
 from detkit.models.detector import build_detector
 from detkit.registry import BACKBONES
+from detkit.tasks import load_config
 from detkit.tasks.import_weights import make_checkpoint
 from detkit.tasks.import_weights import run as import_weights
 from detkit.weights.identify import identify

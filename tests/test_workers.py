@@ -26,7 +26,7 @@ from detkit.errors import DetkitError
 from tests.test_console import command
 from tests.test_resume import AUGMENT
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="processes are told to end by Linux")
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="processes are ended by Linux")
 GIVEN = 300  # seconds for what takes a few on an idle machine
 
 
@@ -67,7 +67,7 @@ class Late:
         yield from range(4)
 
 
-def test_a_process_that_dies_before_the_first_index_is_a_sentence():
+def test_a_process_that_dies_before_the_first_index_is_one_error_message():
     options = {"worker_init_fn": lambda _: os.kill(os.getpid(), signal.SIGKILL), "multiprocessing_context": "fork"}
     loader = DataLoader(range(4), batch_size=None, sampler=Late(), num_workers=2, persistent_workers=True, **options)
     with pytest.raises(DetkitError, match="data loading process"):
@@ -83,14 +83,14 @@ def test_a_process_that_is_stopped_is_given_up(loader, epoch):
     loader.workers.timeout = 2
     for process in loader.workers.processes:
         os.kill(process.pid, signal.SIGSTOP)
-    with pytest.raises(WorkersLost, match=r"no batch has come from the 2 data loading processes for 2 seconds"):
+    with pytest.raises(WorkersLost, match=r"no batch from the 2 data loading processes for 2 seconds"):
         list(iterator)
     for process in loader.workers.processes:
         process.join(60)  # they have been sent SIGKILL, which a busy machine may deliver late
     assert not any(process.is_alive() for process in loader.workers.processes)
 
 
-class Odd(Dataset):
+class FaultyDataset(Dataset):
     """Eight numbers, whose fourth is made by ``act``."""
 
     def __init__(self, act: Callable[[], object]) -> None:
@@ -103,9 +103,9 @@ class Odd(Dataset):
         return self.act() if index == 3 else index
 
 
-def odd(act: Callable[[], object]) -> Iterator[object]:
+def batches_of(act: Callable[[], object]) -> Iterator[object]:
     options = {"multiprocessing_context": "fork", "persistent_workers": True, "worker_init_fn": workers.init_worker}
-    return iter(Workers(DataLoader(Odd(act), batch_size=None, num_workers=2, **options), timeout=30))
+    return iter(Workers(DataLoader(FaultyDataset(act), batch_size=None, num_workers=2, **options), timeout=30))
 
 
 def test_a_result_that_cannot_be_handed_on_is_not_waited_for():
@@ -113,16 +113,16 @@ def test_a_result_that_cannot_be_handed_on_is_not_waited_for():
         def __reduce__(self) -> object:
             raise OSError(24, "Too many open files")
 
-    with pytest.raises(WorkersLost, match=r"has ended \(Too many open files\): use fewer workers"):
-        list(odd(Unsendable))
+    with pytest.raises(WorkersLost, match=r"exited \(Too many open files\): use fewer workers"):
+        list(batches_of(Unsendable))
 
 
 def test_a_fault_in_the_work_is_no_death():
     with pytest.raises(ZeroDivisionError):
-        list(odd(lambda: 1 / 0))
+        list(batches_of(lambda: 1 / 0))
 
 
-def test_processes_the_system_does_not_allow_are_a_sentence(monkeypatch):
+def test_processes_the_system_does_not_allow_are_one_error_message(monkeypatch):
     forks, fork = [], os.fork
 
     def refuse() -> int:
@@ -133,13 +133,13 @@ def test_processes_the_system_does_not_allow_are_a_sentence(monkeypatch):
 
     monkeypatch.setattr(os, "fork", refuse)
     with pytest.raises(DetkitError, match=r"2 data loading processes cannot be started \(Resource temp"):
-        list(odd(int))
+        list(batches_of(int))
 
 
 @pytest.mark.slow
 def test_children_of_others_may_end(loader):
     """Their SIGCHLD is none of ours, nor are those of a loader that was given up."""
-    lost = odd(int)
+    lost = batches_of(int)
     next(lost)
     iterator = loader.epoch(0)
     next(iterator)
@@ -162,7 +162,7 @@ def test_shared_memory_is_looked_at_first(monkeypatch, free, count, fits):
             check_shared_memory(16 * 3 * 640**2, count)
 
 
-def test_a_batch_without_room_is_a_sentence(loader, monkeypatch):
+def test_a_batch_without_room_is_one_error_message(loader, monkeypatch):
     """Where others fill /dev/shm later."""
 
     def refuse(tensor: torch.Tensor) -> None:
@@ -236,8 +236,8 @@ def look(path: str) -> int:
     return int(path)
 
 
-def test_a_killed_process_of_a_pool_is_a_sentence():
-    with pytest.raises(DetkitError, match="looking: a process was killed, for want of memory perhaps"):
+def test_a_killed_process_of_a_pool_is_one_error_message():
+    with pytest.raises(DetkitError, match="looking: a process was killed, possibly for lack of memory"):
         list(map_files(look, [str(k) for k in range(8)], "looking", 2))
 
 

@@ -15,7 +15,7 @@ LABELS = {"train/a": "1 0.5 0.5 0.2 0.4\n\n0 0.1 0.2 0.3 0.2 0.2 0.5\n", "train/
 
 @pytest.fixture
 def yolo_set(tmp_path):
-    """Return a function that writes a set of 100x50 pictures with LABELS and a data.yaml; returns the yaml."""
+    """Return a function that writes a set of 100x50 images with LABELS and a data.yaml; returns the yaml."""
 
     def write(text: str = "train: images/train\nval: images/val\nnames: [cat, dog]\n") -> Path:
         for name, lines in LABELS.items():
@@ -64,7 +64,7 @@ def test_class_ids_may_have_gaps(yolo_set):
 
 
 @pytest.mark.parametrize(
-    ("text", "sentence"),
+    ("text", "message"),
     [
         ("train: [", "malformed yaml, line"),
         ("- a", "it needs the keys train"),
@@ -96,10 +96,10 @@ def test_class_ids_may_have_gaps(yolo_set):
         ("train: \ud800", "not UTF-8"),
     ],
 )
-def test_a_wrong_yaml_is_named(yolo_set, text, sentence):
+def test_a_wrong_yaml_is_named(yolo_set, text, message):
     yaml = yolo_set()
     yaml.write_text(text, errors="surrogatepass")
-    with pytest.raises(DetkitError, match=sentence) as error:
+    with pytest.raises(DetkitError, match=message) as error:
         read_yolo("train", yaml=str(yaml))
     assert str(yaml) in str(error.value)
 
@@ -110,9 +110,9 @@ def test_a_yaml_that_grows_is_refused_and_what_is_long_is_cut(yolo_set, key):
     bomb = "l0: &l0 [x, x, x, x, x, x, x, x, x, x]\n"
     bomb += "".join(f"l{k}: &l{k} [{', '.join([f'*l{k - 1}'] * 10)}]\n" for k in range(1, 9))
     long = f"l8: &l8 {{a: [{', '.join(['word'] * 20_000)}]}}\n"
-    for lines, words in ((bomb, "its aliases grow"), (long, "it is|one is|needs")):
+    for lines, message in ((bomb, "its aliases grow"), (long, "it is|one is|needs")):
         yaml = yolo_set(lines + "".join(f"{k}: {v}\n" for k, v in (content | {key: "*l8"}).items()))
-        with pytest.raises(DetkitError, match=words) as error:
+        with pytest.raises(DetkitError, match=message) as error:
             read_yolo("train", yaml=str(yaml))
         assert len(str(error.value)) < len(str(yaml)) + 400
 
@@ -128,7 +128,7 @@ def test_a_yaml_that_grows_is_refused_and_what_is_long_is_cut(yolo_set, key):
         ("{00: a, 01: b, 010: c}", ("a", "b", "c"), (0, 1, 10)),
     ],
 )
-def test_names_are_the_words_of_the_yaml(yolo_set, names, class_names, category_ids):
+def test_names_are_the_text_of_the_yaml(yolo_set, names, class_names, category_ids):
     for count in ("", f"nc: '{len(class_names)}'\n", f"nc: {len(class_names)}.0\n", "nc:\n"):
         annotations = read_yolo("train", yaml=str(yolo_set(f"train: images/train\nnames: {names}\n{count}")))
         assert (annotations.class_names, annotations.category_ids) == (class_names, category_ids)

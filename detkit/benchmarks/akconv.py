@@ -7,8 +7,7 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
-from detkit.benchmarks.common import describe, print_result, time_in_turns
-from detkit.config.commands import BenchmarkConfig
+from detkit.benchmarks.common import BenchmarkConfig, describe, print_result, time_in_turns
 from detkit.engine.precision import seed_everything
 from detkit.layers.akconv import AKConv
 from detkit.ops.device import pick_device

@@ -10,9 +10,29 @@ from typing import Any
 import torch
 from rich.table import Table
 
+from detkit.config.common import MAX_CLASSES, BatchSize, ComposedConfig, batch_size_field
+from detkit.config.fields import Location, field, location, whole
+from detkit.config.schema import AugmentConfig, DataConfig, OptimConfig
 from detkit.viz.console import make_console
 
 WARMUP = 2  # rounds before the clock starts
+
+
+class BenchmarkConfig(ComposedConfig):
+    """``configs/benchmark.yaml``."""
+
+    task: str = field("benchmark to run", "the name of a benchmark")
+    data: DataConfig = field("data set for task=data", default=None)
+    augment: AugmentConfig
+    optim: OptimConfig
+    batch_size: BatchSize = batch_size_field()
+    num_classes: int = whole("number of classes", 1, MAX_CLASSES)
+    boxes: int = whole("ground-truth boxes per image", 0, 10_000)
+    rounds: int = whole("timed runs of each variant", 1)
+    compile: bool = field("also time the compiled training step")
+    peer: Location | None = location(
+        "path of a Python interpreter with Ultralytics installed, to time that project as well"
+    )
 
 
 def time_in_turns(runs: Mapping[str, Callable[[], object]], rounds: int, device: torch.device) -> dict[str, float]:

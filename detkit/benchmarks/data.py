@@ -16,12 +16,11 @@ import cv2
 import torch
 from rich.table import Table
 
-from detkit.benchmarks.common import WARMUP, print_result
+from detkit.benchmarks.common import WARMUP, BenchmarkConfig, print_result
 from detkit.benchmarks.peer import start_peer
-from detkit.config.commands import BenchmarkConfig
 from detkit.data.annotations import Annotations
 from detkit.data.augment.pipeline import AugmentedDataset, mosaic_window
-from detkit.data.cache import KEPT_BYTES, LocalImages
+from detkit.data.cache import LOCAL_CACHE_BYTES, LocalImages
 from detkit.data.dataset import DetectionDataset
 from detkit.data.formats.writing import write_set
 from detkit.data.loader import EpochSampler
@@ -29,7 +28,7 @@ from detkit.data.read import read_split
 from detkit.errors import DetkitError
 
 # data.cache of each variant, and what a process keeps beside it; the peer, too, keeps some images where it has no cache
-CACHES = {"uncached": (None, KEPT_BYTES), "cached": ("ram", 0), "nothing_kept": (None, 0)}
+CACHES = {"uncached": (None, LOCAL_CACHE_BYTES), "cached": ("ram", 0), "nothing_kept": (None, 0)}
 PEERS = {"uncached": "uncached", "cached": "cached", "nothing_kept": "uncached"}  # what of the peer each stands beside
 TRANSFORMS = ("hsv", "flip")  # what both sides do; a peer's other transforms need packages of their own
 # Runs in the peer's Python, told the folder of the images, the side, the images of a batch, the number of classes.

@@ -8,8 +8,7 @@ import torch
 from rich.table import Table
 from torch import Tensor, nn
 
-from detkit.benchmarks.common import describe, print_result, time_in_turns
-from detkit.config.commands import BenchmarkConfig
+from detkit.benchmarks.common import BenchmarkConfig, describe, print_result, time_in_turns
 from detkit.engine.precision import seed_everything
 from detkit.models.backbones.revcol import STRIDES, RevCol
 from detkit.models.profiling import activation_bytes

@@ -18,10 +18,9 @@ from rich.table import Table
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from detkit.benchmarks.common import WARMUP, describe, print_result, time_once
+from detkit.benchmarks.common import WARMUP, BenchmarkConfig, describe, print_result, time_once
 from detkit.benchmarks.peer import start_peer
 from detkit.config import import_plugins
-from detkit.config.commands import BenchmarkConfig
 from detkit.engine.auto_batch import check_batch
 from detkit.engine.compile import compile_network
 from detkit.engine.optimizer import Recipe, Schedule

@@ -3,22 +3,24 @@
 import types
 import typing
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
-from detkit.config.commands import TASKS
+from detkit.config.common import CommonConfig, TrainConfig
 from detkit.config.schema import Section
 from detkit.errors import DetkitError, nearest, shorten
+
+AnySection = TypeVar("AnySection", bound=Section)
 
 MAX_DEPTH = 50  # of mappings and lists within one another
 MAX_VALUES = 1_000_000  # of a file; detkit's own configurations have some 200
 NAMES = {None: "null", True: "true", False: "false"}
 
 
-def check_values(cfg: Mapping[str, Any], task: str = "train", partial: bool = False) -> None:
-    """Check a resolved configuration against the schema of its task.
+def check_values(cfg: Mapping[str, Any], schema: type[Section] = TrainConfig, partial: bool = False) -> None:
+    """Check a resolved configuration against a schema.
 
     Args:
         partial: keys may be missing, and others be there: it is of a file that another version may have written.
@@ -26,25 +28,27 @@ def check_values(cfg: Mapping[str, Any], task: str = "train", partial: bool = Fa
     Raises:
         DetkitError: names the first key that is unknown, missing, or whose value is not allowed, and what is.
     """
-    if odd := first_odd_value(cfg) or validate(TASKS[task], cfg, partial)[1]:
+    if odd := first_odd_value(cfg) or validate(schema, cfg, partial)[1]:
         raise DetkitError(odd)
 
 
-def parse_config(values: Mapping[str, Any], task: str = "train") -> Any:
-    """Return a resolved configuration as the model of its task, such as ``TrainConfig``.
+def parse_config(values: Mapping[str, Any], schema: type[AnySection]) -> AnySection:
+    """Return a resolved configuration as a model, such as ``TrainConfig``.
 
     Raises:
         DetkitError: as ``check_values``.
     """
     if odd := first_odd_value(values):
         raise DetkitError(odd)
-    config, odd = validate(TASKS[task], values)
-    if odd:
+    config, odd = validate(schema, values)
+    if config is None:
         raise DetkitError(odd)
     return config
 
 
-def validate(schema: type[Section], values: Mapping[str, Any], partial: bool = False) -> tuple[Section | None, str]:
+def validate(
+    schema: type[AnySection], values: Mapping[str, Any], partial: bool = False
+) -> tuple[AnySection | None, str]:
     """Return ``values`` as a model, and an empty string; or None, and a sentence on the first mistake in them.
 
     Args:
@@ -139,7 +143,7 @@ def _sentence(
         value = value.get(name, _ABSENT) if isinstance(value, Mapping) else _ABSENT
     if value is _ABSENT:
         return f"{key} is not set: add {key}=VALUE"
-    if len(keys) == 1 and section_of(field) and schema in TASKS.values():
+    if len(keys) == 1 and section_of(field) and issubclass(schema, CommonConfig):
         words = f"one of the options of configs/{key}"
     if value is None:
         return f"{key} is not set: it must be {words}"

@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib
+import json
 import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -35,21 +36,38 @@ def config_dir() -> Path:
     return installed if installed.is_dir() else package.parent / "configs"
 
 
-def compose_config(name: str, overrides: Sequence[str] = ()) -> DictConfig:
-    """Compose ``configs/NAME.yaml`` with Hydra override strings, as the command line would.
+def task_yaml(task: str) -> Path:
+    """Return the YAML file of a command: ``configs/TASK.yaml``, or that beside ``my_tasks/TASK.py``.
+
+    Raises:
+        DetkitError: there is none.
+    """
+    path = Path(task).absolute().with_suffix(".yaml") if task.endswith(".py") else config_dir() / f"{task}.yaml"
+    if not path.is_file():
+        raise DetkitError(f"{path} does not exist: it holds the keys of {task}")
+    return path
+
+
+def search_path(task: str) -> list[str]:
+    """Return the override by which Hydra finds detkit's own options for a command from outside ``configs/``."""
+    if task_yaml(task).parent == config_dir():
+        return []
+    return [f"hydra.searchpath=[{json.dumps(f'file://{config_dir()}', ensure_ascii=False)}]"]
+
+
+def compose_config(task: str, overrides: Sequence[str] = ()) -> DictConfig:
+    """Compose the YAML file of a command with Hydra override strings, as the command line would.
 
     Raises:
         DetkitError: an override that does not exist or does not parse.
     """
     try:
-        with _hydra():
-            return compose(name, as_hydra(overrides))
-    except CONFIG_ERRORS as error:
-        raise DetkitError(explain(error, name, overrides)) from None
-    except ValueError as error:
-        if GROUP_ERROR not in str(error):
+        with _hydra(task):
+            return compose(task_yaml(task).stem, [*as_hydra(overrides), *search_path(task)])
+    except Exception as error:
+        if not is_config_error(error):
             raise
-        raise DetkitError(explain(error, name, overrides)) from None
+        raise DetkitError(explain(error, task, overrides)) from None
 
 
 def as_hydra(overrides: Sequence[str]) -> list[str]:
@@ -131,12 +149,19 @@ def import_plugins(names: Sequence[str]) -> None:
             raise DetkitError(f"plugins: cannot import '{shorten(name)}': {reason}") from error
 
 
-def explain(error: Exception, name: str, overrides: Sequence[str] = ()) -> str:
-    """Say in one sentence what is wrong with the ``overrides`` of ``configs/NAME.yaml``, naming the nearest key."""
-    return shorten(_explain(error, name, overrides), LONGEST)
+def is_config_error(error: BaseException) -> bool:
+    """Whether an error is Hydra's or OmegaConf's, over the arguments of the command line; see ``explain``."""
+    if isinstance(error, ValueError):
+        return any(start in str(error) for start in (GROUP_ERROR, *FLAGS_ERRORS))
+    return isinstance(error, CONFIG_ERRORS)
 
 
-def _explain(error: Exception, name: str, overrides: Sequence[str]) -> str:
+def explain(error: Exception, task: str, overrides: Sequence[str] = ()) -> str:
+    """Return one sentence on what is wrong with the ``overrides`` of a command, with the nearest key."""
+    return shorten(_explain(error, task, overrides), LONGEST)
+
+
+def _explain(error: Exception, task: str, overrides: Sequence[str]) -> str:
     text = str(error)
     if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options:
         group, _, option = str(error.missing_cfg_file).rpartition("/")
@@ -150,15 +175,15 @@ def _explain(error: Exception, name: str, overrides: Sequence[str]) -> str:
     if isinstance(error, OverrideParseException):
         argument = shorten(error.override)
         return f"cannot read the argument '{argument}': write key=value, and quote a value that has = or , in it"
-    if words := next((words for start, words in FLAGS_ERRORS.items() if start in text), None):
-        return words
+    if message := next((message for start, message in FLAGS_ERRORS.items() if start in text), None):
+        return message
     if GROUP_ERROR in text:
         return _no_name([o for o in overrides if "=" in o and not o.startswith("-")])
     if isinstance(error, MissingMandatoryValue):
         return f"a value is missing: {text.splitlines()[0]}"
     match = re.search(r"Could not (?:override|append to|delete from config\.?)[^']*'([^'@]+)[^']*'", text)
     if isinstance(error, ConfigCompositionException) and match:
-        key, keys = match.group(1), _known_keys(name, overrides)
+        key, keys = match.group(1), _known_keys(task, overrides)
         if key in keys:  # a mapping with a key too many
             return f"cannot set '{key}': {str(error.__cause__).splitlines()[0]}; + in front would add it"
         return f"there is no key '{key}'{nearest(key, keys)}"
@@ -176,15 +201,16 @@ def _no_name(overrides: Sequence[str]) -> str:
     return "a group was set to null or to a number: give it the name of one of its options, such as model=yolov8n"
 
 
-def _known_keys(name: str, overrides: Sequence[str]) -> list[str]:
+def _known_keys(task: str, overrides: Sequence[str]) -> list[str]:
     """Every dotted key of a configuration with the groups that ``overrides`` choose, and the groups themselves."""
-    with _hydra():
-        chosen = compose(name, return_hydra_config=True).hydra.runtime.choices
+    name, search = task_yaml(task).stem, search_path(task)
+    with _hydra(task):
+        chosen = compose(name, search, return_hydra_config=True).hydra.runtime.choices
         groups = [group for group in chosen if "/" not in group]
         choices = [
             o for o in overrides for g, _, option in [o.partition("=")] if g in groups and option in group_options(g)
         ]
-        cfg = compose(name, choices)
+        cfg = compose(name, [*choices, *search])
     keys: list[str] = []
 
     def walk(node: Any, prefix: str) -> None:
@@ -198,12 +224,12 @@ def _known_keys(name: str, overrides: Sequence[str]) -> list[str]:
 
 
 @contextlib.contextmanager
-def _hydra() -> Iterator[None]:
-    """Hydra over our configs for a moment, also inside another Hydra application."""
+def _hydra(task: str) -> Iterator[None]:
+    """Initialise Hydra for a command for a moment, also inside another Hydra application."""
     outer = GlobalHydra.get_state()
     GlobalHydra.instance().clear()
     try:
-        with initialize_config_dir(str(config_dir()), version_base="1.3"):
+        with initialize_config_dir(str(task_yaml(task).parent), version_base="1.3"):
             yield
     finally:
         GlobalHydra.set_state(outer)

@@ -56,7 +56,7 @@ def share(meaning: str, **limits: Any) -> Any:
     return field(meaning, "a number above 0, and 1 at most", gt=0, le=1, **limits)
 
 
-def path(meaning: str, **limits: Any) -> Any:
+def location(meaning: str, **limits: Any) -> Any:
     """Declare a ``Location``."""
     return field(meaning, "a path", **limits)
 

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
-from detkit.config.fields import Location, field, is_number, is_whole, number, path, positive, share, whole
+from detkit.config.fields import Location, field, is_number, is_whole, location, number, positive, share, whole
 from detkit.errors import is_name
 
 MAX_BATCH = 65_536
@@ -131,9 +131,9 @@ class DataConfig(Section):
     model_config = ConfigDict(extra="allow")
 
     name: Name = field("name of the format reader", "the name of a data set")
-    root: Location | None = path("root folder of the data set", default=None)
-    yaml: Location = path("path of the data.yaml (YOLO)", default=None)
-    images: Location | None = path(
+    root: Location | None = location("root folder of the data set", default=None)
+    yaml: Location = location("path of the data.yaml (YOLO)", default=None)
+    images: Location | None = location(
         "image folder, relative to root; null looks for JPEGImages or images (VOC)", default=None
     )
     one_based: bool = field("pixel coordinates start at 1, as in the original Pascal VOC", default=None)

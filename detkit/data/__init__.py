@@ -1,3 +1,3 @@
-"""Labelled image sets, from files to batches; importing this package registers the formats."""
+"""Data sets, from files to batches; importing this package registers the formats."""
 
 from detkit.data import formats  # noqa: F401

@@ -1,4 +1,4 @@
-"""The labels of an image set, whatever format they came from."""
+"""The annotations of a data set, independent of the file format."""
 
 import os
 from array import array
@@ -13,11 +13,11 @@ from detkit.data.issues import IssueLog
 
 
 class PathTable(Sequence[Path]):
-    """N file names in two flat arrays: a list of a million Path objects would be copied into every worker.
+    """N file names in two flat arrays, as a list of a million Path objects would be copied into every worker.
 
     Args:
-        text: (L,) uint8, the names one after the other as the file system spells them.
-        ends: (N,) int64, where each ends.
+        text: (L,) uint8, the concatenated names in the file system encoding.
+        ends: (N,) int64, the end of each name in ``text``.
     """
 
     def __init__(self, text: np.ndarray, ends: np.ndarray) -> None:
@@ -25,8 +25,8 @@ class PathTable(Sequence[Path]):
         self.ends = ends
 
     @classmethod
-    def of(cls, paths: Iterable[str | Path]) -> "PathTable":
-        """Return the table of some paths."""
+    def from_paths(cls, paths: Iterable[str | Path]) -> "PathTable":
+        """Build a table from an iterable of paths."""
         builder = PathBuilder()
         for path in paths:
             builder.append(os.fspath(path))
@@ -40,7 +40,7 @@ class PathTable(Sequence[Path]):
             return NotImplemented
         return np.array_equal(self.ends, other.ends) and np.array_equal(self.text, other.text)
 
-    __hash__ = None  # type: ignore[assignment]  # a table of a million names is no key
+    __hash__ = None  # type: ignore[assignment]  # too large to hash
 
     def __getitem__(self, index: int) -> Path:  # type: ignore[override]  # no slices
         if not -len(self) <= index < len(self):
@@ -51,14 +51,14 @@ class PathTable(Sequence[Path]):
 
 
 class PathBuilder(Sequence[str]):
-    """File names in the same form, one more with every ``append``."""
+    """A growing list of file names, stored like a ``PathTable``."""
 
     def __init__(self) -> None:
         self.text = bytearray()
         self.ends = array("q")
 
     def append(self, path: str) -> None:
-        """Append a file name; what no file can be called is escaped."""
+        """Append a file name; characters that no file name can contain are escaped."""
         try:
             self.text += os.fsencode(path)
         except UnicodeEncodeError:
@@ -73,31 +73,33 @@ class PathBuilder(Sequence[str]):
         return os.fsdecode(bytes(self.text[start : self.ends[index]]))
 
     def table(self, keep: np.ndarray) -> PathTable:
-        """Return the names where ``keep``, (N,) bool."""
+        """Return the names selected by the mask ``keep``, (N,) bool."""
         if keep.all():
             return PathTable(np.frombuffer(self.text, np.uint8), np.asarray(self.ends, np.int64))
-        return PathTable.of(self[k] for k in np.flatnonzero(keep).tolist())
+        return PathTable.from_paths(self[k] for k in np.flatnonzero(keep).tolist())
 
 
 @dataclass
 class Annotations:
-    """N images and their T boxes in flat arrays, mapped from the index file: forked worker processes share one copy.
+    """N images and their T boxes in flat arrays, memory-mapped from the index so that forked workers share one copy.
 
-    Head and end of every image were looked at when the index was built; every box lies in its image and has an area.
+    The start and end of every image file were checked when the index was built. Every box lies within its image and has
+    a positive area.
 
     Attributes:
         source: the file or folder they were read from, for messages.
-        paths: file of each image.
-        image_ids: (N,) int64, the ids of the source, or counted from 1.
-        sizes: (N, 2) int32 (height, width) of the image in its file, turned upright.
+        paths: (N,) image files.
+        image_ids: (N,) int64, the ids in the source, or numbers from 1.
+        sizes: (N, 2) int32 (height, width) of the image in its file, after applying the EXIF orientation.
         offsets: (N + 1,) int64, the boxes of image i are rows offsets[i] to offsets[i + 1].
         boxes: (T, 4) float64, xyxy in pixels of the image.
         labels: (T,) int32 in 0 .. C - 1, indices into ``class_names``.
-        areas: (T,) float64 pixels, what COCO's small / medium / large go by.
-        crowd: (T,) bool, a region of many objects: never trained on, ignored when evaluating.
-        class_names: C names; category_ids: the source's id of each.
-        issues: what was found wrong, and fixed or skipped.
-        watched: whether the index would see a change of any image: False where one lies outside the set's folders.
+        areas: (T,) float64 in pixels, which determine COCO's small / medium / large.
+        crowd: (T,) bool, regions of many objects: excluded from training, ignored in evaluation.
+        class_names: C names.
+        category_ids: C ids in the source.
+        issues: problems that were found, and fixed or skipped.
+        watched: whether the index detects a change of any image; False if one lies outside the data set's folders.
     """
 
     source: Path
@@ -118,16 +120,16 @@ class Annotations:
         return len(self.paths)
 
     def rows(self, index: int) -> slice:
-        """Return where the boxes of an image are."""
+        """Return the rows of the boxes of an image."""
         return slice(int(self.offsets[index]), int(self.offsets[index + 1]))
 
     def subset(self, keep: np.ndarray) -> "Annotations":
-        """Return the images where ``keep``, (N,) bool, and their boxes."""
+        """Return the images selected by the mask ``keep``, (N,) bool, and their boxes."""
         counts = np.diff(self.offsets)
         boxes = np.repeat(keep, counts)
         return replace(
             self,
-            paths=PathTable.of(self.paths[k] for k in np.flatnonzero(keep).tolist()),
+            paths=PathTable.from_paths(self.paths[k] for k in np.flatnonzero(keep).tolist()),
             image_ids=self.image_ids[keep],
             sizes=self.sizes[keep],
             offsets=np.concatenate(([0], counts[keep].cumsum())),
@@ -138,7 +140,7 @@ class Annotations:
         )
 
     def ground_truth(self) -> dict[str, list[dict[str, Any]]]:
-        """Return the set as a COCO dictionary (images, annotations, categories) for the evaluation."""
+        """Return a COCO dictionary (images, annotations, categories) for the evaluation."""
         image_of_box = np.repeat(self.image_ids, np.diff(self.offsets)).tolist()
         xywh = np.concatenate((self.boxes[:, :2], self.boxes[:, 2:] - self.boxes[:, :2]), 1).tolist()
         categories = np.asarray(self.category_ids, np.int64)[self.labels].tolist()

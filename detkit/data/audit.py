@@ -1,4 +1,4 @@
-"""What check_data looks for beyond what every reading finds: damage within images, equal images, unlabelled ones."""
+"""Checks that only check_data runs: corrupt image data, identical images, unlabelled images."""
 
 import hashlib
 import os
@@ -17,105 +17,105 @@ from detkit.data.splits import HELD_OUT_FIRST, held_out_first
 from detkit.errors import DetkitError
 from detkit.ops.image import read_image
 
-DAMAGE = ("premature end", "bad Huffman code", "CRC error")  # what decoders complain of while they make up the rest
-Look = tuple[bytes, str]  # the hash of an image's pixels, empty where there are none; what is wrong with it
+DAMAGE = ("premature end", "bad Huffman code", "CRC error")  # in the warnings of decoders that fill in missing data
+DecodeResult = tuple[bytes, str]  # hash of an image's pixels, empty if it does not decode; what is wrong with it
 
 
 def audit_images(
     splits: Mapping[str, Annotations], logs: Mapping[str, IssueLog], workers: int
 ) -> dict[str, np.ndarray]:
-    """Decode every image of every split and log what that shows.
+    """Decode every image of every split and log the problems.
 
     Returns:
-        (N,) bool for each split: the images to keep. Damaged ones are not; one that several splits have is kept in
-        test, else in val, and in train last. A split that only picks among the images of these three keeps what they
+        (N,) bool for each split, the images to keep. Damaged images are dropped. An image in several splits is kept in
+        one of them: test before val, train last. A split that is a subset of these three keeps the images that they
         keep.
 
     Raises:
-        DetkitError: a decoding process was killed, as it is where memory runs out.
+        DetkitError: a decoding process was killed, for example when memory runs out.
     """
-    looks = {split: decode_and_hash_all(annotations, workers) for split, annotations in splits.items()}
-    keep = {split: np.array([not damage for _, damage in looks[split]], bool) for split in splits}
+    results = {split: decode_and_hash_all(annotations, workers) for split, annotations in splits.items()}
+    keep = {split: np.array([not damage for _, damage in results[split]], bool) for split in splits}
     owner: dict[bytes, tuple[str, Path]] = {}  # split and first image of each hash
-    seen: list[str] = []
-    picks = _selections(splits)
+    checked: list[str] = []
+    subsets = _selections(splits)
     for split in held_out_first(splits):
         annotations, log = splits[split], logs[split]
-        first = _log_images(annotations, looks[split], log)
-        if split in picks:
-            log.add("same_split", annotations.source, None, "lists images of train, val and test alone")
+        first = _log_images(annotations, results[split], log)
+        if split in subsets:
+            log.add("same_split", annotations.source, None, "lists only images of train, val and test")
             continue
-        twin = next((other for other in seen if splits[other].paths == annotations.paths), None)
-        if twin is not None:
+        duplicate_of = next((other for other in checked if splits[other].paths == annotations.paths), None)
+        if duplicate_of is not None:
             kind = "trained_on" if split == "train" else "same_split"
-            log.add(kind, annotations.source, None, f"lists the images of {twin}")
-            keep[split] = keep[twin]
+            log.add(kind, annotations.source, None, f"lists the images of {duplicate_of}")
+            keep[split] = keep[duplicate_of]
             continue
-        seen.append(split)
-        for k, (digest, _) in enumerate(looks[split]):
+        checked.append(split)
+        for k, (digest, _) in enumerate(results[split]):
             if digest in owner:
                 keep[split][k] = False
                 path, (other, image) = annotations.paths[k], owner[digest]
-                words = f"is in {other}, too" if path == image else f"shows the same as the {other} image {image}"
-                log.add("leaked_image", path, None, words)
+                detail = f"is also in {other}" if path == image else f"is identical to the {other} image {image}"
+                log.add("leaked_image", path, None, detail)
         owner |= {digest: (split, path) for digest, path in first.items() if digest not in owner}
-    if picks:
-        kept = {path for split in seen for path, good in zip(splits[split].paths, keep[split], strict=True) if good}
-        keep |= {split: np.array([path in kept for path in splits[split].paths], bool) for split in picks}
+    if subsets:
+        kept = {path for split in checked for path, good in zip(splits[split].paths, keep[split], strict=True) if good}
+        keep |= {split: np.array([path in kept for path in splits[split].paths], bool) for split in subsets}
     log_unlabelled(splits, logs)
     return keep
 
 
 def _selections(splits: Mapping[str, Annotations]) -> list[str]:
-    """Return the splits beside train, val and test without an image of their own, as lists of all or of a few have."""
+    """Return the splits other than train, val and test that contain only images of those three."""
     others = splits.keys() - HELD_OUT_FIRST
     known = {path for split in splits.keys() - others for path in splits[split].paths} if others else set()
     return [split for split in sorted(others) if known.issuperset(splits[split].paths)]
 
 
-def _log_images(annotations: Annotations, looks: list[Look], log: IssueLog) -> dict[bytes, Path]:
-    """Log damaged and equal images of a split; return the first image of each hash."""
+def _log_images(annotations: Annotations, results: list[DecodeResult], log: IssueLog) -> dict[bytes, Path]:
+    """Log damaged and identical images of a split; return the first image of each hash."""
     first: dict[bytes, Path] = {}
-    for path, (digest, damage) in zip(annotations.paths, looks, strict=True):
+    for path, (digest, damage) in zip(annotations.paths, results, strict=True):
         if damage:
             log.add("damaged_image", path, None, damage)
         if digest in first:
-            log.add("equal_image", path, None, f"shows the same as {first[digest]}")
+            log.add("equal_image", path, None, f"is identical to {first[digest]}")
         elif digest:
             first[digest] = path
     return first
 
 
-def decode_and_hash_all(annotations: Annotations, workers: int) -> list[Look]:
-    """Decode all images by ``workers`` processes, one at least; a bar shows on a terminal.
+def decode_and_hash_all(annotations: Annotations, workers: int) -> list[DecodeResult]:
+    """Decode all images with ``workers`` processes (at least one), with a progress bar on a terminal.
 
     Raises:
-        DetkitError: one of them was killed.
+        DetkitError: a process was killed.
     """
     paths = [str(path) for path in annotations.paths]
-    return list(map_files(decode_and_hash, paths, f"decoding {annotations.source.name}", workers, _begin))
+    return list(map_files(decode_and_hash, paths, f"decoding {annotations.source.name}", workers, _init_worker))
 
 
-def decode_and_hash(path: str) -> Look:
-    """Decode an image as training does; two files have the same hash where training sees the same pixels.
+def decode_and_hash(path: str) -> DecodeResult:
+    """Decode an image as in training; two files have the same hash if they decode to the same pixels.
 
-    Decoders make up what is missing in a damaged JPEG and say so on stderr only, which ``_begin`` has led into a file.
+    Decoders fill in the missing data of a damaged JPEG and warn only on stderr, which ``_init_worker`` redirects.
     """
     try:
         image = read_image(Path(path))
     except (DetkitError, MemoryError, OSError) as error:
-        _complaints()
+        _read_stderr()
         reason = str(error).partition(f"{path}: ")[2] or type(error).__name__
         return b"", f"does not decode: {reason}"
-    text = _complaints()
-    if any(words in text for words in DAMAGE):
+    text = _read_stderr()
+    if any(marker in text for marker in DAMAGE):
         return b"", f"is damaged: {text.splitlines()[0][:200]}"
     digest = hashlib.blake2b(np.ascontiguousarray(image).data, digest_size=16, key=b"%d %d" % image.shape[:2])
     return digest.digest(), ""
 
 
 def log_unlabelled(splits: Mapping[str, Annotations], logs: Mapping[str, IssueLog]) -> None:
-    """Log the images that lie beside those of a split and that no split names."""
+    """Log the images in the folders of a split that no split lists."""
     known = {str(path) for annotations in splits.values() for path in annotations.paths}
     known |= {issue.file for log in logs.values() for issue in log.issues}
     for split, annotations in splits.items():
@@ -123,22 +123,22 @@ def log_unlabelled(splits: Mapping[str, Annotations], logs: Mapping[str, IssueLo
             for path in images_in(folder):
                 if str(path) not in known:
                     known.add(str(path))
-                    logs[split].add("unlabelled_image", path, None, "no label that can be read names it")
+                    logs[split].add("unlabelled_image", path, None, "has no readable label")
 
 
-_stderr: BinaryIO | None = None  # of a process of look_at_all
+_stderr: BinaryIO | None = None  # of a decoding process
 
 
-def _begin() -> None:
-    """Start a process: decoders write to a file of its own in place of the terminal."""
+def _init_worker() -> None:
+    """Initialize a decoding process: redirect its stderr, where decoders write, to a temporary file."""
     global _stderr
-    cv2.setNumThreads(0)  # one process a core is enough; 1 would wait for threads that a fork does not inherit
-    _stderr = tempfile.TemporaryFile()  # noqa: SIM115  (open as long as the process)
+    cv2.setNumThreads(0)  # 1 would wait for threads that a fork does not inherit
+    _stderr = tempfile.TemporaryFile()  # noqa: SIM115  (open for the life of the process)
     os.dup2(_stderr.fileno(), 2)
 
 
-def _complaints() -> str:
-    """Return what was written to stderr since the last call."""
+def _read_stderr() -> str:
+    """Return the stderr output since the last call."""
     if _stderr is None:
         return ""
     _stderr.seek(0)

@@ -1,6 +1,6 @@
 """Torch datasets over Annotations: raw images, and images letterboxed for evaluation.
 
-A key is ``(epoch, index)`` or a ``SampleKey``: what a sample looks like depends on nothing else but the seed.
+A key is ``(epoch, index)`` or a ``SampleKey``. A sample depends only on its key and the seed.
 """
 
 from itertools import pairwise
@@ -16,14 +16,15 @@ from detkit.structures import ImageMeta, Sample, SampleKey
 
 
 class DetectionDataset(Dataset):
-    """Decoded images with the boxes one trains on (no crowds): as they are on disk, or of a training's size.
+    """Decoded images with their boxes (without crowds), at full or at training size.
 
     Args:
-        longest: shrink an image whose longer side has more pixels than this; none is enlarged.
-        cache: ``data.cache`` (null, ram or disk), of images of that size; needs ``longest``.
+        annotations: the data set.
+        longest: limit of the longer side in pixels; larger images are shrunk, none is enlarged.
+        cache: ``data.cache`` (null, ram or disk), for images of that size; requires ``longest``.
 
     Raises:
-        DetkitError: the cache takes more than there is room for.
+        DetkitError: not enough free memory or disk space for the cache.
     """
 
     def __init__(self, annotations: Annotations, longest: int | None = None, cache: str | None = None) -> None:
@@ -36,21 +37,21 @@ class DetectionDataset(Dataset):
         return len(self.annotations)
 
     def labels_by_item(self) -> tuple[np.ndarray, np.ndarray]:
-        """Return the image of each box that one trains on, and its label, (T,) each."""
+        """Return the image index and the label of each box without crowds, (T,) each."""
         a = self.annotations
         images = np.repeat(np.arange(len(a)), np.diff(a.offsets))
         return images[~a.crowd], a.labels[~a.crowd]
 
     @property
     def in_memory(self) -> bool:
-        """Whether any image is at hand without decoding, once each was decoded."""
+        """Whether no image is decoded more than once."""
         return self.cache is not None and self.cache.holds_all
 
     def __getitem__(self, key: SampleKey | tuple[int, int]) -> Sample:
-        """Return image ``key[1]``, its pixels to be read only.
+        """Return image ``key[1]``; its pixels may be read-only.
 
         Raises:
-            UnreadableImage: it cannot be read, or has another size than its annotations say.
+            UnreadableImage: the image cannot be read, or its size does not match the annotations.
         """
         index = key[1]
 
@@ -60,11 +61,15 @@ class DetectionDataset(Dataset):
         return self._sample(index, load() if self.cache is None else self.cache.fetch(index, load))
 
     def decode(self, index: int, data: np.ndarray) -> Sample:
-        """Return image ``index`` made of its bytes (K,) uint8, for who has read them already; raises the same."""
+        """Return image ``index``, decoded from the content of its file, (K,) uint8.
+
+        Raises:
+            UnreadableImage: the image cannot be decoded, or its size does not match the annotations.
+        """
         return self._sample(index, self._pixels(index, data))
 
     def _sample(self, index: int, image: np.ndarray) -> Sample:
-        """Return an image with its boxes in its own pixels."""
+        """Return an image with its boxes scaled to its size."""
         a = self.annotations
         size = (int(a.sizes[index, 0]), int(a.sizes[index, 1]))
         rows = a.rows(index)
@@ -77,7 +82,7 @@ class DetectionDataset(Dataset):
         return Sample(image, boxes, labels, ImageMeta(index, a.paths[index], size))
 
     def _pixels(self, index: int, data: np.ndarray) -> np.ndarray:
-        """Return the picture of a file's bytes, of a training's size."""
+        """Decode the content of a file at training size."""
         path, size = self.annotations.paths[index], tuple(self.annotations.sizes[index].tolist())
         image, found = decode_resized(data, path, size, self.longest or max(size))
         if found != size:
@@ -89,10 +94,10 @@ class DetectionDataset(Dataset):
 
 
 class LetterboxDataset(Dataset):
-    """Images fitted into a frame with a longer side of ``size`` pixels, aspect kept; the sample remembers how.
+    """Images letterboxed into a frame with a longer side of ``size`` pixels; scale and offset are stored in ``meta``.
 
-    The frame is a square, the order that of the set. In rectangular validation (``rect``) the frame is the smallest
-    that holds the image (``rect_frames``), and images of one frame come one after the other.
+    The frame is a square, and images keep the order of the data set. With ``rect``, the frame is the smallest that
+    holds the image (``rect_frames``), and images are sorted by frame.
     """
 
     def __init__(self, dataset: DetectionDataset, size: int, rect: bool = False) -> None:
@@ -101,11 +106,11 @@ class LetterboxDataset(Dataset):
         self.frames = np.full((len(dataset), 2), size)
         if rect:
             frames = rect_frames(dataset.annotations.sizes, size)
-            self.order = np.lexsort((-frames[:, 1], frames[:, 0]))  # from wide to high; of one frame, as in the set
+            self.order = np.lexsort((-frames[:, 1], frames[:, 0]))  # from wide to high; stable
             self.frames = frames[self.order]
 
     def batch_starts(self, batch_size: int) -> list[int]:
-        """Return the items with which batches of ``batch_size`` begin; one ends early where the next frame differs."""
+        """Return the first item of each batch; all images of a batch have the same frame."""
         differs = (self.frames[1:] != self.frames[:-1]).any(1)
         firsts = [0, *(np.flatnonzero(differs) + 1).tolist(), len(self)]
         return [start for first, last in pairwise(firsts) for start in range(first, last, batch_size)]
@@ -114,7 +119,7 @@ class LetterboxDataset(Dataset):
         return len(self.dataset)
 
     def __getitem__(self, key: SampleKey | tuple[int, int]) -> Sample:
-        """Return item ``key[1]`` letterboxed, its boxes along with it."""
+        """Return item ``key[1]`` with its boxes, letterboxed."""
         epoch, item = key[:2]
         sample = self.dataset[epoch, int(self.order[item])]
         height, width = self.frames[item].tolist()
@@ -126,13 +131,13 @@ class LetterboxDataset(Dataset):
 
 
 def rect_frames(sizes: np.ndarray, size: int, stride: int = 32) -> np.ndarray:
-    """Return the smallest frame (height, width) that holds each image, (N, 2): it depends on nothing but the image.
+    """Return the smallest frame (height, width) that holds each image, (N, 2); it depends on that image only.
 
     Args:
         sizes: (N, 2) height and width of the images.
-        size: the longer side that every image is scaled to, a multiple of ``stride``.
-        stride: the sides of a frame divide by it.
+        size: longer side of every scaled image, a multiple of ``stride``.
+        stride: divisor of the sides of a frame.
     """
     sizes = sizes.astype(np.int64)
     longest = sizes.max(1, keepdims=True)
-    return -(-sizes * size // (longest * stride)) * stride  # whole numbers, so that no rounding adds a stride
+    return -(-sizes * size // (longest * stride)) * stride  # in integers, so that rounding cannot add a stride

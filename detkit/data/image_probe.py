@@ -1,4 +1,4 @@
-"""Looking at image files without decoding them: size, orientation, kind, whether they are whole."""
+"""Probing image files without decoding them: size, orientation, mode, truncation."""
 
 import contextlib
 import os
@@ -14,34 +14,34 @@ from detkit.data.file_utils import cores, map_files
 from detkit.errors import UnreadableImage
 from detkit.ops.image import PILLOW_ERRORS, image_file, open_header, open_image
 
-PARALLEL_FROM = 2000  # images: below, starting processes costs more than it saves
+PARALLEL_FROM = 2000  # images; for fewer, starting processes costs more than it saves
 EXIF_ORIENTATION = 0x0112
 
 # bits of a probe's flags
 MISSING, UNREADABLE, TRUNCATED, ROTATED, GRAY, DEEP, CMYK, ALPHA = (1 << k for k in range(8))
-ORIENTATION_SHIFT = 8  # above them, the EXIF orientation of an image that is turned
+ORIENTATION_SHIFT = 8  # the EXIF orientation of a rotated image is stored above the flags
 UNUSABLE = MISSING | UNREADABLE | TRUNCATED
 
 
 def probe(path: str | Path) -> tuple[int, int, int, int, int]:
-    """Read the head and the tail of an image file, or of one within a tar file (ops/image.py).
+    """Read the start and end of an image file, or of an image in a tar file (ops/image.py).
 
     Returns:
-        height and width turned upright, height and width as stored (0 where unreadable), flags.
+        height and width after applying the EXIF orientation, height and width as stored (0 if unreadable), flags.
     """
     try:
-        os.stat(image_file(path))
+        Path(image_file(path)).stat()
     except (OSError, ValueError):
         return 0, 0, 0, 0, MISSING
     try:
-        with warnings.catch_warnings(action="ignore"), open_image(path) as file:  # malformed EXIF is passed over
-            return _describe(open_header(file), path)
+        with warnings.catch_warnings(action="ignore"), open_image(path) as file:  # malformed EXIF is ignored
+            return _inspect(open_header(file), path)
     except PILLOW_ERRORS:  # UnreadableImage is one of them
         return 0, 0, 0, 0, UNREADABLE
 
 
 def why_unreadable(path: str | Path) -> str:
-    """Say why ``probe`` finds a file unreadable."""
+    """Return the reason why ``probe`` finds a file unreadable."""
     try:
         with open_image(path) as file:
             open_header(file)
@@ -52,8 +52,30 @@ def why_unreadable(path: str | Path) -> str:
     return "it is damaged"
 
 
-def _describe(image: Image.Image, path: str | Path) -> tuple[int, int, int, int, int]:
+def _inspect(image: Image.Image, path: str | Path) -> tuple[int, int, int, int, int]:
     width, height = image.size
+    flags = _mode_flags(image, path)
+    stored = (height, width)
+    if image.format == "PNG":
+        exif, whole = _png_chunks(path)
+    else:
+        exif = image.getexif()
+        whole = image.format not in ("JPEG", "MPO") or _has_jpeg_end(path)
+    orientation = exif.get(EXIF_ORIENTATION, 1)
+    if orientation in range(2, 9):
+        flags |= ROTATED | orientation << ORIENTATION_SHIFT
+        if orientation >= 5:
+            if image.format == "TIFF":  # Pillow has swapped its size already
+                stored = (width, height)
+            else:
+                height, width = width, height
+    if not whole:
+        flags |= TRUNCATED
+    return height, width, *stored, flags
+
+
+def _mode_flags(image: Image.Image, path: str | Path) -> int:
+    """Return the flags GRAY, DEEP, CMYK and ALPHA."""
     mode, flags = image.mode, 0
     if mode in ("1", "L", "LA", "La") or mode.startswith("I"):
         flags |= GRAY
@@ -64,24 +86,8 @@ def _describe(image: Image.Image, path: str | Path) -> tuple[int, int, int, int,
     if mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
         flags |= ALPHA
     if image.format == "PNG" and _png_bits(path) == 16:
-        flags |= DEEP  # colour of 16 bits, which Pillow reads as 8
-    stored = (height, width)
-    if image.format == "PNG":
-        exif, whole = _png_chunks(path)
-    else:
-        exif = image.getexif()
-        whole = image.format not in ("JPEG", "MPO") or _jpeg_ends(path)
-    orientation = exif.get(EXIF_ORIENTATION, 1)
-    if orientation in range(2, 9):
-        flags |= ROTATED | orientation << ORIENTATION_SHIFT
-        if orientation >= 5:
-            if image.format == "TIFF":  # Pillow has turned its size already
-                stored = (width, height)
-            else:
-                height, width = width, height
-    if not whole:
-        flags |= TRUNCATED
-    return height, width, *stored, flags
+        flags |= DEEP  # 16-bit colour, which Pillow reads as 8-bit
+    return flags
 
 
 def _png_bits(path: str | Path) -> int:
@@ -90,7 +96,7 @@ def _png_bits(path: str | Path) -> int:
 
 
 def _png_chunks(path: str | Path) -> tuple[Image.Exif, bool]:
-    """Return the EXIF data and whether the last chunk is there; Pillow would decode the picture to find out."""
+    """Return the EXIF data and whether the last chunk exists; Pillow would decode the image to find out."""
     exif = Image.Exif()
     with open_image(path) as file:
         file.seek(8)
@@ -100,23 +106,23 @@ def _png_chunks(path: str | Path) -> tuple[Image.Exif, bool]:
                 return exif, True
             if kind == b"eXIf":
                 content, length = file.read(length), 0
-                with contextlib.suppress(SyntaxError, ValueError, struct.error):  # malformed: readers pass over it
+                with contextlib.suppress(SyntaxError, ValueError, struct.error):  # malformed: ignored by readers
                     exif.load(content)
             file.seek(length + 4, os.SEEK_CUR)
     return exif, False
 
 
-def _jpeg_ends(path: str | Path) -> bool:
-    """Whether the end marker is there; cameras pad a file, so that where it is missing the picture is decoded."""
+def _has_jpeg_end(path: str | Path) -> bool:
+    """Whether a JPEG has its end marker, or decodes without it: cameras may append more than 64 bytes of padding."""
     with open_image(path) as file:
         size = file.seek(0, os.SEEK_END)
         file.seek(max(size - 64, 0))
         if b"\xff\xd9" in file.read():
             return True
-    return _decodes(path)
+    return _is_decodable(path)
 
 
-def _decodes(path: str | Path) -> bool:
+def _is_decodable(path: str | Path) -> bool:
     try:
         with open_image(path) as file:
             open_header(file).load()
@@ -126,14 +132,14 @@ def _decodes(path: str | Path) -> bool:
 
 
 def probe_all(paths: Sequence[str]) -> np.ndarray:
-    """Probe many files, by several processes where that pays.
+    """Probe many files, in parallel if there are at least PARALLEL_FROM.
 
     Returns:
-        (N, 5) int32: what ``probe`` returns, a row each.
+        (N, 5) int32, one row of ``probe`` per file.
     """
     if len(paths) < PARALLEL_FROM:
         return np.array([probe(path) for path in paths], np.int32).reshape(-1, 5)
     table = np.empty((len(paths), 5), np.int32)
-    for k, row in enumerate(map_files(probe, paths, "looking at the images", cores())):
+    for k, row in enumerate(map_files(probe, paths, "probing images", cores())):
         table[k] = row
     return table

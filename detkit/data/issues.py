@@ -1,4 +1,4 @@
-"""What can be wrong with an image set, and what training does about it."""
+"""Problems of data sets, and how training handles them."""
 
 from collections import Counter
 from collections.abc import Callable
@@ -9,61 +9,61 @@ import numpy as np
 
 from detkit.errors import DetkitError, printable, shorten
 
-NOTE = "note"  # worth knowing; nothing is lost
+NOTE = "note"  # not an error
 FIXED = "fixed"  # used after a correction
 SKIPPED = "skipped"  # not used
-MAX_DETAIL = 1000  # characters of a finding, and of the file's name in it
-UNFIXED = "unfixed"  # used as it is: only check_data looks for it
+UNFIXED = "unfixed"  # used as is; found only by check_data
+MAX_DETAIL = 1000  # characters of a message, and of the file name in it
 
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of problem: ``title`` in the plural, as it is counted, and what becomes of such a thing."""
+    """A kind of problem: ``title`` in the plural, and ``outcome`` (NOTE, FIXED, SKIPPED or UNFIXED)."""
 
     title: str
     outcome: str
 
 
 KINDS: dict[str, Kind] = {
-    "empty_split": Kind("splits without any box, which stop a training", UNFIXED),
-    "broken_shard": Kind("tar shards that are damaged or hold less than is listed", SKIPPED),
+    "empty_split": Kind("splits without any box, which training rejects", UNFIXED),
+    "broken_shard": Kind("tar shards that are damaged or contain fewer samples than listed", SKIPPED),
     "missing_image": Kind("images that do not exist", SKIPPED),
     "unreadable_image": Kind("images that cannot be read", SKIPPED),
     "truncated_image": Kind("truncated images", SKIPPED),
-    "contradicting_size": Kind("images of another shape than their labels state", SKIPPED),
-    "stated_size": Kind("images of another size than their labels state, boxes scaled or turned along", FIXED),
+    "contradicting_size": Kind("images whose shape contradicts their labels", SKIPPED),
+    "stated_size": Kind("images whose size differs from their labels, boxes scaled or rotated", FIXED),
     "repeated_image": Kind("images listed twice", SKIPPED),
     "malformed_image": Kind("malformed image records", SKIPPED),
     "unreadable_labels": Kind("images whose label file cannot be read", SKIPPED),
     "missing_labels": Kind("images whose label file does not exist", SKIPPED),
     "labels_without_image": Kind("labels without an image", SKIPPED),
     "malformed_box": Kind("malformed boxes", SKIPPED),
-    "unknown_class": Kind("boxes of a class that the set does not define", SKIPPED),
+    "unknown_class": Kind("boxes of an undefined class", SKIPPED),
     "degenerate_box": Kind("boxes without area", SKIPPED),
     "outside_box": Kind("boxes outside their image", SKIPPED),
-    "duplicate_box": Kind("boxes given twice", SKIPPED),
+    "duplicate_box": Kind("duplicate boxes", SKIPPED),
     "overhanging_box": Kind("boxes partly outside their image, clipped", FIXED),
     "beyond_one": Kind("boxes with normalised values beyond 0..1, clipped", FIXED),
-    "damaged_image": Kind("images damaged within, found by decoding them", UNFIXED),
-    "leaked_image": Kind("images that are in another split, too", UNFIXED),
-    "trained_on": Kind("splits that are trained on and validated with", UNFIXED),
+    "damaged_image": Kind("corrupt images, found by decoding them", UNFIXED),
+    "leaked_image": Kind("images that are also in another split", UNFIXED),
+    "trained_on": Kind("splits used for both training and validation", UNFIXED),
     "unlabelled_split": Kind("splits without any box, which cannot be evaluated", NOTE),
-    "same_split": Kind("splits without an image of their own", NOTE),
-    "exif_rotated": Kind("images turned upright by their EXIF orientation", NOTE),
+    "same_split": Kind("splits that contain only images of other splits", NOTE),
+    "exif_rotated": Kind("images rotated by their EXIF orientation", NOTE),
     "gray_image": Kind("gray images", NOTE),
-    "deep_image": Kind("images of more than 8 bits a channel, read as 8", NOTE),
+    "deep_image": Kind("images with more than 8 bits per channel, read as 8", NOTE),
     "cmyk_image": Kind("CMYK images, read as RGB", NOTE),
     "alpha_image": Kind("images with transparency, which is dropped", NOTE),
-    "keypoints": Kind("label sets with keypoints, which are not used", NOTE),
-    "without_boxes": Kind("images without boxes, background", NOTE),
+    "keypoints": Kind("data sets with keypoints, which are ignored", NOTE),
+    "without_boxes": Kind("images without boxes, used as background", NOTE),
     "unlabelled_image": Kind("image files without labels", NOTE),
-    "equal_image": Kind("images that show the same as another of their split", NOTE),
+    "equal_image": Kind("images identical to another one of their split", NOTE),
 }
 
 
 @dataclass(frozen=True)
 class Issue:
-    """One finding: where (``line`` counts from 1; None where a file has no lines) and what in words."""
+    """A problem at a file and line (from 1; None if the file has no lines), described by ``detail``."""
 
     kind: str
     file: str
@@ -76,11 +76,11 @@ class Issue:
 
 
 class IssueLog:
-    """Counts every problem and keeps the first ``limit`` of a kind, so that a bad set cannot fill the memory.
+    """Counts all problems and stores the first ``limit`` of each kind, to bound the memory.
 
     Attributes:
-        counts: how many of each kind.
-        problems: those kept, in the order they were found.
+        counts: number of problems of each kind.
+        issues: the stored problems, in the order in which they were found.
     """
 
     def __init__(self, limit: int = 20) -> None:
@@ -89,19 +89,21 @@ class IssueLog:
         self.issues: list[Issue] = []
 
     def add(self, kind: str, file: object, line: int | None, detail: str) -> None:
-        """Count a problem; keep it while there is room."""
+        """Count a problem; store it unless the limit is reached."""
         if self.counts[kind] < self.limit:
             name = str(file)
-            if len(name) > MAX_DETAIL:  # longer than most systems have them: not a name, or not of this machine
+            if len(name) > MAX_DETAIL:  # longer than file systems allow
                 name = shorten(name, MAX_DETAIL)
             self.issues.append(Issue(kind, name, line, shorten(detail, MAX_DETAIL)))
         self.counts[kind] += 1
 
     def extend(self, kind: str, found: np.ndarray, describe: Callable[[int], tuple[object, int | None, str]]) -> None:
-        """Count many problems at once: ``describe`` gives file, line and words of those that are kept.
+        """Count many problems at once.
 
         Args:
-            found: (K,) int, whatever ``describe`` takes.
+            kind: of all of them.
+            found: (K,) int, arguments of ``describe``.
+            describe: returns file, line and message; called only for those that are stored.
         """
         if not len(found):
             return
@@ -117,7 +119,7 @@ class IssueLog:
         }
 
     def summary(self) -> str:
-        """Return one line such as ``skipped: boxes without area (2); fixed: ...``, empty where there is nothing."""
+        """Return one line, for example ``skipped: boxes without area (2); fixed: ...``; empty if there is nothing."""
         parts = []
         for outcome in (SKIPPED, FIXED):
             counts = [f"{KINDS[name].title} ({count})" for name, count in self.of(outcome).items()]
@@ -126,24 +128,24 @@ class IssueLog:
         return "; ".join(parts)
 
     def first(self, *outcomes: str) -> Issue | None:
-        """Return the first problem kept that has one of these outcomes."""
+        """Return the first stored problem with one of these outcomes."""
         return next((p for p in self.issues if KINDS[p.kind].outcome in outcomes), None)
 
-    def refuse(self) -> None:
-        """Check that nothing was fixed or skipped.
+    def raise_if_any(self) -> None:
+        """Raise an error if anything was fixed or skipped.
 
         Raises:
-            DetkitError: names the first problem and how many more there are.
+            DetkitError: states the first problem and the number of others.
         """
         first = self.first(SKIPPED, FIXED)
         if first is not None:
             others = sum(self.of(SKIPPED, FIXED).values()) - 1
             more = f" (and {others} more)" if others else ""
-            words = shorten(str(first), 600)
-            raise DetkitError(f"{words}{more}; data.strict=true refuses it, and check_data lists everything")
+            message = shorten(str(first), 600)
+            raise DetkitError(f"{message}{more}; data.strict=true rejects it, and check_data lists all problems")
 
     def as_dict(self) -> dict[str, Any]:
-        """Return plain data for json."""
+        """Return a json-serializable dictionary."""
         return {
             "counts": dict(self.counts),
             "problems": [[p.kind, p.file, p.line, p.detail] for p in self.issues],
@@ -151,7 +153,7 @@ class IssueLog:
 
     @classmethod
     def from_dict(cls, content: dict[str, Any]) -> "IssueLog":
-        """Return the log that ``as_dict`` described."""
+        """Restore a log from ``as_dict``."""
         log = cls()
         log.counts.update(content["counts"])
         log.issues = [Issue(*row) for row in content["problems"]]

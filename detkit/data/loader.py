@@ -1,4 +1,4 @@
-"""From a dataset to batches: order, worker processes, stacking."""
+"""Loading batches: sampling order, worker processes, collation."""
 
 import os
 from collections.abc import Iterable, Iterator, Sequence
@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from detkit.data.sampling import draw_items, epoch_length
-from detkit.data.workers import TIMEOUT, Workers, init_worker, share, worker_context
+from detkit.data.workers import TIMEOUT, Workers, init_worker, to_shared_memory, worker_context
 from detkit.distributed.collectives import world_size
 from detkit.errors import DetkitError, UnreadableImage
 from detkit.structures import Batch, Sample, SampleKey
@@ -19,13 +19,15 @@ from detkit.structures import Batch, Sample, SampleKey
 class EpochSampler(Sampler[SampleKey]):
     """Yields keys (epoch, index, repeat), shuffled by (seed, epoch); set ``epoch`` before each pass.
 
-    The epoch travels in the key, so worker processes that outlive an epoch know which one they serve.
+    The key contains the epoch, so that persistent worker processes know the current one.
 
     Args:
         length: of the data set.
-        window: positions of the order that are each other's ``SampleKey.mosaic_pool``; the last window of an epoch
-            overlaps the one before. 0: none are named.
-        expected: (length,) how often each index is expected in an epoch (``sampling.expected_draws``); None for once.
+        seed: of the order.
+        shuffle: whether to shuffle the order.
+        expected: (length,) expected number of draws of each index (``sampling.expected_draws``); None for once each.
+        window: number of consecutive positions that form each other's ``SampleKey.mosaic_pool``; the last window of an
+            epoch overlaps the previous one. 0 for no pool.
     """
 
     def __init__(
@@ -64,16 +66,17 @@ class EpochSampler(Sampler[SampleKey]):
 
 
 class BatchSampler(Sampler[list[SampleKey]]):
-    """Yields the keys of every batch, or this rank's share of each: together the ranks see the batches of one process.
+    """Yields the keys of every batch, or this rank's part: together, the ranks see the batches of a single process.
 
-    A last, smaller batch is shared as equally as it can be; a rank without any of it gets an empty list.
+    A smaller last batch is split as evenly as possible; a rank may get an empty list.
 
     Args:
-        batch_size: of all ranks together.
-        starts: where in the order batches begin; None: every ``batch_size``.
+        sampler: the order.
+        batch_size: total over all ranks.
+        starts: positions at which batches begin; None for every ``batch_size``.
 
     Attributes:
-        skip: batches at the start of an epoch that are left out; set it before each pass.
+        skip: number of batches to skip at the start of an epoch; set it before each pass.
     """
 
     def __init__(self, sampler: EpochSampler, batch_size: int, starts: Sequence[int] | None = None) -> None:
@@ -96,19 +99,22 @@ class BatchSampler(Sampler[list[SampleKey]]):
 
 
 class BatchLoader:
-    """Iterates over a dataset in batches, or this rank's share of them, by ``workers`` processes.
+    """Iterates over a dataset in batches, or this rank's part of them, with ``workers`` processes.
 
     Args:
-        batch_size: of all ranks together.
-        workers: number of processes; 0 loads in this one.
-        seed, shuffle, expected: of the order; see EpochSampler.
-        starts: where in the order batches begin, if not every ``batch_size``.
+        dataset: maps a ``SampleKey`` to a Sample.
+        batch_size: total over all ranks.
+        workers: number of processes; 0 loads in this process.
+        seed: see EpochSampler.
+        shuffle: see EpochSampler.
+        expected: see EpochSampler.
         pin: copy batches to page-locked memory, for a GPU.
-        window: positions of the order that a key names beside its own; 0: none. See EpochSampler.
-        timeout: seconds to wait for a batch; see ``Workers``.
+        window: see EpochSampler.
+        starts: see BatchSampler.
+        timeout: seconds to wait for a batch.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913  (keywords, as of torch's DataLoader)
         self,
         dataset: Dataset,
         batch_size: int,
@@ -127,14 +133,14 @@ class BatchLoader:
         self.batches = BatchSampler(self.sampler, batch_size, starts)
         self.issues: list[str] = []
         loader = DataLoader(
-            _Guarded(dataset),
+            _ErrorsAsValues(dataset),
             batch_sampler=self.batches,
             num_workers=workers,
-            collate_fn=_collate,
+            collate_fn=_collate_or_error,
             pin_memory=pin,
             persistent_workers=workers > 0,
             worker_init_fn=init_worker,
-            generator=torch.Generator(),  # its own: the model's draws do not depend on the number of workers
+            generator=torch.Generator(),  # so that the model's random numbers do not depend on the workers
             multiprocessing_context=worker_context(workers),
         )
         self.workers = Workers(loader, timeout)
@@ -144,44 +150,45 @@ class BatchLoader:
 
     @property
     def samples(self) -> int:
-        """The number of samples of an epoch, over all ranks."""
+        """Number of samples per epoch, over all ranks."""
         return len(self.sampler)
 
     def epoch(self, epoch: int, skip: int = 0) -> Iterator[Batch]:
-        """Yield the batches of one epoch; images that cannot be read are missing, and named in ``batch.issues``.
+        """Yield the batches of one epoch; unreadable images are left out and reported in ``batch.issues``.
 
         Args:
-            skip: leave out the batches up to the one of this ``position``: they were had before.
+            epoch: from 0.
+            skip: ``position`` of the last batch to skip, when resuming within an epoch.
 
         Raises:
-            DetkitError: a sample could not be made for another reason, in whatever process that was, or none at all.
-            WorkersLost: a process has died, or there was no batch in time.
+            DetkitError: a sample failed for another reason, in any process, or no image can be read.
+            WorkersLost: a worker process died, or there was no batch within the timeout.
         """
         self.sampler.epoch, self.batches.skip = epoch, skip
-        yield from made_batches(self.workers, self.issues, skip)
+        yield from collect_batches(self.workers, self.issues, skip)
 
 
-def made_batches(
+def collect_batches(
     results: Iterable[tuple[Batch | DetkitError | None, list[str]]], issues: list[str], skip: int
 ) -> Iterator[Batch]:
-    """Yield what worker processes made, with the problems met since the batch before.
+    """Yield the batches of the worker processes, with the problems since the previous batch.
 
-    Where nothing was made of a batch it is left out, but of several ranks, each of which has as many batches as the
-    others, this one yields an empty batch.
+    A batch without any readable image is skipped. With several ranks an empty batch is yielded instead, as all ranks
+    need the same number of batches.
 
     Args:
-        results: a batch, None where no sample of it could be made, or a mistake; and sentences about images left out.
-        problems: where sentences wait for the next batch.
+        results: pairs of a batch (None without any sample, or an error) and messages about unreadable images.
+        issues: buffer of the messages for the next batch.
         skip: position in the epoch before the first of ``results``.
 
     Raises:
-        DetkitError: the mistake that came instead of a batch, or there was no batch at all.
+        DetkitError: an error in place of a batch, or there was no batch at all.
     """
-    empty = world_size() == 1 and skip == 0  # of several ranks, one may well have no image
-    for position, (batch, sentences) in enumerate(results, 1 + skip):
-        issues += sentences
+    empty = world_size() == 1 and skip == 0  # one of several ranks may have no image
+    for position, (batch, messages) in enumerate(results, 1 + skip):
+        issues += messages
         if isinstance(batch, DetkitError):
-            raise type(batch)(str(batch))  # not itself: a cycle with this frame would make the workers end late
+            raise type(batch)(str(batch))  # a copy: a reference cycle with this frame would delay the workers' end
         empty = empty and batch is None
         if batch is None and world_size() > 1:
             batch = Batch.empty()
@@ -191,11 +198,12 @@ def made_batches(
             issues.clear()
             yield batch
     if empty:
-        raise DetkitError(f"no image of this epoch can be read; the first: {issues[0] if issues else 'none there'}")
+        first = issues[0] if issues else "there are none"
+        raise DetkitError(f"no image of this epoch can be read; the first problem: {first}")
 
 
 def worker_count(workers: int | str) -> int:
-    """Return the number of loader processes; ``"auto"`` is one a core, 8 at most, shared by a node's ranks."""
+    """Return the number of loader processes; ``"auto"`` divides the cores among the node's ranks, at most 8."""
     if workers != "auto":
         return int(workers)
     return min(8, max((os.cpu_count() or 1) // local_ranks(), 1))
@@ -207,8 +215,8 @@ def local_ranks() -> int:
 
 
 def collate(samples: list[Sample]) -> Batch:
-    """Stack samples of one size, padding their boxes to the longest list."""
-    images = torch.from_numpy(np.stack([s.image for s in samples])).permute(0, 3, 1, 2)  # channels-last as it is
+    """Stack samples of equal image size, padding boxes and labels to the largest number of boxes."""
+    images = torch.from_numpy(np.stack([s.image for s in samples])).permute(0, 3, 1, 2)  # stays channels-last
     longest = max(len(s.labels) for s in samples)
     boxes = torch.zeros(len(samples), longest, 4)
     labels = torch.zeros(len(samples), longest, dtype=torch.int64)
@@ -221,8 +229,8 @@ def collate(samples: list[Sample]) -> Batch:
     return Batch(images, boxes, labels, valid, [s.meta for s in samples])
 
 
-class _Guarded(Dataset):
-    """Hands a DetkitError on as a value: raised in a worker, it would arrive wrapped in that process' traceback."""
+class _ErrorsAsValues(Dataset):
+    """Returns a DetkitError as a value: raised in a worker, it would arrive wrapped in that process' traceback."""
 
     def __init__(self, dataset: Dataset) -> None:
         self.dataset = dataset
@@ -234,11 +242,11 @@ class _Guarded(Dataset):
             return error
 
 
-def _collate(items: list[Sample | DetkitError]) -> tuple[Batch | DetkitError | None, list[str]]:
+def _collate_or_error(items: list[Sample | DetkitError]) -> tuple[Batch | DetkitError | None, list[str]]:
     issues = [str(item) for item in items if isinstance(item, UnreadableImage)]
     fault = next((e for e in items if isinstance(e, DetkitError) and not isinstance(e, UnreadableImage)), None)
     samples = [item for item in items if isinstance(item, Sample)]
     try:
-        return fault or (share(collate(samples)) if samples else None), issues
+        return fault or (to_shared_memory(collate(samples)) if samples else None), issues
     except DetkitError as error:
         return error, issues

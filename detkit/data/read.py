@@ -1,4 +1,4 @@
-"""Reading the splits of the data set that a configuration names."""
+"""Reading the splits of the configured data set."""
 
 import logging
 from collections.abc import Mapping
@@ -8,13 +8,13 @@ from typing import Any
 import detkit.data.formats  # noqa: F401  (registers them)
 from detkit.data.annotations import Annotations
 from detkit.data.issues import FIXED, SKIPPED, IssueLog
-from detkit.data.splits import TRAINED, MissingSplit, splits_of
+from detkit.data.splits import REQUIRED_SPLITS, MissingSplit, splits_of
 from detkit.errors import DetkitError
 from detkit.registry import DATASETS
 
 logger = logging.getLogger(__name__)
 
-# Keys of data that are not arguments of its reader.
+# Keys of data that are not arguments of the reader.
 DATA_OPTIONS = ("preset", "strict", "allow_empty", "cache", "sampling", "repeat_threshold", "tiles")
 
 
@@ -22,46 +22,50 @@ def read_split(data: Mapping[str, Any], split: str, log: IssueLog | None = None)
     """Read one split of the configured data set.
 
     Args:
-        log: where problems go; given one, the files are read anew, and no problem is refused.
+        data: the ``data`` group of a configuration.
+        split: its name.
+        log: receives all problems; if given, the index and ``data.strict`` are ignored.
 
     Raises:
-        DetkitError: it cannot be read, or has problems where ``data.strict`` is set.
+        DetkitError: the split cannot be read, or has problems and ``data.strict`` is set.
     """
     if log is not None:
         return DATASETS.build(_reader_arguments(data), split, log=log)
     annotations = DATASETS.build(_reader_arguments(data), split)
     if data.get("strict"):
-        annotations.issues.refuse()
+        annotations.issues.raise_if_any()
     return annotations
 
 
-def read_splits(data: Mapping[str, Any], kept: int | None = None) -> dict[str, Annotations]:
-    """Read every split of the configured data set; say which are skipped, as their files are not there or
-    their classes are others.
+def read_splits(data: Mapping[str, Any], issue_limit: int | None = None) -> dict[str, Annotations]:
+    """Read every split of the configured data set.
+
+    Other splits than train and val are skipped with a warning if their files are missing or their classes differ.
 
     Args:
-        kept: read the files anew and keep so many problems of a kind.
+        data: the ``data`` group of a configuration.
+        issue_limit: if given, ignore the index and store at most this many problems of each kind.
 
     Raises:
-        DetkitError: one cannot be read, train or val are not there, or have different classes.
+        DetkitError: a split cannot be read, train or val is missing, or their classes differ.
     """
     splits: dict[str, Annotations] = {}
     for split in splits_of(_reader_arguments(data)):
         try:
-            splits[split] = read_split(data, split, None if kept is None else IssueLog(kept))
+            splits[split] = read_split(data, split, None if issue_limit is None else IssueLog(issue_limit))
         except MissingSplit as error:
-            if split in TRAINED:
+            if split in REQUIRED_SPLITS:
                 raise
             logger.warning("%s is skipped: %s", split, error)
     train_set = splits["train"]
     for split, annotations in list(splits.items()):
-        if not annotations.class_names:  # images alone
+        if not annotations.class_names:  # images without labels
             ids = train_set.category_ids
             splits[split] = replace(annotations, class_names=train_set.class_names, category_ids=ids)
         try:
             check_classes(train_set, splits[split])
         except DetkitError as error:
-            if split in TRAINED:
+            if split in REQUIRED_SPLITS:
                 raise
             logger.warning("%s is skipped: %s", split, error)
             del splits[split]
@@ -69,31 +73,32 @@ def read_splits(data: Mapping[str, Any], kept: int | None = None) -> dict[str, A
 
 
 def read_training(data: Mapping[str, Any]) -> tuple[Annotations, Annotations]:
-    """Read the splits that a training takes, train and val.
+    """Read train and val.
 
     Raises:
-        DetkitError: one cannot be read, their classes differ, or one has no boxes and ``data.allow_empty`` is not set.
+        DetkitError: a split cannot be read, their classes differ, or one has no boxes and ``data.allow_empty`` is not
+            set.
     """
-    train_set, val_set = (read_split(data, split) for split in TRAINED)
+    train_set, val_set = (read_split(data, split) for split in REQUIRED_SPLITS)
     check_classes(train_set, val_set)
-    for split, annotations in zip(TRAINED, (train_set, val_set), strict=True):
+    for split, annotations in zip(REQUIRED_SPLITS, (train_set, val_set), strict=True):
         if not len(annotations.labels) and not data.get("allow_empty"):
-            words = "correct that, or train all the same with data.allow_empty=true (check_data lists what is wrong)"
-            raise DetkitError(f"{split} has no boxes: {explain_empty(annotations)}; {words}")
+            hint = "correct this, or set data.allow_empty=true to train anyway (check_data lists all problems)"
+            raise DetkitError(f"{split} has no boxes: {explain_empty(annotations)}; {hint}")
     return train_set, val_set
 
 
 def explain_empty(annotations: Annotations) -> str:
-    """Say where the boxes of a split without any were looked for, and what was found there."""
+    """Describe where the labels of a split without boxes were searched, and what was found."""
     issues, count = annotations.issues, len(annotations)
     without = issues.counts["unlabelled_image"]
-    words = [f"{count} images in {annotations.source}"]
+    parts = [f"{count} images in {annotations.source}"]
     if without:
         first = next(issue for issue in issues.issues if issue.kind == "unlabelled_image")
-        words += [f"label files found: {max(count - without, 0)} of {count}", f"the first image: {first}"]
+        parts += [f"label files found: {max(count - without, 0)} of {count}", f"the first image without: {first}"]
     if issues.summary():
-        words += [issues.summary(), f"the first: {issues.first(SKIPPED, FIXED)}"]
-    return "; ".join(words)
+        parts += [issues.summary(), f"the first problem: {issues.first(SKIPPED, FIXED)}"]
+    return "; ".join(parts)
 
 
 def _reader_arguments(data: Mapping[str, Any]) -> dict[str, Any]:
@@ -104,7 +109,7 @@ def check_classes(train_set: Annotations, other: Annotations) -> None:
     """Check that two splits define the same classes.
 
     Raises:
-        DetkitError: they do not.
+        DetkitError: the classes differ.
     """
     if train_set.class_names != other.class_names:
-        raise DetkitError(f"{other.source} has other classes than {train_set.source}: give both the same")
+        raise DetkitError(f"{other.source} and {train_set.source} have different classes: give both the same")

@@ -1,8 +1,7 @@
-"""How often each item of a data set is seen in an epoch.
+"""Class-aware sampling of the items of a data set.
 
-A data set says by ``labels_by_item()`` which classes its items show, as two flat arrays: the item of each box, and its
-label. From that comes the number of times that each item is expected in an epoch, and from that, each epoch anew, how
-many times it does come: the number rounded down or up.
+``labels_by_item()`` of a data set returns two flat arrays, the item of each box and its label. They determine the
+expected number of draws of each item per epoch. In each epoch, this number is randomly rounded down or up.
 """
 
 from collections.abc import Mapping
@@ -15,7 +14,7 @@ from detkit.data.tiles import TiledDataset
 
 
 def expected_draws(dataset: DetectionDataset | TiledDataset, data: Mapping[str, Any]) -> np.ndarray | None:
-    """Return how often each item is expected in an epoch, (N,) float64, by ``data.sampling``; None for once each."""
+    """Return the expected draws of each item per epoch under ``data.sampling``, (N,) float64; None for once each."""
     sampling = data.get("sampling")
     if sampling == "repeat_factor":
         return repeat_factors(*dataset.labels_by_item(), len(dataset), data.get("repeat_threshold", 0.001))
@@ -25,10 +24,16 @@ def expected_draws(dataset: DetectionDataset | TiledDataset, data: Mapping[str, 
 
 
 def repeat_factors(items: np.ndarray, labels: np.ndarray, length: int, threshold: float) -> np.ndarray:
-    """Return LVIS' repeat factor of each of ``length`` items (Gupta et al., arXiv 1908.03195), (N,), 1 or more.
+    """Return LVIS' repeat factor of each item (Gupta et al., arXiv 1908.03195), (length,), 1 or more.
 
-    A class c that a share f(c) of the items show has r(c) = max(1, sqrt(threshold / f(c))); an item has the largest
-    r(c) of its classes. So the epoch gets longer, by the items of the classes rarer than ``threshold``.
+    A class c in a fraction f(c) of the items has r(c) = max(1, sqrt(threshold / f(c))); an item has the largest r(c) of
+    its classes. The epoch grows by the repeated items of classes rarer than ``threshold``.
+
+    Args:
+        items: (T,) item of each box.
+        labels: (T,) label of each box.
+        length: number of items.
+        threshold: frequency below which a class is oversampled.
     """
     items, labels = _item_classes(items, labels)
     frequency = np.bincount(labels) / length
@@ -39,12 +44,17 @@ def repeat_factors(items: np.ndarray, labels: np.ndarray, length: int, threshold
 
 
 def class_balanced(items: np.ndarray, labels: np.ndarray, length: int) -> np.ndarray:
-    """Return how often each of ``length`` items is expected where every class comes equally often, (N,).
+    """Return the expected draws of each item for class-balanced sampling, (length,).
 
-    As if each draw chose one of the classes that occur, and then one of the items that show it, both uniformly
-    (class-aware sampling, Shen et al., arXiv 1512.05830). What is equal is the number of draws for a class: a common
-    class still gains from being in the pictures of others. Items without boxes come once an epoch, as ever; the epoch
-    stays as long as it was. A class in few items repeats each of them often: ``repeat_factor`` is gentler.
+    Each draw samples one of the occurring classes, then one of the items that contain it, both uniformly (class-aware
+    sampling, Shen et al., arXiv 1512.05830). All classes have equally many draws, but a common class also occurs in
+    images drawn for others. Items without boxes are drawn once per epoch, and the length of the epoch is unchanged. A
+    class in few items repeats each of them often: ``repeat_factor`` is gentler.
+
+    Args:
+        items: (T,) item of each box.
+        labels: (T,) label of each box.
+        length: number of items.
     """
     items, labels = _item_classes(items, labels)
     counts = np.bincount(labels)
@@ -54,22 +64,26 @@ def class_balanced(items: np.ndarray, labels: np.ndarray, length: int) -> np.nda
 
 
 def epoch_length(expected: np.ndarray) -> int:
-    """Return the number of draws of every epoch: the sum of what is expected, rounded down."""
+    """Return the number of draws per epoch: the sum of the expected draws, rounded down."""
     return int(np.floor(expected.sum() + 1e-6))
 
 
 def draw_items(expected: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Draw the items of one epoch, in ascending order; ``epoch_length(expected)`` of them.
+    """Draw ``L = epoch_length(expected)`` items for one epoch.
 
-    Every item comes as often as expected rounded down, or once more: with the probability of the fraction, as in
-    stochastic rounding, but drawn systematically, so that the number of all draws does not vary. (The fractions
-    are shrunk together to sum to a whole number, which costs an epoch less than one draw.)
+    Stochastic rounding: each item is drawn ``floor(expected)`` times, and once more with the probability of the
+    fractional part. Systematic sampling keeps the total constant. (The fractions are scaled down to sum to an integer,
+    which costs less than one draw per epoch.)
+
+    Args:
+        expected: (N,) expected draws of each item.
+        rng: random generator.
 
     Returns:
-        the items (L,), and which draw of its item each is: 0, 1, 2, ... (L,).
+        the items in ascending order (L,), and the number of each draw among those of its item, from 0 (L,).
     """
     whole = np.floor(expected)
-    order = rng.permutation(len(expected))  # else neighbours would exclude each other
+    order = rng.permutation(len(expected))  # otherwise neighbours would exclude each other
     fractions = (expected - whole)[order]
     extra = epoch_length(expected) - int(whole.sum())
     steps = np.cumsum(fractions)
@@ -83,7 +97,7 @@ def draw_items(expected: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarr
 
 
 def _item_classes(items: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return each pair of an item and a class once."""
+    """Return the unique pairs of an item and a class, (P,) each."""
     classes = int(labels.max(initial=0)) + 1
     pairs = np.sort(items.astype(np.int64) * classes + labels)
     pairs = pairs[np.diff(pairs, prepend=-1) > 0]  # np.unique takes thirty times as long

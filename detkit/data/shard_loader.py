@@ -1,9 +1,9 @@
-"""Training batches from tar shards, read from end to end: a disk or network drive sees few long reads, not many.
+"""Training batches from tar shards, which are read sequentially in few long reads.
 
-An epoch puts the shards into a random order and lays their images end to end. Each rank takes an equal stretch of
-that line and each of its worker processes a stretch of whole batches, wherever shards begin and end: so every image
-comes exactly once, all ranks have the same number of batches, and there may be fewer shards than processes. Where an
-image lies in its shard is known from the index, as are its labels; images are mixed by a buffer as they come.
+Each epoch shuffles the shards and concatenates their images into one sequence. Each rank reads an equal slice of the
+sequence, and each of its worker processes a slice of whole batches, independent of shard boundaries. Every image is
+therefore seen exactly once, all ranks have the same number of batches, and there may be fewer shards than processes.
+Offsets of images in their shards and labels come from the index. A buffer shuffles the images.
 """
 
 from bisect import bisect_left
@@ -17,8 +17,8 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from detkit.data.dataset import DetectionDataset
-from detkit.data.loader import collate, made_batches
-from detkit.data.workers import TIMEOUT, Workers, init_worker, share, worker_context
+from detkit.data.loader import collate, collect_batches
+from detkit.data.workers import TIMEOUT, Workers, init_worker, to_shared_memory, worker_context
 from detkit.distributed.collectives import world_size
 from detkit.distributed.process_group import rank
 from detkit.errors import DetkitError, UnreadableImage
@@ -26,25 +26,29 @@ from detkit.ops.files import open_regular
 from detkit.ops.image import tar_member
 from detkit.structures import Batch, Sample
 
-READ_BYTES = 2**20  # of a shard at a time
-BUFFER_BYTES = 2**26  # of encoded images that a worker draws the next one from
-BUFFER_START = 100  # images that are in the buffer before the first one leaves it
-PARTNERS = 32  # decoded images that a worker draws mosaic partners from
+READ_BYTES = 2**20  # per read of a shard
+BUFFER_BYTES = 2**26  # of encoded images in a worker's shuffle buffer
+BUFFER_START = 100  # images in the buffer before the first is drawn
+PARTNERS = 32  # decoded images in a worker's pool of mosaic partners
 
 Augment = Callable[[Sample, Callable[[], Sample], np.random.Generator, int], Sample]
-EncodedImage = tuple[int, bytes]  # number in the set, content of the file
+EncodedImage = tuple[int, bytes]  # index in the data set, content of the file
 
 
 class ShardLoader:
-    """Iterates over a webdataset set in augmented batches, by ``workers`` processes on each rank.
+    """Iterates over a webdataset data set in augmented batches, with ``workers`` processes on each rank.
 
     Args:
-        augment: makes a training sample of (image, function that draws a partner, generator, epoch).
-        batch_size: of one rank.
-        workers, seed, pin, timeout: as for BatchLoader.
+        dataset: of images in shards.
+        augment: maps (image, function that draws a partner, generator, epoch) to a training sample.
+        batch_size: per rank.
+        workers: see BatchLoader.
+        seed: of order and augmentation.
+        pin: see BatchLoader.
+        timeout: see BatchLoader.
 
     Raises:
-        DetkitError: there are too few images to give every rank as many batches.
+        DetkitError: there are too few images to give every rank the same number of batches.
     """
 
     def __init__(
@@ -59,7 +63,7 @@ class ShardLoader:
         timeout: float = TIMEOUT,
     ) -> None:
         self.stream = ShardStream(dataset, augment, batch_size, seed, rank(), world_size())
-        self.issues: list[str] = []  # not yet handed on with a batch
+        self.issues: list[str] = []  # not yet delivered with a batch
         loader = DataLoader(
             self.stream,
             batch_size=None,  # the stream makes whole batches
@@ -77,31 +81,32 @@ class ShardLoader:
 
     @property
     def samples(self) -> int:
-        """The number of samples of an epoch, over all ranks."""
+        """Number of samples per epoch, over all ranks."""
         return len(self.stream.dataset)
 
     def epoch(self, epoch: int, skip: int = 0) -> Iterator[Batch]:
-        """Yield the batches of one epoch; images that cannot be read are missing, and named in ``batch.issues``.
+        """Yield the batches of one epoch; unreadable images are left out and reported in ``batch.issues``.
 
         Args:
-            skip: leave out as many batches, which were had before by as many workers; their images are read and
-                decoded again, as what comes after is mixed with them.
+            epoch: from 0.
+            skip: number of batches to skip, when resuming with the same number of workers; their images are read and
+                decoded again, as they affect the shuffle buffer.
 
         Raises:
-            DetkitError: a sample could not be made, in whatever process that was, or no image can be read.
-            WorkersLost: a process has died, or there was no batch in time.
+            DetkitError: a sample failed, in any process, or no image can be read.
+            WorkersLost: a worker process died, or there was no batch within the timeout.
         """
         self.stream.progress.copy_(torch.tensor([epoch, skip]))
-        yield from made_batches(islice(self.workers, skip, None), self.issues, skip)
+        yield from collect_batches(islice(self.workers, skip, None), self.issues, skip)
 
 
 class ShardStream(IterableDataset):
-    """Yields one worker's ``(batch, problems)`` of an epoch; the batch is a DetkitError where one could not be made.
+    """Yields one worker's ``(batch, messages)`` of an epoch, with a DetkitError in place of a batch that failed.
 
     Attributes:
-        progress: (2,) int64, the epoch and the batches to leave out of it, in shared memory: worker processes that
-            outlive an epoch see it change.
-        batch_bounds: (K + 1,) where the rank's stretch of images is cut into batches.
+        progress: (2,) int64, the epoch and the number of its batches to skip, in shared memory, so that persistent
+            worker processes see changes.
+        batch_bounds: (K + 1,) boundaries of the batches in the rank's slice of images.
     """
 
     def __init__(
@@ -121,10 +126,10 @@ class ShardStream(IterableDataset):
         worker, workers = (info.id, info.num_workers) if (info := get_worker_info()) else (0, 1)
         epoch, skip = self.progress.tolist()
         batches = len(self.batch_bounds) - 1
-        shares = [batches * k // workers for k in range(workers + 1)]
-        bounds = self.batch_bounds[shares[worker] : shares[worker + 1] + 1]
-        turns = sorted((turn, k) for k in range(workers) for turn in range(shares[k + 1] - shares[k]))
-        skip = [k for _, k in turns[:skip]].count(worker)  # of this worker's: they take turns
+        worker_bounds = [batches * k // workers for k in range(workers + 1)]
+        bounds = self.batch_bounds[worker_bounds[worker] : worker_bounds[worker + 1] + 1]
+        turns = sorted((turn, k) for k in range(workers) for turn in range(worker_bounds[k + 1] - worker_bounds[k]))
+        skip = [k for _, k in turns[:skip]].count(worker)  # of this worker; workers alternate
         issues: list[str] = []
         begin, end = self.begin + int(bounds[0]), self.begin + int(bounds[-1])
         rng = np.random.default_rng((self.seed, epoch, begin))
@@ -135,13 +140,13 @@ class ShardStream(IterableDataset):
         for size in np.diff(bounds[skip:]):
             try:
                 batch = [*islice(samples, int(size))]
-                yield share(collate(batch)) if batch else None, issues.copy()
+                yield to_shared_memory(collate(batch)) if batch else None, issues.copy()
             except DetkitError as error:  # raised here, it would arrive wrapped in this process' traceback
                 yield error, issues.copy()
             issues.clear()
 
     def _encoded(self, epoch: int, begin: int, end: int, issues: list[str]) -> Iterator[EncodedImage]:
-        """Yield the images at ``begin`` to ``end`` of the epoch's line of shards."""
+        """Yield the images ``begin`` to ``end`` of the epoch's sequence."""
         position = 0
         for shard in np.random.default_rng((self.seed, epoch)).permutation(len(self.shard_bounds) - 1):
             first, last = self.shard_bounds[shard], self.shard_bounds[shard + 1]
@@ -151,11 +156,11 @@ class ShardStream(IterableDataset):
                 yield from self._read(low, high, issues)
 
     def _read(self, low: int, high: int, issues: list[str]) -> Iterator[EncodedImage]:
-        """Yield images ``low`` to ``high``, which are of one shard, in the order they lie there."""
+        """Yield images ``low`` to ``high`` of one shard, in the order in which they are stored."""
         row = low
         try:
             with open_regular(self._member(low)[0]) as file:
-                # A seek to what the buffer holds already reads nothing.
+                # A seek within the buffer does not read.
                 stream = BufferedReader(file, READ_BYTES)
                 for row in range(low, high):
                     _, offset, size = self._member(row)
@@ -170,20 +175,20 @@ class ShardStream(IterableDataset):
             issues.append(f"{shard}: {high - row} images are skipped, beginning with {name}: {reason}")
 
     def _member(self, row: int) -> tuple[str, int, int]:
-        """Return an image's shard, and its first byte and size there."""
+        """Return the shard of an image, and its offset and size there in bytes."""
         member = tar_member(self.dataset.annotations.paths[row])
-        assert member is not None, "a set of shards has no image outside them"
+        assert member is not None, "all images are in shards"
         return member
 
     def _shard_bounds(self) -> list[int]:
-        """Return the number of each shard's first image, and at the end that of all images."""
+        """Return the index of the first image of each shard, and finally the number of images."""
         bounds = [0]
         while bounds[-1] < len(self.dataset):
             bounds.append(self._shard_end(bounds[-1]))
         return bounds
 
     def _shard_end(self, row: int) -> int:
-        """Return the number of the first image after ``row`` that is in another shard."""
+        """Return the index of the first image after ``row`` that is in another shard."""
         shard = self._member(row)[0]
         return bisect_left(range(len(self.dataset)), True, row, key=lambda other: self._member(other)[0] != shard)
 
@@ -197,9 +202,9 @@ class ShardStream(IterableDataset):
     def _augmented(
         self, samples: Iterator[Sample], epoch: int, rng: np.random.Generator, skip: int
     ) -> Iterator[Sample]:
-        """Yield training samples after the first ``skip``; partners are drawn from those that came shortly before.
+        """Yield training samples after the first ``skip``; partners are drawn from recent images.
 
-        An image's own randomness depends on (seed, epoch, number) alone, its partners on the process that met them.
+        The random numbers of an image depend on (seed, epoch, index) only, its partners on the worker process.
         """
         pool = [*islice(samples, PARTNERS)]
 
@@ -208,18 +213,18 @@ class ShardStream(IterableDataset):
 
         for k, sample in enumerate(chain(tuple(pool), samples)):
             if k >= skip:
-                own = np.random.default_rng((self.seed, epoch, sample.meta.index))
-                yield self.augment(sample, partial(partner, own), own, epoch)
+                sample_rng = np.random.default_rng((self.seed, epoch, sample.meta.index))
+                yield self.augment(sample, partial(partner, sample_rng), sample_rng, epoch)
             pool[rng.integers(len(pool))] = sample
 
 
 def cut_batches(count: int, most: int, batch_size: int) -> np.ndarray:
-    """Return where ``count`` images are cut into batches, as many as a rank with ``most`` of them has.
+    """Split ``count`` images into as many batches as a rank with ``most`` images has.
 
-    All but the last are full, unless the last would be empty: then the one before gives it an image.
+    All batches except the last are full, unless the last would be empty: then the previous ones are one image smaller.
 
     Returns:
-        (K + 1,) int64 from 0 to ``count``; the first is negative where there are fewer images than batches.
+        (K + 1,) int64 boundaries from 0 to ``count``; the first is negative if there are fewer images than batches.
     """
     batches = -(-most // batch_size)
     number = np.arange(batches + 1)
@@ -227,18 +232,18 @@ def cut_batches(count: int, most: int, batch_size: int) -> np.ndarray:
 
 
 def shuffled(images: Iterable[EncodedImage], rng: np.random.Generator) -> Iterator[EncodedImage]:
-    """Yield images in a random order, each out of a buffer of BUFFER_BYTES (or of one image that is larger).
+    """Yield images in random order, using a buffer of at most BUFFER_BYTES (or one image that is larger).
 
-    The buffer fills by and by, as two images come for one that leaves: the first batch does not wait for it to be full.
+    The buffer fills gradually, two images in for each one out, so that the first batch does not wait for it to be full.
     """
     buffer: list[EncodedImage] = []
-    held = 0
+    buffered_bytes = 0
     for count, image in enumerate(images):
         buffer.append(image)
-        held += len(image[1])
-        while held > BUFFER_BYTES or len(buffer) > max(BUFFER_START, count // 2):
+        buffered_bytes += len(image[1])
+        while buffered_bytes > BUFFER_BYTES or len(buffer) > max(BUFFER_START, count // 2):
             k = int(rng.integers(len(buffer)))
             buffer[k], buffer[-1] = buffer[-1], buffer[k]
-            held -= len(buffer[-1][1])
+            buffered_bytes -= len(buffer[-1][1])
             yield buffer.pop()
     yield from (buffer[k] for k in rng.permutation(len(buffer)))

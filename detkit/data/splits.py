@@ -1,6 +1,6 @@
-"""The names of a set's splits: train and val, which a training takes, and whatever else the set has, such as test.
+"""The names of the splits of a data set: train and val, which training uses, and any others, for example test.
 
-Each format says by a function in SPLIT_NAMES which splits a set has: ``(**keys of data) -> list of names``.
+Each format registers a function in SPLIT_NAMES that returns them: ``(**keys of data) -> list of names``.
 """
 
 from collections.abc import Iterable, Mapping
@@ -9,44 +9,49 @@ from typing import Any
 from detkit.errors import DetkitError, nearest, shorten
 from detkit.registry import DATASETS, SPLIT_NAMES
 
-TRAINED = ("train", "val")  # every set has these
-ALIASES = {"valid": "val", "validation": "val"}  # what some tools call it
+REQUIRED_SPLITS = ("train", "val")  # of every data set
+ALIASES = {"valid": "val", "validation": "val"}  # names used by some tools
 HELD_OUT_FIRST = {"test": 0, "val": 1, "train": 3}  # others: 2
 
 
-class MissingSplit(DetkitError):  # noqa: N818  (what it is, not that it is an error)
-    """A set names a split whose files are not there, as where the test images of a public set were not downloaded."""
+class MissingSplit(DetkitError):  # noqa: N818  (named after the cause)
+    """The files of a split do not exist, for example because the test images of a public set were not downloaded."""
 
 
 def splits_of(arguments: Mapping[str, Any]) -> list[str]:
-    """Return the names of the splits of a set, train and val first.
+    """Return the names of the splits of a data set, train and val first.
 
     Args:
-        arguments: the set's format as ``name``, and what its reader takes.
+        arguments: the format as ``name``, and the arguments of its reader.
 
     Raises:
-        DetkitError: an unknown format, or the set is not there.
+        DetkitError: the format is unknown, or the data set does not exist.
     """
     DATASETS.get(arguments["name"])
     if arguments["name"] not in SPLIT_NAMES.names():  # a plugin's
-        return [*TRAINED]
+        return [*REQUIRED_SPLITS]
     return SPLIT_NAMES.build(arguments)
 
 
 def pick_split(split: str, known: Iterable[str], source: object) -> str:
-    """Return the name under which a set has ``split``.
+    """Resolve the name or alias of a split.
+
+    Args:
+        split: the requested name.
+        known: the names of the data set.
+        source: file or folder, for the message.
 
     Raises:
-        DetkitError: it has none of that name; the sentence lists those it has.
+        DetkitError: there is no such split; lists the existing ones.
     """
     known = [*known]
     name = split if split in known else ALIASES.get(split, split)
     if name not in known:
-        there = ", ".join(map(shorten, known))
-        raise DetkitError(f"{source} has no split '{shorten(split)}': it has {there}{nearest(split, known)}")
+        available = ", ".join(map(shorten, known))
+        raise DetkitError(f"{source} has no split '{shorten(split)}': it has {available}{nearest(split, known)}")
     return name
 
 
 def held_out_first(splits: Iterable[str]) -> list[str]:
-    """Return splits in the order in which they keep an image that several of them have: test, val, others, train."""
+    """Sort splits by their priority for an image in several of them: test, val, others, train."""
     return sorted(splits, key=lambda split: HELD_OUT_FIRST.get(split, 2))

@@ -1,8 +1,8 @@
-"""Tiles: large training images seen in parts at full resolution, for objects that shrinking would wipe out.
+"""Tiling of large training images at full resolution, for objects that would vanish when images are shrunk.
 
-    items of the data set    [ N whole images | P tiles that show an object | E of the empty tiles, others every epoch ]
+    items of the data set    [ N whole images | P tiles with objects | E of the empty tiles, others in each epoch ]
 
-Validation stays on whole images: it measures what prediction, which does not tile, will find.
+Validation uses whole images, as prediction does not tile.
 """
 
 import numpy as np
@@ -13,20 +13,20 @@ from detkit.data.augment.mosaic import clip_boxes
 from detkit.data.dataset import DetectionDataset
 from detkit.structures import ImageMeta, Sample, SampleKey
 
-PAIRS = 1 << 18  # boxes times tiles that are looked at together, to bound the memory
+MAX_PAIRS = 1 << 18  # boxes times tiles processed at once, to bound the memory
 
 
 class TiledDataset(Dataset):
-    """A data set, and the tiles of its images that are larger than a tile, in flat arrays.
+    """A data set and the tiles of its images that are larger than a tile.
 
-    Boxes are clipped to their tile and dropped where too little of them shows (``mosaic.clip_boxes``). Neighbours
-    overlap, so an object no larger than the overlap is whole in at least one tile.
+    Boxes are clipped to their tile and dropped if too little of them is visible (``mosaic.clip_boxes``). Adjacent tiles
+    overlap, so every object not larger than the overlap is complete in at least one tile.
 
     Args:
-        dataset: the whole images; the tiles are read in full from the files, whatever size it has its images in.
-        size: side of a tile in pixels; where an image is narrower or lower, its tiles are.
-        overlap: share of ``size`` that neighbours have in common, or more.
-        positive_fraction: of an epoch's tiles, those that show an object; the rest are empty ones, which come in turn.
+        dataset: the whole images; tiles are read from the files at full resolution, whatever its image size.
+        size: side of a tile in pixels; tiles are smaller where the image is.
+        overlap: minimum overlap of adjacent tiles as a fraction of ``size``.
+        positive_fraction: fraction of an epoch's tiles with objects; the others are empty tiles, which alternate.
     """
 
     def __init__(
@@ -34,22 +34,24 @@ class TiledDataset(Dataset):
     ) -> None:
         self.dataset = dataset
         self.files = DetectionDataset(dataset.annotations)
-        self.image_of_tile, self.windows, self._boxed = find_tiles(dataset.annotations, size, overlap)
-        shows = np.zeros(len(self.windows), bool)
-        shows[self._boxed[0]] = True
-        self.filled, self.empty = np.flatnonzero(shows), np.flatnonzero(~shows)
-        self.empty_slots = min(round(len(self.filled) * (1 - positive_fraction) / positive_fraction), len(self.empty))
+        self.image_of_tile, self.windows, self._tile_labels = find_tiles(dataset.annotations, size, overlap)
+        is_positive = np.zeros(len(self.windows), bool)
+        is_positive[self._tile_labels[0]] = True
+        self.positive_tiles, self.empty_tiles = np.flatnonzero(is_positive), np.flatnonzero(~is_positive)
+        self.empty_slots = min(
+            round(len(self.positive_tiles) * (1 - positive_fraction) / positive_fraction), len(self.empty_tiles)
+        )
 
     @property
     def in_memory(self) -> bool:
-        """Whether the whole images are at hand without decoding; the tiles never are."""
+        """Whether no whole image is decoded more than once; tiles always are."""
         return self.dataset.in_memory
 
     def __len__(self) -> int:
-        return len(self.dataset) + len(self.filled) + self.empty_slots
+        return len(self.dataset) + len(self.positive_tiles) + self.empty_slots
 
     def __getitem__(self, key: SampleKey | tuple[int, int]) -> Sample:
-        """Return item ``key[1]`` in epoch ``key[0]``: an image, or a tile of one."""
+        """Return item ``key[1]`` in epoch ``key[0]``, an image or a tile."""
         epoch, index = key[:2]
         if index < len(self.dataset):
             return self.dataset[key]
@@ -63,21 +65,23 @@ class TiledDataset(Dataset):
         return Sample(sample.image[y1:y2, x1:x2].copy(), boxes, sample.labels[keep], meta)
 
     def tile(self, epoch: int, slot: int) -> int:
-        """Return the tile of ``slot`` among the items after the whole images."""
-        if slot < len(self.filled):
-            return int(self.filled[slot])
-        return int(self.empty[(slot - len(self.filled) + epoch * self.empty_slots) % len(self.empty)])
+        """Return the index of the tile in ``slot``, counted after the whole images."""
+        if slot < len(self.positive_tiles):
+            return int(self.positive_tiles[slot])
+        return int(
+            self.empty_tiles[(slot - len(self.positive_tiles) + epoch * self.empty_slots) % len(self.empty_tiles)]
+        )
 
     def labels_by_item(self) -> tuple[np.ndarray, np.ndarray]:
-        """Return the item of each box that shows, and its label, (T,) each."""
+        """Return the item and the label of each visible box, (T,) each."""
         items, labels = self.dataset.labels_by_item()
-        tiles, tile_labels = self._boxed
-        slots = len(self.dataset) + np.searchsorted(self.filled, tiles)
+        tiles, tile_labels = self._tile_labels
+        slots = len(self.dataset) + np.searchsorted(self.positive_tiles, tiles)
         return np.concatenate((items, slots)), np.concatenate((labels, tile_labels))
 
 
 def tile_starts(length: int, size: int, overlap: float) -> np.ndarray:
-    """Return the first pixel of each tile along a side of ``length`` pixels, evenly spread from end to end."""
+    """Return the first pixel of each tile along a side of ``length`` pixels, evenly spaced, (K,) int64."""
     if length <= size:
         return np.zeros(1, np.int64)
     step = max(size - int(np.ceil(overlap * size)), 1)
@@ -89,11 +93,11 @@ def tile_starts(length: int, size: int, overlap: float) -> np.ndarray:
 def find_tiles(
     annotations: Annotations, size: int, overlap: float
 ) -> tuple[np.ndarray, np.ndarray, tuple[np.ndarray, np.ndarray]]:
-    """Lay tiles over every image with a side longer than ``size``.
+    """Tile every image with a side longer than ``size``.
 
     Returns:
-        the image of each tile (T,), its window (T, 4) xyxy in pixels of the image, and of each box that shows in a
-        tile (no crowds) the tile and the label, (K,) each.
+        the image of each tile (T,), its window (T, 4) xyxy in pixels of the image, and the tile and label of each box
+        that is visible in a tile (without crowds), (K,) each.
     """
     a = annotations
     shapes, shape_of_image = np.unique(a.sizes, axis=0, return_inverse=True)
@@ -117,17 +121,17 @@ def find_tiles(
         images.append(np.repeat(members, len(grid)))
         windows.append(np.tile(grid, (len(members), 1)))
         rows = boxes_by_shape[box_bounds[k] : box_bounds[k + 1]]
-        for part in np.array_split(rows, -(-len(rows) * len(grid) // PAIRS) or 1):
-            row, tile = np.nonzero(_shows(a.boxes[part], grid))
-            member = np.searchsorted(members, image_of_box[part[row]])
+        for chunk in np.array_split(rows, -(-len(rows) * len(grid) // MAX_PAIRS) or 1):
+            row, tile = np.nonzero(_visible_pairs(a.boxes[chunk], grid))
+            member = np.searchsorted(members, image_of_box[chunk[row]])
             tiles.append(first + member * len(grid) + tile)
-            labels.append(a.labels[part[row]])
+            labels.append(a.labels[chunk[row]])
         first += len(members) * len(grid)
     return np.concatenate(images), np.concatenate(windows), (np.concatenate(tiles), np.concatenate(labels))
 
 
-def _shows(boxes: np.ndarray, windows: np.ndarray) -> np.ndarray:
-    """Return which of (N, 4) boxes show enough in which of (T, 4) windows, (N, T) bool."""
+def _visible_pairs(boxes: np.ndarray, windows: np.ndarray) -> np.ndarray:
+    """Return which of (N, 4) boxes are sufficiently visible in which of (T, 4) windows, (N, T) bool."""
     pairs = np.repeat(boxes, len(windows), axis=0)
     window_of_pair = np.tile(windows, (len(boxes), 1))
     return clip_boxes(pairs, window_of_pair)[1].reshape(len(boxes), len(windows))

@@ -1,4 +1,4 @@
-"""The processes that make a loader's batches: how they begin, how long one waits for them, and how they end."""
+"""The worker processes of a loader: startup, timeouts, crashes and shutdown."""
 
 import errno
 import multiprocessing
@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from multiprocessing.process import BaseProcess
 from multiprocessing.queues import Queue
 from multiprocessing.util import Finalize
+from pathlib import Path
 from types import FrameType
 from typing import Any, TypeVar
 
@@ -22,33 +23,38 @@ from detkit.errors import DetkitError
 from detkit.ops.processes import end_with_parent
 from detkit.structures import Batch
 
-TIMEOUT = 600.0  # seconds without a batch after which the processes are given up
-SHARED = "/dev/shm"  # where torch keeps what processes hand to one another, on Linux
-ROOM = "give it more (docker run --shm-size=2g), or use fewer workers, or workers=0"
-PREFETCH = 2  # batches that a process makes ahead, torch's default
-SCARCE = (errno.EMFILE, errno.ENFILE, errno.ENOSPC, errno.ENOMEM)  # exit statuses of a process that cannot hand on
+TIMEOUT = 600.0  # seconds without a batch after which the processes are killed
+SHM_DIR = "/dev/shm"  # torch's shared memory on Linux
+SHM_HINT = "increase its size (docker run --shm-size=2g), or use fewer workers, or workers=0"
+PREFETCH = 2  # batches prefetched per process, torch's default
+RESOURCE_ERRNOS = (
+    errno.EMFILE,
+    errno.ENFILE,
+    errno.ENOSPC,
+    errno.ENOMEM,
+)  # exit statuses of a process that cannot hand on
 
 HINTS = {
     "SIGKILL": ", as the out-of-memory killer does: use fewer workers, or workers=0",
-    "SIGBUS": f": {SHARED} is full, {ROOM}",
+    "SIGBUS": f": {SHM_DIR} is full, {SHM_HINT}",
 }
-SIGCHLD = getattr(signal, "SIGCHLD", signal.SIGTERM)  # there is none on Windows, and no handler of torch's
+SIGCHLD = getattr(signal, "SIGCHLD", signal.SIGTERM)  # Windows has neither SIGCHLD nor torch's handler
 
 T = TypeVar("T")
 
 
-class WorkersLost(DetkitError):  # noqa: N818  (what it is)
-    """Worker processes have died or deliver nothing: whoever asked for a batch can save what was learnt before."""
+class WorkersLost(DetkitError):  # noqa: N818  (named after the cause)
+    """Worker processes have died or hang; the caller can still save a checkpoint."""
 
 
 class Workers:
     """Iterates over a DataLoader with persistent worker processes.
 
-    One that dies, or is alive and delivers nothing, raises ``WorkersLost`` where a batch is asked for, and nowhere
-    else. Without processes this is the loader itself.
+    A process that dies or hangs raises ``WorkersLost``, and only while a batch is requested. Without worker processes,
+    this just iterates over the loader.
 
     Args:
-        loader: the thread that begins the first iteration does all; the processes end with it.
+        loader: all iterations must be in the same thread; the processes end with it.
         timeout: seconds to wait for a batch.
     """
 
@@ -57,50 +63,47 @@ class Workers:
         self.timeout = timeout
         self.processes: list[BaseProcess] = []
         self.iterator: Any = None  # torch's
-        self.late = False
+        self.timed_out = False
 
     def __iter__(self) -> Iterator[Any]:
         if not self.loader.num_workers:
             yield from self.loader
             return
         if self.processes:
-            self._waited(lambda: iter(self.loader))
+            self._wait_for(lambda: iter(self.loader))
         else:
             self._start()
-        while (result := self._waited(lambda: next(self.iterator, None))) is not None:
+        while (result := self._wait_for(lambda: next(self.iterator, None))) is not None:
             yield result
 
-    def have_ended(self) -> bool:
-        """Whether one of the processes is no more."""
+    def any_exited(self) -> bool:
+        """Whether one of the processes has exited."""
         return any(process.exitcode is not None for process in self.processes)
 
     def _start(self) -> None:
         """Start the processes.
 
         Raises:
-            DetkitError: the system does not allow so many, or one has died meanwhile.
+            DetkitError: the system does not allow so many processes, or one has already died.
         """
         others, handler = multiprocessing.active_children(), signal.getsignal(SIGCHLD)
-        # At the exit, before multiprocessing asks its children to end, which these do not heed, and waits for them.
+        # At exit, before multiprocessing waits for its children, which ignore SIGTERM.
         Finalize(None, _kill, [self.processes], exitpriority=100)
-        hook, sys.unraisablehook = sys.unraisablehook, lambda _: None  # of a half-made iterator of torch's
+        hook, sys.unraisablehook = sys.unraisablehook, lambda _: None  # for torch's incomplete iterator
         try:
             reason = self._fork()
         finally:
             sys.unraisablehook = hook
-        _tame_sigchld(handler)
+        _replace_sigchld_handler(handler)
         if reason is None:
-            self.processes += self.iterator._workers  # also those that have died already
+            self.processes += self.iterator._workers  # including those that have already died
         else:
             _kill([child for child in multiprocessing.active_children() if child not in others])
-            words = f"{self.loader.num_workers} data loading processes cannot be started"
-            raise DetkitError(f"{words} ({reason}): use fewer workers, or workers=0")
+            message = f"{self.loader.num_workers} data loading processes cannot be started"
+            raise DetkitError(f"{message} ({reason}): use fewer workers, or workers=0")
 
     def _fork(self) -> str | None:
-        """Make torch's iterator; return why there are not so many processes, if there are not.
-
-        The system does not allow them, or one has died already, of which torch's own handler tells here.
-        """
+        """Create torch's iterator; return the reason if the processes cannot be started, otherwise None."""
         try:
             self.iterator = iter(self.loader)
         except OSError as error:
@@ -111,34 +114,34 @@ class Workers:
             return str(error).strip().rstrip(".")
         return None
 
-    def _waited(self, receive: Callable[[], T]) -> T:
-        """Return what ``receive`` gets from the processes.
+    def _wait_for(self, receive: Callable[[], T]) -> T:
+        """Return the result of ``receive``, which waits for the processes.
 
         Raises:
-            WorkersLost: one has died, or nothing came in time.
+            WorkersLost: a process has died, or there was no result within the timeout.
         """
         try:
-            if self.have_ended():
+            if self.any_exited():
                 raise ChildProcessError
-            with _interrupted(self), _after(self.timeout, self._give_up):
+            with _interrupt_on_exit(self), _call_after(self.timeout, self._on_timeout):
                 return receive()
         except Exception as error:
-            sentence = self._explain(error, self._exit_codes())
-            if sentence is None:
+            message = self._explain(error, self._exit_codes())
+            if message is None:
                 raise
         _kill(self.processes)
-        # torch's way to end them may wait for a lock that one of the dead has taken along.
+        # In a thread, as torch's shutdown may wait for a lock that a dead process holds.
         threading.Thread(target=self.iterator._shutdown_workers, daemon=True).start()
-        raise WorkersLost(sentence)
+        raise WorkersLost(message)
 
-    def _give_up(self) -> None:
-        """End the processes, and with them whatever the other thread waits for."""
-        self.late = True
+    def _on_timeout(self) -> None:
+        """Kill the processes, which unblocks the waiting thread."""
+        self.timed_out = True
         for process in self.processes:
             process.kill()
 
     def _exit_codes(self) -> list[int]:
-        """Return the exit codes of the processes that have ended, or are about to."""
+        """Return the exit codes of the processes that have exited or are about to."""
         ended = multiprocessing.connection.wait([process.sentinel for process in self.processes], timeout=1)
         for process in self.processes:
             if process.sentinel in ended:
@@ -146,11 +149,11 @@ class Workers:
         return [process.exitcode for process in self.processes if process.exitcode is not None]
 
     def _explain(self, error: Exception, codes: list[int]) -> str | None:
-        """Say what an error means, and the exit codes of those that have ended; None: a fault in the work itself."""
+        """Explain an error by the exit codes of the processes; return None if it has another cause."""
         count = self.loader.num_workers
-        if self.late:
-            words = f"no batch has come from the {count} data loading processes for {self.timeout:g} seconds"
-            return f"{words} (trainer.loader_timeout): the storage stalls, or they were stopped"
+        if self.timed_out:
+            message = f"no batch from the {count} data loading processes for {self.timeout:g} seconds"
+            return f"{message} (trainer.loader_timeout): the storage hangs, or they were stopped"
         if not codes:
             if getattr(error, "errno", None) in (errno.EMFILE, errno.ENFILE) or "open files" in str(error):
                 return (
@@ -158,38 +161,39 @@ class Workers:
                 )
             return None
         if codes[0] >= 0:
-            reason = os.strerror(codes[0]) if codes[0] in SCARCE else f"exit status {codes[0]}"
-            return f"a data loading process has ended ({reason}): use fewer workers, or workers=0"
+            reason = os.strerror(codes[0]) if codes[0] in RESOURCE_ERRNOS else f"exit status {codes[0]}"
+            return f"a data loading process exited ({reason}): use fewer workers, or workers=0"
         name = signal.Signals(-codes[0]).name
-        hint = HINTS.get(name, ": workers=0 shows where")
+        hint = HINTS.get(name, ": workers=0 shows the cause")
         return f"a data loading process was killed (signal {-codes[0]}, {name}){hint}"
 
 
 def check_shared_memory(batch_bytes: int, workers: int) -> None:
-    """Check that there is room for the batches that worker processes hand over, where that is bounded (Linux).
+    """Check that the shared memory is large enough for the batches of the worker processes (Linux).
 
     Args:
-        workers: of all ranks on this node.
+        batch_bytes: size of a batch.
+        workers: number of all ranks on this node.
 
     Raises:
-        DetkitError: there is not; says what it takes and what there is.
+        DetkitError: it is not; states the required and the available size.
     """
-    if not workers or not os.path.isdir(SHARED):
+    if not workers or not Path(SHM_DIR).is_dir():
         return
-    status = os.statvfs(SHARED)
+    status = os.statvfs(SHM_DIR)
     free, needed = status.f_bavail * status.f_frsize, (PREFETCH * workers + 1) * batch_bytes
     if needed > free:
-        words = f"{workers} data loading processes take {_mib(needed)} of {SHARED} (a batch {_mib(batch_bytes)})"
-        raise DetkitError(f"{words}, which has {_mib(free)} free: {ROOM}")
+        message = f"{workers} data loading processes take {_mib(needed)} of {SHM_DIR} (a batch {_mib(batch_bytes)})"
+        raise DetkitError(f"{message}, which has {_mib(free)} free: {SHM_HINT}")
 
 
-def share(batch: Batch) -> Batch:
-    """Move a batch of a worker process to shared memory; elsewhere it stays.
+def to_shared_memory(batch: Batch) -> Batch:
+    """Move a batch to shared memory in a worker process; do nothing in the main process.
 
-    torch would do so as well, but in a thread where what fails is lost and waited for.
+    torch would do so later, but in a thread where errors get lost.
 
     Raises:
-        WorkersLost: there is no room.
+        WorkersLost: the shared memory is full, or too many files are open.
     """
     if get_worker_info() is None:
         return batch
@@ -199,70 +203,71 @@ def share(batch: Batch) -> Batch:
             tensor.share_memory_()
     except RuntimeError as error:
         size, reason = _mib(sum(tensor.nbytes for tensor in tensors)), str(error).rpartition(": ")[2].partition(" (")[0]
-        hint = "raise the limit (ulimit -n)" if "open files" in reason else ROOM
-        raise WorkersLost(f"a batch of {size} cannot be handed over through {SHARED} ({reason}): {hint}") from None
+        hint = "raise the limit (ulimit -n)" if "open files" in reason else SHM_HINT
+        raise WorkersLost(f"a batch of {size} cannot be transferred through {SHM_DIR} ({reason}): {hint}") from None
     return batch
 
 
 def worker_context(workers: int) -> str | None:
-    """Return how worker processes are started: forked on Linux, so that they share the index and the image cache."""
+    """Return the start method of worker processes: fork on Linux, so that they share the index and image cache."""
     return "fork" if workers and sys.platform == "linux" else None
 
 
 def init_worker(_: int) -> None:
-    """Prepare a worker process."""
-    cv2.setNumThreads(0)  # one process a core is enough
-    # Sent to all processes of a job: the main one decides when to end, and these end with it.
+    """Initialize a worker process."""
+    cv2.setNumThreads(0)  # one process per core is enough
+    # Signals to all processes of a job are left to the main process; the workers end with it.
     for name in ("SIGTERM", "SIGUSR1", "SIGUSR2", "SIGINT", "SIGHUP"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
     end_with_parent()
-    Queue._on_queue_feeder_error = staticmethod(_cannot_hand_on)  # type: ignore[attr-defined]  # private
+    Queue._on_queue_feeder_error = staticmethod(_exit_on_queue_error)  # type: ignore[attr-defined]  # private
 
 
-def _cannot_hand_on(error: Exception, _: object) -> None:
-    """End a worker process whose result is lost on its way, as it would be waited for."""
+def _exit_on_queue_error(error: Exception, _: object) -> None:
+    """Exit a worker process whose result cannot be sent, as the main process would wait for it."""
     number = getattr(error, "errno", None)
-    os._exit(number if number in SCARCE else 1)
+    os._exit(number if number in RESOURCE_ERRNOS else 1)
 
 
 def _kill(processes: list[BaseProcess]) -> None:
-    """End processes, also those that are stopped."""
+    """Kill processes, including stopped ones."""
     for process in processes:
         process.kill()
     for process in processes:
         process.join(1)
-        # One that waits for a dead disk would be waited for.
+        # At exit, multiprocessing would wait for a process that is blocked by a dead disk.
         multiprocessing.process._children.discard(process)  # type: ignore[attr-defined]  # private
 
 
-_receiving: Workers | None = None  # what the main thread waits for
+_receiving: Workers | None = None  # that the main thread waits for
 
 
-def _tame_sigchld(before: Any) -> None:
-    """Put a handler of SIGCHLD in the place of torch's, which raises wherever the main thread is when a worker dies: in
-    the middle of an optimizer step or of a file, too. This one raises where the thread waits for that worker.
+def _replace_sigchld_handler(before: Any) -> None:
+    """Replace torch's SIGCHLD handler by one that raises only while the main thread waits for a worker.
+
+    torch's handler raises wherever the main thread is when a worker dies, even in an optimizer step or a file write.
 
     Args:
-        before: the handler that was there before torch's.
+        before: the handler before torch's.
     """
-    if signal.getsignal(SIGCHLD) is before:  # torch's came earlier, or this is not the main thread
+    if signal.getsignal(SIGCHLD) is before:  # torch's was set earlier, or this is not the main thread
         return
 
     def handler(signum: int, frame: FrameType | None) -> None:
         global _receiving
         if callable(before):
             before(signum, frame)
-        if _receiving is not None and _receiving.have_ended():
-            _receiving = None  # once is enough
+        if _receiving is not None and _receiving.any_exited():
+            _receiving = None  # raise only once
             raise ChildProcessError
 
     signal.signal(SIGCHLD, handler)
 
 
 @contextmanager
-def _interrupted(workers: Workers) -> Iterator[None]:
-    """Let the death of a process end what the main thread waits for."""
+def _interrupt_on_exit(workers: Workers) -> Iterator[None]:
+    """Interrupt the block in the main thread if a worker process dies."""
     global _receiving
     _receiving = workers
     try:
@@ -272,8 +277,8 @@ def _interrupted(workers: Workers) -> Iterator[None]:
 
 
 @contextmanager
-def _after(seconds: float, call: Callable[[], None]) -> Iterator[None]:
-    """Call something from another thread, if the block takes longer."""
+def _call_after(seconds: float, call: Callable[[], None]) -> Iterator[None]:
+    """Call a function in another thread if the block takes longer than ``seconds``."""
     timer = threading.Timer(seconds, call)
     timer.daemon = True
     timer.start()

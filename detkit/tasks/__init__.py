@@ -1,1 +1,110 @@
-"""What the commands do: a module each, whose ``run`` takes a resolved configuration."""
+"""The commands: one module each, with a function ``run`` that takes the command's configuration.
+
+The first line of a module's docstring is its help. The annotation of the argument of ``run`` is the model of its
+configuration, of which ``configs/NAME.yaml`` holds the values.
+"""
+
+import ast
+import importlib
+import importlib.util
+import inspect
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from detkit.errors import DetkitError, nearest
+
+if TYPE_CHECKING:
+    from detkit.config.common import CommonConfig
+
+
+@dataclass(frozen=True)
+class Task:
+    """A command.
+
+    Attributes:
+        run: the function that does its work.
+        config: the model of its configuration.
+    """
+
+    run: Callable[[Any], object]
+    config: "type[CommonConfig]"
+
+
+def list_tasks() -> dict[str, str]:
+    """Return the names of detkit's commands, each with a line of help; imports none of them."""
+    files = sorted(Path(__file__).parent.glob("[!_]*.py"))
+    docstrings = {file.stem: ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or "" for file in files}
+    return {name: text.partition("\n")[0].replace("`", "").rstrip(".") for name, text in docstrings.items()}
+
+
+def find_task(name: str) -> Task:
+    """Import a command of detkit's by its name, or another by the path of its file: ``my_tasks/count_boxes.py``.
+
+    Raises:
+        DetkitError: there is no such command, or the file does not define one.
+    """
+    if not name.endswith(".py"):
+        if name not in (known := list_tasks()):
+            raise DetkitError(f"there is no task '{name}': known are {', '.join(known)}{nearest(name, known)}")
+        module = importlib.import_module(f"detkit.tasks.{name}")
+    else:
+        module = _import_file(Path(name).absolute())
+    run = getattr(module, "run", None)
+    if not callable(run):
+        raise DetkitError(f"{name} has no function run(cfg)")
+    return Task(run, _config_model(name, run))
+
+
+def load_config(task: str, overrides: Sequence[str] = ()) -> Any:
+    """Return the configuration of a command as the command line would compose it, as a model such as ``TrainConfig``.
+
+    Raises:
+        DetkitError: a key that does not exist, or a value that is not allowed.
+    """
+    from detkit.config import compose_config, parse_config, resolve
+
+    return parse_config(resolve(compose_config(task, overrides)), find_task(task).config)
+
+
+def _import_file(path: Path) -> ModuleType:
+    """Import a Python file under its own name, with its folder on the module search path, as a script would have it.
+
+    Raises:
+        DetkitError: it does not exist, or it fails.
+    """
+    loaded = sys.modules.get(path.stem)
+    if loaded is not None and getattr(loaded, "__file__", None) == str(path):
+        return loaded
+    if not path.is_file():
+        raise DetkitError(f"{path} does not exist")
+    if str(path.parent) not in sys.path:
+        sys.path.append(str(path.parent))
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None and spec.loader is not None  # as its name ends in .py
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[path.stem] = module
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:  # whatever somebody's module does when it is run
+        del sys.modules[path.stem]
+        raise DetkitError(f"cannot import {path}: {type(error).__name__}: {error}") from error
+    return module
+
+
+def _config_model(name: str, run: Callable[[Any], object]) -> "type[CommonConfig]":
+    """Return the annotation of the first argument of ``run``.
+
+    Raises:
+        DetkitError: it is not a model of a configuration.
+    """
+    from detkit.config.common import CommonConfig
+
+    parameters = inspect.signature(run, eval_str=True).parameters.values()
+    model = next((parameter.annotation for parameter in parameters), None)
+    if not (isinstance(model, type) and issubclass(model, CommonConfig)):
+        raise DetkitError(f"{name}: the argument of run must be annotated with a subclass of CommonConfig")
+    return model

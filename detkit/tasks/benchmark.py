@@ -1,9 +1,9 @@
-"""Measure one thing that detkit claims, on the machine at hand."""
+"""Measure a training step, or a claim of detkit's: ``detkit benchmark task=train model=yolov8n``."""
 
 from typing import Any
 
 from detkit.benchmarks import akconv, data, reversible, train_step
-from detkit.config.commands import BenchmarkConfig
+from detkit.benchmarks.common import BenchmarkConfig
 from detkit.errors import DetkitError
 
 TASKS = {"train": train_step.run, "reversible": reversible.run, "akconv": akconv.run, "data": data.run}

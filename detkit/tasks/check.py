@@ -1,4 +1,4 @@
-"""Check a composition on the machine at hand."""
+"""Test a composition on this machine: ``detkit check model=yolov8n backbone=revcol_tiny``."""
 
 import contextlib
 import sys
@@ -9,13 +9,20 @@ from rich.table import Table
 
 from detkit.checks.harness import Composition
 from detkit.checks.model_checks import CHECKS, FIGURES, CheckResult, run_check
-from detkit.config.commands import CheckConfig
+from detkit.config.common import MAX_CLASSES, ComposedConfig
+from detkit.config.fields import whole
 from detkit.engine.precision import seed_everything
 from detkit.engine.run_log import show_progress
 from detkit.models.detector import build_detector, build_loss
 from detkit.ops.device import pick_device
-from detkit.tasks.common import model_name
+from detkit.tasks.runs.run_dir import model_name
 from detkit.viz.console import make_console
+
+
+class CheckConfig(ComposedConfig):
+    """``configs/check.yaml``."""
+
+    num_classes: int = whole("number of classes", 1, MAX_CLASSES)
 
 
 def run(cfg: CheckConfig) -> list[CheckResult]:

@@ -1,4 +1,4 @@
-"""Report on an image set, and what is wrong with it."""
+"""Report on a data set, and what is wrong with it: ``detkit check_data data=coco data.root=DIR``."""
 
 import logging
 import sys
@@ -6,17 +6,20 @@ from pathlib import Path
 
 import numpy as np
 
-from detkit.config.commands import CheckDataConfig
+from detkit.config.common import CommonConfig
+from detkit.config.fields import Location, field, location
+from detkit.config.schema import DataConfig
 from detkit.data.annotations import Annotations
 from detkit.data.audit import audit_images
 from detkit.data.formats.writing import require_empty_dir, write_set
 from detkit.data.issues import FIXED, NOTE, SKIPPED, UNFIXED, IssueLog
 from detkit.data.loader import worker_count
 from detkit.data.read import explain_empty, read_splits
-from detkit.data.splits import TRAINED
+from detkit.data.splits import REQUIRED_SPLITS
 from detkit.errors import DetkitError
 from detkit.registry import WRITERS
-from detkit.tasks.common import make_run_dir, train_command
+from detkit.tasks.runs.data import train_command
+from detkit.tasks.runs.run_dir import make_run_dir
 from detkit.viz.console import make_console
 from detkit.viz.data_plots import plot_set
 from detkit.viz.data_tables import print_classes, print_issues, print_splits, write_issues
@@ -24,6 +27,14 @@ from detkit.viz.data_tables import print_classes, print_issues, print_splits, wr
 logger = logging.getLogger(__name__)
 
 KEPT = 100_000  # findings of a kind that are listed; all are counted
+
+
+class CheckDataConfig(CommonConfig):
+    """``configs/check_data.yaml``."""
+
+    data: DataConfig
+    fix: Location | None = location("new or empty folder in which to write a cleaned copy")
+    format: str | None = field("format of the cleaned copy; null keeps that of the set", "the name of a format")
 
 
 def run(cfg: CheckDataConfig) -> dict[str, IssueLog]:
@@ -45,7 +56,7 @@ def run(cfg: CheckDataConfig) -> dict[str, IssueLog]:
     logs = {split: annotations.issues for split, annotations in splits.items()}
     for split, annotations in splits.items():
         if not len(annotations.labels):
-            fault = split in TRAINED and not cfg.data.allow_empty
+            fault = split in REQUIRED_SPLITS and not cfg.data.allow_empty
             kind = "empty_split" if fault else "unlabelled_split"
             logs[split].add(kind, annotations.source, None, f"holds no boxes: {explain_empty(annotations)}")
     run_dir = make_run_dir(cfg, "check_data", cfg.data.name)
@@ -85,7 +96,7 @@ def _cleaned(splits: dict[str, Annotations], keep: dict[str, np.ndarray]) -> dic
         words = "would be left in a cleaned copy: every image is damaged, or in another split"
         if keep[split].any():
             cleaned[split] = annotations.subset(keep[split])
-        elif split in TRAINED:
+        elif split in REQUIRED_SPLITS:
             raise DetkitError(f"nothing of {split} {words}")
         else:
             logger.warning("%s is skipped, as nothing of it %s", split, words)

@@ -1,15 +1,25 @@
-"""Write an image set in another format."""
+"""Write a data set in another format: ``detkit convert_data data=coco data.root=DIR format=yolo dst=DIR``."""
 
 import logging
 from pathlib import Path
 
-from detkit.config.commands import ConvertDataConfig
+from detkit.config.common import CommonConfig
+from detkit.config.fields import Location, field, location
+from detkit.config.schema import DataConfig
 from detkit.data.formats.writing import WriteResult, require_empty_dir, write_set
 from detkit.data.read import read_splits
 from detkit.registry import WRITERS
-from detkit.tasks.common import log_split, train_command
+from detkit.tasks.runs.data import log_split, train_command
 
 logger = logging.getLogger(__name__)
+
+
+class ConvertDataConfig(CommonConfig):
+    """``configs/convert_data.yaml``."""
+
+    data: DataConfig
+    dst: Location = location("new or empty folder in which to write the converted set")
+    format: str = field("format to convert to", "the name of a format")
 
 
 def run(cfg: ConvertDataConfig) -> WriteResult:

@@ -1,4 +1,4 @@
-"""Evaluate a checkpoint."""
+"""Compute the COCO metrics of a checkpoint: ``detkit eval ckpt=FILE``."""
 
 import json
 import logging
@@ -8,7 +8,9 @@ from typing import Any
 
 import torch
 
-from detkit.config.commands import EvalConfig
+from detkit.config.common import Amp, BatchSize, CommonConfig, ImageSize, batch_size_field, image_size_field
+from detkit.config.fields import Location, field, location, number, whole
+from detkit.config.schema import DataConfig
 from detkit.data.read import explain_empty, read_split
 from detkit.distributed.process_group import init_distributed, is_main_process, main_process_first, run_on_main
 from detkit.engine.auto_batch import check_batch
@@ -18,7 +20,8 @@ from detkit.engine.precision import Precision, seed_everything
 from detkit.engine.run_log import show_progress
 from detkit.errors import DetkitError, error_context, shorten
 from detkit.ops.atomic_write import write_atomically
-from detkit.tasks.common import check_room, checkpoint_name, log_split, make_run_dir, val_loader
+from detkit.tasks.runs.data import check_room, log_split, val_loader
+from detkit.tasks.runs.run_dir import checkpoint_name, make_run_dir
 from detkit.viz.console import make_console
 from detkit.viz.plots import draw_evaluation, save_figure
 from detkit.viz.tables import print_metrics
@@ -26,6 +29,21 @@ from detkit.viz.tables import print_metrics
 logger = logging.getLogger(__name__)
 
 RANK_TIMEOUT = 60  # seconds that ranks wait for one another to start
+
+
+class EvalConfig(CommonConfig):
+    """``configs/eval.yaml``."""
+
+    data: DataConfig = field("data set; by default the one the checkpoint was trained with", default=None)
+    ckpt: Location = location("checkpoint to load")
+    split: str = field("split to evaluate", "the name of a split", min_length=1, max_length=200)
+    image_size: ImageSize | None = image_size_field()
+    batch_size: BatchSize = batch_size_field()
+    rect: bool = field("evaluate each image in the smallest frame that holds it instead of a square")
+    amp: Amp | None = field("precision of the forward pass; null uses that of the training")
+    score: float = number("minimum score of a detection", 0, 1)
+    iou: float = number("IoU threshold of non-maximum suppression", 0, 1)
+    max_det: int = whole("maximum number of detections per image", 1, 100_000)
 
 
 def run(cfg: EvalConfig) -> dict[str, Any]:

@@ -1,16 +1,18 @@
-"""Turn another project's checkpoint into one of detkit's."""
+"""Convert another project's checkpoint to detkit's format: ``detkit import_weights src=FILE dst=FILE``."""
 
 import logging
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 import detkit.layers  # noqa: F401  (registers the blocks)
 from detkit.config import compose_config, resolve
-from detkit.config.commands import ImportWeightsConfig
+from detkit.config.common import CommonConfig
+from detkit.config.fields import Location, field, location
+from detkit.config.schema import HeadConfig, ModelConfig, NeckConfig, PartConfig
 from detkit.engine.checkpoint import (
     Checkpoint,
     build_from_checkpoint,
@@ -31,6 +33,22 @@ logger = logging.getLogger(__name__)
 
 MAX_CLASSES = 10_000
 AKCONVS = ("akconv", "c3_akconv")
+
+
+class ImportWeightsConfig(CommonConfig):
+    """``configs/import_weights.yaml``."""
+
+    src: Location = location("checkpoint of another project")
+    dst: Location = location("new .safetensors file to write")
+    sampling: Literal["paper", "tutorial"] | None = field(
+        "sampling grid of the AKConv layers in the file; null for files without any"
+    )
+    backbone: PartConfig = field(
+        "backbone in the file, for a file that holds only a backbone; inferred if not given", default=None
+    )
+    neck: NeckConfig = field("neck of the model; set by model", default=None)
+    head: HeadConfig = field("head of the model; set by model", default=None)
+    model: ModelConfig = field("model in the file; inferred from the tensors if not given", default=None)
 
 
 def run(cfg: ImportWeightsConfig) -> Checkpoint:

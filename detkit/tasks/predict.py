@@ -1,4 +1,4 @@
-"""Find objects in pictures."""
+"""Detect objects in images: ``detkit predict ckpt=FILE source=FILE_OR_FOLDER``."""
 
 import errno
 import json
@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from detkit.config.commands import PredictConfig
+from detkit.config.common import CommonConfig, ImageSize, image_size_field
+from detkit.config.fields import Location, field, location, number, whole
 from detkit.engine.checkpoint import build_from_checkpoint
 from detkit.errors import DetkitError, printable, shorten
 from detkit.models.detector import expand_source
@@ -16,10 +17,24 @@ from detkit.ops.atomic_write import write_atomically
 from detkit.ops.device import pick_device
 from detkit.ops.image import read_image
 from detkit.structures import Detections
-from detkit.tasks.common import checkpoint_name, make_run_dir
+from detkit.tasks.runs.run_dir import checkpoint_name, make_run_dir
 from detkit.viz.drawing import draw_boxes, save_image
 
 logger = logging.getLogger(__name__)
+
+
+class PredictConfig(CommonConfig):
+    """``configs/predict.yaml``."""
+
+    ckpt: Location = location("checkpoint to load")
+    source: Location = location("image file, or a folder of images")
+    image_size: ImageSize | None = image_size_field()
+    score: float = number("minimum score of a detection", 0, 1)
+    iou: float = number("IoU threshold of non-maximum suppression", 0, 1)
+    max_det: int = whole("maximum number of detections per image", 1, 100_000)
+    multi_label: bool = field(
+        "report a box once for each of its classes above the score, instead of for its best class only"
+    )
 
 
 def run(cfg: PredictConfig) -> list[dict[str, Any]]:

@@ -1,16 +1,24 @@
-"""Show what a composition is made of."""
+"""List shapes, parameters and GFLOPs of every module: ``detkit summary model=yolov8n``."""
 
 import contextlib
 import logging
 
-from detkit.config.commands import SummaryConfig
+from detkit.config.common import MAX_CLASSES, ComposedConfig
+from detkit.config.fields import whole
 from detkit.models.detector import build_detector, sketch_detector
 from detkit.models.summary import Row, print_summary, summarize
 from detkit.ops.device import pick_device
-from detkit.tasks.common import model_name
+from detkit.tasks.runs.run_dir import model_name
 from detkit.viz.console import make_console
 
 logger = logging.getLogger(__name__)
+
+
+class SummaryConfig(ComposedConfig):
+    """``configs/summary.yaml``."""
+
+    num_classes: int = whole("number of classes", 1, MAX_CLASSES)
+    depth: int = whole("nesting depth of the modules to list", 1)
 
 
 def run(cfg: SummaryConfig) -> list[Row]:

@@ -1,4 +1,7 @@
-"""Train a detector: resolve the run, build data, model and step, restore them, and fit."""
+"""Train a detector: ``detkit train model=yolov8n data=coco data.root=DIR``.
+
+``run`` resolves the run, builds data, model and step, restores them, and fits.
+"""
 
 import errno
 import logging
@@ -8,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from detkit.config.commands import TrainConfig
+from detkit.config.common import TrainConfig
 from detkit.distributed.collectives import world_size
 from detkit.distributed.process_group import init_distributed, is_main_process, rank, run_on_main
 from detkit.distributed.rendezvous import store_set
@@ -22,11 +25,12 @@ from detkit.engine.trainer import Trainer, early_stopping
 from detkit.errors import DetkitError
 from detkit.ops.atomic_write import write_atomically
 from detkit.ops.image import set_max_pixels
-from detkit.tasks.build_training import Training, build_training
-from detkit.tasks.common import make_run_dir, model_name, val_loader
-from detkit.tasks.resume import RunPlan, job_name, resolve_run
-from detkit.tasks.run_lock import RELEASE, run_lock
-from detkit.tasks.run_logging import log_start, open_log
+from detkit.tasks.runs.build_training import Training, build_training
+from detkit.tasks.runs.data import val_loader
+from detkit.tasks.runs.resume import RunPlan, job_name, resolve_run
+from detkit.tasks.runs.run_dir import make_run_dir, model_name
+from detkit.tasks.runs.run_lock import RELEASE, run_lock
+from detkit.tasks.runs.run_logging import log_start, open_log
 from detkit.viz.console import make_console
 from detkit.viz.tables import print_metrics
 

@@ -1,4 +1,4 @@
-"""Search for the settings of the best training: Optuna chooses them and ends trials that lead nowhere.
+"""Search for the best settings with Optuna: ``detkit tune 'search={optim.lr: {low: 1e-4, high: 1e-2}}'``.
 
 A study is a folder. Every process that runs the same command takes trials from it until there are enough; what a trial
 is given depends on the seed, its number and the results so far, not on who runs it. A trial whose process was killed
@@ -20,16 +20,18 @@ import numpy as np
 from hydra.core.hydra_config import HydraConfig
 
 from detkit.config import flatten, parse_config
-from detkit.config.commands import TuneConfig
+from detkit.config.common import TrainConfig, Url
+from detkit.config.fields import field, whole
+from detkit.config.schema import PrunerConfig
 from detkit.data.read import read_training
 from detkit.distributed.rendezvous import RankInfo
 from detkit.engine.state import TrainState
 from detkit.errors import DetkitError
 from detkit.ops.atomic_write import write_atomically
 from detkit.tasks import train
-from detkit.tasks.common import AUTO, model_name
-from detkit.tasks.run_lock import lock_file
-from detkit.tasks.search_space import (
+from detkit.tasks.runs.run_dir import AUTO, model_name
+from detkit.tasks.runs.run_lock import lock_file
+from detkit.tasks.sweeps.search_space import (
     TUNING,
     as_overrides,
     check_space,
@@ -47,12 +49,23 @@ if TYPE_CHECKING:
     from optuna.storages import BaseStorage
     from optuna.trial import FrozenTrial
 
-    from detkit.tasks.search_space import Distribution
+    from detkit.tasks.sweeps.search_space import Distribution
 
 logger = logging.getLogger(__name__)
 
 FREE = ("trials", "pruner", "storage", "run_dir", "resume", "device", "workers", "data.root", "data.yaml")
 MEASURED = ("AP", "AP50", "best_epoch", "epochs")
+
+
+class TuneConfig(TrainConfig):
+    """``configs/tune.yaml``."""
+
+    search: Any = field("mapping of keys to the values to try: lists of choices, or ranges {low, high}")
+    trials: int = whole("total number of trials in the study", 1)
+    pruner: PrunerConfig
+    storage: Url | None = field(
+        "URL of the study's database; null keeps the study in a file in run_dir", "null, or the URL of a database"
+    )
 
 
 def run(cfg: TuneConfig) -> list[dict[str, Any]]:
@@ -110,7 +123,7 @@ def _run_trial(
         return "Optuna prunes this trial" if state.history and trial.should_prune() else None
 
     try:
-        cfg = parse_config(trial_config(typed, chosen) | {"run_dir": str(run_dir), "resume": AUTO})
+        cfg = parse_config(trial_config(typed, chosen) | {"run_dir": str(run_dir), "resume": AUTO}, TrainConfig)
         results = train.run(cfg, prune)
     except DetkitError as error:
         reason = str(error)

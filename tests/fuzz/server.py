@@ -46,10 +46,10 @@ def _import_detkit() -> None:
     """Import all that a command may need, so that no child has to."""
     import importlib
 
-    import detkit.cli
     from detkit.config import compose_config
+    from detkit.tasks import list_tasks
 
-    for task in detkit.cli.TASKS:
+    for task in list_tasks():
         importlib.import_module(f"detkit.tasks.{task}")
     for module in ("albumentations", "matplotlib.pyplot", "optuna", "tensorboard.summary", "torch._dynamo"):
         with contextlib.suppress(ImportError):

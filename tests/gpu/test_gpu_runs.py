@@ -17,7 +17,6 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 from torch import nn
 
-from detkit.config import load_config
 from detkit.data.dataset import DetectionDataset, LetterboxDataset
 from detkit.data.formats.shapes import read_shapes
 from detkit.data.loader import BatchLoader
@@ -26,7 +25,7 @@ from detkit.engine import saver
 from detkit.engine.checkpoint import build_from_checkpoint
 from detkit.engine.evaluator import METRICS, evaluate
 from detkit.engine.precision import Precision
-from detkit.tasks import benchmark, check, predict, train
+from detkit.tasks import benchmark, check, load_config, predict, train
 from detkit.tasks import eval as eval_task
 from tests.gpu.conftest import SMALL, make_step, noise
 from tests.test_resume import assert_same_run, go_on, history

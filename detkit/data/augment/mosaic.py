@@ -1,11 +1,11 @@
-"""Mosaic and affine augmentation in one step: every tile goes from its image's pixels straight to its place.
+"""Mosaic and affine augmentation in one step, without an intermediate canvas.
 
-The classic recipe draws four images, each resized so that its longer side is s, around a random centre of a
-2s x 2s canvas, then turns, scales and shifts that canvas into an s x s picture. Here the canvas exists on paper only:
-a tile's place in the output is worked out first, and one crop and one resize put it there, or one warp where the
-canvas is turned or sheared. Without a mosaic the canvas is s x s and holds a single, centred image.
+The standard mosaic places four images, each resized to a longer side of s, around a random centre of a 2s x 2s canvas,
+then transforms that canvas to an s x s image. Here, the position of each tile in the output is computed first, and
+the tile is drawn with one crop and one resize, or one warp if the canvas is rotated or sheared. Without a mosaic, the
+canvas is s x s and holds a single centred image.
 
-Coordinates are of edges: pixel k of a picture covers k to k + 1, as boxes have it.
+Coordinates refer to pixel edges, like those of boxes: pixel k covers k to k + 1.
 """
 
 import math
@@ -18,20 +18,21 @@ import numpy as np
 from detkit.ops.image import PAD_VALUE, resize
 from detkit.structures import Sample
 
-MIN_SIDE = 2.0  # pixels: a box must keep more than this on both sides,
-MIN_VISIBLE = 0.1  # more than this share of its area,
-MAX_ASPECT = 100.0  # and an aspect ratio below this
+# A clipped box is kept if
+MIN_SIDE = 2.0  # its shorter side is larger than this, in pixels,
+MIN_VISIBLE = 0.1  # more than this fraction of its area is left,
+MAX_ASPECT = 100.0  # and its aspect ratio is below this.
 
 
 @dataclass(frozen=True)
 class Affine:
-    """How the canvas may be turned into the picture; ``augment.affine`` of the configuration.
+    """Parameters of the random transform of the canvas, ``augment.affine`` of the configuration.
 
     Attributes:
-        scale: range of the canvas' scale factor.
-        translate: the canvas' centre lands in the middle of the picture, give or take this share of its side.
-        degrees: the canvas is turned by up to this much, either way.
-        shear: and sheared by up to this many degrees along x and along y, either way.
+        scale: range of the scale factor.
+        translate: maximum offset of the canvas' centre from that of the image, as a fraction of its side.
+        degrees: maximum rotation in either direction.
+        shear: maximum shear in degrees along x and along y, in either direction.
     """
 
     scale: tuple[float, float] = (1.0, 1.0)
@@ -40,7 +41,16 @@ class Affine:
     shear: float = 0.0
 
     def draw(self, rng: np.random.Generator, size: int, canvas: int) -> tuple[np.ndarray, np.ndarray]:
-        """Draw a mapping ``xy_picture = matrix @ xy_canvas + shift``: the matrix (2, 2) and the shift (2,), pixels."""
+        """Draw a transform ``xy_image = matrix @ xy_canvas + shift``.
+
+        Args:
+            rng: random generator.
+            size: side of the image in pixels.
+            canvas: side of the canvas in pixels.
+
+        Returns:
+            matrix (2, 2) and shift (2,) in pixels.
+        """
         matrix = rng.uniform(*self.scale) * np.eye(2)
         middle = rng.uniform(0.5 - self.translate, 0.5 + self.translate, 2) * size
         if self.degrees or self.shear:
@@ -52,20 +62,21 @@ class Affine:
 
 
 def mosaic_affine(samples: Sequence[Sample], size: int, rng: np.random.Generator, affine: Affine) -> Sample:
-    """Make one ``size`` x ``size`` training sample of one image, or of four as a mosaic.
+    """Make a ``size`` x ``size`` training sample from one image, or from four as a mosaic.
 
     Args:
-        samples: the image, or the image and three partners; their pixels are only read.
+        samples: the image, or the image and three partners; not modified.
         size: side of the result in pixels.
-        affine: what to draw the canvas' mapping from.
+        rng: random generator.
+        affine: parameters of the transform.
     """
     mosaic = len(samples) == 4
     canvas = 2 * size if mosaic else size
     centre = rng.uniform(size / 2, 3 * size / 2, 2)
     matrix, shift = affine.draw(rng, size, canvas)
-    turned = bool(matrix[0, 1] or matrix[1, 0])
-    paint = _warp if turned else _paste
-    output = np.full((size, size, 4 if turned else 3), PAD_VALUE, np.uint8)
+    is_rotated = bool(matrix[0, 1] or matrix[1, 0])
+    draw_tile = _warp if is_rotated else _paste
+    output = np.full((size, size, 4 if is_rotated else 3), PAD_VALUE, np.uint8)
     boxes, labels, windows = [], [], []
     for k, sample in enumerate(samples):
         height, width = sample.image.shape[:2]
@@ -73,22 +84,24 @@ def mosaic_affine(samples: Sequence[Sample], size: int, rng: np.random.Generator
         extent = np.array((width * fit, height * fit))
         # tiles 0 to 3 touch the centre from the upper left, upper right, lower left, lower right
         corner = centre - extent * ((k + 1) % 2, 1 - k // 2) if mosaic else (size - extent) / 2
-        seen = ((-corner / fit).tolist(), ((canvas - corner) / fit).tolist())  # the canvas, from the image
-        placed, kept, window = paint(output, sample, fit * matrix, matrix @ corner + shift, seen)
-        boxes.append(placed)
-        labels.append(kept)
+        visible_range = ((-corner / fit).tolist(), ((canvas - corner) / fit).tolist())  # of the canvas, in image pixels
+        tile_boxes, tile_labels, window = draw_tile(
+            output, sample, fit * matrix, matrix @ corner + shift, visible_range
+        )
+        boxes.append(tile_boxes)
+        labels.append(tile_labels)
         windows.append(window)
-    windows_n4 = np.repeat(np.array(windows, np.float32), [len(kept) for kept in labels], axis=0)
+    windows_n4 = np.repeat(np.array(windows, np.float32), [len(tile_labels) for tile_labels in labels], axis=0)
     clipped, keep = clip_boxes(np.concatenate(boxes), windows_n4)
-    image = cv2.cvtColor(output, cv2.COLOR_RGBA2RGB) if turned else output
+    image = cv2.cvtColor(output, cv2.COLOR_RGBA2RGB) if is_rotated else output
     return Sample(image, clipped.astype(np.float32), np.concatenate(labels)[keep], samples[0].meta)
 
 
 def clip_boxes(boxes: np.ndarray, window: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Clip (N, 4) xyxy boxes to an xyxy window, (4,) or one each (N, 4), and drop what is too little to learn from.
+    """Clip (N, 4) xyxy boxes to an xyxy window, (4,) or one per box (N, 4), and drop those that are too small.
 
     Returns:
-        the boxes kept (K, 4), and which they are, (N,) bool.
+        the boxes kept (K, 4), and a mask of them (N,) bool.
     """
     low, high = window[..., (0, 1, 0, 1)], window[..., (2, 3, 2, 3)]
     clipped = np.minimum(np.maximum(boxes, low), high)
@@ -100,20 +113,24 @@ def clip_boxes(boxes: np.ndarray, window: np.ndarray) -> tuple[np.ndarray, np.nd
 
 
 def _paste(
-    output: np.ndarray, sample: Sample, matrix: np.ndarray, offset: np.ndarray, seen: tuple[list[float], list[float]]
+    output: np.ndarray,
+    sample: Sample,
+    matrix: np.ndarray,
+    offset: np.ndarray,
+    visible_range: tuple[list[float], list[float]],
 ) -> tuple[np.ndarray, np.ndarray, tuple[float, ...]]:
-    """Draw the part ``seen`` (low, high; pixels of the image) at ``xy * scale + offset`` into ``output``.
+    """Draw the part ``visible_range`` (low, high; image pixels) at ``xy * scale + offset`` into ``output``.
 
-    One resize draws it: its ends are rounded to whole pixels of both pictures, on the outside of what the output
-    shows where that is cut, so that it is off by half a pixel of the output at most; the boxes go with what is drawn.
+    The part is resized once. Its ends are rounded to integer pixels of both images, outwards where the output cuts it,
+    so that it is shifted by at most half an output pixel. The boxes are transformed in the same way.
 
     Returns:
-        the boxes as drawn (K, 4), their labels (K,), and the window painted (x1, y1, x2, y2), pixels of ``output``.
+        the boxes as drawn (K, 4), their labels (K,), and the drawn window (x1, y1, x2, y2) in pixels of ``output``.
     """
     scale = float(matrix[0, 0])
-    spans = []  # along x and y: from where to where in the image, in its drawing, in the output
+    spans = []  # along x and y: ends in the image, in the resized image, in the output
     for length, limit, start, first, last in zip(
-        sample.image.shape[1::-1], output.shape[1::-1], offset.tolist(), *seen, strict=True
+        sample.image.shape[1::-1], output.shape[1::-1], offset.tolist(), *visible_range, strict=True
     ):
         low = max(round(max(first, 0.0) * scale + start), 0)
         high = min(round(min(last, length) * scale + start), limit)
@@ -137,31 +154,34 @@ def _paste(
 
 
 def _warp(
-    output: np.ndarray, sample: Sample, matrix: np.ndarray, offset: np.ndarray, seen: tuple[list[float], list[float]]
+    output: np.ndarray,
+    sample: Sample,
+    matrix: np.ndarray,
+    offset: np.ndarray,
+    visible_range: tuple[list[float], list[float]],
 ) -> tuple[np.ndarray, np.ndarray, tuple[float, ...]]:
-    """Draw the part ``seen`` (low, high; pixels of the image) at ``matrix @ xy + offset`` into ``output``.
+    """Draw the part ``visible_range`` (low, high; image pixels) at ``matrix @ xy + offset`` into ``output``.
 
-    That has four channels, which OpenCV warps more than twice as fast as three.
+    ``output`` has four channels, which OpenCV warps more than twice as fast as three.
 
     Returns:
-        the boxes around the warped boxes (K, 4), their labels (K,), and the window painted, as ``_paste``.
+        the boxes around the warped boxes (K, 4), their labels (K,), and the drawn window, as in ``_paste``.
     """
     height, width = sample.image.shape[:2]
     size = output.shape[0]
     inverse = np.linalg.inv(matrix)
-    frame = _enclosing_boxes(np.array(((0, 0, size, size),)), inverse, -inverse @ offset)[
-        0
-    ]  # the output, seen from the image
-    visible = np.maximum(seen[0], frame[:2]), np.minimum(seen[1], frame[2:])
-    # A pixel more at the edges of the output, for the interpolation; none where the canvas ends.
-    low = np.floor(np.maximum(np.maximum(seen[0], frame[:2] - 1), 0)).astype(int)
-    high = np.ceil(np.minimum(np.minimum(seen[1], frame[2:] + 1), (width, height))).astype(int)
+    corners = np.array(((0, 0, size, size),))
+    frame = _enclosing_boxes(corners, inverse, -inverse @ offset)[0]  # the output in image pixels
+    visible = np.maximum(visible_range[0], frame[:2]), np.minimum(visible_range[1], frame[2:])
+    # One more pixel at the edges of the output, for interpolation; none at the edges of the canvas.
+    low = np.floor(np.maximum(np.maximum(visible_range[0], frame[:2] - 1), 0)).astype(int)
+    high = np.ceil(np.minimum(np.minimum(visible_range[1], frame[2:] + 1), (width, height))).astype(int)
     crop = np.concatenate((low, high))
     window = np.clip(_enclosing_boxes(crop[None], matrix, offset)[0], 0, size)
     first, last = np.floor(window[:2]).astype(int), np.ceil(window[2:]).astype(int)
     if (high <= low).any() or (last <= first).any():
         return sample.boxes[:0], sample.labels[:0], (0, 0, 0, 0)
-    # OpenCV counts pixels by their centres, half a pixel from the edges that boxes go by.
+    # OpenCV's coordinates refer to pixel centres, those of boxes to edges.
     start = matrix @ (low + 0.5) + offset - first - 0.5
     cv2.warpAffine(
         cv2.cvtColor(sample.image[low[1] : high[1], low[0] : high[0]], cv2.COLOR_RGB2RGBA),

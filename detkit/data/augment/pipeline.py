@@ -1,7 +1,6 @@
-"""The training view of a data set: mosaic, affine, copy-paste, mixup and the transforms of ``configs/augment``.
+"""The augmentation pipeline: mosaic, affine, copy-paste, mixup and the transforms of ``configs/augment``.
 
-``Augmentation`` makes samples of images, wherever these come from; ``AugmentedDataset`` takes them from a set whose
-images have numbers.
+``Augmentation`` works on images from any source; ``AugmentedDataset`` applies it to a data set with random access.
 """
 
 from collections.abc import Callable, Mapping
@@ -20,20 +19,20 @@ from detkit.data.tiles import TiledDataset
 from detkit.errors import UnreadableImage
 from detkit.structures import Sample, SampleKey
 
-OFF = {"p": 0.0}  # where a configuration of one's own does not mention something
-ATTEMPTS = 8  # to draw a partner, before the image is its own
-WINDOW = 16  # positions of a window of the epoch's order at least,
-MAX_WINDOW = 32  # and at most
+OFF = {"p": 0.0}  # for custom configurations without the key
+ATTEMPTS = 8  # to draw a readable partner, before the image itself is used
+WINDOW = 16  # minimum size of a mosaic window,
+MAX_WINDOW = 32  # and its maximum
 
 
 class Augmentation:
-    """Makes a training sample of an image and of partners drawn from a pool.
+    """Makes a training sample from an image and partners drawn from a pool.
 
     Args:
         size: side of a sample in pixels.
         augment: ``mosaic`` {p, close_epochs}, ``affine`` {scale, translate, degrees, shear}, ``copy_paste`` {p,
             max_objects, max_side}, ``mixup`` {p, alpha}, ``transforms`` {name: arguments}.
-        epochs: of the run; mosaic, copy-paste and mixup stay off in the last ``close_epochs``.
+        epochs: of the run; mosaic, copy-paste and mixup are off in the last ``close_epochs``.
     """
 
     def __init__(self, size: int, augment: Mapping[str, Any], epochs: int) -> None:
@@ -46,11 +45,16 @@ class Augmentation:
         self.transforms = [build_transform(name, args, size) for name, args in augment["transforms"].items()]
 
     def __call__(self, sample: Sample, draw: Callable[[], Sample], rng: np.random.Generator, epoch: int) -> Sample:
-        """Return ``sample`` as the network sees it in ``epoch``: (size, size, 3), pixels of its own.
+        """Augment a sample.
 
         Args:
-            draw: returns a partner, as it was decoded, at random.
-            rng: what everything here is drawn from.
+            sample: a decoded image; not modified.
+            draw: returns a random partner, a decoded image.
+            rng: random generator.
+            epoch: from 0.
+
+        Returns:
+            a new sample with an image of (size, size, 3).
         """
         mixes = epoch < self.mosaic_epochs
         mosaic = rng.random() < self.mosaic_p and mixes
@@ -67,23 +71,25 @@ class Augmentation:
         return result
 
     def _place(self, sample: Sample, draw: Callable[[], Sample], rng: np.random.Generator, mosaic: bool) -> Sample:
-        """Return the image alone in its frame, or in a mosaic with three partners."""
+        """Return the affinely transformed image, alone or in a mosaic with three partners."""
         samples = [sample, draw(), draw(), draw()] if mosaic else [sample]
         return mosaic_affine(samples, self.size, rng, self.affine)
 
 
 def _happens(p: float, rng: np.random.Generator) -> bool:
-    """Draw whether something of probability ``p`` happens; nothing is drawn where ``p`` is 0."""
+    """Draw from a Bernoulli distribution; no random number is used if ``p`` is 0."""
     return p > 0 and rng.random() < p
 
 
 class AugmentedDataset(Dataset):
-    """Samples of ``size`` x ``size`` pixels, a function of the seed and the key alone.
+    """Augmented samples of ``size`` x ``size`` pixels, which depend only on the seed and the key.
 
     Args:
-        dataset: the images, and perhaps their tiles.
-        size, augment, epochs: see Augmentation.
+        dataset: the images, and their tiles if any.
+        size: see Augmentation.
+        augment: see Augmentation.
         seed: of the run.
+        epochs: see Augmentation.
     """
 
     def __init__(
@@ -97,13 +103,13 @@ class AugmentedDataset(Dataset):
         return len(self.dataset)
 
     def __getitem__(self, key: SampleKey | tuple[int, int]) -> Sample:
-        """Return item ``key[1]`` as the network sees it in epoch ``key[0]``."""
+        """Return item ``key[1]``, augmented for epoch ``key[0]``."""
         epoch, index, repeat, partners = SampleKey(*key)
         pool = range(len(self)) if partners is None else partners
         rng = np.random.default_rng((self.seed, epoch, index, repeat))
 
         def draw() -> Sample:
-            for _ in range(ATTEMPTS):  # a partner that cannot be read is named when its own turn comes
+            for _ in range(ATTEMPTS):  # an unreadable partner is reported as an image of its own
                 with suppress(UnreadableImage):
                     return self.dataset[epoch, pool[rng.integers(len(pool))]]
             return self.dataset[epoch, index]
@@ -112,13 +118,15 @@ class AugmentedDataset(Dataset):
 
 
 def mosaic_window(partners: str, dataset: DetectionDataset | TiledDataset, batch_size: int) -> int:
-    """Return how many positions of an epoch's order share their partners; 0 where these come from the whole set.
+    """Return the number of consecutive positions that draw partners from each other; 0 for the whole data set.
 
-    Decoding four images a sample would take longer than all the rest. From a window of the order each image is
-    decoded once, as whoever makes its batch still remembers it; so it is whole batches long, or whole in a batch.
+    Decoding four images per sample would dominate the loading time. With a window, each image is decoded once, as the
+    worker that makes its batch caches it. A window therefore holds whole batches, or a batch whole windows.
 
     Args:
-        partners: ``augment.mosaic.partners``: ``set``, ``window``, or ``auto``: ``set`` where the images are in memory.
+        partners: ``augment.mosaic.partners``: ``set``, ``window``, or ``auto`` (``set`` if the images are in memory).
+        dataset: the images.
+        batch_size: total over all ranks.
     """
     if partners == "set" or (partners == "auto" and dataset.in_memory):
         return 0

@@ -1,8 +1,8 @@
 """Augmentations after the mosaic: each takes a Sample and a random generator and returns a Sample.
 
-The sample is the transform's own: it may draw over the pixels and hand the same object back.
+A transform may modify the sample in place and return it.
 
-``build_transform`` knows detkit's own by their lower-case names and every albumentations transform by its class name.
+``build_transform`` accepts the lower-case names of detkit's transforms and the class names of albumentations'.
 """
 
 import inspect
@@ -22,25 +22,24 @@ from detkit.structures import ImageMeta, Sample
 
 Transform = Callable[[Sample, np.random.Generator], Sample]
 TRANSFORMS = Registry("transform")
-STRIP = 128  # rows of a picture that colours are changed of at a time
+STRIP = 128  # image rows processed at once
 
 
 @TRANSFORMS.register("hsv")
 class HSV:
-    """Change hue, saturation and value by amounts drawn for each picture.
+    """Change hue, saturation and value by random amounts.
 
-    The value is multiplied by 1 - gain .. 1 + gain. The saturation is multiplied likewise: the distance of every
-    channel from the largest of the three, which stays. The hue is turned about the gray axis by up to ``hue`` of the
-    colour circle, either way, which for turns as small as these leaves saturation and value nearly as they are.
-    Channels are clipped to 0..255. With no turn, and where nothing is clipped, this is the way through the HSV cone, at
-    half its time.
+    The value is multiplied by 1 - gain .. 1 + gain. So is the saturation, i.e. the difference of each channel from the
+    largest one. The hue is rotated about the gray axis by up to ``hue`` of the colour circle in either direction, which
+    for such small angles nearly preserves saturation and value. Channels are clipped to 0..255. Without rotation and
+    clipping, the result equals that of a conversion to HSV and back, in half the time.
     """
 
     def __init__(self, hue: float = 0.015, saturation: float = 0.7, value: float = 0.4) -> None:
         self.gains = np.array((hue, saturation, value))
 
     def __call__(self, sample: Sample, rng: np.random.Generator) -> Sample:
-        """Return the sample with its colours changed; boxes as they were."""
+        """Change the colours of the sample."""
         turn, saturation, value = rng.uniform(-1, 1, 3) * self.gains + (0, 1, 1)
         if not self.gains.any():
             return sample
@@ -50,7 +49,7 @@ class HSV:
             red, green, blue = cv2.split(strip)
             largest = cv2.max(cv2.max(red, green, red), blue, red)
             below = cv2.cvtColor(largest, cv2.COLOR_GRAY2RGB)
-            cv2.subtract(below, strip, below)  # how far each channel lies below the largest
+            cv2.subtract(below, strip, below)  # difference of each channel from the largest
             cv2.transform(below, matrix, below)
             cv2.convertScaleAbs(largest, largest, value)
             cv2.cvtColor(largest, cv2.COLOR_GRAY2RGB, strip)
@@ -59,9 +58,9 @@ class HSV:
 
 
 def rotation_about_gray(angle: float) -> np.ndarray:
-    """Return the (3, 3) matrix that turns RGB colours by ``angle`` (radians) about the axis from black to white.
+    """Return the (3, 3) matrix that rotates RGB colours by ``angle`` (radians) about the axis from black to white.
 
-    Rodrigues' formula; red turns towards green.
+    Uses Rodrigues' formula; red rotates towards green.
     """
     cross = np.array(((0, -1, 1), (1, 0, -1), (-1, 1, 0))) / np.sqrt(3)
     return np.eye(3) + np.sin(angle) * cross + (1 - np.cos(angle)) * cross @ cross
@@ -69,13 +68,13 @@ def rotation_about_gray(angle: float) -> np.ndarray:
 
 @TRANSFORMS.register("flip")
 class Flip:
-    """Mirror left and right with probability ``p``."""
+    """Flip horizontally with probability ``p``."""
 
     def __init__(self, p: float = 0.5) -> None:
         self.p = p
 
     def __call__(self, sample: Sample, rng: np.random.Generator) -> Sample:
-        """Return the sample, perhaps mirrored, boxes along with it."""
+        """Flip the image and its boxes with probability ``p``."""
         if rng.random() < self.p:
             width = sample.image.shape[1]
             sample.image = cv2.flip(sample.image, 1)  # twenty times as fast as a copy of [:, ::-1]
@@ -85,19 +84,22 @@ class Flip:
 
 
 class Albumentation:
-    """One albumentations transform, applied with probability ``p``; boxes are carried along.
+    """One albumentations transform of images and boxes, applied with probability ``p``.
 
-    A picture that comes out in another size, of a crop for instance, is letterboxed back to the size it had. Boxes
-    are clipped to the picture, and dropped by the measures of ``mosaic.clip_boxes``.
+    If the size of the image changes, for example by a crop, it is letterboxed back to its original size. Boxes are
+    clipped to the image, and dropped by the criteria of ``mosaic.clip_boxes``.
 
     Args:
         name: of an albumentations class.
         arguments: of the class, and ``p``.
-        size: side of the square that it is tried on, so that mistakes are found before the training starts.
+        size: side of a square test image, with which errors are found before training starts.
+
+    Raises:
+        DetkitError: the class or an argument is unknown, or the transform fails on the test image.
     """
 
     def __init__(self, name: str, arguments: Mapping[str, Any], size: int) -> None:
-        os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # it would ask the network for its newest version
+        os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # would check online for a newer version
         import albumentations
 
         cls = getattr(albumentations, name, None)
@@ -110,13 +112,13 @@ class Albumentation:
                 raise DetkitError(f"augment.transforms: {name} takes no argument '{key}'{nearest(key, accepted)}")
         try:
             transform = cls(**{**arguments, "p": 1.0})
-        except Exception as error:  # whatever the library raises in whichever of its transforms
+        except Exception as error:  # transforms raise all kinds of errors
             given = dict(arguments)
-            raise DetkitError(f"augment.transforms: {name} refuses its arguments {given}: {_line(error)}") from None
+            raise DetkitError(f"augment.transforms: {name} rejects its arguments {given}: {_one_line(error)}") from None
         if transform.targets_as_params:
-            wants = ", ".join(transform.targets_as_params)
+            needs = ", ".join(transform.targets_as_params)
             raise DetkitError(
-                f"augment.transforms: {name} needs {wants} with every picture: detkit has none, leave it out"
+                f"augment.transforms: {name} needs {needs} for every image, which detkit does not provide; remove it"
             )
         moves_boxes = isinstance(transform, albumentations.DualTransform)
         boxes = albumentations.BboxParams(
@@ -141,27 +143,27 @@ class Albumentation:
         self.apply(blank, np.random.default_rng(0))
 
     def __call__(self, sample: Sample, rng: np.random.Generator) -> Sample:
-        """Return the sample, perhaps transformed, with the transform's own randomness drawn from ``rng``."""
+        """Transform the sample with probability ``p``."""
         return self.apply(sample, rng) if rng.random() < self.p else sample
 
     def apply(self, sample: Sample, rng: np.random.Generator) -> Sample:
-        """Return the sample transformed.
+        """Transform the sample; the transform is seeded from ``rng``.
 
         Raises:
-            DetkitError: the transform fails, or makes something else than an RGB picture of bytes.
+            DetkitError: the transform fails, or does not return a uint8 RGB image.
         """
         size = sample.image.shape[:2]
         self.compose.set_random_seed(int(rng.integers(2**31)))
         try:
             result = self.compose(image=sample.image, bboxes=sample.boxes, labels=sample.labels)
-        except Exception as error:  # likewise
-            picture = f"a picture of {size[1]}x{size[0]} pixels"
-            raise DetkitError(f"augment.transforms: {self.name} fails on {picture}: {_line(error)}") from None
+        except Exception as error:  # as above
+            shape = f"an image of {size[1]}x{size[0]} pixels"
+            raise DetkitError(f"augment.transforms: {self.name} fails on {shape}: {_one_line(error)}") from None
         image = result["image"]
         if not (isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.shape[2:] == (3,)):
             raise DetkitError(
-                f"augment.transforms: {self.name} does not make an RGB picture of bytes; leave it out, "
-                "detkit itself turns pictures into the network's input"
+                f"augment.transforms: {self.name} does not return a uint8 RGB image; remove it, "
+                "detkit itself converts images to the network's input"
             )
         sample.image = image
         sample.boxes = np.asarray(result["bboxes"], np.float32).reshape(-1, 4)
@@ -174,16 +176,20 @@ class Albumentation:
 
 
 def build_transform(name: str, arguments: Mapping[str, Any] | None, size: int = 640) -> Transform:
-    """Build a transform from its line in ``augment.transforms``: its name and keyword arguments.
+    """Build a transform of ``augment.transforms``.
 
     Args:
-        size: side of the pictures it will see, in pixels.
+        name: of a detkit transform, or an albumentations class.
+        arguments: its keyword arguments.
+        size: side of the training images in pixels.
 
     Raises:
-        DetkitError: unknown to detkit and albumentations alike, or arguments it does not take.
+        DetkitError: the transform is unknown, or its arguments are invalid.
     """
     if not isinstance(arguments, Mapping | None):
-        raise DetkitError(f"augment.transforms.{name}={arguments} must be a mapping of arguments, such as {{p: 0.5}}")
+        raise DetkitError(
+            f"augment.transforms.{name}={arguments} must be a mapping of arguments, for example {{p: 0.5}}"
+        )
     arguments = dict(arguments or {})
     p = arguments.get("p", 1)
     if not isinstance(p, int | float) or not 0 <= p <= 1:
@@ -193,7 +199,7 @@ def build_transform(name: str, arguments: Mapping[str, Any] | None, size: int = 
     return Albumentation(name, arguments, size)
 
 
-def _line(error: Exception) -> str:
-    """Return an error's text on one line, without the details and links that pydantic adds."""
+def _one_line(error: Exception) -> str:
+    """Return an error message on one line, without pydantic's details and links."""
     lines = (line.partition(" [type=")[0].strip() for line in str(error).splitlines())
     return " ".join(line for line in lines if not line.startswith("For further information")) or type(error).__name__

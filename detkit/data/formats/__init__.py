@@ -1,4 +1,4 @@
-"""Dataset formats, reader and writer side by side; importing this package imports its modules, which register them."""
+"""Readers and writers of dataset formats; importing this package imports its modules, which register them."""
 
 import pkgutil
 from importlib import import_module

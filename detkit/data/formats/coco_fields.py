@@ -1,4 +1,4 @@
-"""The fields of COCO records, as all kinds of tools write them."""
+"""Parsing the fields of COCO records written by various tools."""
 
 import math
 import re
@@ -12,71 +12,75 @@ from detkit.data.builder import check_class_names
 from detkit.data.formats.segmentation import XYWH, numbers, segmentation_box
 from detkit.errors import DetkitError, shorten
 
-LARGEST = 1e9  # pixels of a coordinate: beyond, it is nonsense
-MAX_USED = 100_000  # categories that are known to have boxes
-WHOLE = re.compile(r"[+-]?[0-9]{1,18}(\.0*)?")
+MAX_COORDINATE = 1e9  # in pixels; larger values are invalid
+MAX_USED = 100_000  # categories with boxes that are tracked
+INTEGER = re.compile(r"[+-]?[0-9]{1,18}(\.0*)?")
 FLAGS = {"0": False, "1": True, "0.0": False, "1.0": True, "false": False, "true": True}
-# What the functions below raise where a field makes no sense.
-NONSENSE = (LookupError, TypeError, ValueError, OverflowError, AttributeError)
+# Exceptions of the functions below for an invalid field.
+INVALID_FIELD = (LookupError, TypeError, ValueError, OverflowError, AttributeError)
 
 
 class Ids:
-    """Numbers for the ids of a file, which tools write as 1, 1.0, "1" or as words; a word has one below 0."""
+    """Maps ids, which may be 1, 1.0, "1" or a name, to integers; those of names are negative."""
 
     def __init__(self) -> None:
         self.numbers: dict[str, int] = {}
-        self.words: list[str] = []
+        self.names: list[str] = []
 
     def number(self, value: Any) -> int:
-        """Return the number of an id; ValueError for what is none."""
+        """Return the integer of an id.
+
+        Raises:
+            ValueError: it is neither an integer nor a name.
+        """
         if not isinstance(value, str):
-            return whole(value)
-        if WHOLE.fullmatch(value):
+            return parse_int(value)
+        if INTEGER.fullmatch(value):
             return int(value.partition(".")[0])
         if not value:
             raise ValueError(value)
         if value not in self.numbers:
-            self.words.append(value)
-            self.numbers[value] = -len(self.words)
+            self.names.append(value)
+            self.numbers[value] = -len(self.names)
         return self.numbers[value]
 
-    def word(self, number: int) -> object:
-        """Return the id that has a number, for a message."""
-        return shorten(self.words[-number - 1]) if -len(self.words) <= number < 0 else number
+    def original(self, number: int) -> object:
+        """Return the id with an integer, for a message."""
+        return shorten(self.names[-number - 1]) if -len(self.names) <= number < 0 else number
 
 
 class Categories(Ids):
-    """The ids of categories, of which it remembers those that have boxes."""
+    """The ids of categories; tracks which of them have boxes."""
 
     def __init__(self) -> None:
         super().__init__()
         self.used: set[int] = set()
 
     def use(self, value: Any) -> int:
-        """Return the number of a box's category."""
+        """Return the integer of the category of a box."""
         number = self.number(value)
         if number not in self.used and len(self.used) < MAX_USED:
             self.used.add(number)
         return number
 
-    def ranked(self, records: list[Any], file: Path) -> tuple[tuple[int, ...], tuple[str, ...]]:
-        """Return the categories' ids, ascending, and their names.
+    def sorted_by_id(self, records: list[Any], file: Path) -> tuple[tuple[int, ...], tuple[str, ...]]:
+        """Return the ids of the categories in ascending order, and their names.
 
-        Roboflow puts a root above the classes, which may be called as one of them is: then it is left out.
+        Roboflow adds a root category, which is dropped if it has the same name as a class.
 
         Raises:
-            DetkitError: they make no sense, or are not told apart.
+            DetkitError: the categories are invalid or not unique.
         """
         names: dict[int, str] = {}
         roots: list[int] = []
         for k, record in enumerate(records):
             try:
                 number, name = self.number(record["id"]), class_name(record["name"])
-            except NONSENSE:
-                needs = {"id": ("a whole 'id'", self.number), "name": ("a 'name'", class_name)}
-                raise DetkitError(f"{file}: categories[{k}] {fault(record, needs)}") from None
+            except INVALID_FIELD:
+                needs = {"id": ("an integer 'id'", self.number), "name": ("a 'name'", class_name)}
+                raise DetkitError(f"{file}: categories[{k}] {describe_invalid_field(record, needs)}") from None
             if number in names:
-                raise DetkitError(f"{file}: 'categories' holds the same id twice; give every class one of its own")
+                raise DetkitError(f"{file}: 'categories' holds the same id twice; give every class a unique id")
             names[number] = name
             if record.get("supercategory") == "none" and number not in self.used and len(self.used) < MAX_USED:
                 roots.append(number)
@@ -93,70 +97,95 @@ class Categories(Ids):
 
 
 def class_name(value: Any) -> str:
-    """Return the name of a category; TypeError for what is none."""
+    """Return the name of a category.
+
+    Raises:
+        TypeError: it is not a string or an integer.
+    """
     if not isinstance(value, (str, int)):
         raise TypeError(value)
     return str(value)
 
 
 def file_name(record: Mapping[str, Any]) -> str:
-    """Return an image's file; LVIS gives but the address, which ends as the file's path does."""
+    """Return the file name of an image; LVIS has only a URL, whose path ends with the file name.
+
+    Raises:
+        KeyError, ValueError: there is no valid name.
+    """
     name = record.get("file_name") or urlsplit(record["coco_url"]).path.lstrip("/")
     if not isinstance(name, str) or not name or "\0" in name:
         raise ValueError(name)
     return name
 
 
-def side(value: Any) -> int:
-    """Return a stated height or width in pixels; 0 where it is null or, as VIA has it, -1."""
-    if isinstance(value, str) and WHOLE.fullmatch(value):
+def parse_side(value: Any) -> int:
+    """Parse a height or width in pixels; return 0 for null or, in VIA's files, -1.
+
+    Raises:
+        ValueError: it is not an integer below 2**31.
+    """
+    if isinstance(value, str) and INTEGER.fullmatch(value):
         value = int(value.partition(".")[0])
-    side = max(whole(value or 0), 0)
-    if side >= 2**31:
+    length = max(parse_int(value or 0), 0)
+    if length >= 2**31:
         raise ValueError(value)
-    return side
+    return length
 
 
-def box_of(record: Mapping[str, Any]) -> XYWH:
-    """Return x, y, width and height of an annotation."""
+def parse_box(record: Mapping[str, Any]) -> XYWH:
+    """Return x, y, width and height of an annotation in pixels.
+
+    Raises:
+        LookupError, TypeError, ValueError: there is no valid box or segmentation.
+    """
     x, y, w, h = numbers(record["bbox"]) if record.get("bbox") else segmentation_box(record["segmentation"])
-    if not (max(abs(x), abs(y), abs(w), abs(h)) < LARGEST and not math.isnan(x + y + w + h)):
+    if not (max(abs(x), abs(y), abs(w), abs(h)) < MAX_COORDINATE and not math.isnan(x + y + w + h)):
         raise ValueError(record["bbox"])
     return x, y, w, h
 
 
-def flag(value: Any) -> bool:
-    """Return what an ``iscrowd`` says, in whatever way."""
+def parse_flag(value: Any) -> bool:
+    """Parse an ``iscrowd`` in any notation.
+
+    Raises:
+        KeyError: it is neither true nor false.
+    """
     if value in (None, 0, 1):
         return bool(value)
     return FLAGS[str(value).strip().lower()]
 
 
-def fault(record: Any, needs: Mapping[str, tuple[str, Callable[[Any], object]]]) -> str:
-    """Say which field of a record makes no sense.
+def describe_invalid_field(record: Any, needs: Mapping[str, tuple[str, Callable[[Any], object]]]) -> str:
+    """Return a message about the first invalid field of a record.
 
     Args:
-        needs: of each field what the record needs, and a function that raises NONSENSE for anything else.
+        record: the record.
+        needs: for each field a description, and a function that raises INVALID_FIELD for an invalid value.
     """
     if isinstance(record, Mapping):
-        for key, (words, check) in needs.items():
+        for key, (requirement, check) in needs.items():
             try:
                 check(record.get(key))
-            except NONSENSE:
+            except INVALID_FIELD:
                 found = "there is none" if record.get(key) is None else f"it is {shorten(record[key], 100)}"
-                return f"needs {words}, {found}"
-    return f"needs fields such as '{next(iter(needs))}', it is {shorten(record, 100)}"
+                return f"needs {requirement}, {found}"
+    return f"needs fields like '{next(iter(needs))}', it is {shorten(record, 100)}"
 
 
-def is_whole(value: Any) -> bool:
-    """Whether ``value`` is an integer that fits 64 bits."""
+def is_int64(value: Any) -> bool:
+    """Whether ``value`` is an integer that fits in 64 bits."""
     return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63
 
 
-def whole(value: Any) -> int:
-    """Return a whole number, which may be written as 480.0; ValueError for anything else."""
+def parse_int(value: Any) -> int:
+    """Parse an integer, which may be written as 480.0.
+
+    Raises:
+        ValueError: it is not an integer, or does not fit in 64 bits.
+    """
     if isinstance(value, float) and value.is_integer():
         value = int(value)
-    if not is_whole(value):
+    if not is_int64(value):
         raise ValueError(value)
     return value

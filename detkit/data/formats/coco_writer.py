@@ -11,7 +11,7 @@ from detkit.registry import WRITERS
 
 @WRITERS.register("coco")
 def write_coco(splits: Mapping[str, Annotations], folder: Path) -> WriteResult:
-    """Write ``images/SPLIT`` and ``annotations/instances_SPLIT.json``, a record a line; ids and areas are kept."""
+    """Write ``images/SPLIT`` and ``annotations/instances_SPLIT.json``, one record per line, with ids and areas."""
     for (split, annotations), names in zip(splits.items(), file_names(splits), strict=True):
         place_images(annotations, names, folder / "images" / split)
         file = make_parent(folder / "annotations" / f"instances_{split}.json")

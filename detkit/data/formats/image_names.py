@@ -1,4 +1,4 @@
-"""Finding images by the paths that they had on another machine, on Windows, or on a server."""
+"""Finding images by their paths on another machine, on Windows, or on a server."""
 
 import contextlib
 import os
@@ -8,49 +8,51 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 from detkit.data.file_utils import Listings, with_slashes
 
-MAX_PARTS = 20  # of a path: more in front are passed over
+MAX_PARTS = 20  # trailing parts of a path that are considered
 
 
 class ImageNames:
-    """Finds images below a folder by what a label file calls them."""
+    """Finds images below a folder by their paths in a label file."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.listings = Listings()
-        self.owners: dict[str, str] = {}  # of each image, the name that it was first found by
+        self.owners: dict[str, str] = {}  # first path that led to each image
 
     def locate(self, name: str) -> tuple[str, str]:
-        """Return the name of an image below the folder, itself where nothing better is there.
+        """Find an image.
 
         Returns:
-            the name, and the other path whose image that is already; empty: no other's.
+            its path relative to the folder (``name`` if it is not found), and another path that has led to the same
+            image, or "".
         """
-        there = not set(name) & set("/\\?%") or self.listings.has(os.path.join(self.folder, name))
-        found = name if there else self._found(name)
+        path = os.path.join(self.folder, name)  # noqa: PTH118  (bulk: no Path for each image)
+        exists = not set(name) & set("/\\?%") or self.listings.has(path)
+        found = name if exists else self._find(name)
         if found is None:
             return name, ""
         other = self.owners.setdefault(found, name)
         return found, "" if other == name else other
 
-    def _found(self, name: str) -> str | None:
-        """Return what an image is called here; None where none is, also not where its own folder is and it is not."""
+    def _find(self, name: str) -> str | None:
+        """Return the path of an image, or None; if its own folder exists, no shorter path is tried."""
         for names in _candidates(name):
             for candidate in names:
-                if self.listings.has(os.path.join(self.folder, candidate)):
+                if self.listings.has(f"{self.folder}/{candidate}"):
                     return candidate
-                folder = os.path.dirname(candidate)
-                if folder and self.listings[os.path.join(self.folder, folder)]:
+                folder = candidate.rpartition("/")[0]
+                if folder and self.listings[f"{self.folder}/{folder}"]:
                     break
         return None
 
 
 def _candidates(name: str) -> Iterator[list[str]]:
-    """Yield what an image may be called, its path with slashes, or in a URL: each with fewer and fewer folders."""
+    """Yield possible paths of an image, with slashes or from a URL, each with successively fewer leading folders."""
     path = with_slashes(name)
-    with contextlib.suppress(ValueError):  # no URL after all
+    with contextlib.suppress(ValueError):  # not a URL
         if "://" in path or "?" in path:
             url = urlsplit(path)
             path = parse_qs(url.query).get("d", [url.path])[0]  # Label Studio serves files as ?d=PATH
-    for spelt in dict.fromkeys((path, unquote(path))):
-        parts = [part for part in with_slashes(spelt).split("/") if part not in ("", ".", "..")]
+    for decoded in dict.fromkeys((path, unquote(path))):
+        parts = [part for part in with_slashes(decoded).split("/") if part not in ("", ".", "..")]
         yield ["/".join(parts[k:]) for k in range(max(len(parts) - MAX_PARTS, 0), len(parts))]

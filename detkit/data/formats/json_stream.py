@@ -1,4 +1,4 @@
-"""Reading a large json file record by record: a COCO file of ten million boxes would not fit into memory as objects."""
+"""Reading a json file record by record, as a COCO file of ten million boxes would not fit into memory as objects."""
 
 import json
 import re
@@ -14,19 +14,19 @@ from detkit.ops.files import open_regular
 CHUNK = 2**20  # characters read at a time
 MAX_VALUE = 2**28  # characters of one record
 SPACE = " \t\r\n"
-AFTER = tuple(f"{SPACE},:]}}")  # what may follow a value
+DELIMITERS = tuple(f"{SPACE},:]}}")  # what may follow a value
 _spaces = re.compile(f"[{SPACE}]*").match
 _decode = json.JSONDecoder().raw_decode
 
 
 def read_records(file: Path, lists: tuple[str, ...]) -> Iterator[tuple[str, int, int, Any]]:
-    """Yield the elements of the named lists of a json object, as they stand in the file.
+    """Yield the elements of the named lists of a json object, in the order of the file.
 
     Yields:
-        key of the list, position in it (-1 with None as the record, where the list begins), line in the file, record.
+        key of the list, position in it, line in the file, record; at the start of the list, position -1 and None.
 
     Raises:
-        DetkitError: not a file, not an object, malformed (with line and column), or one of the lists is none.
+        DetkitError: it is not a file, not a json object, malformed (with line and column), or a value is not a list.
     """
     try:
         with TextIOWrapper(open_regular(file), encoding="utf-8-sig") as stream:
@@ -38,46 +38,48 @@ def read_records(file: Path, lists: tuple[str, ...]) -> Iterator[tuple[str, int,
 
 
 class _Reader:
-    """A window of text that moves over the file, ``line`` being where it stands."""
+    """A json parser over a sliding window of the file."""
 
     def __init__(self, stream: TextIO, file: Path) -> None:
         self.stream = stream
         self.file = file
         self.text = ""
-        self.at = 0
+        self.position = 0
         self.line = 1
-        self.column = 0  # characters of the line before the window
+        self.column = 0  # characters of the current line before the window
 
     def records(self, lists: tuple[str, ...]) -> Iterator[tuple[str, int, int, Any]]:
         if self.next_character() != "{":
-            words = f"is not a COCO detection file: it is no json object with lists {lists}{other_format_of(self.file)}"
-            raise DetkitError(f"{self.file} {words}")
+            message = (
+                f"is not a COCO detection file: it is not a json object with lists {lists}{other_format_of(self.file)}"
+            )
+            raise DetkitError(f"{self.file} {message}")
         self.advance(1)
-        met: set[str] = set()
+        seen: set[str] = set()
         while self.next_character() != "}":
             key = self.value()
             if not isinstance(key, str):
                 raise self.malformed("a key is expected")
             self.expect(":")
             if key not in lists:
-                self.pass_over()
+                self.skip_value()
             elif self.next_character() != "[":
-                words = f"is not a COCO detection file: '{key}' is no list (line {self.line})"
-                raise DetkitError(f"{self.file} {words}{other_format_of(self.file)}")
-            elif key in met:
+                message = f"is not a COCO detection file: '{key}' is not a list (line {self.line})"
+                raise DetkitError(f"{self.file} {message}{other_format_of(self.file)}")
+            elif key in seen:
                 raise self.malformed(f"there is another list '{key}' before this one")
             else:
-                met.add(key)
+                seen.add(key)
                 yield key, -1, self.line, None
                 yield from ((key, *element) for element in self.elements())
             if self.next_character() != "}":
                 self.expect(",")
         self.advance(1)
         if not self.at_end():
-            raise self.malformed("something follows the end of the object, as where two files were put into one")
+            raise self.malformed("there is text after the end of the object, as in two concatenated files")
 
-    def pass_over(self) -> None:
-        """Take a value that nobody asks for; a list one element at a time."""
+    def skip_value(self) -> None:
+        """Skip a value; a list one element at a time."""
         if self.next_character() == "[":
             for _ in self.elements():
                 pass
@@ -96,19 +98,19 @@ class _Reader:
         self.advance(1)
 
     def next_character(self) -> str:
-        """Pass over white space; return the character that comes then, without taking it."""
-        if self.at < len(self.text) and self.text[self.at] not in SPACE:
-            return self.text[self.at]
+        """Skip whitespace and return the next character without consuming it."""
+        if self.position < len(self.text) and self.text[self.position] not in SPACE:
+            return self.text[self.position]
         if self.at_end():
-            raise self.malformed("the file ends too early")
-        return self.text[self.at]
+            raise self.malformed("unexpected end of file")
+        return self.text[self.position]
 
     def at_end(self) -> bool:
-        """Pass over white space; return whether nothing comes after it."""
+        """Skip whitespace and return whether the end of the file is reached."""
         while True:
-            self.advance(_spaces(self.text, self.at).end() - self.at)  # type: ignore[union-attr]  # it always matches
-            if self.at < len(self.text) or not self.more():
-                return self.at == len(self.text)
+            self.advance(_spaces(self.text, self.position).end() - self.position)  # type: ignore[union-attr]  # it always matches
+            if self.position < len(self.text) or not self.read_more():
+                return self.position == len(self.text)
 
     def expect(self, character: str) -> None:
         if self.next_character() != character:
@@ -116,43 +118,45 @@ class _Reader:
         self.advance(1)
 
     def value(self) -> Any:
-        """Take one json value."""
+        """Parse one json value."""
         self.next_character()
         while True:
             try:
-                value, end = _decode(self.text, self.at)
-                taken = end - self.at
-                if self.text[end : end + 1] in AFTER or not self.more():  # else a number that may go on: 12 of 12.5
-                    self.advance(taken)
+                value, end = _decode(self.text, self.position)
+                length = end - self.position
+                if (
+                    self.text[end : end + 1] in DELIMITERS or not self.read_more()
+                ):  # otherwise an incomplete number: 12 of 12.5
+                    self.advance(length)
                     return value
             except json.JSONDecodeError as error:
-                fault = error.pos - self.at
-                if not self.more():
-                    self.advance(fault)
+                error_offset = error.pos - self.position
+                if not self.read_more():
+                    self.advance(error_offset)
                     raise self.malformed(error.msg) from None
-            except (ValueError, RecursionError) as error:  # a number of thousands of digits, lists without end
+            except (ValueError, RecursionError) as error:  # a number with thousands of digits, deeply nested lists
                 raise self.malformed(str(error)) from None
 
     def advance(self, count: int) -> None:
-        end = self.at + count
-        lines = self.text.count("\n", self.at, end)
+        end = self.position + count
+        lines = self.text.count("\n", self.position, end)
         if lines:
             self.line += lines
-            self.column = -self.text.rfind("\n", self.at, end) - 1
-        self.at = end
+            self.column = -self.text.rfind("\n", self.position, end) - 1
+        self.position = end
 
-    def more(self) -> bool:
-        """Read on, twice as far as what is left unread; return whether there was anything."""
-        left = len(self.text) - self.at
-        if left > MAX_VALUE:
+    def read_more(self) -> bool:
+        """Read at least as much as is unparsed; return False at the end of the file."""
+        unread = len(self.text) - self.position
+        if unread > MAX_VALUE:
             raise self.malformed(f"one record is longer than {MAX_VALUE} characters, or broken")
-        chunk = self.stream.read(max(CHUNK, left))
-        self.column += self.at
-        self.text = self.text[self.at :] + chunk
-        self.at = 0
+        chunk = self.stream.read(max(CHUNK, unread))
+        self.column += self.position
+        self.text = self.text[self.position :] + chunk
+        self.position = 0
         return bool(chunk)
 
-    def malformed(self, words: str) -> DetkitError:
+    def malformed(self, message: str) -> DetkitError:
         return DetkitError(
-            f"{self.file} is malformed json, line {self.line} column {self.column + self.at + 1}: {words}"
+            f"{self.file} is malformed json, line {self.line} column {self.column + self.position + 1}: {message}"
         )

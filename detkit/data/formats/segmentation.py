@@ -1,4 +1,4 @@
-"""The box around a COCO ``segmentation``: polygons, or a mask in run lengths."""
+"""The bounding box of a COCO ``segmentation``: polygons, or a run-length encoded mask."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -9,14 +9,14 @@ XYWH = tuple[float, float, float, float]
 
 
 def segmentation_box(segmentation: Any) -> XYWH:
-    """Return x, y, width and height of the box around a COCO segmentation.
+    """Return x, y, width and height of the bounding box of a COCO segmentation.
 
     Args:
         segmentation: polygons [[x, y, x, y, ...], ...], one polygon [x, y, x, y, ...], or a mask {"size": [height,
-            width], "counts": run lengths or COCO's text of these}.
+            width], "counts": run lengths or their COCO string}.
 
     Raises:
-        TypeError, ValueError, LookupError: it is something else, or empty.
+        TypeError, ValueError, LookupError: it is invalid or empty.
     """
     if isinstance(segmentation, Mapping):
         return _mask_box(segmentation["size"], segmentation["counts"])
@@ -27,14 +27,18 @@ def segmentation_box(segmentation: Any) -> XYWH:
 
 
 def numbers(values: Any) -> list[float]:
-    """Return a list of numbers as floats; ValueError for anything else, such as text that looks like one."""
+    """Return a list of numbers as floats.
+
+    Raises:
+        ValueError: it is anything else, for example a list of numeric strings.
+    """
     if not isinstance(values, (list, tuple)) or not all(type(v) in (int, float) for v in values):
         raise ValueError(values)
     return [float(v) for v in values]
 
 
 def _mask_box(size: list[int], counts: list[int] | str) -> XYWH:
-    """Return the box around a mask: runs of pixels outside and inside in turns, column by column."""
+    """Return the bounding box of a mask of alternating background and foreground runs, in column-major order."""
     height, width = (int(v) for v in numbers(size))
     runs = _runs(counts) if isinstance(counts, str) else [int(v) for v in numbers(counts)]
     if min(height, width, *runs) < 0 or sum(runs) > height * width or height * width >= 2**62:
@@ -44,7 +48,7 @@ def _mask_box(size: list[int], counts: list[int] | str) -> XYWH:
     starts = ends[0::2][: len(stops)]
     first, last = starts[stops > starts], stops[stops > starts] - 1
     x1, x2 = int((first // height).min()), int((last // height).max()) + 1
-    if (first // height < last // height).any():  # a run that goes on in the next column spans all rows
+    if (first // height < last // height).any():  # a run that continues in the next column: assume all rows
         y1, y2 = 0, height
     else:
         y1, y2 = int((first % height).min()), int((last % height).max()) + 1
@@ -52,7 +56,7 @@ def _mask_box(size: list[int], counts: list[int] | str) -> XYWH:
 
 
 def _runs(text: str) -> list[int]:
-    """Return the run lengths of COCO's text: 5 bits a character, lowest first, as differences to the last but one."""
+    """Decode the run lengths of a COCO string: 5 bits per character, lowest first, delta-coded at a distance of two."""
     runs: list[int] = []
     value = shift = 0
     for code in text.encode("ascii"):

@@ -1,7 +1,8 @@
-"""The embedded image set: coloured shapes on cluttered, textured backgrounds, drawn on first use.
+"""The embedded data set: coloured shapes on cluttered, textured backgrounds, drawn on first use.
 
-Small enough to train on a laptop's CPU in minutes: five classes, each leaning to a colour, at any angle, from a quarter
-of the picture up, some half hidden behind others, among scribbles that are no shapes at all; and images with nothing.
+It is small enough to train on a laptop's CPU in minutes. Shapes of five classes, each with a typical colour, have any
+rotation and at least a quarter of the image's side. Some are partly occluded, scribbles serve as distractors, and some
+images are empty.
 """
 
 import colorsys
@@ -21,22 +22,26 @@ from detkit.errors import DetkitError
 from detkit.ops.files import cache_dir
 from detkit.registry import DATASETS, SPLIT_NAMES
 
-VERSION = "shapes-v2"  # of the drawings: a change of them is another folder
+VERSION = "shapes-v2"  # of the images, and name of their folder
 SPLITS = {"train": 400, "val": 100}
 SIZE = 256  # pixels
-OVERSAMPLING = 2  # drawn this much larger, for smooth edges
-MIN_SHAPE, MAX_SHAPE = 64, 180  # pixels across, before a slight squeeze
-HUE_SPREAD = 0.03  # of a class, in turns: neighbours are 0.2 apart
-MIN_VISIBLE = 0.5  # share of a shape that others may not cover
+OVERSAMPLING = 2  # for antialiasing
+MIN_SHAPE, MAX_SHAPE = 64, 180  # diameter in pixels, before a slight compression
+HUE_SPREAD = 0.03  # standard deviation of a class' hue in turns; classes are 0.2 apart
+MIN_VISIBLE = 0.5  # minimum visible fraction of a shape
 
 
 @DATASETS.register("shapes")
 def read_shapes(split: str, *, root: str | None = None, log: IssueLog | None = None) -> Annotations:
-    """Read the ``"train"`` or ``"val"`` split, drawing the set first where its folder is new or empty.
+    """Read a split, after drawing the data set if its folder is missing or empty.
 
     Args:
-        root: folder of the set; by default one in the user's cache folder (XDG_CACHE_HOME or ~/.cache).
-        log: as for read_coco.
+        split: ``"train"`` or ``"val"``.
+        root: folder of the data set; by default in the user's cache folder (XDG_CACHE_HOME or ~/.cache).
+        log: see ``read_coco``.
+
+    Raises:
+        DetkitError: the folder cannot be written, there is no such split, or as for ``read_coco``.
     """
     folder = Path(root) if root else cache_dir() / VERSION
     if not (folder / "annotations").exists():
@@ -51,24 +56,24 @@ def read_shapes(split: str, *, root: str | None = None, log: IssueLog | None = N
 
 @SPLIT_NAMES.register("shapes")
 def shapes_splits(**_: str | None) -> list[str]:
-    """Return the splits of the embedded set, drawn or not."""
+    """Return the splits of the embedded data set."""
     return [*SPLITS]
 
 
 def _draw_set(folder: Path) -> None:
-    """Draw all images beside ``folder`` and move them there at once, so that nobody sees half a set."""
+    """Draw all images in a temporary folder, then rename it, so that an incomplete data set is never visible."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
         for seed, (split, count) in enumerate(SPLITS.items()):
             _draw_split(scratch, split, count, seed)
-        scratch.chmod(0o755)  # temporary folders are private
+        scratch.chmod(0o755)  # temporary folders are created with 0o700
         try:
             scratch.rename(folder)
         except OSError:
             if not (folder / "annotations").exists():
                 raise
-            # another process was quicker; its drawings are the same
+            # Another process was faster; its images are the same.
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 
@@ -96,29 +101,29 @@ def _draw_split(root: Path, split: str, count: int, seed: int) -> None:
 
 
 def draw_image(rng: np.random.Generator) -> tuple[np.ndarray, list[tuple[int, list[float], float]]]:
-    """Draw one picture.
+    """Draw one image.
 
     Returns:
-        (SIZE, SIZE, 3) uint8 RGB, and for each shape: label, box [x, y, width, height] around its visible part in
-        pixels, visible area in pixels.
+        (SIZE, SIZE, 3) uint8 RGB, and for each shape its label, the bounding box [x, y, width, height] of its visible
+        part in pixels, and its visible area in pixels.
     """
     canvas = _background(rng)
     _scribble(rng, canvas, int(rng.integers(4, 12)))
-    owner = np.zeros(canvas.shape[:2], np.uint8)  # which shape a pixel shows, counted from 1; 0 is background
+    owner = np.zeros(canvas.shape[:2], np.uint8)  # shape at each pixel, from 1; 0 is background
     labels: list[int] = []
-    sizes, visible = np.zeros((2, 0), int)  # pixels of each shape, drawn and still to be seen
-    wanted = 0 if rng.random() < 0.06 else rng.integers(1, 5)
-    for _ in range(wanted):
+    sizes, visible = np.zeros((2, 0), int)  # pixels of each shape, total and visible
+    count = 0 if rng.random() < 0.06 else rng.integers(1, 5)
+    for _ in range(count):
         label = int(rng.integers(len(OUTLINES)))
         corners = _place(rng, label, canvas.shape[0])
         mask = np.zeros_like(owner)
         cv2.fillPoly(mask, [corners], 1)
         mask = mask.astype(bool)
-        left = visible - np.bincount(owner[mask], minlength=len(labels) + 1)[1:]
-        if (left < MIN_VISIBLE * sizes).any():
-            continue  # it would hide another one
+        remaining = visible - np.bincount(owner[mask], minlength=len(labels) + 1)[1:]
+        if (remaining < MIN_VISIBLE * sizes).any():
+            continue  # it would occlude another shape too much
         labels.append(label)
-        sizes, visible = np.append(sizes, mask.sum()), np.append(left, mask.sum())
+        sizes, visible = np.append(sizes, mask.sum()), np.append(remaining, mask.sum())
         owner[mask] = len(labels)
         _paint(rng, canvas, mask, corners, label)
     _scribble(rng, canvas, int(rng.integers(0, 3)))
@@ -154,9 +159,9 @@ OUTLINES: dict[str, Callable[[], np.ndarray]] = {  # corners within the unit cir
 
 
 def _place(rng: np.random.Generator, label: int, size: int) -> np.ndarray:
-    """Return one outline's corners at a random place, size, angle and slight squeeze: (K, 2) int32."""
-    across = MIN_SHAPE + (MAX_SHAPE - MIN_SHAPE) * rng.random() ** 1.3  # more small ones than large ones
-    radius = OVERSAMPLING * across / 2
+    """Return the corners of an outline with random position, size, rotation and slight compression, (K, 2) int32."""
+    diameter = MIN_SHAPE + (MAX_SHAPE - MIN_SHAPE) * rng.random() ** 1.3  # favours small ones
+    radius = OVERSAMPLING * diameter / 2
     points = list(OUTLINES.values())[label]() * radius * (1, rng.uniform(0.8, 1))
     angle = rng.uniform(0, 2 * np.pi)
     c, s = np.cos(angle), np.sin(angle)
@@ -165,7 +170,7 @@ def _place(rng: np.random.Generator, label: int, size: int) -> np.ndarray:
 
 
 def _paint(rng: np.random.Generator, canvas: np.ndarray, mask: np.ndarray, corners: np.ndarray, label: int) -> None:
-    """Colour a shape in about the hue of its class, sometimes with stripes or a dark rim."""
+    """Fill a shape with approximately the hue of its class, sometimes with stripes or a dark outline."""
     hue = (label / len(OUTLINES) + rng.normal(0, HUE_SPREAD)) % 1
     colour = 255 * np.array(colorsys.hsv_to_rgb(hue, rng.uniform(0.4, 1), rng.uniform(0.4, 1)), np.float32)
     cv2.fillPoly(canvas, [corners], colour.tolist())
@@ -176,26 +181,26 @@ def _paint(rng: np.random.Generator, canvas: np.ndarray, mask: np.ndarray, corne
 
 
 def _background(rng: np.random.Generator) -> np.ndarray:
-    """A soft cloud of two colours, sometimes striped: the oversampled canvas, float32 in 0..255."""
+    """Return a soft cloud of two colours, sometimes striped, (H, W, 3) float32 in 0..255, oversampled."""
     coarse = int(rng.integers(3, 24))
     cloud = cv2.resize(rng.random((coarse, coarse), np.float32), (SIZE, SIZE), interpolation=cv2.INTER_CUBIC)[..., None]
     first, second = rng.uniform(0, 255, (2, 3)).astype(np.float32)
-    picture = first + np.clip(cloud, 0, 1) * (second - first)
+    image = first + np.clip(cloud, 0, 1) * (second - first)
     if rng.random() < 0.4:
-        picture *= 1 - np.float32(rng.uniform(0.1, 0.4)) * _stripes(rng, SIZE)[..., None]
+        image *= 1 - np.float32(rng.uniform(0.1, 0.4)) * _stripes(rng, SIZE)[..., None]
     side = SIZE * OVERSAMPLING
-    return cv2.resize(picture, (side, side), interpolation=cv2.INTER_LINEAR)
+    return cv2.resize(image, (side, side), interpolation=cv2.INTER_LINEAR)
 
 
 def _stripes(rng: np.random.Generator, size: int) -> np.ndarray:
-    """Parallel bands at any angle: (size, size) float32 in 0..1."""
+    """Return parallel stripes at a random angle, (size, size) float32 in 0..1."""
     angle, period = rng.uniform(0, np.pi), rng.uniform(0.025, 0.12) * size
     ramp = np.arange(size, dtype=np.float32) * np.float32(2 * np.pi / period)
     return 0.5 + 0.5 * np.sin(ramp * np.float32(np.cos(angle)) + ramp[:, None] * np.float32(np.sin(angle)))
 
 
 def _scribble(rng: np.random.Generator, canvas: np.ndarray, count: int) -> None:
-    """Draw open curves and specks, which are no objects."""
+    """Draw open curves and specks as distractors."""
     size = canvas.shape[0]
     for _ in range(count):
         colour = rng.uniform(0, 255, 3).tolist()
@@ -206,7 +211,7 @@ def _scribble(rng: np.random.Generator, canvas: np.ndarray, count: int) -> None:
 
 
 def _box_and_area(visible: np.ndarray) -> tuple[list[float], float]:
-    """Return [x, y, width, height] around a mask and its area, in pixels of the finished picture."""
+    """Return the bounding box [x, y, width, height] of a mask and its area, in pixels of the final image."""
     (x,), (y,) = np.nonzero(visible.any(0)), np.nonzero(visible.any(1))
     box = np.array((x[0], y[0], x[-1] + 1 - x[0], y[-1] + 1 - y[0])) / OVERSAMPLING
     return box.tolist(), float(visible.sum()) / OVERSAMPLING**2

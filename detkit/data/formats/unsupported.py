@@ -1,14 +1,14 @@
-"""Recognising label files of formats that detkit does not read, to say what to export instead."""
+"""Recognizing label files of unsupported formats, to suggest what to export instead."""
 
 import re
 from pathlib import Path
 
 from detkit.ops.files import open_regular
 
-LOOKED_AT = 2**16  # bytes of a file
-_EXPORT = "export COCO json, YOLO or Pascal VOC there"
-# What a file is whose beginning holds all of these words.
-KINDS: tuple[tuple[str, tuple[bytes, ...]], ...] = (
+HEADER_BYTES = 2**16  # that are inspected
+_EXPORT = "export COCO json, YOLO or Pascal VOC instead"
+# Description of a file, and the strings that its beginning contains.
+FORMATS: tuple[tuple[str, tuple[bytes, ...]], ...] = (
     (f"a project of the VGG Image Annotator (VIA): {_EXPORT}", (b'"_via_',)),
     (f"the VGG Image Annotator's own json: {_EXPORT}", (b'"regions"', b'"shape_attributes"')),
     (f"the VGG Image Annotator's own json: {_EXPORT}", (b'"regions"', b'"filename"')),
@@ -19,21 +19,21 @@ KINDS: tuple[tuple[str, tuple[bytes, ...]], ...] = (
     ("LabelMe's json of one image: convert the set to COCO json", (b'"shapes"', b'"imagePath"')),
     ("BDD100K json: convert it to COCO json", (b'"box2d"',)),
     ("GeoJSON: convert it to COCO json", (b'"FeatureCollection"',)),
-    ("COCO panoptic json: take the file of instances", (b'"segments_info"',)),
+    ("COCO panoptic json: use the instances file", (b'"segments_info"',)),
     ("a list of COCO results, not of labels", (b'"image_id"', b'"score"')),
     (f"CVAT's own xml: {_EXPORT}", (b"<annotations>", b"<image ")),
     (f"CVAT's own xml: {_EXPORT}", (b"<annotations>", b"<track ")),
-    ("Pascal VOC xml: read it by data=voc", (b"<annotation", b"<object>")),
-    ("a YOLO data.yaml: read it by data=yolo", (b"\nnames:", b"train:")),
+    ("Pascal VOC xml: use data=voc", (b"<annotation", b"<object>")),
+    ("a YOLO data.yaml: use data=yolo", (b"\nnames:", b"train:")),
 )
 
 
 def other_format(start: bytes) -> str:
-    """Return ``: it is ...``, which format the beginning of a label file is of and what to do; nothing if unknown."""
-    start = start[:LOOKED_AT]
-    for words, signs in KINDS:
-        if all(sign in start for sign in signs):
-            return f": it is {words}"
+    """Return ``: it is ...`` with the format of a label file, given its start, and a suggestion; "" if unknown."""
+    start = start[:HEADER_BYTES]
+    for description, markers in FORMATS:
+        if all(marker in start for marker in markers):
+            return f": it is {description}"
     first, _, rest = start.partition(b"\n")
     if rest and first.count(b",") >= 3 and re.fullmatch(rb"[^{}\[\]<>]+", first):
         return ": it is a table (CSV): convert it to COCO json, YOLO or Pascal VOC"
@@ -43,9 +43,9 @@ def other_format(start: bytes) -> str:
 
 
 def other_format_of(file: Path) -> str:
-    """Return what ``other_format`` says of a file."""
+    """Return ``other_format`` of a file."""
     try:
         with open_regular(file) as stream:
-            return other_format(stream.read(LOOKED_AT))
+            return other_format(stream.read(HEADER_BYTES))
     except OSError:
         return ""

@@ -14,7 +14,11 @@ from detkit.registry import WRITERS
 
 @WRITERS.register("voc")
 def write_voc(splits: Mapping[str, Annotations], folder: Path) -> WriteResult:
-    """Write ``Annotations``, ``JPEGImages`` and ``ImageSets/Main``; crowds become difficult objects."""
+    """Write ``Annotations``, ``JPEGImages`` and ``ImageSets/Main``; crowds become difficult objects.
+
+    Raises:
+        DetkitError: the format cannot represent a class name.
+    """
     class_names = next(iter(splits.values())).class_names
     for name in class_names:
         if name != name.strip() or not is_name(name):
@@ -32,8 +36,8 @@ def write_voc(splits: Mapping[str, Annotations], folder: Path) -> WriteResult:
     used = sorted({class_names[k] for annotations in splits.values() for k in np.unique(annotations.labels)})
     if tuple(used) != class_names:
         warnings.append(
-            f"Pascal VOC has no list of classes: readers sort the names of those with boxes, {len(used)} of "
-            f"{len(class_names)} here"
+            f"Pascal VOC has no list of classes: readers sort the names of the classes with boxes, {len(used)} of "
+            f"{len(class_names)}"
         )
     return WriteResult({"name": "voc", "root": str(folder)}, warnings)
 

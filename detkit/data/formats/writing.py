@@ -1,4 +1,4 @@
-"""What the writers of all formats share; a writer is a function in WRITERS, in a module beside the format's reader."""
+"""Common code of the writers; a writer is a function in WRITERS, in a module next to the reader of the format."""
 
 import os
 import re
@@ -17,88 +17,95 @@ from detkit.errors import DetkitError
 from detkit.ops.image import IMAGE_SUFFIXES, open_image
 from detkit.registry import WRITERS
 
-MAX_STEM = 180  # bytes of a file name without its suffix: file systems take 255
+MAX_STEM = 180  # bytes of a file name without its suffix; file systems allow 255
 
 
 @dataclass
 class WriteResult:
-    """What was written: the keys of ``data`` that read it back, and what the format cannot hold, a sentence each."""
+    """The ``data`` keys that read the written data set, and warnings about what the format cannot represent."""
 
     data: dict[str, str]
     warnings: list[str] = field(default_factory=list)
 
 
-def write_set(form: str, splits: Mapping[str, Annotations], folder: Path) -> WriteResult:
-    """Write splits as ``form`` (a name in WRITERS) into ``folder``, which is made, with their images.
+def write_set(format_name: str, splits: Mapping[str, Annotations], folder: Path) -> WriteResult:
+    """Write splits with their images.
 
-    Images are hard links where the disk allows it, else copies. A writer is ``(splits, folder) -> WriteResult``.
+    Images are hard links if the file system supports it, otherwise copies. A writer is
+    ``(splits, folder) -> WriteResult``.
+
+    Args:
+        format_name: name of a writer in WRITERS.
+        splits: name and annotations of each split.
+        folder: to write into; created if necessary.
 
     Raises:
-        DetkitError: the folder holds something, the disk refuses, or the format cannot hold the classes.
+        DetkitError: the format is unknown, the folder is not empty or cannot be written, or the format cannot represent
+            the classes or splits.
     """
-    writer = WRITERS.get(form)
+    writer = WRITERS.get(format_name)
     require_empty_dir(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        written = writer(splits, folder.resolve())
+        result = writer(splits, folder.resolve())
     except OSError as error:
         reason = f"{error.filename or folder}: {error.strerror or error}"
-        raise DetkitError(f"cannot write the set, {reason}; what is in {folder} is not whole, remove it") from None
-    turned = sum(annotations.issues.counts["exif_rotated"] for annotations in splits.values())
-    if turned:
-        words = "their boxes are those of the upright picture, which not every tool shows"
-        written.warnings.append(f"images turned by their EXIF orientation: {turned}; {words}")
-    return written
+        raise DetkitError(f"cannot write the data set, {reason}; {folder} is incomplete, remove it") from None
+    rotated = sum(annotations.issues.counts["exif_rotated"] for annotations in splits.values())
+    if rotated:
+        explanation = "their boxes refer to the rotated image, which not every tool supports"
+        result.warnings.append(f"images rotated by their EXIF orientation: {rotated}; {explanation}")
+    return result
 
 
 def require_empty_dir(folder: Path) -> None:
-    """Check that ``folder`` is new or empty: nothing is overwritten.
+    """Check that ``folder`` does not exist or is empty.
 
     Raises:
-        DetkitError: it holds something, or is a file.
+        DetkitError: it is not empty, or is a file.
     """
     try:
-        full = os.path.lexists(folder) and (not folder.is_dir() or any(folder.iterdir()))
+        not_empty = os.path.lexists(folder) and (not folder.is_dir() or any(folder.iterdir()))
     except (OSError, ValueError) as error:
         raise DetkitError(f"cannot write to {folder}: {error}") from None
-    if full:
-        raise DetkitError(f"{folder} is not an empty folder: name another one, or remove it")
+    if not_empty:
+        raise DetkitError(f"{folder} is not an empty folder: choose another one, or remove it")
 
 
 def area_warnings(splits: Mapping[str, Annotations]) -> list[str]:
-    """Return a warning where the stated areas, which are lost, are not those of the boxes, as COCO's are of masks."""
+    """Return a warning if areas differ from those of the boxes, like COCO's mask areas, as they are lost."""
     for annotations in splits.values():
-        own = np.prod(annotations.boxes[:, 2:] - annotations.boxes[:, :2], axis=1)
-        if not np.allclose(own, annotations.areas, rtol=1e-3):
-            return ["areas of masks are lost: small, medium and large go by the boxes' areas from here on"]
+        box_areas = np.prod(annotations.boxes[:, 2:] - annotations.boxes[:, :2], axis=1)
+        if not np.allclose(box_areas, annotations.areas, rtol=1e-3):
+            return ["mask areas are lost: small, medium and large will be determined by the areas of the boxes"]
     return []
 
 
 def file_names(splits: Mapping[str, Annotations]) -> list[list[str]]:
-    """Return a file name for each image of each split: its own where it is safe and its stem not taken by another.
+    """Return a safe file name for each image of each split, if possible its own.
 
-    Stems are told apart over all splits, also on a file system that takes capital letters for small ones.
+    Stems are unique over all splits, even on a case-insensitive file system.
     """
     taken: set[str] = set()
-    again: dict[str, int] = defaultdict(lambda: 1)  # how often a stem has come, counted where it did so before
+    repeats: dict[str, int] = defaultdict(lambda: 1)  # number of images with a stem
     names: list[list[str]] = []
     for annotations in splits.values():
         names.append([])
         for path in annotations.paths:
-            stem = re.sub(r"[^\w.,()+@=~-]+", "_", path.stem).strip(".")  # no spaces either: lists are split at them
+            stem = re.sub(r"[^\w.,()+@=~-]+", "_", path.stem).strip(".")  # no spaces: lists are split at them
             stem = stem.encode()[:MAX_STEM].decode(errors="ignore") or "image"
             unique = stem
             while unique.casefold() in taken:
-                again[stem] += 1
-                unique = f"{stem}-{again[stem]}"
+                repeats[stem] += 1
+                unique = f"{stem}-{repeats[stem]}"
             taken.add(unique.casefold())
-            suffix = path.suffix if path.suffix.lower() in IMAGE_SUFFIXES else ".jpg"  # the content tells what it is
+            suffix = path.suffix if path.suffix.lower() in IMAGE_SUFFIXES else ".jpg"  # readers detect the content
             names[-1].append(unique + suffix)
     return names
 
 
 def place_images(annotations: Annotations, names: list[str], folder: Path) -> None:
-    """Link the image files into ``folder``, or copy them to another disk; a bar shows on a terminal."""
+    """Hard-link the image files into ``folder``, or copy them, with a progress bar on a terminal."""
     folder.mkdir(parents=True, exist_ok=True)
     bar = track(names, "images", transient=True, disable=not sys.stdout.isatty())
     for path, name in zip(annotations.paths, bar, strict=True):
@@ -110,6 +117,6 @@ def place_images(annotations: Annotations, names: list[str], folder: Path) -> No
 
 
 def make_parent(file: Path) -> Path:
-    """Return ``file`` after making its folder."""
+    """Create the folder of ``file`` and return ``file``."""
     file.parent.mkdir(parents=True, exist_ok=True)
     return file

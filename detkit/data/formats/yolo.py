@@ -1,7 +1,8 @@
-"""YOLO txt: a data.yaml, and for every image a text file with a line ``class x_centre y_centre width height`` a box.
+"""Reading YOLO txt: a data.yaml, and one text file per image.
 
-The numbers are in 0..1 of the upright image. A line of more numbers is a polygon, whose box is taken, or where the
-yaml has ``kpt_shape`` the box and its keypoints.
+Each line describes a box, ``class x_centre y_centre width height``. The numbers are in 0..1 of the upright image. A
+line with more numbers is a polygon, which is converted to its bounding box, or, with ``kpt_shape`` in the yaml, a box
+and its keypoints.
 """
 
 import os
@@ -18,28 +19,33 @@ from detkit.data.formats.image_names import ImageNames
 from detkit.data.formats.label_files import LabelFiles, label_folders
 from detkit.data.index import cached
 from detkit.data.issues import IssueLog
-from detkit.data.splits import ALIASES, TRAINED, MissingSplit, pick_split
+from detkit.data.splits import ALIASES, REQUIRED_SPLITS, MissingSplit, pick_split
 from detkit.errors import DetkitError, shorten
 from detkit.ops.files import MAX_TEXT, read_regular, read_yaml
 from detkit.registry import DATASETS, SPLIT_NAMES
 
-WORDS = ("names", "path", "train", "val", "valid", "validation", "test")  # keys of a data.yaml that hold no numbers
-LARGEST = 1e6  # of a normalised value: beyond, it is nonsense
+# Keys of a data.yaml whose values are text.
+TEXT_KEYS = ("names", "path", "train", "val", "valid", "validation", "test")
+MAX_VALUE = 1e6  # of a normalised coordinate; larger values are invalid
 
 
 @DATASETS.register("yolo")
 def read_yolo(split: str, *, yaml: str | int, log: IssueLog | None = None) -> Annotations:
-    """Read a split that a data.yaml describes: ``train``, ``val`` (or ``valid``), ``test``, or another of its keys.
+    """Read a split of a data.yaml: ``train``, ``val`` (or ``valid``), ``test``, or another of its keys.
 
-    A split is a folder, a text file of image paths, or a list of these, relative to ``path``, which is relative to the
-    yaml and may be missing. ``names`` is a list, or a mapping of class ids that may have gaps. Labels
-    lie in the folder ``labels`` beside ``images``, or else beside their image; an image without any is background.
+    A split is a folder, a text file of image paths, or a list of these, relative to ``path``, which is optional and
+    relative to the yaml. ``names`` is a list, or a mapping of class ids, which may have gaps. Labels are in the folder
+    ``labels`` next to ``images``, or next to their image; an image without labels is background.
 
     Args:
-        log: where problems go; given one, the files are read anew instead of the index.
+        split: its name.
+        yaml: path of the data.yaml.
+        log: receives all problems; if given, the index is not used.
 
     Raises:
-        DetkitError: a missing or malformed yaml, folder or list of images, no such split, or no image left.
+        DetkitError: the yaml, a folder or a list of images is missing or malformed, there is no such split, or no image
+            is left.
+        MissingSplit: the files of the split do not exist.
     """
     file = Path(str(yaml))
     content = _load(file)
@@ -52,7 +58,7 @@ def read_yolo(split: str, *, yaml: str | int, log: IssueLog | None = None) -> An
     roots = (file.parent / with_slashes(str(content.get("path") or ".")), file.parent)
     listed = {source: _read_list(source, roots) for source in lists}
     deep = list(dict.fromkeys(f for folder in folders for f in (folder, *label_folders(folder))))
-    listed_folders = {Path(os.path.dirname(path)) for paths in listed.values() for path in paths}
+    listed_folders = {Path(path).parent for paths in listed.values() for path in paths}
     flat = sorted({f for folder in listed_folders for f in (folder, *label_folders(folder))})
 
     def build(log: IssueLog) -> Annotations:
@@ -62,7 +68,7 @@ def read_yolo(split: str, *, yaml: str | int, log: IssueLog | None = None) -> An
             for path in (map(Path, listed[source]) if source in listed else list_images(source))
         ]
         if keypoints:
-            log.add("keypoints", file, None, "has 'kpt_shape': the first four numbers of a label are its box")
+            log.add("keypoints", file, None, "has 'kpt_shape': the first four numbers of a label are the box")
         builder = AnnotationBuilder(Path(f"{file} ({split})"), log, class_names, category_ids, normalised=True)
         return _read_labels(paths, builder, keypoints)
 
@@ -71,19 +77,19 @@ def read_yolo(split: str, *, yaml: str | int, log: IssueLog | None = None) -> An
 
 @SPLIT_NAMES.register("yolo")
 def yolo_splits(*, yaml: str | int) -> list[str]:
-    """Return the splits that a data.yaml describes."""
+    """Return the splits of a data.yaml."""
     file = Path(str(yaml))
     return _split_names(_load(file), file)
 
 
 def _read_labels(paths: list[Path], builder: AnnotationBuilder, keypoints: int) -> Annotations:
-    """Read the text file of every image, and look for text files without one."""
+    """Read the label file of every image, and log label files without an image."""
     log, label_of = builder.log, {category: k for k, category in enumerate(builder.category_ids)}
     labels = LabelFiles()
     seen: set[Path] = set()
     for path in paths:
         if path in seen:
-            builder.add_image(path, len(builder.paths) + 1)  # to be told of, not to be read again
+            builder.add_image(path, len(builder.paths) + 1)  # reported as repeated; not read again
         else:
             _read_label_file(path, labels, builder, label_of, keypoints)
         seen.add(path)
@@ -95,11 +101,11 @@ def _read_labels(paths: list[Path], builder: AnnotationBuilder, keypoints: int) 
 def _read_label_file(
     path: Path, labels: LabelFiles, builder: AnnotationBuilder, label_of: Mapping[int, int], keypoints: int
 ) -> None:
-    """Append an image and its boxes; an image whose labels cannot be read is left out, one without any is not."""
+    """Append an image and its boxes; skip it if its label file is unreadable, but not if it is missing."""
     file = labels.find(path)
     if file is None:
-        places = " nor ".join(map(str, labels.candidates(path)))
-        builder.log.add("unlabelled_image", path, None, f"has no label file {places}")
+        label_files = " nor ".join(map(str, labels.candidates(path)))
+        builder.log.add("unlabelled_image", path, None, f"has no label file {label_files}")
     try:
         text = "" if file is None else read_regular(file, MAX_TEXT).decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
@@ -113,9 +119,11 @@ def _read_label_file(
             continue
         xyxy = _box(fields, keypoints)
         if xyxy is None:
-            rest = f", and {keypoints} of keypoints or none" if keypoints else ", or a polygon of 3 points or more"
-            words = f"needs a class and 4 numbers{rest}, it is '{shorten(line, 80)}'"
-            builder.log.add("malformed_box", file, number, words)
+            rest = (
+                f", optionally with {keypoints} keypoint values" if keypoints else ", or a polygon of at least 3 points"
+            )
+            message = f"needs a class and 4 numbers{rest}, it is '{shorten(line, 80)}'"
+            builder.log.add("malformed_box", file, number, message)
             continue
         category = int(float(fields[0]))
         if category not in label_of:
@@ -126,10 +134,11 @@ def _read_label_file(
 
 
 def _box(fields: list[str], keypoints: int) -> tuple[float, float, float, float] | None:
-    """Return the normalised xyxy box of a line's fields; None where they make no sense.
+    """Return the normalised xyxy box of a line; None if it is invalid.
 
     Args:
-        keypoints: how many numbers about keypoints may follow the box; 0: a line of more numbers is a polygon.
+        fields: of the line, separated by whitespace.
+        keypoints: number of keypoint values that may follow the box; if 0, a line with more numbers is a polygon.
     """
     try:
         numbers = [float(field) for field in fields]
@@ -137,7 +146,7 @@ def _box(fields: list[str], keypoints: int) -> tuple[float, float, float, float]
         return None
     if keypoints and len(numbers) == 5 + keypoints:
         numbers = numbers[:5]
-    if not (numbers[0].is_integer() and all(abs(v) < LARGEST for v in numbers)):  # NaN is not, either
+    if not (numbers[0].is_integer() and all(abs(v) < MAX_VALUE for v in numbers)):  # False for NaN
         return None
     if len(numbers) == 5:
         x, y, w, h = numbers[1:]
@@ -151,16 +160,16 @@ def _box(fields: list[str], keypoints: int) -> tuple[float, float, float, float]
 def _load(file: Path) -> dict[str, Any]:
     """Parse the data.yaml."""
     try:
-        content = read_yaml(file, as_written=WORDS)
+        content = read_yaml(file, as_written=TEXT_KEYS)
     except OSError as error:
         raise DetkitError(f"cannot read data.yaml={file}: {error.strerror or error}") from None
     if not isinstance(content, dict):
-        raise DetkitError(f"{file} is no data.yaml: it needs the keys train, val and names")
+        raise DetkitError(f"{file} is not a data.yaml: it needs the keys train, val and names")
     return content
 
 
 def _names(content: Mapping[str, Any], file: Path) -> tuple[tuple[str, ...], tuple[int, ...]]:
-    """Return class names and the id of each, ascending."""
+    """Return class names and ids in ascending order of the ids."""
     names = content.get("names")
     if isinstance(names, list):
         names = dict(enumerate(names))
@@ -168,7 +177,7 @@ def _names(content: Mapping[str, Any], file: Path) -> tuple[tuple[str, ...], tup
         raise DetkitError(f"{file} needs 'names': a list of class names, or a mapping of class ids to names")
     by_id: dict[int, str] = {}
     for key, name in names.items():
-        number = _whole(key)
+        number = _parse_int(key)
         if number is None or number < 0:
             raise DetkitError(f"{file}: the keys of 'names' must be whole numbers, 0 or more, one is {shorten(key)}")
         if not isinstance(name, str) or number in by_id:
@@ -178,42 +187,40 @@ def _names(content: Mapping[str, Any], file: Path) -> tuple[tuple[str, ...], tup
     result = tuple(by_id[k] for k in ids)
     check_class_names(result, f"{file}: 'names'")
     count = content.get("nc")
-    if count is not None and _whole(count) is None:
+    if count is not None and _parse_int(count) is None:
         raise DetkitError(f"{file}: 'nc' must be the number of classes, it is {shorten(count)}")
-    if count is not None and _whole(count) != len(ids):
-        raise DetkitError(
-            f"{file}: 'nc' is {_whole(count)}, but 'names' holds {len(ids)}; correct the one or the other"
-        )
+    if count is not None and _parse_int(count) != len(ids):
+        raise DetkitError(f"{file}: 'nc' is {_parse_int(count)}, but 'names' holds {len(ids)}; correct one of them")
     return result, ids
 
 
-def _whole(value: Any) -> int | None:
-    """Return a whole number, which may be written as ``2.0``, ``"2"`` or ``0x2``; None for anything else."""
+def _parse_int(value: Any) -> int | None:
+    """Parse an integer, which may be written as ``2.0``, ``"2"`` or ``0x2``; return None for anything else."""
     text = str(value) if isinstance(value, (int, float, str)) and not isinstance(value, bool) else ""
     match = re.fullmatch(r"([0-9]{1,9})(\.0*)?|(0[xX][0-9a-fA-F]{1,7})", text.strip())
     return match and int(match[1] or match[3], 10 if match[1] else 16)
 
 
 def _keypoints(content: Mapping[str, Any], file: Path) -> int:
-    """Return how many numbers of keypoints follow the box in a line of labels, by ``kpt_shape``; 0 without that."""
+    """Return the number of keypoint values in a label according to ``kpt_shape``; 0 without it."""
     shape = content.get("kpt_shape")
     if shape is None:
         return 0
     values = re.findall(r"[^\s,()\[\]]+", shape) if isinstance(shape, str) else shape  # "(17, 3)" as well
-    numbers = [_whole(value) for value in values] if isinstance(values, list) else []
+    numbers = [_parse_int(value) for value in values] if isinstance(values, list) else []
     if len(numbers) != 2 or not numbers[0] or numbers[1] not in (2, 3):
         raise DetkitError(f"{file}: 'kpt_shape' must be [keypoints, 2 or 3 numbers of each], it is {shorten(shape)}")
     return numbers[0] * numbers[1]
 
 
 def _split_names(content: Mapping[str, Any], file: Path) -> list[str]:
-    """Return train, val, test where it is there, and the other keys whose values are folders or lists of images."""
-    names = [*TRAINED, *(["test"] if content.get("test") else [])]
+    """Return train, val, test if it exists, and the other keys whose values are folders or lists of images."""
+    names = [*REQUIRED_SPLITS, *(["test"] if content.get("test") else [])]
     return names + [key for key in content if _is_other_split(key, content, file)]
 
 
 def _is_other_split(key: Any, content: Mapping[str, Any], file: Path) -> bool:
-    if key in (*TRAINED, *ALIASES, "test", "trainval", "path", "names") or not isinstance(key, str):
+    if key in (*REQUIRED_SPLITS, *ALIASES, "test", "trainval", "path", "names") or not isinstance(key, str):
         return False
     try:
         sources = _sources(content, key, file)
@@ -236,12 +243,13 @@ def _sources(content: Mapping[str, Any], split: str, file: Path) -> list[Path]:
 
 
 def _resolve(folder: Path, base: str, entry: str, file: Path) -> Path:
-    """Return where an entry is; some tools write ``../train/images`` for what lies beside the yaml."""
+    """Return the path of an entry; some tools write ``../train/images`` for a folder next to the yaml."""
     for base_name, name in ((base, entry), (with_slashes(base), with_slashes(entry))):
         for candidate in (folder / base_name / name, folder / name, folder / name.removeprefix("../")):
-            if os.path.isdir(candidate) or os.path.isfile(candidate):
+            # Path's methods may raise OSError, for example for long names.
+            if os.path.isdir(candidate) or os.path.isfile(candidate):  # noqa: PTH112, PTH113
                 return candidate
-    if os.path.exists(folder / base / entry):
+    if os.path.exists(folder / base / entry):  # noqa: PTH110  (as above)
         raise DetkitError(f"{file}: {shorten(str(folder / base / entry))} is neither a folder nor a regular file")
     raise MissingSplit(
         f"{file}: there is no {shorten(str(folder / base / entry))}; correct 'path' (relative to the yaml) or the "
@@ -250,17 +258,22 @@ def _resolve(folder: Path, base: str, entry: str, file: Path) -> Path:
 
 
 def _read_list(file: Path, roots: Iterable[Path]) -> list[str]:
-    """Return the image paths in a text file, a line each, relative to its folder, or else to one of ``roots``.
+    """Return the image paths in a text file, one per line, relative to its folder or to one of ``roots``.
 
-    Where no image is there, it is looked for by the end of its path.
+    If there is no such image, it is searched by the end of its path.
     """
     listings = Listings()
     folders = [file.parent, *roots]
     finders = [ImageNames(folder) for folder in folders]
     paths = []
     for line in read_lines(file):
-        places = (os.path.normpath(folder / line) for folder in folders)
-        by_end = (os.path.join(f.folder, name) for f in finders for name, other in [f.locate(line)] if not other)
-        first = next(places)
-        paths.append(first if listings.has(first) else next(filter(listings.has, chain(places, by_end)), first))
+        candidates = (os.path.normpath(folder / line) for folder in folders)
+        by_end = (
+            os.path.join(finder.folder, name)  # noqa: PTH118  (bulk: no Path for each image)
+            for finder in finders
+            for name, other in [finder.locate(line)]
+            if not other
+        )
+        first = next(candidates)
+        paths.append(first if listings.has(first) else next(filter(listings.has, chain(candidates, by_end)), first))
     return paths

@@ -13,7 +13,11 @@ from detkit.registry import WRITERS
 
 @WRITERS.register("yolo")
 def write_yolo(splits: Mapping[str, Annotations], folder: Path) -> WriteResult:
-    """Write ``data.yaml``, ``images/SPLIT`` and ``labels/SPLIT``; crowds are skipped, classes count from 0."""
+    """Write ``data.yaml``, ``images/SPLIT`` and ``labels/SPLIT``; crowds are skipped, class ids start at 0.
+
+    Raises:
+        DetkitError: the format cannot represent the name of a split.
+    """
     for split in {"path", "names", "nc"} & splits.keys():
         raise DetkitError(f"YOLO's data.yaml cannot hold a split named '{split}': rename it, or write coco or voc")
     for (split, annotations), names in zip(splits.items(), file_names(splits), strict=True):
@@ -32,11 +36,11 @@ def write_yolo(splits: Mapping[str, Annotations], folder: Path) -> WriteResult:
             ]
             (labels / f"{Path(name).stem}.txt").write_text("".join(lines))
     class_names = dict(enumerate(next(iter(splits.values())).class_names))
-    content = {split: f"images/{split}" for split in splits} | {"names": class_names}  # no path: from the yaml's folder
+    content = {split: f"images/{split}" for split in splits} | {"names": class_names}  # relative to the yaml
     file = folder / "data.yaml"
     file.write_text(yaml.safe_dump(content, sort_keys=False, allow_unicode=True), encoding="utf-8")
     warnings = area_warnings(splits)
     crowds = sum(int(annotations.crowd.sum()) for annotations in splits.values())
     if crowds:
-        warnings.append(f"YOLO txt knows no crowds: {crowds} of them (COCO iscrowd, VOC difficult) are skipped")
+        warnings.append(f"YOLO txt cannot represent crowds: {crowds} of them (COCO iscrowd, VOC difficult) are skipped")
     return WriteResult({"name": "yolo", "yaml": str(file)}, warnings)

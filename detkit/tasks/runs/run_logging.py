@@ -10,7 +10,7 @@ from hydra.core.hydra_config import HydraConfig
 from rich.table import Table
 
 from detkit.config import flatten
-from detkit.config.commands import TrainConfig
+from detkit.config.common import TrainConfig
 from detkit.data.annotations import Annotations
 from detkit.distributed.collectives import world_size
 from detkit.distributed.process_group import barrier, is_main_process
@@ -22,9 +22,9 @@ from detkit.engine.state import TrainState
 from detkit.engine.step import TrainStep
 from detkit.engine.transfer import TransferReport
 from detkit.models.summary import summarize, summary_markdown
-from detkit.tasks.build_training import Training
-from detkit.tasks.common import log_split
-from detkit.tasks.resume import log_progress
+from detkit.tasks.runs.build_training import Training
+from detkit.tasks.runs.data import log_split
+from detkit.tasks.runs.resume import log_progress
 from detkit.viz.console import make_console
 from detkit.viz.data_plots import draw_labels
 

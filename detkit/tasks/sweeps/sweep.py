@@ -23,14 +23,14 @@ from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from detkit.config.commands import CommonConfig
+from detkit.config.common import CommonConfig
 from detkit.data.loader import worker_count
 from detkit.distributed.process_group import claim_error_message, peer_user_error
 from detkit.errors import DetkitError
 from detkit.ops.atomic_write import write_atomically
 from detkit.ops.processes import end_with_parent
-from detkit.tasks.common import AUTO, sweep_folder
-from detkit.tasks.run_lock import lock_file
+from detkit.tasks.runs.run_dir import AUTO, sweep_folder
+from detkit.tasks.runs.run_lock import lock_file
 from detkit.viz.console import Output, make_console
 from detkit.viz.tables import print_rows
 
@@ -147,6 +147,14 @@ def finish_sweep() -> int | None:
             logger.warning("%s: %s", record["job"], record.get("error", "did not end"))
     logger.info("%d of %d jobs are done: %s", len(records) - len(undone), len(records), table)
     return 0 if not undone else 2 if all(record["status"] == "mistake" for record in undone) else 1
+
+
+def explain_launcher_error(error: Exception) -> tuple[str, int]:
+    """Return the message and the exit status for an error of a sweep's launcher; those of its jobs are recorded."""
+    reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+    if "srun" in reason:
+        return "hydra/launcher=slurm needs SLURM's srun on this machine: use hydra/launcher=parallel or local", 2
+    return f"the sweep ended before its jobs did, by its launcher: {reason}", 1
 
 
 def _of_several_ranks() -> bool:

@@ -1,4 +1,4 @@
-"""Images as they come, and what becomes of their boxes."""
+"""Reading and probing images of all kinds, and the boxes of rotated images."""
 
 import os
 import struct
@@ -25,10 +25,10 @@ from detkit.data.validation import orient_boxes
 from detkit.errors import UnreadableImage
 from detkit.ops.image import read_image, set_max_pixels
 
-PICTURE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (30, 40, 3), dtype=np.uint8))
+IMAGE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (30, 40, 3), dtype=np.uint8))
 
 
-def save(path, image=PICTURE, **options):
+def save(path, image=IMAGE, **options):
     image.save(path, **options)
     return path
 
@@ -51,7 +51,7 @@ def test_a_turned_image_has_the_size_that_training_sees(tmp_path, suffix, orient
 
 @pytest.mark.parametrize("orientation", range(5, 9))
 def test_boxes_turn_with_their_image(tmp_path, orientation):
-    """A rectangle in the stored picture is found where its turned box says."""
+    """A rectangle in the stored image is where its rotated box says."""
     pixels = np.zeros((32, 48, 3), np.uint8)
     pixels[4:12, 8:32] = 255
     path = save(tmp_path / "a.png", Image.fromarray(pixels), exif=exif(orientation))
@@ -79,15 +79,15 @@ def test_boxes_turn_with_their_image(tmp_path, orientation):
         ("a.mpo", "RGB", 0),
     ],
 )
-def test_kinds_of_images_are_told_and_read(tmp_path, name, mode, flags):
-    image = PICTURE.convert("L").convert(mode) if mode.startswith("I") else PICTURE.convert(mode)
+def test_kinds_of_images_are_distinguished_and_read(tmp_path, name, mode, flags):
+    image = IMAGE.convert("L").convert(mode) if mode.startswith("I") else IMAGE.convert(mode)
     path = save(tmp_path / name, image)
     assert probe(path) == (30, 40, 30, 40, flags)
     assert read_image(path).shape == (30, 40, 3)
 
 
 @pytest.mark.parametrize("name", ["a.jpg", "a.png"])
-def test_a_truncated_file_is_told(tmp_path, name):
+def test_a_truncated_file_is_detected(tmp_path, name):
     path = save(tmp_path / name)
     content = path.read_bytes()
     path.write_bytes(content + bytes(5000))  # padded, and whole
@@ -139,10 +139,10 @@ def test_what_a_file_holds_decides_whatever_it_is_called(tmp_path, form, named):
             read_image(path)
     else:
         assert probe(path)[4] == 0
-        assert np.abs(read_image(path).astype(int) - np.asarray(PICTURE)).mean() < 60  # GIF has 256 colours
+        assert np.abs(read_image(path).astype(int) - np.asarray(IMAGE)).mean() < 60  # GIF has 256 colours
 
 
-def test_of_moving_pictures_the_first_frame_is_read(tmp_path):
+def test_of_animations_the_first_frame_is_read(tmp_path):
     frames = [Image.new("RGB", (40, 30), colour) for colour in ("red", "lime")]
     for name in ("a.gif", "a.webp", "a.avif", "a.png", "a.tif"):
         path = save(tmp_path / name, frames[0], save_all=True, append_images=frames[1:])
@@ -150,7 +150,7 @@ def test_of_moving_pictures_the_first_frame_is_read(tmp_path):
         assert probe(path)[:2] == (30, 40)
 
 
-def test_an_orientation_in_xmp_alone_is_not_heeded_as_opencv_does_not(tmp_path):
+def test_an_orientation_in_xmp_alone_is_ignored_as_opencv_does_not(tmp_path):
     xmp = b'<x xmlns:tiff="http://ns.adobe.com/tiff/1.0/" tiff:Orientation="6"/>'
     for name in ("a.jpg", "a.webp", "a.avif"):
         path = save(tmp_path / name, xmp=xmp)
@@ -159,32 +159,32 @@ def test_an_orientation_in_xmp_alone_is_not_heeded_as_opencv_does_not(tmp_path):
 
 @pytest.mark.parametrize("mode", ["F", "I"])
 def test_32_bits_a_channel_are_refused_alike(tmp_path, mode):
-    path = save(tmp_path / "a.tif", PICTURE.convert("L").convert(mode))
+    path = save(tmp_path / "a.tif", IMAGE.convert("L").convert(mode))
     assert probe(path)[4] == UNREADABLE
     with pytest.raises(UnreadableImage, match="32 bits a channel"):
         read_image(path)
 
 
-def test_the_colours_of_a_lab_picture(tmp_path):
+def test_the_colours_of_a_lab_image(tmp_path):
     srgb, lab = ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB")
-    path = save(tmp_path / "a.tif", ImageCms.profileToProfile(PICTURE, srgb, lab, outputMode="LAB"))
-    assert np.abs(read_image(path).astype(int) - np.asarray(PICTURE)).mean() < 5
+    path = save(tmp_path / "a.tif", ImageCms.profileToProfile(IMAGE, srgb, lab, outputMode="LAB"))
+    assert np.abs(read_image(path).astype(int) - np.asarray(IMAGE)).mean() < 5
 
 
 def jpeg_of_size(width, height):
     """The bytes of a small JPEG whose header says another size."""
     data = BytesIO()
-    PICTURE.save(data, "JPEG")
+    IMAGE.save(data, "JPEG")
     content = bytearray(data.getvalue())
     at = content.index(b"\xff\xc0") + 5
     content[at : at + 4] = struct.pack(">HH", height, width)
     return bytes(content)
 
 
-def picture_of_size(kind: str, before: bytes, form: str, width: int, height: int) -> bytes:
-    """The bytes of a small picture that says another size, in the form of ``struct``, after the bytes ``before``."""
+def image_of_size(kind: str, before: bytes, form: str, width: int, height: int) -> bytes:
+    """The bytes of a small image that states another size, in the form of ``struct``, after the bytes ``before``."""
     data = BytesIO()
-    PICTURE.save(data, kind)
+    IMAGE.save(data, kind)
     content = bytearray(data.getvalue())
     struct.pack_into(form, content, content.index(before) + len(before), width, height)
     return bytes(content)
@@ -202,11 +202,11 @@ def test_the_limit_is_named_where_the_library_that_opens_has_its_own(
 ):
     monkeypatch.delenv("DETKIT_MAX_PIXELS", raising=False)
     path = tmp_path / f"huge.{kind.lower()}"
-    path.write_bytes(picture_of_size(kind, before, form, side, side))
-    for limit, words in ((178956970, "limit max_pixels=178956970"), (2**30, raised)):
+    path.write_bytes(image_of_size(kind, before, form, side, side))
+    for limit, message in ((178956970, "limit max_pixels=178956970"), (2**30, raised)):
         monkeypatch.setenv("DETKIT_MAX_PIXELS", str(limit))
-        assert words in why_unreadable(path)
-        with pytest.raises(UnreadableImage, match=words):
+        assert message in why_unreadable(path)
+        with pytest.raises(UnreadableImage, match=message):
             read_image(path)
 
 
@@ -216,9 +216,9 @@ def test_one_limit_on_pixels_holds_for_all(tmp_path, monkeypatch):
     (tmp_path / "bomb.jpg").write_bytes(jpeg_of_size(20000, 20000))
     for path in (huge, tmp_path / "bomb.jpg"):
         assert probe(path)[4] == UNREADABLE
-        words = "20000x20000 pixels, more than the limit max_pixels=178956970"
-        assert words in why_unreadable(path)
-        with pytest.raises(UnreadableImage, match=words):
+        message = "20000x20000 pixels, more than the limit max_pixels=178956970"
+        assert message in why_unreadable(path)
+        with pytest.raises(UnreadableImage, match=message):
             read_image(path)
     monkeypatch.setenv("DETKIT_MAX_PIXELS", str(400_000_000))
     assert probe(huge)[4] == GRAY

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from detkit.config.commands import TrainConfig
+from detkit.config.common import TrainConfig
 from detkit.data.annotations import Annotations
 from detkit.data.augment.pipeline import Augmentation, AugmentedDataset, mosaic_window
 from detkit.data.dataset import DetectionDataset
@@ -32,8 +32,8 @@ from detkit.engine.step import TrainStep
 from detkit.engine.transfer import TransferReport, load_weights
 from detkit.errors import DetkitError
 from detkit.models.detector import Detector, build_detector, build_loss, without_pretrained
-from detkit.tasks.common import check_room
-from detkit.tasks.resume import RunPlan
+from detkit.tasks.runs.data import check_room
+from detkit.tasks.runs.resume import RunPlan
 
 logger = logging.getLogger(__name__)
 

@@ -10,13 +10,13 @@ from typing import Any
 from hydra.core.hydra_config import HydraConfig
 
 from detkit.config import check_values, flatten, parse_config
-from detkit.config.commands import TrainConfig
+from detkit.config.common import TrainConfig
 from detkit.distributed.rendezvous import store_get
 from detkit.engine.state import TrainState, check_state, read_state
 from detkit.errors import DetkitError, error_context, shorten
 from detkit.ops.files import read_yaml
-from detkit.tasks.common import AUTO, named_folder
-from detkit.tasks.run_lock import LOCK, find_run_of_job
+from detkit.tasks.runs.run_dir import AUTO, named_folder
+from detkit.tasks.runs.run_lock import LOCK, find_run_of_job
 
 logger = logging.getLogger(__name__)
 
@@ -148,7 +148,7 @@ def resumed_config(
         target[name] = source[name]
     if own["plugins"] != cfg["plugins"]:  # never imported on a file's word
         raise DetkitError(f"{run_dir} was trained with plugins={shorten(own['plugins'])}: pass the same")
-    config: TrainConfig = parse_config(own)
+    config = parse_config(own, TrainConfig)
     if saved is not None and (difference := _difference(own, saved)):
         key, _, then = difference
         raise DetkitError(f"{path} was changed: {key} was {shorten(then)} when the state was saved")

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from detkit.config import check_values, compose_config, is_number, resolve
 from detkit.errors import DetkitError, shorten
-from detkit.tasks.common import numbered_name
+from detkit.tasks.runs.run_dir import numbered_name
 
 if TYPE_CHECKING:
     from optuna import Trial

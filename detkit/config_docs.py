@@ -1,6 +1,6 @@
 """The tables of keys in ``configs/README.md``, generated from the schema and the YAML files.
 
-``python -m detkit.config.docs`` rewrites the block between the two markers; a test compares it with ``render()``.
+``python -m detkit.config_docs`` rewrites the block between the two markers; a test compares it with ``render()``.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -12,10 +12,11 @@ from omegaconf import DictConfig, OmegaConf
 from pydantic.fields import FieldInfo
 
 from detkit.config.check import allowed_values, section_of
-from detkit.config.commands import TASKS, CommonConfig, TrainConfig, TuneConfig
+from detkit.config.common import CommonConfig, TrainConfig
 from detkit.config.compose import compose_config, config_dir
 from detkit.config.fields import MOST
 from detkit.config.schema import Section
+from detkit.tasks import find_task, list_tasks
 
 BEGIN, END = "<!-- keys: begin -->", "<!-- keys: end -->"
 PARTS = ("model", "backbone", "neck", "head", "loss")
@@ -121,11 +122,13 @@ def _with_formats(rows: Iterable[Row]) -> Iterator[Row]:
 def _other_commands() -> list[tuple[str, ...]]:
     """Return the rows of the keys that ``train`` does not have, each after the commands that have it."""
     commands: dict[Row, list[str]] = {}
-    for task, schema in TASKS.items():
-        known = {*CommonConfig.model_fields, *(TrainConfig.model_fields if schema is TuneConfig else ())}
+    for task in list_tasks():
+        schema = find_task(task).config
+        is_training = issubclass(schema, TrainConfig)
+        known = {*CommonConfig.model_fields, *(TrainConfig.model_fields if is_training else ())}
         cfg = compose_config(task)
         for name, field in schema.model_fields.items():
-            if schema is TrainConfig or name in known:
+            if name in known:
                 continue
             if not (nested := section_of(field)):
                 rows = [Row(name, _default(name, cfg), _allowed(field), field.description or "")]

@@ -1,0 +1,106 @@
+"""Keys of several commands: one model per group of commands, made of the groups in schema.py."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BeforeValidator, Field
+from pydantic_core import PydanticCustomError
+
+from detkit.config.fields import Location, field, location, whole
+from detkit.config.schema import (
+    MAX_BATCH,
+    AugmentConfig,
+    DataConfig,
+    HeadConfig,
+    ModelConfig,
+    Names,
+    NeckConfig,
+    OptimConfig,
+    PartConfig,
+    Section,
+    TrainerConfig,
+)
+
+MAX_IMAGE = 8192  # pixels of a side: a batch of one would take 800 MB as the network's input; tiles show more
+MAX_WORKERS = 1024
+MAX_CLASSES = 100_000
+SIZE = "a multiple of 32 pixels, 64 or more"
+
+
+def _multiple_of_32(size: int) -> int:
+    if size % 32:
+        raise ValueError("no multiple")
+    return size
+
+
+def _no_auto(batch_size: Any) -> Any:
+    if batch_size == "auto":
+        raise PydanticCustomError("sentence", "batch_size=auto is for training: give it a number")
+    return batch_size
+
+
+Device = Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d{1,3})?)$")]
+Workers = Literal["auto"] | Annotated[int, Field(ge=0, le=MAX_WORKERS)]
+ImageSize = Annotated[int, Field(ge=64, le=MAX_IMAGE), AfterValidator(_multiple_of_32)]
+AnyBatch = Literal["auto"] | Annotated[int, Field(ge=1, le=MAX_BATCH)]
+BatchSize = Annotated[int, Field(ge=1, le=MAX_BATCH), BeforeValidator(_no_auto)]
+Url = Annotated[str, Field(pattern="://")]
+Amp = Literal["auto", "off", "bf16", "fp16"]
+
+
+def image_size_field() -> Any:
+    """Declare an ``ImageSize``."""
+    return field("side of the square network input in pixels", SIZE, most=MAX_IMAGE)
+
+
+def batch_size_field() -> Any:
+    """Declare a ``BatchSize``."""
+    return field("images per forward pass, over all ranks", "a whole number, 1 or more", most=MAX_BATCH)
+
+
+class CommonConfig(Section):
+    """What every task takes."""
+
+    device: Device = field("device to compute on", "auto, cpu, cuda or cuda:N")
+    workers: Workers = field("number of data loading processes", "auto, or a whole number, 0 or more", most=MAX_WORKERS)
+    seed: int = whole("seed of all random numbers", 0, 2**32 - 1)  # NumPy's largest
+    run_dir: Location | None = location("run directory, a new or empty folder; null creates one under runs/")
+    max_pixels: int = field(
+        "largest image size in pixels; larger images are skipped",
+        "a whole number from 1 to 2**30",
+        ge=1,
+        le=2**30,  # OpenCV's own limit
+    )
+    plugins: Names = field(
+        "Python modules to import, which register parts of your own", "a list of modules, such as [my_backbone]"
+    )
+
+
+class ComposedConfig(CommonConfig):
+    """A task that composes a detector."""
+
+    backbone: PartConfig
+    neck: NeckConfig
+    head: HeadConfig
+    loss: PartConfig
+    model: ModelConfig
+    image_size: ImageSize = image_size_field()
+
+
+class TrainConfig(ComposedConfig):
+    """``configs/train.yaml``."""
+
+    batch_size: AnyBatch = field(
+        "images per forward pass, over all ranks; auto uses the largest power of two that fits the GPU",
+        "a whole number, 1 or more, or in training auto",
+        most=MAX_BATCH,
+    )
+    amp: Amp = field(
+        "precision of the forward pass; auto uses bf16 where the device supports it, else fp16 (GPU) or float32 (CPU)"
+    )
+    rect: bool = field("validate each image in the smallest frame that holds it instead of a square")
+    weights: Location | None = location("checkpoint to start from")
+    resume: Location | None = location("run directory to resume; auto resumes the run in run_dir if there is one")
+    data: DataConfig
+    augment: AugmentConfig
+    optim: OptimConfig
+    trainer: TrainerConfig

@@ -1,0 +1,1 @@
+"""Sweeps of Hydra (``-m``) and the search space of ``tune``."""
