@@ -147,9 +147,13 @@ def test_a_sound_part_passes_every_check(plugin, monkeypatch, capsys):
 
 
 BROKEN = [  # backbone, the rows that fail, what the table says
-    ("misdeclared", None, "the backbone declares 2x16x8x8, 2x16x4x4, 2x16x2x2 and gives 2x16x8x8, 2x16x4x4, 2x16x4x4"),
+    (
+        "misdeclared",
+        None,
+        "the backbone declares 2x16x8x8, 2x16x4x4, 2x16x2x2 but returns 2x16x8x8, 2x16x4x4, 2x16x4x4",
+    ),
     ("unused", "unused parameters", "no gradient reaches backbone.spare.weight, backbone.spare.bias"),
-    ("misfused", "fused outputs", "tolerated is 1e-03"),
+    ("misfused", "fused outputs", "(tolerance 1e-03)"),
     ("overwriting", "output shapes, non-square input", "the backbone changes its input in place"),
     ("attached", "deepcopy", "training the copy gives the original gradients: backbone.stem.0.conv.weight"),
     ("pooling", "batch of 1, activation memory", "ValueError: Expected more than 1 value per channel when training"),
@@ -164,12 +168,12 @@ def test_each_fault_is_caught_by_its_row(backbone, rows, words, plugin, monkeypa
     assert check(plugin, backbone, monkeypatch) == 1
     out = capsys.readouterr().out
     assert words in out
-    sentence = out.strip().splitlines()[-1]
-    assert sentence.startswith(f"yolov8n_{backbone} on cpu: ")
+    message = out.strip().splitlines()[-1]
+    assert message.startswith(f"yolov8n_{backbone} on cpu: ")
     if rows is None:  # nothing behind it runs either
-        assert "rows failed: output shapes, non-square input, " in sentence
+        assert "rows failed: output shapes, non-square input, " in message
     else:
-        assert sentence.endswith(f" of 12 rows failed: {rows}.")
+        assert message.endswith(f" of 12 rows failed: {rows}.")
 
 
 @pytest.mark.parametrize(
@@ -185,7 +189,7 @@ def test_each_fault_is_caught_by_its_row(backbone, rows, words, plugin, monkeypa
 def test_a_loss_that_fails_without_boxes_is_found(loss, words):
     finding = run_check(Composition(detkit.create_model(num_classes=2), loss), "empty targets", empty_targets)
     assert finding.status == "fail"
-    assert words in finding.words
+    assert words in finding.message
 
 
 def test_saved_bytes_are_counted_by_hand():

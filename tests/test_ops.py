@@ -134,10 +134,10 @@ def test_letterbox_draws_where_it_says():
     image = np.zeros((30, 60, 3), np.uint8)
     image[10:20, 12:24] = 255
     box = Letterbox.fit((30, 60), (128, 128))
-    picture = box.apply(image)
-    assert picture.shape == (128, 128, 3)
-    assert (picture[0] == 114).all()
-    ys, xs = np.nonzero(picture[..., 0] > 200)
+    framed = box.apply(image)
+    assert framed.shape == (128, 128, 3)
+    assert (framed[0] == 114).all()
+    ys, xs = np.nonzero(framed[..., 0] > 200)
     expected = np.array((12, 10, 24, 20)) * np.tile(box.scale, 2) + np.tile(box.offset, 2)
     assert np.abs(np.array((xs.min(), ys.min(), xs.max() + 1, ys.max() + 1)) - expected).max() <= 1
 
@@ -148,8 +148,8 @@ HUGE_PNG += struct.pack(">I", zlib.crc32(HUGE_PNG[12:]))
 
 @pytest.mark.parametrize("content", [None, b"", b"not an image", b"\xff\xd8\xff\xe0 truncated", HUGE_PNG])
 def test_unreadable_images_are_named(tmp_path, content):
-    path = tmp_path / "picture.jpg"
+    path = tmp_path / "image.jpg"
     if content is not None:
         path.write_bytes(content)
-    with pytest.raises(DetkitError, match=r"cannot read image .*picture\.jpg"):
+    with pytest.raises(DetkitError, match=r"cannot read image .*image\.jpg"):
         read_image(path)

@@ -94,7 +94,7 @@ def test_what_tutorials_make_is_recognised(table, choices):
         named = {f"{prefix}{name}": tensor for name, tensor in state.items()}
         found = identify(Path("x.pt"), named)
         assert found.choices == tuple(choices)
-        assert (found.num_classes, found.part, found.left_out) == (4, None, ())
+        assert (found.num_classes, found.part, found.unused) == (4, None, ())
     cfg = resolve(compose_config("train", ["~data", *choices]))
     assert len(make_checkpoint(Path("x.pt"), Source(state), found, cfg, "").weights) == len(state)
 

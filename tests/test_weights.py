@@ -173,7 +173,7 @@ def test_every_scale_is_recognised(table, choices, scale):
         state["model.24.anchors"] = torch.ones(3, 3, 2)
     found = identify(Path("x.pt"), state)
     assert found.choices == tuple(choices)
-    assert (found.num_classes, found.part, found.left_out) == (7, None, ())
+    assert (found.num_classes, found.part, found.unused) == (7, None, ())
     cfg = resolve(compose_config("train", ["~data", *choices]))
     checkpoint = make_checkpoint(Path("x.pt"), Source(state, None, None), found, cfg, "")
     assert len(checkpoint.weights) == len(state)  # YOLOv5's anchors among them
@@ -191,7 +191,7 @@ def test_every_revcol_is_recognised(name, prefix):
         state |= {"cls.weight": torch.ones(1), "neck.convs.0.weight": torch.ones(1), "rpn_head.bias": torch.ones(1)}
     found = identify(Path("x.pth"), state)
     assert (found.choices, found.part) == ((f"backbone={name}",), "backbone")
-    assert found.left_out == ("cls.weight", "neck.convs.0.weight", "rpn_head.bias")
+    assert found.unused == ("cls.weight", "neck.convs.0.weight", "rpn_head.bias")
     weights = make_checkpoint(Path("x.pth"), Source(state, None, None), found, cfg, "").weights
     assert weights.keys() == {f"backbone.{key}" for key in own}
 
@@ -326,7 +326,7 @@ def without(state: dict, name: str) -> dict:
 
 
 @pytest.mark.parametrize(
-    ("change", "sentence"),
+    ("change", "message"),
     [
         (lambda s: without(s, "model.4.cv1.conv.weight"), r"its 'backbone.stages.1.1.cv1.conv.weight' is missing"),
         (lambda s: s | {"model.9.cv1.bn.bias": torch.ones(3)}, r"has the shape \[3\] instead of \[128\]"),
@@ -335,13 +335,13 @@ def without(state: dict, name: str) -> dict:
             "'model.22.proto.cv1.conv.weight' has no place",
         ),
         (lambda s: s | {"model.0.conv.weight": torch.ones(24, 3, 3, 3)}, "of which size its tensors do not tell"),
-        (lambda s: {"fc.weight": torch.ones(2, 2)}, r"is of no model that detkit can import \(it holds 'fc.weight'\)"),
+        (lambda s: {"fc.weight": torch.ones(2, 2)}, r"contains no model that detkit can import \(found 'fc.weight'\)"),
     ],
 )
-def test_another_model_is_refused_in_a_sentence(tmp_path, change, sentence):
+def test_another_model_is_refused_in_one_message(tmp_path, change, message):
     state = foreign(detkit.create_model("yolov8n", num_classes=2).state_dict(), V8)
     torch.save(change(state), tmp_path / "x.pt")
-    with pytest.raises(DetkitError, match=sentence):
+    with pytest.raises(DetkitError, match=message):
         imported(tmp_path / "x.pt", tmp_path / "x.safetensors")
     assert not (tmp_path / "x.safetensors").exists()
 
@@ -365,7 +365,7 @@ def test_tensors_of_any_shape_are_no_fault(table, value):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "sentence"),
+    ("arguments", "message"),
     [
         (["import_weights", "dst=x.safetensors"], "src is not set: add src=VALUE"),
         (["import_weights", "src=none.pt", "dst=x.safetensors"], "src=none.pt does not exist"),
@@ -379,7 +379,7 @@ def test_tensors_of_any_shape_are_no_fault(table, value):
         (["eval", "ckpt=a.pt"], "make one of it by detkit import_weights src=a.pt dst=a.safetensors"),
     ],
 )
-def test_a_mistake_is_one_sentence(arguments, sentence, tmp_path, monkeypatch, capsys):
+def test_a_mistake_is_one_message(arguments, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     Path("taken.safetensors").touch()
     Path("a.pt").write_text("text")
@@ -388,6 +388,6 @@ def test_a_mistake_is_one_sentence(arguments, sentence, tmp_path, monkeypatch, c
         cli.main()
     assert stop.value.code == 2
     error = capsys.readouterr().err.strip()
-    assert sentence in error
+    assert message in error
     assert len(error.splitlines()) == 1
     assert not Path("x.safetensors").exists()

@@ -151,20 +151,20 @@ def test_the_head_chooses_its_loss_and_another_is_refused():
     detector = detkit.create_model("yolov5n", head="yolov8", num_classes=3)
     assert detector.cfg["loss"]["name"] == "task_aligned"
     wrong = detkit.create_model("yolov5n", num_classes=3, overrides=["loss=task_aligned"])
-    with pytest.raises(DetkitError, match="loss 'task_aligned' learns from DenseOutput, head 'yolov5' gives AnchorOut"):
+    with pytest.raises(DetkitError, match="loss 'task_aligned' takes DenseOutput, head 'yolov5' returns AnchorOut"):
         build_loss(wrong.cfg, wrong.head)
 
 
 @pytest.mark.parametrize(
-    ("anchors", "sentence"),
+    ("anchors", "message"),
     [
         ({8: [1, 2], 16: [1, 2]}, "head.anchors has none for stride 32"),
-        ({8: [1, 2], 16: [1, 2], 32: [1, 2, 3, 4]}, "as many at every stride"),
+        ({8: [1, 2], 16: [1, 2], 32: [1, 2, 3, 4]}, "same number at every stride"),
         ({8: [1], 16: [1], 32: [1]}, "must list width, height"),
     ],
 )
-def test_odd_anchors_are_refused(anchors, sentence):
-    with pytest.raises(DetkitError, match=sentence):
+def test_invalid_anchors_are_refused(anchors, message):
+    with pytest.raises(DetkitError, match=message):
         YOLOv5Head((4, 4, 4), (8, 16, 32), 2, anchors)
 
 

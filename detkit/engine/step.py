@@ -105,7 +105,7 @@ class TrainStep:
         side = 2 * self.detector.max_stride
         with without_bn_stats(self.detector):
             out = self.network(torch.zeros(1, 3, side, side, device=self.precision.device))
-        return out.of_no_image()
+        return out.empty()
 
     def weight(self, images: int) -> Tensor:
         """Return () what the terms count for, given this rank's images of the batch: the images of all ranks.
