@@ -24,7 +24,7 @@ class UnreadableImage(DetkitError):  # noqa: N818  (named for its subject)
 
 @contextlib.contextmanager
 def error_context(place: object, hint: str = "") -> Iterator[None]:
-    """Prefix a DetkitError raised in the block with ``place``, such as a file, and append ``hint``; None for neither."""
+    """Prefix a DetkitError raised in the block with ``place``, such as a file, and append ``hint``; None: unchanged."""
     try:
         yield
     except DetkitError as error:
@@ -33,9 +33,9 @@ def error_context(place: object, hint: str = "") -> Iterator[None]:
         raise DetkitError(f"{place}: {error}{hint}") from None
 
 
-def nearest(word: str, known: Iterable[str]) -> str:
-    """Return ``"; did you mean 'x'?"`` for the known name closest to ``word``, or an empty string."""
-    matches = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Return ``"; did you mean 'x'?"`` for the known name closest to ``name``, or an empty string."""
+    matches = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
     return f"; did you mean '{matches[0]}'?" if matches else ""
 
 

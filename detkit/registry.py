@@ -52,8 +52,8 @@ class Registry:
             DetkitError: the name is unknown; the message lists the known ones and suggests the nearest.
         """
         if not isinstance(name, str) or name not in self._parts:
-            known, word = self.names(), shorten(name, 100)
-            raise DetkitError(f"unknown {self.kind} '{word}': known are {', '.join(known)}{nearest(word, known)}")
+            known, shown = self.names(), shorten(name, 100)
+            raise DetkitError(f"unknown {self.kind} '{shown}': known are {', '.join(known)}{nearest(shown, known)}")
         return self._parts[name]
 
     def build(self, spec: Mapping[str, Any], *args: Any, **derived: Any) -> Any:
@@ -82,9 +82,9 @@ class Registry:
             parameters = inspect.signature(part).parameters
             for key in kwargs:
                 if key not in parameters:
-                    word = shorten(key, 100)
+                    shown = shorten(key, 100)
                     raise DetkitError(
-                        f"{self.kind} '{name}' takes no argument '{word}'{nearest(word, parameters)}"
+                        f"{self.kind} '{name}' takes no argument '{shown}'{nearest(shown, parameters)}"
                     ) from None
             raise DetkitError(f"{self.kind} '{name}': {error}") from None
         self._check_types(name, part, kwargs)

@@ -39,8 +39,8 @@ def test_mobilenetv2_loads_torchvision_s_weights():
         y = layer(y)
         if k in (3, 6, 13, 17):
             expected.append(y)
-    for found, wanted in zip(model(x), expected, strict=True):
-        torch.testing.assert_close(found, wanted)
+    for found, reference in zip(model(x), expected, strict=True):
+        torch.testing.assert_close(found, reference)
     assert sum(p.numel() for p in model.parameters()) == 1_811_712
 
 
@@ -57,11 +57,11 @@ def test_timm_s_features_are_its_own(name):
     expected = [f if TIMM[name] else f.permute(0, 3, 1, 2) for f in body((x - mean) / std)]
     features = detector.backbone(x)
     assert detector.backbone.strides == (4, 8, 16, 32)
-    for found, wanted, channels, stride in zip(
+    for found, reference, channels, stride in zip(
         features, expected, detector.backbone.out_channels, (4, 8, 16, 32), strict=True
     ):
         assert found.shape == (1, channels, 64 // stride, 96 // stride)
-        torch.testing.assert_close(found, wanted)
+        torch.testing.assert_close(found, reference)
 
 
 def test_timm_s_unreachable_parameters_are_frozen():
@@ -148,8 +148,8 @@ def test_timm_s_weights_come_from_a_file(tmp_path, name, form):
         pretrained_cfg_overlay={"state_dict": classifier.state_dict()},
     ).eval()  # what timm itself makes of it
     expected = body((images - backbone.mean) / backbone.std)
-    for found, wanted in zip(backbone(images), expected, strict=True):
-        torch.testing.assert_close(found, wanted)
+    for found, reference in zip(backbone(images), expected, strict=True):
+        torch.testing.assert_close(found, reference)
     assert ("in order" in backbone.loaded) == (form == "other names")
     assert str(path) in backbone.loaded
 

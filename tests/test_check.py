@@ -126,10 +126,10 @@ def plugin(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def check(folder: Path, backbone: str, monkeypatch: pytest.MonkeyPatch) -> int:
     """Run the command; return its exit status."""
-    words = [f"backbone={backbone}", "plugins=[checked_backbones]", "image_size=64", "num_classes=2", "device=cpu"]
+    arguments = [f"backbone={backbone}", "plugins=[checked_backbones]", "image_size=64", "num_classes=2", "device=cpu"]
     monkeypatch.chdir(folder)
     monkeypatch.setenv("COLUMNS", "200")
-    monkeypatch.setattr(sys, "argv", ["detkit", "check", "--config-dir", "conf", *words])
+    monkeypatch.setattr(sys, "argv", ["detkit", "check", "--config-dir", "conf", *arguments])
     try:
         cli.main()
     except SystemExit as stop:
@@ -163,11 +163,11 @@ BROKEN = [  # backbone, the rows that fail, what the table says
 ]
 
 
-@pytest.mark.parametrize(("backbone", "rows", "words"), BROKEN, ids=[name for name, _, _ in BROKEN])
-def test_each_fault_is_caught_by_its_row(backbone, rows, words, plugin, monkeypatch, capsys):
+@pytest.mark.parametrize(("backbone", "rows", "expected"), BROKEN, ids=[name for name, _, _ in BROKEN])
+def test_each_fault_is_caught_by_its_row(backbone, rows, expected, plugin, monkeypatch, capsys):
     assert check(plugin, backbone, monkeypatch) == 1
     out = capsys.readouterr().out
-    assert words in out
+    assert expected in out
     message = out.strip().splitlines()[-1]
     assert message.startswith(f"yolov8n_{backbone} on cpu: ")
     if rows is None:  # nothing behind it runs either
@@ -177,7 +177,7 @@ def test_each_fault_is_caught_by_its_row(backbone, rows, words, plugin, monkeypa
 
 
 @pytest.mark.parametrize(
-    ("loss", "words"),
+    ("loss", "expected"),
     [
         (lambda out, batch: {"a": out.cls.sum() / batch.valid_bm.sum(), "b": out.reg.sum()}, "the loss is "),
         (
@@ -186,10 +186,10 @@ def test_each_fault_is_caught_by_its_row(backbone, rows, words, plugin, monkeypa
         ),
     ],
 )
-def test_a_loss_that_fails_without_boxes_is_found(loss, words):
+def test_a_loss_that_fails_without_boxes_is_found(loss, expected):
     finding = run_check(Composition(detkit.create_model(num_classes=2), loss), "empty targets", empty_targets)
     assert finding.status == "fail"
-    assert words in finding.message
+    assert expected in finding.message
 
 
 def test_saved_bytes_are_counted_by_hand():
@@ -208,11 +208,13 @@ MODELS = [
 ]
 
 
-@pytest.mark.parametrize("words", MODELS, ids=" ".join)
-def test_a_summary_adds_up(words):
-    device = torch.device("cpu" if "model=yolov5n_akconv" in words else "meta")  # where AKConv's autocast is not known
+@pytest.mark.parametrize("overrides", MODELS, ids=" ".join)
+def test_a_summary_adds_up(overrides):
+    device = torch.device(
+        "cpu" if "model=yolov5n_akconv" in overrides else "meta"
+    )  # where AKConv's autocast is not known
     with device:
-        detector = detkit.create_model(overrides=words, num_classes=3)
+        detector = detkit.create_model(overrides=overrides, num_classes=3)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         detector.eval()(torch.zeros(1, 3, 64, 64, device=device))
     for depth in (1, 2, 3, 9):
@@ -267,10 +269,10 @@ def test_a_module_that_runs_several_times_counts_once_in_parameters_and_each_tim
     assert "lists.a.0" not in rows  # it stands as first already
 
 
-@pytest.mark.parametrize("words", MODELS, ids=" ".join)
-def test_a_summary_fits_into_a_hundred_columns(words, monkeypatch, capsys):
+@pytest.mark.parametrize("overrides", MODELS, ids=" ".join)
+def test_a_summary_fits_into_a_hundred_columns(overrides, monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "100")
-    monkeypatch.setattr(sys, "argv", ["detkit", "summary", *words, "depth=3"])
+    monkeypatch.setattr(sys, "argv", ["detkit", "summary", *overrides, "depth=3"])
     cli.main()
     lines = capsys.readouterr().out.splitlines()
     assert max(map(len, lines)) <= 100

@@ -96,8 +96,10 @@ def test_features_match_their_declaration_and_every_parameter_learns(name, batch
     assert out.cls.shape == (batch, points, 3)
     assert out.reg.shape == (batch, points, 64)
     (out.cls.square().mean() + out.reg.square().mean()).backward()
-    silent = [n for n, p in detector.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())]
-    assert not silent
+    without_gradient = [
+        n for n, p in detector.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())
+    ]
+    assert not without_gradient
 
 
 def test_fused_detector_is_equal_and_the_original_untouched():

@@ -189,14 +189,14 @@ def test_tensors_are_read_as_torch_reads_them(tmp_path, legacy):
     found = read_source(path).tensors
     assert found.keys() == state.keys()
     for name, tensor in state.items():
-        wanted = tensor.float() if tensor.is_floating_point() else tensor
-        assert torch.equal(found[name], wanted.detach()), name
-        assert found[name].dtype == wanted.dtype
+        reference = tensor.float() if tensor.is_floating_point() else tensor
+        assert torch.equal(found[name], reference.detach()), name
+        assert found[name].dtype == reference.dtype
 
 
 def test_the_average_is_preferred(tmp_path):
     average, last = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
-    for content, wanted in (
+    for content, reference in (
         ({"model": last, "ema": average}, average),
         ({"model": last, "ema": None}, last),
         ({"state_dict": {f"module.{k}": v for k, v in last.state_dict().items()}}, last),
@@ -206,7 +206,7 @@ def test_the_average_is_preferred(tmp_path):
         torch.save(content, tmp_path / "x.pt")
         found = read_source(tmp_path / "x.pt").tensors
         assert found.keys() == {"weight", "bias"}
-        assert torch.equal(found["weight"], wanted.weight)
+        assert torch.equal(found["weight"], reference.weight)
 
 
 def tensor_pickle(numel: int, size: tuple, stride: tuple, offset: int = 0) -> bytes:
@@ -423,7 +423,7 @@ def test_a_pickle_beyond_the_limit_is_not_read(tmp_path):
         (pickle.dumps({"model": 1}), "is a pickle, but not of torch.save"),
     ],
 )
-def test_other_files_are_told_apart(tmp_path, content, message):
+def test_other_files_are_distinguished(tmp_path, content, message):
     path = tmp_path / "x.pt"
     path.write_bytes(content)
     with pytest.raises(DetkitError, match=message):

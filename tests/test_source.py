@@ -98,7 +98,7 @@ def test_a_tensor_with_attributes_is_its_numbers(tmp_path):
     assert torch.equal(read_source(tmp_path / "x.pt").tensors["w"], tensor)
 
 
-def test_what_was_taken_is_told(tmp_path):
+def test_the_source_is_reported(tmp_path):
     torch.save({"model": ZEROS, "ema": {"module": YOLO}, "names": ["a", "b", "c", "d"]}, tmp_path / "x.pt")
     source = read_source(tmp_path / "x.pt")
     assert (source.place, source.class_names) == ("ema.module", ("a", "b", "c", "d"))

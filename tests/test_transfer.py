@@ -69,7 +69,7 @@ def test_the_table_says_it_in_percent(small_checkpoint, capsys):
     assert "unexpected tensors in the file: 1" in out
 
 
-def test_what_starts_from_noise_is_said(tmp_path, small_checkpoint, capsys):
+def test_parts_without_weights_are_reported(tmp_path, small_checkpoint, capsys):
     model = Small()
     assert load_weights(model, small_checkpoint).warnings == ("the neck starts from noise",)
     write_checkpoint(tmp_path / "named.safetensors", Checkpoint({"neck.weight": torch.zeros(8, 5)}, {}, ("cat",), {}))

@@ -42,7 +42,7 @@ def naive_loss(out: AnchorOutput, batch: Batch, classes: int) -> dict[str, float
     start = 0
     for stride, balance in ((8, 4.0), (16, 1.0), (32, 0.4)):
         rows, columns = SIZE[0] // stride, SIZE[1] // stride
-        boxes_terms, class_terms, wanted = [], [], {}
+        boxes_terms, class_terms, targets = [], [], {}
         for b in range(len(batch.boxes_bm4)):
             for m, gt in enumerate(batch.boxes_bm4[b].double().tolist()):
                 if not batch.valid_bm[b, m]:
@@ -69,10 +69,10 @@ def naive_loss(out: AnchorOutput, batch: Batch, classes: int) -> dict[str, float
                             boxes_terms.append(1 - iou)
                             target = F.one_hot(batch.labels_bm[b, m], classes).double()
                             class_terms.append(F.binary_cross_entropy_with_logits(cls[b, k], target).item())
-                            wanted[b, k] = max(wanted.get((b, k), 0.0), iou)
+                            targets[b, k] = max(targets.get((b, k), 0.0), iou)
         count = rows * columns * 3
         target = torch.zeros(len(reg), count, dtype=torch.float64)
-        for (b, k), value in wanted.items():
+        for (b, k), value in targets.items():
             target[b, k - start] = value
         logits = objectness[:, start : start + count, 0]
         totals["obj"] += balance * F.binary_cross_entropy_with_logits(logits, target).item()

@@ -1,7 +1,7 @@
 """Checks for any detector, one function per property, and its size and cost.
 
-A check returns a short message, or raises PropertyError with a message about what differed. ``detkit check`` prints
-all messages; the tests run the checks over a grid of compositions.
+A check returns a short message, or raises PropertyError with a message about what differed, or DoesNotApply.
+``detkit check`` prints all messages; the tests run the checks over a grid of compositions.
 """
 
 import copy

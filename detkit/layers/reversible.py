@@ -221,16 +221,16 @@ def _invert_column(
         with torch.enable_grad():
             out = columns.run_level(k, level, lower, upper, x.dtype)
         parameters = list(columns.levels[k][level].parameters())
-        wanted = [lower, *([] if upper is None else [upper]), *(p for p in parameters if p.requires_grad)]
-        found = iter(torch.autograd.grad(out, wanted, grads[level], allow_unused=True))
-        grad_lower = next(found)
+        inputs = [lower, *([] if upper is None else [upper]), *(p for p in parameters if p.requires_grad)]
+        input_grads = iter(torch.autograd.grad(out, inputs, grads[level], allow_unused=True))
+        grad_lower = next(input_grads)
         if level:
             grads[level - 1] = grads[level - 1] + grad_lower
         else:
             step.grad_x = grad_lower
         if upper is not None:
-            step.grads[level + 1] = step.grads[level + 1] + next(found)
-        step.grad_parameters[:0] = [next(found) if p.requires_grad else None for p in parameters]
+            step.grads[level + 1] = step.grads[level + 1] + next(input_grads)
+        step.grad_parameters[:0] = [next(input_grads) if p.requires_grad else None for p in parameters]
         if alphas is not None and saved is not None:
             previous = _invert_sum(features[level], out.detach(), alphas[level], saved[level])
             step.features[level] = previous

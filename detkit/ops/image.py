@@ -136,7 +136,8 @@ def _check_header(image: Image.Image) -> None:
         raise UnreadableImage("it has no pixels")
     if width * height > max_pixels():
         raise UnreadableImage(
-            f"it has {width}x{height} pixels, more than the limit max_pixels={max_pixels()}: shrink it or raise the limit"
+            f"it has {width}x{height} pixels, more than the limit max_pixels={max_pixels()}: "
+            "shrink it or raise the limit"
         )
     if image.mode in ("F", "I"):
         raise UnreadableImage("it has 32 bits per channel: convert it to 8 or 16")
@@ -259,7 +260,7 @@ def decode_resized(
     image = decode_image(data, path, reduce)
     found = image.shape[:2]
     if found in (size, tuple(-(-n // reduce) for n in size)):
-        if reduce > 1 and found != size:  # the last row and column may stand for less than half a pixel
+        if reduce > 1 and found != size:  # the last row and column may cover less than half a pixel
             image = image[: max(round(size[0] / reduce), 1), : max(round(size[1] / reduce), 1)]
         found = size
     elif reduce > 1:  # the expected size is wrong: decode at full size to find the actual one

@@ -189,7 +189,7 @@ class _Machine:
         (pid,) = self.pop(1)
         storage = parse_persistent_id(pid)
         if isinstance(storage, StorageRef) and self.storages.setdefault(storage.key, storage) != storage:
-            raise RejectedPickle(f"is damaged: it gives two types or sizes for the storage {storage.key[:40]!a}")
+            raise RejectedPickle(f"is damaged: it has two types or sizes for the storage {storage.key[:40]!a}")
         self.stack.append(storage)
 
 
