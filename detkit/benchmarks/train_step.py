@@ -81,9 +81,6 @@ class Variant:
     """One way to run a step; each of VARIANTS adds an optimization to the previous one.
 
     Attributes:
-        name: in the table.
-        channels_last: memory layout of weights and images.
-        amp: "off" or "bf16".
         keep_memory: detkit's settings of the C library's allocator on a CPU.
         compiled: by torch.compile.
     """
@@ -97,13 +94,7 @@ class Variant:
 
 @dataclass
 class Timing:
-    """Measurements of a variant.
-
-    Attributes:
-        seconds: of each step.
-        limit: FLOP/s of a matrix product after each step.
-        memory: peak bytes of the device; on a CPU of the process, including Python and torch.
-    """
+    """Seconds of each step, FLOP/s of a matrix product after each, and peak bytes (on a CPU of the whole process)."""
 
     seconds: list[float] = field(default_factory=list)
     limit: list[float] = field(default_factory=list)
@@ -129,7 +120,7 @@ def run(cfg: BenchmarkConfig) -> dict[str, Any]:
     the same name with its default settings, alternating with detkit.
 
     The fraction of the arithmetic limit is the FLOPs of a step, forward and backward, counted by operator, over those
-    of products of large matrices in the variant's precision in the same time, measured between the steps.
+    of products of large matrices in the same precision and time, measured between the steps.
 
     Raises:
         DetkitError: the peer fails, or the network cannot be compiled.
@@ -322,10 +313,8 @@ def _peer(cfg: BenchmarkConfig, device: torch.device) -> Iterator[Callable[[str]
             rows = torch.cat((labels[:, None], corner + extent / 2, extent), 1).tolist()
             lines = [f"{int(label)} {' '.join(map(str, box))}" for label, *box in rows]
             (root / "labels" / f"{k}.txt").write_text("\n".join(lines))
-        names = [str(k) for k in range(cfg.num_classes)]
-        description = {"path": folder, "train": "images", "val": "images", "names": names}
-        (root / "data.yaml").write_text(yaml.safe_dump(description))
+        data = {"path": folder, "train": "images", "val": "images", "names": [str(k) for k in range(cfg.num_classes)]}
+        (root / "data.yaml").write_text(yaml.safe_dump(data))
         place = "cpu" if device.type == "cpu" else str(device.index or 0)
-        arguments = (root / "data.yaml", cfg.model.name, side, cfg.batch_size, place)
-        with start_peer(str(cfg.peer), PEER, arguments) as ask:
+        with start_peer(str(cfg.peer), PEER, (root / "data.yaml", cfg.model.name, side, cfg.batch_size, place)) as ask:
             yield ask

@@ -315,8 +315,6 @@ class Letterbox:
         if image.shape[:2] != (self.height, self.width):
             image = resize(image, self.width, self.height)
         sides = (self.top, self.bottom, self.left, self.right)
-        return (
-            cv2.copyMakeBorder(image, *sides, cv2.BORDER_CONSTANT, value=(PAD_VALUE, PAD_VALUE, PAD_VALUE))
-            if any(sides)
-            else image
-        )
+        if not any(sides):
+            return image
+        return cv2.copyMakeBorder(image, *sides, cv2.BORDER_CONSTANT, value=(PAD_VALUE,) * 3)
