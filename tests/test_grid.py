@@ -131,7 +131,7 @@ UNFIT = [  # what is composed, parts put in its place, and what is said
     (["backbone=timm", "backbone.model=vit_tiny_patch16_224"], {}, "use one with a feature pyramid"),
     ([], {"head": {"name": "yolov5", "anchors": {8: [9, 9], 16: [9, 9]}}}, "head.anchors has none for stride 32"),
     (["head=yolov5", "loss=yolov8"], {}, "head 'yolov5' returns AnchorOutput: omit loss="),
-    (["loss=yolov5"], {}, "loss 'yolov5' learns from AnchorOutput"),
+    (["loss=yolov5"], {}, "loss 'yolov5' takes AnchorOutput"),
     ([], {"backbone": {"name": "test_coarse"}}, "has features at strides [32], neck 'pafpn' takes [8, 16, 32]"),
     ([], {"backbone": {"name": "test_silent"}}, "backbone 'test_silent' must declare out_channels and strides"),
     ([], {"neck": {"name": "test_uneven"}}, "neck 'test_uneven' must declare out_channels and strides"),
