@@ -1,4 +1,4 @@
-"""detkit from Python."""
+"""The Python API of detkit."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,24 +22,25 @@ def create_model(
     weights: str | Path | None = None,
     overrides: Sequence[str] = (),
 ) -> Detector:
-    """Build a detector by the names of the command line, in training mode.
+    """Build a detector in training mode, by the same names as on the command line.
 
     Args:
-        model: a preset of ``configs/model``.
-        backbone, neck, head: parts in place of the preset's.
+        model: name of a preset in ``configs/model``.
+        backbone: name of a backbone that replaces the preset's.
+        neck: name of a neck that replaces the preset's.
+        head: name of a head that replaces the preset's.
         num_classes: C; the classes are called class0, class1, ...
-        weights: a checkpoint to start from; tensors that do not fit keep their initial values.
-        overrides: Hydra override strings, such as ``"backbone.block=c2f"``.
+        weights: checkpoint to start from; tensors that do not match keep their initial values.
+        overrides: Hydra overrides, for example ``"backbone.block=c2f"``.
 
     Raises:
-        DetkitError: an unknown name or key, or parts that do not fit.
+        DetkitError: a name or key is unknown, or the parts do not fit together.
     """
     groups = {"model": model, "backbone": backbone, "neck": neck, "head": head}
     chosen = [f"{group}={name}" for group, name in groups.items() if name is not None]
     if not is_whole(num_classes, 1) or num_classes > MAX_CLASSES:
-        words = f"a detector needs one class or more, and {MAX_CLASSES} at most"
-        raise DetkitError(f"num_classes={shorten(num_classes)}: {words}")
-    cfg = resolve(compose_config("train", ["~data", *chosen, *overrides]))  # no data set, and so none's preset
+        raise DetkitError(f"num_classes={shorten(num_classes)} must be a whole number from 1 to {MAX_CLASSES}")
+    cfg = resolve(compose_config("train", ["~data", *chosen, *overrides]))  # without a data set and its preset
     check_values(cfg, partial=True)
     import_plugins(cfg["plugins"])
     detector = build_detector(cfg, [f"class{k}" for k in range(num_classes)])
@@ -50,21 +51,21 @@ def create_model(
 
 
 def load(path: str | Path) -> Detector:
-    """Rebuild the detector of a checkpoint, in eval mode, with its ``class_names`` and ``cfg``.
+    """Load a detector from a checkpoint, in eval mode, with its ``class_names`` and ``cfg``.
 
     Raises:
-        DetkitError: the file is missing, damaged or not a detkit checkpoint.
+        DetkitError: the file is missing, damaged, or not a detkit checkpoint.
     """
     return build_from_checkpoint(path)
 
 
 def list_models(kind: str = "model") -> list[str]:
-    """Return the names the command line knows for a kind: model, backbone, neck, head, block or loss.
+    """List the names available for a kind: model, backbone, neck, head, block or loss.
 
-    These are the YAML files detkit comes with (and the registered blocks); a plugin's part is not among them.
+    These are the YAML files shipped with detkit and the registered blocks; other parts of plugins are not included.
 
     Raises:
-        DetkitError: another kind.
+        DetkitError: the kind is unknown.
     """
     if kind == "block":
         return BLOCKS.names()

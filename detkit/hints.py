@@ -1,4 +1,4 @@
-"""Whether a value fits a type hint, and the hint in words: for arguments that come from a configuration."""
+"""Checking values from a configuration against type hints, and describing the hints in messages."""
 
 import math
 import types
@@ -6,8 +6,8 @@ import typing
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-LARGEST = 2**31 - 1  # of a whole number: torch counts with 64 bits, and multiplies
-WORDS = {
+LARGEST = 2**31 - 1  # integer accepted; torch multiplies sizes in 64 bits
+DESCRIPTIONS = {
     int: ("a whole number", "whole numbers"),
     float: ("a number", "numbers"),
     bool: ("true or false", "true and false"),
@@ -19,10 +19,10 @@ WORDS = {
 
 
 def fits(value: Any, hint: Any) -> bool:
-    """Whether ``value`` is what ``hint`` asks for: numbers, text, lists, mappings and unions of these.
+    """Return whether ``value`` matches ``hint``: numbers, text, lists, mappings and unions of these.
 
-    A whole number is a number, true and false are not, and numbers are finite. Of other hints (a class) anything fits:
-    whoever takes the value has to see.
+    An int is also a float, a bool is neither, and numbers must be finite. Any value matches other hints, such as
+    classes: the callee has to check it.
     """
     members = typing.get_args(hint)
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
@@ -46,23 +46,23 @@ def fits(value: Any, hint: Any) -> bool:
 
 
 def describe(hint: Any, several: bool = False) -> str:
-    """Return a hint in words, such as ``a list of whole numbers, or null``; of ``several`` values in the plural."""
+    """Describe a hint, for example ``a list of whole numbers or null``; in the plural if ``several``."""
     members = typing.get_args(hint)
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
-        words = list(dict.fromkeys(describe(member, several) for member in members))
-        return f"{', '.join(words[:-1])} or {words[-1]}" if len(words) > 1 else words[0]
+        names = list(dict.fromkeys(describe(member, several) for member in members))
+        return f"{', '.join(names[:-1])} or {names[-1]}" if len(names) > 1 else names[0]
     if typing.get_origin(hint) is typing.Literal:
         return " or ".join(map(str, members))
     kind = _kind(hint)
     if kind is Sequence and members:
-        return f"{WORDS[kind][several]} of {describe(members[0], several=True)}"
-    return WORDS[kind][several] if kind else getattr(hint, "__name__", str(hint))
+        return f"{DESCRIPTIONS[kind][several]} of {describe(members[0], several=True)}"
+    return DESCRIPTIONS[kind][several] if kind else getattr(hint, "__name__", str(hint))
 
 
 def _kind(hint: Any) -> Any:
-    """Return the entry of WORDS that a hint is a form of, or None."""
+    """Return the key of DESCRIPTIONS for a hint, or None."""
     origin = typing.get_origin(hint) or hint
-    if origin in WORDS:
+    if origin in DESCRIPTIONS:
         return origin
     if not isinstance(origin, type) or origin is object:
         return None
@@ -74,5 +74,5 @@ def _kind(hint: Any) -> Any:
 def _is_finite(value: float) -> bool:
     try:
         return math.isfinite(value)
-    except OverflowError:  # a whole number too large for a float
+    except OverflowError:  # an integer too large for a float
         return False

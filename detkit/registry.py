@@ -1,4 +1,4 @@
-"""Names for the parts of a detector, so that a config or the command line can ask for them."""
+"""Registries that map names in a config or on the command line to the parts of a detector."""
 
 import inspect
 import typing
@@ -8,14 +8,14 @@ from typing import Any
 from detkit.errors import DetkitError, nearest, shorten
 from detkit.hints import describe, fits
 
-# What a constructor may raise for arguments that make no sense; others are its own faults.
-REFUSALS = (ArithmeticError, AssertionError, LookupError, MemoryError, RuntimeError, TypeError, ValueError)
+# Raised by constructors for invalid arguments; any other exception is a bug.
+CONSTRUCTOR_ERRORS = (ArithmeticError, AssertionError, LookupError, MemoryError, RuntimeError, TypeError, ValueError)
 
 GROUPS = ("backbone", "neck", "head", "loss", "data")  # kinds whose arguments are keys of the configuration
 
 
 class Registry:
-    """A table of one kind of part: name -> class or function.
+    """Map from names to the classes or functions of one kind of part.
 
     >>> BACKBONES = Registry("backbone")
     >>> @BACKBONES.register("csp_darknet")
@@ -27,7 +27,11 @@ class Registry:
         self._parts: dict[str, Callable[..., Any]] = {}
 
     def register(self, name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-        """Return a decorator that files a class or function under ``name``; a name is taken once."""
+        """Return a decorator that registers a class or function under ``name``.
+
+        Raises:
+            KeyError: by the decorator; the name is already registered.
+        """
 
         def decorate(part: Callable[..., Any]) -> Callable[..., Any]:
             if name in self._parts:
@@ -42,14 +46,14 @@ class Registry:
         return sorted(self._parts)
 
     def get(self, name: str) -> Callable[..., Any]:
-        """Return the part called ``name``.
+        """Return the part registered under ``name``.
 
         Raises:
-            DetkitError: unknown name; the sentence lists the known ones and the nearest.
+            DetkitError: the name is unknown; the message lists the known ones and suggests the nearest.
         """
         if not isinstance(name, str) or name not in self._parts:
-            known, word = self.names(), shorten(name, 100)
-            raise DetkitError(f"unknown {self.kind} '{word}': known are {', '.join(known)}{nearest(word, known)}")
+            known, shown = self.names(), shorten(name, 100)
+            raise DetkitError(f"unknown {self.kind} '{shown}': known are {', '.join(known)}{nearest(shown, known)}")
         return self._parts[name]
 
     def build(self, spec: Mapping[str, Any], *args: Any, **derived: Any) -> Any:
@@ -57,12 +61,12 @@ class Registry:
 
         Args:
             spec: ``{"name": registered name, **keyword arguments}``, usually straight from YAML.
-            args: positional arguments that the caller works out (channels of a block).
-            derived: keyword arguments that the caller works out; a config may not set them.
+            args: positional arguments derived by the caller, such as the channels of a block.
+            derived: keyword arguments derived by the caller; a config may not set them.
 
         Raises:
-            DetkitError: no or unknown name, unknown or missing keyword, a derived value in the config, a value that
-                does not fit the part's type hint, or one that a class refuses.
+            DetkitError: the name is missing or unknown, a keyword is unknown or missing, a derived value is in the
+                config, or a value does not match the part's type hint or is rejected by its constructor.
         """
         kwargs = dict(spec)
         name = kwargs.pop("name", None)
@@ -71,16 +75,16 @@ class Registry:
         part = self.get(name)
         for key in kwargs:
             if key in derived:
-                raise DetkitError(f"{self.kind}.{key} is worked out from the other parts: remove it from the config")
+                raise DetkitError(f"{self.kind}.{key} is derived from the other parts: remove it from the config")
         try:
             inspect.signature(part).bind(*args, **kwargs, **derived)
         except TypeError as error:
             parameters = inspect.signature(part).parameters
             for key in kwargs:
                 if key not in parameters:
-                    word = shorten(key, 100)
+                    shown = shorten(key, 100)
                     raise DetkitError(
-                        f"{self.kind} '{name}' takes no argument '{word}'{nearest(word, parameters)}"
+                        f"{self.kind} '{name}' takes no argument '{shown}'{nearest(shown, parameters)}"
                     ) from None
             raise DetkitError(f"{self.kind} '{name}': {error}") from None
         self._check_types(name, part, kwargs)
@@ -88,17 +92,17 @@ class Registry:
             return part(*args, **kwargs, **derived)
         except DetkitError:
             raise
-        except REFUSALS as error:
+        except CONSTRUCTOR_ERRORS as error:
             if not inspect.isclass(part):
-                raise  # a function does the work: a fault of its own
+                raise  # a function does the work itself: this is a bug in it
             reason = shorten((str(error) or type(error).__name__).splitlines()[0])
-            raise DetkitError(f"{self.kind} '{name}' cannot be made with {_listed(kwargs)}: {reason}") from error
+            raise DetkitError(f"{self.kind} '{name}' cannot be built with {_format(kwargs)}: {reason}") from error
 
     def _check_types(self, name: str, part: Callable[..., Any], kwargs: Mapping[str, Any]) -> None:
-        """Check arguments against the part's type hints, as far as it has any."""
+        """Check arguments against the part's type hints, if it has any."""
         try:
             hints = typing.get_type_hints(part.__init__ if inspect.isclass(part) else part)
-        except Exception:  # a plugin's hints may name what is not there at run time
+        except Exception:  # a plugin's hints may not resolve at run time
             return
         for key, value in kwargs.items():
             if key in hints and not fits(value, hints[key]):
@@ -106,7 +110,7 @@ class Registry:
                 raise DetkitError(f"{place}={shorten(value)} must be {describe(hints[key])}")
 
 
-def _listed(kwargs: Mapping[str, Any]) -> str:
+def _format(kwargs: Mapping[str, Any]) -> str:
     return ", ".join(f"{key}={shorten(value, 60)}" for key, value in kwargs.items()) or "its defaults"
 
 
@@ -116,6 +120,6 @@ NECKS = Registry("neck")
 HEADS = Registry("head")
 LOSSES = Registry("loss")
 DATASETS = Registry("data")
-SPLIT_NAMES = Registry("data")  # by the same names: which splits a set has (data/splits.py)
+SPLIT_NAMES = Registry("data")  # by the same names: functions that list a data set's splits (data/splits.py)
 WRITERS = Registry("format")
 LOGGERS = Registry("logger")

@@ -1,7 +1,7 @@
-"""The data that travels between the layers, with shapes and units.
+"""Data structures shared by all packages, with shapes and units.
 
-Legend: B images of a batch, M ground-truth boxes of an image (padded), A points of all levels together,
-C classes, N boxes of one image. Boxes are xyxy in pixels of the image they belong to unless said otherwise.
+B: batch size; M: ground-truth boxes per image (padded); A: points of all levels; C: classes; N: boxes in one image.
+Boxes are xyxy in pixels of their image unless stated otherwise.
 """
 
 from collections.abc import Callable
@@ -15,32 +15,32 @@ from torch import Tensor
 
 
 class SampleKey(NamedTuple):
-    """Identifies one draw of a sample: with the seed of the run, all that the sample depends on.
+    """Key of one draw of a sample; together with the seed of the run it determines the sample.
 
-    A plain tuple ``(epoch, index)`` will do.
+    A plain tuple ``(epoch, index)`` is accepted as well.
 
     Attributes:
         epoch: from 0.
-        index: of the item.
-        repeat: how often the epoch has drawn the item before, so that each time it looks different.
-        mosaic_pool: the items that a mosaic takes its others from; None: the whole set.
+        index: index of the item.
+        repeat: how often the item was drawn before in this epoch; every draw is augmented differently.
+        mosaic_pool: items from which a mosaic draws its other images; None for the whole set.
     """
 
     epoch: int
-    index: int  # type: ignore[assignment]  # hides tuple.index, which nobody asks a key for
+    index: int  # type: ignore[assignment]  # shadows tuple.index, which is not used
     repeat: int = 0
     mosaic_pool: list[int] | None = None
 
 
 @dataclass
 class ImageMeta:
-    """Where a sample comes from, and the way back to its pixels.
+    """Origin of a sample, and the mapping back to the pixels of its file.
 
     Attributes:
         index: position of the image in its data set.
-        path: its file.
+        path: image file.
         size: (height, width) of the image in the file.
-        scale, offset: (x, y) each, such that ``x_sample = x_file * scale + offset``; kept by letterboxing and by tiles.
+        scale, offset: (x, y) each, with ``x_sample = x_file * scale + offset``; set by letterboxing and tiling.
     """
 
     index: int
@@ -52,13 +52,13 @@ class ImageMeta:
 
 @dataclass
 class Sample:
-    """One image and its boxes on their way through the transforms.
+    """One image and its boxes, as the transforms take and return them.
 
     Attributes:
         image: (H, W, 3) uint8, RGB.
         boxes: (N, 4) float32, xyxy in pixels of ``image``.
         labels: (N,) int64, contiguous class indices.
-        origin: where the image comes from.
+        meta: origin of the image.
     """
 
     image: np.ndarray
@@ -73,12 +73,12 @@ class Batch:
 
     Attributes:
         images: (B, 3, H, W) uint8, RGB, channels-last in memory.
-        boxes_bm4: (B, M, 4) float32, xyxy pixels, rows beyond an image's boxes are zero.
+        boxes_bm4: (B, M, 4) float32, xyxy pixels, zero where padded.
         labels_bm: (B, M) int64, zero where padded.
         valid_bm: (B, M) bool, False where padded.
-        metas: where each image comes from.
-        issues: a sentence for each image that was skipped on the way here.
-        position: of the batch in its epoch, from 1; 0: it is of none.
+        metas: origin of each image.
+        issues: one message per image that was skipped.
+        position: position of the batch in its epoch, from 1; 0 if it does not belong to an epoch.
     """
 
     images: Tensor
@@ -91,16 +91,16 @@ class Batch:
 
     @classmethod
     def empty(cls) -> "Batch":
-        """Return a batch of no images: what a rank gets where the others have some."""
+        """Return a batch without images, for a rank that has none left while others do."""
         images, boxes = torch.zeros(0, 3, 0, 0, dtype=torch.uint8), torch.zeros(0, 0, 4)
         return cls(images, boxes, torch.zeros(0, 0, dtype=torch.int64), torch.zeros(0, 0, dtype=torch.bool))
 
     def to(self, device: torch.device) -> "Batch":
-        """Return the batch with its tensors on ``device`` (without waiting, from pinned memory)."""
+        """Return the batch with its tensors on ``device`` (asynchronously from pinned memory)."""
         return self._map(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self) -> "Batch":
-        """Return the batch in page-locked memory; the data loader calls this by name."""
+        """Return the batch in pinned memory; called by the data loader."""
         return self._map(Tensor.pin_memory)
 
     def _map(self, move: Callable[[Tensor], Tensor]) -> "Batch":
@@ -124,41 +124,41 @@ class DenseOutput:
     points: Tensor
     strides: Tensor
 
-    def of_no_image(self) -> Self:
-        """Return the predictions for the first 0 images of the batch, still a function of the weights."""
+    def empty(self) -> Self:
+        """Return the output for zero images, still connected to the autograd graph."""
         return replace(self, cls=self.cls[:0], reg=self.reg[:0])
 
 
 @dataclass
 class AnchorOutput(DenseOutput):
-    """The raw predictions of an anchor-based head: a point appears once for each anchor of its level.
+    """Raw predictions of an anchor-based head: each point appears once per anchor of its level.
 
     ``reg`` is (B, A, 4): logits of the box's centre x, y and of its width and height (ops/anchors.py).
 
     Attributes:
         objectness: (B, A, 1) logits.
         anchors: (A, 2) width and height in pixels.
-        levels: rows, columns and anchors a cell of each level; A runs over levels, rows, columns, anchors.
+        levels: (rows, columns, anchors per cell) of each level; A is ordered by level, row, column, anchor.
     """
 
     objectness: Tensor
     anchors: Tensor
     levels: tuple[tuple[int, int, int], ...]
 
-    def of_no_image(self) -> Self:
-        """Return the predictions for the first 0 images of the batch, still a function of the weights."""
-        return replace(super().of_no_image(), objectness=self.objectness[:0])
+    def empty(self) -> Self:
+        """Return the output for zero images, still connected to the autograd graph."""
+        return replace(super().empty(), objectness=self.objectness[:0])
 
 
 @dataclass
 class Detections:
-    """The objects found in one image.
+    """Objects detected in one image.
 
     Attributes:
         boxes: (N, 4) float32, xyxy in pixels of the source image.
         scores: (N,) float32 in 0..1, descending.
         labels: (N,) int64 class indices.
-        class_names: name of each class index.
+        class_names: name of each class.
         size: (height, width) of the source image.
         path: file of the source image; None for an array.
     """
@@ -174,5 +174,5 @@ class Detections:
         return len(self.scores)
 
 
-for _output in (DenseOutput, AnchorOutput):  # so that torch.export takes a detector, and pytree functions what it gives
+for _output in (DenseOutput, AnchorOutput):  # for torch.export and torch.utils._pytree
     torch.export.register_dataclass(_output, serialized_type_name=f"detkit.{_output.__name__}")

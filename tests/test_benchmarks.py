@@ -72,8 +72,8 @@ def test_a_training_step_beside_a_peer(monkeypatch, peer, capsys):
     assert result["ratio_to_peer"][plain] == pytest.approx(result["images_per_s"][plain] / 4)
     assert result["memory_mib"]["peer"] == 1
     # a step is about three forward passes of 8.1 GFLOPs at 640 pixels
-    assert result["gflops_a_step"] == pytest.approx(3 * 8.1 * 2 / 100, rel=0.1)
-    assert all(0 < share < 1.5 for share in result["share_of_limit"].values())
+    assert result["gflops_per_step"] == pytest.approx(3 * 8.1 * 2 / 100, rel=0.1)
+    assert all(0 < fraction < 1.5 for fraction in result["fraction_of_limit"].values())
 
 
 def test_data_beside_a_peer(shapes_root, peer, capsys):
@@ -87,7 +87,7 @@ def test_data_beside_a_peer(shapes_root, peer, capsys):
 
 
 @pytest.mark.parametrize(
-    ("overrides", "sentence"),
+    ("overrides", "message"),
     [
         (["task=data"], "task=data needs a data set: add data=coco data.root=DIR"),
         (["task=data", "data=shapes", "peer=/nowhere"], "peer=/nowhere cannot be run: No such file"),
@@ -95,7 +95,7 @@ def test_data_beside_a_peer(shapes_root, peer, capsys):
         (["backbone.block=[c2f,c2f]", "image_size=64"], "'float32' cannot be measured: .*backbone"),
     ],
 )
-def test_mistakes_of_the_benchmarks(overrides, sentence, shapes_root):
+def test_mistakes_of_the_benchmarks(overrides, message, shapes_root):
     root = [f"data.root={shapes_root}", "image_size=64"] if "data=shapes" in overrides else []
-    with pytest.raises(DetkitError, match=sentence):
+    with pytest.raises(DetkitError, match=message):
         benchmark.run(load_config("benchmark", [*overrides, *root]))

@@ -14,7 +14,7 @@ from detkit.data.augment import transforms  # noqa: F401  (the readers and trans
 from detkit.errors import DetkitError
 from detkit.hints import fits
 from detkit.models.budget import TooLarge
-from detkit.models.detector import build_detector, build_loss, sketch_detector
+from detkit.models.detector import build_detector, build_loss, build_meta_detector
 from detkit.registry import BACKBONES
 from detkit.tasks import find_task, list_tasks
 
@@ -116,7 +116,7 @@ def test_parts_are_built_of_nonsense_or_refused(options, few_modules):
             changed = with_value(cfg, place, value)
             try:
                 check_values(changed)
-                detector = sketch_detector(changed, ["a", "b"]) or build_detector(changed, ["a", "b"])
+                detector = build_meta_detector(changed, ["a", "b"]) or build_detector(changed, ["a", "b"])
                 build_loss(changed, detector.head)
             except DetkitError as error:
                 assert_readable(error)
@@ -223,17 +223,17 @@ def test_what_training_keeps_of_the_weights_counts(monkeypatch):
     cfg = composed("train")
     monkeypatch.setattr("detkit.models.budget.free_memory", lambda: 30_000_000)  # yolov8n: 12 MB
     build_detector(cfg, ["a"])
-    with pytest.raises(TooLarge, match="4 times, to train them"):
+    with pytest.raises(TooLarge, match="4 copies for training"):
         build_detector(cfg, ["a"], copies=4)
 
 
-def test_a_sketch_takes_no_memory_and_no_random_numbers():
+def test_a_meta_detector_takes_no_memory_and_no_random_numbers():
     before = torch.get_rng_state()
-    sketched = sketch_detector(composed("train"), ["a"])
+    on_meta = build_meta_detector(composed("train"), ["a"])
     assert torch.equal(torch.get_rng_state(), before)
     built = build_detector(composed("train"), ["a"])
-    assert {k: v.shape for k, v in sketched.state_dict().items()} == {k: v.shape for k, v in built.state_dict().items()}
-    assert all(tensor.is_meta for tensor in sketched.state_dict().values())
+    assert {k: v.shape for k, v in on_meta.state_dict().items()} == {k: v.shape for k, v in built.state_dict().items()}
+    assert all(tensor.is_meta for tensor in on_meta.state_dict().values())
 
 
 @BACKBONES.register("test_refusing")
@@ -247,7 +247,7 @@ class Refusing(torch.nn.Module):
 def test_what_a_part_raises_is_said():
     cfg = composed("train")
     for kind in ("type", "zero", "\x1b"):
-        with pytest.raises(DetkitError, match="backbone 'test_refusing' cannot be made with kind=") as error:
+        with pytest.raises(DetkitError, match="backbone 'test_refusing' cannot be built with kind=") as error:
             build_detector(cfg | {"backbone": {"name": "test_refusing", "kind": kind}}, ["a"])
         assert_readable(error.value)
     with pytest.raises(NameError):

@@ -121,7 +121,7 @@ def test_a_handler_of_somebody_else_stays():
     ("error", "message"),
     [
         (OSError(28, "No space left on device", "/x/a\nb"), "error: cannot read or write /x/a\\nb: No space left"),
-        (OSError(24, "Too many open files"), "error: the system refuses: Too many open files"),
+        (OSError(24, "Too many open files"), "error: the operating system reports: Too many open files"),
         (DetkitError("a\x1b[31m\nb"), "error: a\\x1b[31m\\nb"),
     ],
 )

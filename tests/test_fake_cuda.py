@@ -45,10 +45,10 @@ def deterministic(monkeypatch):
 def without_the_copy_of_revcol(monkeypatch):
     """RevCol reads its alphas on the host, once a forward pass: the one wait that is meant to be."""
 
-    def channels_to_keep(alphas, keep, dtype):
+    def channels_to_save(alphas, keep, dtype):
         return [[None, torch.empty(2, dtype=torch.int64, device=CUDA), slice(None), None] for _ in alphas]
 
-    monkeypatch.setattr(reversible, "channels_to_keep", channels_to_keep)
+    monkeypatch.setattr(reversible, "channels_to_save", channels_to_save)
 
 
 def fake_batch(images: int, boxes: int) -> Batch:

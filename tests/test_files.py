@@ -52,7 +52,7 @@ def test_a_yaml_file_that_is_no_plain_data_is_refused_by_name(tmp_path, text):
     assert len(str(error.value)) < 400 + len(str(file))
 
 
-def test_a_key_that_stands_twice_in_a_yaml_file_is_named_with_its_line(tmp_path):
+def test_a_duplicate_key_in_a_yaml_file_is_named_with_its_line(tmp_path):
     (tmp_path / "file.yaml").write_text("names: [a]\ntrain: x\nnames: [b]\n")
     with pytest.raises(DetkitError, match="line 3: the key 'names' is given twice"):
         read_yaml(tmp_path / "file.yaml")
@@ -65,14 +65,14 @@ def test_plain_yaml_is_read_with_its_aliases(tmp_path):
     assert read_yaml(tmp_path / "file.yaml") == {"a": {"b": [1, 2.5, "ü"]}, "c": {"b": [1, 2.5, "ü"]}}
 
 
-def test_words_of_a_yaml_file_are_kept_where_that_is_asked_for(tmp_path):
+def test_scalars_under_text_keys_are_text(tmp_path):
     text = "n: [no, 1.0, 2024-01-01, 010, 12:30, 0x10, 1_000, ~, null, '', \"on\", =, <<]\n"
     text += "nc: 1_0\nk: {on: off, 1.0: {y: n}}\nz: ~\ne:\nw: ''\no: 1_0\n"
     (tmp_path / "file.yaml").write_text(text)
-    found = read_yaml(tmp_path / "file.yaml", as_written=("n", "k", "nc", "z", "e", "w"))
-    words = ["no", "1.0", "2024-01-01", "010", "12:30", "0x10", "1_000", "~", "null", "", "on", "=", "<<"]
+    found = read_yaml(tmp_path / "file.yaml", text_keys=("n", "k", "nc", "z", "e", "w"))
+    texts = ["no", "1.0", "2024-01-01", "010", "12:30", "0x10", "1_000", "~", "null", "", "on", "=", "<<"]
     assert found == {
-        "n": words,
+        "n": texts,
         "nc": "1_0",
         "k": {"on": "off", "1.0": {"y": "n"}},
         "z": None,
@@ -81,7 +81,7 @@ def test_words_of_a_yaml_file_are_kept_where_that_is_asked_for(tmp_path):
         "o": 10,
     }
     (tmp_path / "file.yaml").write_text("a: &a {0: yes, 1: b}\nn: {<<: *a, 2: off}\n")
-    assert read_yaml(tmp_path / "file.yaml", as_written=("n",))["n"] == {"0": "yes", "1": "b", "2": "off"}
+    assert read_yaml(tmp_path / "file.yaml", text_keys=("n",))["n"] == {"0": "yes", "1": "b", "2": "off"}
 
 
 def test_values_in_messages_are_cut_and_printable():
@@ -106,9 +106,9 @@ def test_there_is_a_cache_folder_without_a_home(monkeypatch):
     assert cache_dir().is_absolute()
 
 
-def test_what_a_yaml_file_merges_keeps_its_words_too(tmp_path):
+def test_merged_scalars_under_text_keys_are_text(tmp_path):
     (tmp_path / "file.yaml").write_text("base: &b {names: [no, yes]}\nmore: &m [*b, {nc: 2}]\n<<: *m\n")
-    assert read_yaml(tmp_path / "file.yaml", as_written=("names",))["names"] == ["no", "yes"]
+    assert read_yaml(tmp_path / "file.yaml", text_keys=("names",))["names"] == ["no", "yes"]
 
 
 @pytest.mark.parametrize("name", ["cat", "a b", "می\u200cروم", "犬\u3000猫", "\U0001f468\u200d\U0001f469", "a" * 1000])

@@ -118,7 +118,7 @@ class Undecided(Uneven):
 
 
 UNFIT = [  # what is composed, parts put in its place, and what is said
-    (["backbone.block=akconv"], {}, "block 'akconv' does not fit a csp slot: those that do are c2f"),
+    (["backbone.block=akconv"], {}, "block 'akconv' does not fit a csp slot: use one of c2f"),
     (["neck.downsample=c3"], {}, "block 'c3' does not fit a conv slot"),
     (["neck=repgd", "neck.context=c2f"], {}, "block 'c2f' does not fit a context slot"),
     (["neck=pafpn_p2", "neck.block=[c2f,c2f]"], {}, "neck.block lists 2 blocks"),
@@ -127,12 +127,12 @@ UNFIT = [  # what is composed, parts put in its place, and what is said
         {},
         "neck 'repgd' takes the strides [4, 8, 16, 32], not [8, 16, 32]",
     ),
-    (["neck.in_strides=[8,16,64]"], {}, "the neck asks for [8, 16, 64]"),
-    (["backbone=timm", "backbone.model=vit_tiny_patch16_224"], {}, "take one with a pyramid"),
+    (["neck.in_strides=[8,16,64]"], {}, "the neck takes [8, 16, 64]"),
+    (["backbone=timm", "backbone.model=vit_tiny_patch16_224"], {}, "use one with a feature pyramid"),
     ([], {"head": {"name": "yolov5", "anchors": {8: [9, 9], 16: [9, 9]}}}, "head.anchors has none for stride 32"),
-    (["head=yolov5", "loss=yolov8"], {}, "head 'yolov5' gives AnchorOutput: leave loss= out"),
-    (["loss=yolov5"], {}, "loss 'yolov5' learns from AnchorOutput"),
-    ([], {"backbone": {"name": "test_coarse"}}, "gives features at strides [32], neck 'pafpn' takes [8, 16, 32]"),
+    (["head=yolov5", "loss=yolov8"], {}, "head 'yolov5' returns AnchorOutput: omit loss="),
+    (["loss=yolov5"], {}, "loss 'yolov5' takes AnchorOutput"),
+    ([], {"backbone": {"name": "test_coarse"}}, "has features at strides [32], neck 'pafpn' takes [8, 16, 32]"),
     ([], {"backbone": {"name": "test_silent"}}, "backbone 'test_silent' must declare out_channels and strides"),
     ([], {"neck": {"name": "test_uneven"}}, "neck 'test_uneven' must declare out_channels and strides"),
     ([], {"neck": {"name": "test_undecided"}}, "neck 'test_undecided' must declare in_strides"),

@@ -120,9 +120,9 @@ def test_training_and_prediction_list_the_same_files(tmp_path):
 
 
 OTHERS = {
-    "ppm": "no image of the formats that are read",
-    "jp2": "JPEG 2000 picture, which is not read: convert it",
-    "ico": "no image of the formats that are read",
+    "ppm": "not an image of a supported format",
+    "jp2": "JPEG 2000 image, which is not supported: convert it",
+    "ico": "not an image of a supported format",
     "pdf": "PDF",
 }
 
@@ -161,7 +161,7 @@ def test_an_orientation_in_xmp_alone_is_ignored_as_opencv_does_not(tmp_path):
 def test_32_bits_a_channel_are_refused_alike(tmp_path, mode):
     path = save(tmp_path / "a.tif", IMAGE.convert("L").convert(mode))
     assert probe(path)[4] == UNREADABLE
-    with pytest.raises(UnreadableImage, match="32 bits a channel"):
+    with pytest.raises(UnreadableImage, match="32 bits per channel"):
         read_image(path)
 
 

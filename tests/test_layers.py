@@ -57,14 +57,14 @@ def test_block_slots():
 
 
 @pytest.mark.parametrize(
-    ("slot", "spec", "sentence"),
+    ("slot", "spec", "message"),
     [
         ("csp", "c2", "unknown block 'c2': known are .*; did you mean 'c2f'"),
-        ("csp", "conv", "block 'conv' does not fit a csp slot: those that do are c2f, c3, c3_akconv"),
-        ("conv", 5, "a conv block is a name or a mapping {name, arguments}, not 5"),
+        ("csp", "conv", "block 'conv' does not fit a csp slot: use one of c2f, c3, c3_akconv"),
+        ("conv", 5, "a conv block must be a name or a mapping {name, arguments}, not 5"),
         ("conv", {"k": 3}, "block.name is not set"),
     ],
 )
-def test_mistakes_in_a_slot_are_named(slot, spec, sentence):
-    with pytest.raises(DetkitError, match=sentence):
+def test_mistakes_in_a_slot_are_named(slot, spec, message):
+    with pytest.raises(DetkitError, match=message):
         build_block(slot, spec, 8, 8)

@@ -73,8 +73,8 @@ def naive_assignment(scores, boxes, points, gts, labels, topk=3, alpha=0.5, beta
         owner[a] = max(candidates, key=lambda m: overlap.get((m, a), 0.0))
     result = {}
     for a, m in owner.items():
-        mine = [b for b, n in owner.items() if n == m]
-        best_metric, best_overlap = max(metric[m, b] for b in mine), max(overlap[m, b] for b in mine)
+        points = [b for b, n in owner.items() if n == m]
+        best_metric, best_overlap = max(metric[m, b] for b in points), max(overlap[m, b] for b in points)
         result[a] = (m, metric[m, a] * best_overlap / (best_metric + 1e-9))
     return result
 

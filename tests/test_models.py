@@ -1,3 +1,5 @@
+import copy
+
 import numpy as np
 import pytest
 import timm
@@ -68,7 +70,7 @@ def test_p2_gives_a_finer_level():
     assert detector.head.strides == (4, 8, 16, 32)
     assert detector(torch.zeros(1, 3, 64, 96)).points.shape == (16 * 24 + 8 * 12 + 4 * 6 + 2 * 3, 2)
     assert detkit.create_model("yolov8n", neck="pafpn_p2", backbone="mobilenetv2").backbone.strides == (4, 8, 16, 32)
-    with pytest.raises(DetkitError, match="must be neighbours among"):
+    with pytest.raises(DetkitError, match="must be consecutive strides of"):
         detkit.create_model(overrides=["neck.in_strides=[8,32]"])
 
 
@@ -94,8 +96,10 @@ def test_features_match_their_declaration_and_every_parameter_learns(name, batch
     assert out.cls.shape == (batch, points, 3)
     assert out.reg.shape == (batch, points, 64)
     (out.cls.square().mean() + out.reg.square().mean()).backward()
-    silent = [n for n, p in detector.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())]
-    assert not silent
+    without_gradient = [
+        n for n, p in detector.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())
+    ]
+    assert not without_gradient
 
 
 def test_fused_detector_is_equal_and_the_original_untouched():
@@ -111,6 +115,13 @@ def test_fused_detector_is_equal_and_the_original_untouched():
     torch.testing.assert_close(fused_boxes, boxes, atol=1e-3, rtol=1e-4)
     torch.testing.assert_close(fused_scores, scores, atol=1e-5, rtol=1e-4)
     assert any(isinstance(m, torch.nn.BatchNorm2d) for m in detector.modules())
+
+
+@pytest.mark.parametrize("name", ["yolov8n", "yolov8n_gold", "yolov8n_dynamicconv"])
+def test_fusing_twice_changes_nothing(name):
+    fused = detkit.create_model(name, num_classes=3).fuse()
+    assert fused.fuse() is fused
+    assert copy.deepcopy(fused).fuse().is_fused
 
 
 def batch_norms(part: torch.nn.Module) -> set[tuple[float, float]]:
@@ -137,7 +148,7 @@ def test_a_foreign_backbone_keeps_its_own_batch_norms():
 
 
 def test_a_side_that_does_not_divide_is_refused():
-    with pytest.raises(DetkitError, match="input is 64x100 pixels: both sides must divide by 32"):
+    with pytest.raises(DetkitError, match="input is 64x100 pixels: both sides must be divisible by 32"):
         detkit.create_model()(torch.zeros(1, 3, 64, 100))
 
 
@@ -157,20 +168,20 @@ def test_head_decodes_as_golden_and_starts_from_the_prior(golden):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "sentence"),
+    ("arguments", "message"),
     [
         ({"model": "yolov8q"}, "model=yolov8q does not exist: known are goldyolo_n"),
         ({"backbone": "csp_darknt"}, "did you mean 'csp_darknet'?"),
         ({"overrides": ["backbone.block=c2"]}, "unknown block 'c2': known are"),
         ({"overrides": ["+backbone.colour=red"]}, "backbone 'csp_darknet' takes no argument 'colour'"),
-        ({"overrides": ["+neck.in_channels=[1,2,3]"]}, "neck.in_channels is worked out from the other parts"),
+        ({"overrides": ["+neck.in_channels=[1,2,3]"]}, "neck.in_channels is derived from the other parts"),
         ({"overrides": ["backbone.dept=1"]}, "there is no key 'backbone.dept'; did you mean 'backbone.depth'?"),
     ],
 )
-def test_mistakes_in_a_composition_are_named(arguments, sentence):
+def test_mistakes_in_a_composition_are_named(arguments, message):
     with pytest.raises(DetkitError) as error:
         detkit.create_model(**arguments)
-    assert sentence in str(error.value)
+    assert message in str(error.value)
 
 
 def test_list_models():
@@ -196,13 +207,13 @@ def test_predict_takes_arrays_files_folders_and_lists(tmp_path, shapes_root):
     points = 8**2 + 4**2 + 2**2
     for multi_label, boxes in ((False, points), (True, 5 * points)):
         assert [len(f) for f in detector.predict(file, 0.0, 1.0, 1000, multi_label=multi_label)] == [boxes]
-    for source, sentence in (
-        (tmp_path, "holds no images"),
+    for source, message in (
+        (tmp_path, "contains no images"),
         (tmp_path / "no.jpg", "does not exist"),
         (array[..., 0], "uint8 RGB"),
         (3, "not int"),
     ):
-        with pytest.raises(DetkitError, match=sentence):
+        with pytest.raises(DetkitError, match=message):
             detector.predict(source)
 
 

@@ -66,7 +66,7 @@ def test_points_are_cell_centres():
 
 def test_nms_equals_a_naive_loop():
     boxes, scores = random_boxes(1, 60, size=40).float(), torch.rand(1, 60, 3)
-    ((kept, confidence, labels),) = non_max_suppression(boxes, scores, score=0.2, iou=0.5, max_det=1000)
+    ((selected, confidence, labels),) = non_max_suppression(boxes, scores, score=0.2, iou=0.5, max_det=1000)
     expected = []
     for c in range(3):
         order = [i for i in scores[0, :, c].argsort(descending=True).tolist() if scores[0, i, c] > 0.2]
@@ -76,7 +76,7 @@ def test_nms_equals_a_naive_loop():
                 chosen.append(i)
         expected += [(float(scores[0, i, c]), c, boxes[0, i].tolist()) for i in chosen]
     expected.sort(reverse=True)
-    found = list(zip(confidence.tolist(), labels.tolist(), kept.tolist(), strict=True))
+    found = list(zip(confidence.tolist(), labels.tolist(), selected.tolist(), strict=True))
     assert found == expected
 
 
@@ -112,8 +112,8 @@ def test_a_box_has_one_label_where_one_is_asked_for():
 def test_nms_drops_what_is_not_finite(multi_label):
     boxes = torch.tensor([[[0, 0, 10, 10], [20, 0, 30, math.nan], [40, 0, math.inf, 10], [60, 0, 70, 10.0]]])
     scores = torch.tensor([[[0.9, 0.1], [0.8, 0.1], [0.7, 0.1], [math.nan, math.nan]]])
-    ((kept, _, _),) = non_max_suppression(boxes, scores, score=0.5, iou=0.5, max_det=9, multi_label=multi_label)
-    assert kept.tolist() == [[0, 0, 10, 10]]
+    ((selected, _, _),) = non_max_suppression(boxes, scores, score=0.5, iou=0.5, max_det=9, multi_label=multi_label)
+    assert selected.tolist() == [[0, 0, 10, 10]]
 
 
 def letterbox_rows() -> list[dict[str, float]]:
@@ -134,10 +134,10 @@ def test_letterbox_draws_where_it_says():
     image = np.zeros((30, 60, 3), np.uint8)
     image[10:20, 12:24] = 255
     box = Letterbox.fit((30, 60), (128, 128))
-    picture = box.apply(image)
-    assert picture.shape == (128, 128, 3)
-    assert (picture[0] == 114).all()
-    ys, xs = np.nonzero(picture[..., 0] > 200)
+    framed = box.apply(image)
+    assert framed.shape == (128, 128, 3)
+    assert (framed[0] == 114).all()
+    ys, xs = np.nonzero(framed[..., 0] > 200)
     expected = np.array((12, 10, 24, 20)) * np.tile(box.scale, 2) + np.tile(box.offset, 2)
     assert np.abs(np.array((xs.min(), ys.min(), xs.max() + 1, ys.max() + 1)) - expected).max() <= 1
 
@@ -148,8 +148,8 @@ HUGE_PNG += struct.pack(">I", zlib.crc32(HUGE_PNG[12:]))
 
 @pytest.mark.parametrize("content", [None, b"", b"not an image", b"\xff\xd8\xff\xe0 truncated", HUGE_PNG])
 def test_unreadable_images_are_named(tmp_path, content):
-    path = tmp_path / "picture.jpg"
+    path = tmp_path / "image.jpg"
     if content is not None:
         path.write_bytes(content)
-    with pytest.raises(DetkitError, match=r"cannot read image .*picture\.jpg"):
+    with pytest.raises(DetkitError, match=r"cannot read image .*image\.jpg"):
         read_image(path)

@@ -177,7 +177,7 @@ def test_akconv_s_tutorial_sampling_transposes_and_doubles():
     x = torch.arange(1.0, 10).view(1, 1, 3, 3)
     twice = torch.tensor([1.0, 1, 2])
     assert torch.equal(block.sample(x, torch.zeros(1, 2, 3, 3))[0, 0], (x[0, 0] * twice * twice[:, None]).T)
-    with pytest.raises(DetkitError, match="akconv's sampling is one of paper, tutorial, not 'xy'"):
+    with pytest.raises(DetkitError, match="akconv: sampling must be one of paper, tutorial, not 'xy'"):
         AKConv(1, 1, sampling="xy")
 
 

@@ -16,18 +16,18 @@ def test_build(parts):
 
 
 @pytest.mark.parametrize(
-    ("spec", "derived", "sentence"),
+    ("spec", "derived", "message"),
     [
         ({"name": "resnett"}, {}, "unknown backbone 'resnett': known are resnet; did you mean 'resnet'?"),
         ({}, {}, "backbone.name is not set: known are resnet"),
         ({"name": "resnet", "deph": 1}, {}, "backbone 'resnet' takes no argument 'deph'; did you mean 'depth'?"),
-        ({"name": "resnet", "channels": 1}, {"channels": 3}, "backbone.channels is worked out from the other parts"),
+        ({"name": "resnet", "channels": 1}, {"channels": 3}, "backbone.channels is derived from the other parts"),
     ],
 )
-def test_mistakes_are_named(parts, spec, derived, sentence):
+def test_mistakes_are_named(parts, spec, derived, message):
     with pytest.raises(DetkitError) as error:
         parts.build(spec, **derived)
-    assert sentence in str(error.value)
+    assert message in str(error.value)
 
 
 def test_a_name_is_taken_once(parts):

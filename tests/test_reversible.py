@@ -105,22 +105,22 @@ def test_gradients_at_sixteen_columns_whatever_the_alphas(alphas, dtype):
         assert largest_error(gradients(model, x), plain) < {torch.float32: 1e-4, torch.float64: 1e-9}[dtype]
 
 
-def test_channels_are_kept_before_rounding_errors_grow():
+def test_channels_are_saved_before_rounding_errors_grow():
     alphas = [[torch.tensor([0.5, 1e-3, -1e-3, 2.0]), torch.tensor([0.5])]] * 4
-    kept = reversible.channels_to_keep(
+    saved = reversible.channels_to_save(
         alphas, frozenset(), torch.float32
     )  # 1000 a column: every second column, as 2**16 < 1e6
-    assert [row if row is None else row.tolist() for row, _ in kept] == [None, [1, 2], None, [1, 2]]
-    assert [row for _, row in kept] == [None] * 4
-    kept = reversible.channels_to_keep(
+    assert [row if row is None else row.tolist() for row, _ in saved] == [None, [1, 2], None, [1, 2]]
+    assert [row for _, row in saved] == [None] * 4
+    saved = reversible.channels_to_save(
         alphas, frozenset({1}), torch.float32
     )  # the second whole: all start afresh there
-    assert kept[0] == kept[2] == [None, None]
-    assert kept[1] == [slice(None), slice(None)]
-    assert kept[3][0].tolist() == [1, 2]
+    assert saved[0] == saved[2] == [None, None]
+    assert saved[1] == [slice(None), slice(None)]
+    assert saved[3][0].tolist() == [1, 2]
     ordinary = [[torch.full((8,), 0.5)]] * 16
-    assert reversible.channels_to_keep(ordinary, frozenset(), torch.float32) == [[None]] * 16
-    assert sum(row is not None for (row,) in reversible.channels_to_keep(ordinary, frozenset(), torch.float64)) == 3
+    assert reversible.channels_to_save(ordinary, frozenset(), torch.float32) == [[None]] * 16
+    assert sum(row is not None for (row,) in reversible.channels_to_save(ordinary, frozenset(), torch.float64)) == 3
 
 
 def saved(model: RevCol, x: Tensor) -> int:
@@ -133,7 +133,7 @@ def test_memory_does_not_grow_with_columns():
     assert sixteen < 1.1 * two
     assert saved(small_revcol(16, save_memory=False), x) > 20 * sixteen
     few = saved(stirred_revcol(16, lambda alpha: alpha[:1].zero_()), x)
-    assert few < 1.5 * sixteen  # one channel of each feature is kept, in every second column
+    assert few < 1.5 * sixteen  # one channel of each feature is saved, in every second column
 
 
 def test_evaluation_keeps_nothing():

@@ -71,7 +71,7 @@ CONTENTS = {
 def test_the_model_is_found_by_its_tensors(tmp_path, name):
     torch.save(CONTENTS[name], tmp_path / "x.pt")
     found = identify(tmp_path / "x.pt", read_source(tmp_path / "x.pt").tensors)
-    assert (found.choices, found.num_classes, found.left_out) == (("model=yolov8n",), 4, ())
+    assert (found.choices, found.num_classes, found.unused) == (("model=yolov8n",), 4, ())
     assert torch.equal(found.tensors["backbone.stem.conv.weight"], YOLO["model.0.conv.weight"])
     assert len(found.tensors) == len(YOLO)
 
@@ -98,7 +98,7 @@ def test_a_tensor_with_attributes_is_its_numbers(tmp_path):
     assert torch.equal(read_source(tmp_path / "x.pt").tensors["w"], tensor)
 
 
-def test_what_was_taken_is_told(tmp_path):
+def test_the_source_is_reported(tmp_path):
     torch.save({"model": ZEROS, "ema": {"module": YOLO}, "names": ["a", "b", "c", "d"]}, tmp_path / "x.pt")
     source = read_source(tmp_path / "x.pt")
     assert (source.place, source.class_names) == ("ema.module", ("a", "b", "c", "d"))
@@ -107,7 +107,7 @@ def test_what_was_taken_is_told(tmp_path):
 def test_a_part_of_an_unknown_detector_is_no_backbone(tmp_path):
     """Its backbone would be taken for one that was trained on ImageNet's normalised images."""
     revcol = {"model.0.stem.0.weight": torch.rand(64, 3, 4, 4), "model.0.subnet0.alpha0": torch.rand(1, 64, 1, 1)}
-    with pytest.raises(DetkitError, match="is of no model that detkit can import"):
+    with pytest.raises(DetkitError, match="contains no model that detkit can import"):
         identify(tmp_path, revcol)
 
 
@@ -144,7 +144,7 @@ def test_weights_that_are_no_numbers_are_refused(tmp_path, value, suffix):
     name, path = "model.0.bn.weight", tmp_path / f"x{suffix}"
     state = YOLO | {name: torch.full((16,), value)}
     save_file(state, path) if suffix == ".safetensors" else torch.save(state, path)
-    with pytest.raises(DetkitError, match=rf"its tensor '{name}' holds NaN or infinity"):
+    with pytest.raises(DetkitError, match=rf"its tensor '{name}' contains NaN or infinity"):
         read_source(path)
 
 

@@ -35,16 +35,16 @@ def mobilenetv2() -> dict[str, str]:
     """The tutorial names the convolutions of a block, torchvision counts its layers."""
     table = NECK | {"backbone.features.0.0": "model.0.model.0.conv", "backbone.features.0.1": "model.0.model.0.bn"}
     for k in range(1, 18):
-        ours, theirs = f"backbone.features.{k}.conv", f"model.0.model.{k}"
+        new, old = f"backbone.features.{k}.conv", f"model.0.model.{k}"
         for j, name in enumerate(["depthwise_conv"] if k == 1 else ["conv1", "depthwise_conv"]):
-            table |= {f"{ours}.{j}.0": f"{theirs}.{name}.conv", f"{ours}.{j}.1": f"{theirs}.{name}.bn"}
+            table |= {f"{new}.{j}.0": f"{old}.{name}.conv", f"{new}.{j}.1": f"{old}.{name}.bn"}
         j = 1 if k == 1 else 2
-        table |= {f"{ours}.{j}": f"{theirs}.conv2.conv", f"{ours}.{j + 1}": f"{theirs}.conv2.bn"}
+        table |= {f"{new}.{j}": f"{old}.conv2.conv", f"{new}.{j + 1}": f"{old}.conv2.bn"}
     return table
 
 
 def gold() -> dict[str, str]:
-    table = {ours: theirs for ours, theirs in V8.items() if ours.startswith("backbone") or ours == "neck.context"}
+    table = {new: old for new, old in V8.items() if new.startswith("backbone") or new == "neck.context"}
     layers = {"low_ifm": 11, "narrow_c5": 13, "laf_p4": 14, "inject_p4": 15, "narrow_p4": 17, "laf_p3": 18}
     layers |= {"inject_p3": 19, "high_ifm": 22, "high_split": 23, "inject_n4": 26, "inject_n5": 29}
     table |= {f"neck.{name}": f"model.{k}" for name, k in layers.items()}
@@ -57,7 +57,7 @@ def gold() -> dict[str, str]:
             step = f"transformer_blocks.{k}.{name}"
             table[f"neck.high_ifm.{step}.conv"] = f"model.22.{step}.c"
     head = {"head.box_branches": "cv2", "head.cls_branches": "cv3", "head.bins": "dfl.conv.weight"}
-    return table | {ours: f"model.31.{theirs}" for ours, theirs in head.items()}
+    return table | {new: f"model.31.{old}" for new, old in head.items()}
 
 
 def tutorial_state(detector: nn.Module, table: dict[str, str]) -> dict[str, torch.Tensor]:
@@ -94,7 +94,7 @@ def test_what_tutorials_make_is_recognised(table, choices):
         named = {f"{prefix}{name}": tensor for name, tensor in state.items()}
         found = identify(Path("x.pt"), named)
         assert found.choices == tuple(choices)
-        assert (found.num_classes, found.part, found.left_out) == (4, None, ())
+        assert (found.num_classes, found.part, found.unused) == (4, None, ())
     cfg = resolve(compose_config("train", ["~data", *choices]))
     assert len(make_checkpoint(Path("x.pt"), Source(state), found, cfg, "").weights) == len(state)
 
@@ -117,11 +117,11 @@ def test_a_tutorial_s_pickled_module_comes_back_as_it_was(tmp_path, monkeypatch,
     imported(src, tmp_path / "x.safetensors")
     loaded, images = detkit.load(tmp_path / "x.safetensors"), torch.rand(1, 3, 64, 96)
     assert loaded.class_names == ("a", "b")
-    for ours, theirs in zip(loaded.decode(loaded(images)), detector.decode(detector(images)), strict=True):
-        assert torch.equal(ours, theirs)
+    for new, old in zip(loaded.decode(loaded(images)), detector.decode(detector(images)), strict=True):
+        assert torch.equal(new, old)
 
 
-def test_akconv_s_sampling_has_to_be_said(tmp_path, capsys, ultralytics):
+def test_akconv_s_sampling_must_be_set(tmp_path, capsys, ultralytics):
     """The tutorial's tensors fit the paper's AKConv, but mean other boxes."""
     own = ["backbone.block=[c3,c3,c3,{name: c3_akconv, sampling: tutorial}]"]
     detector = randomised(detkit.create_model("yolov5n_akconv", num_classes=2, overrides=own))
@@ -173,6 +173,6 @@ def test_a_fused_file_gives_equal_outputs(tmp_path, capsys, table, choices):
     torch.save(state, tmp_path / "x.pt")
     imported(tmp_path / "x.pt", tmp_path / "x.safetensors")
     loaded, images = detkit.load(tmp_path / "x.safetensors"), torch.rand(1, 3, 64, 96)
-    for ours, theirs in zip(loaded.decode(loaded(images)), fused.decode(fused(images)), strict=True):
-        torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-5)
+    for new, old in zip(loaded.decode(loaded(images)), fused.decode(fused(images)), strict=True):
+        torch.testing.assert_close(new, old, atol=1e-4, rtol=1e-5)
     assert "had been fused away" in capsys.readouterr().out

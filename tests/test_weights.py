@@ -60,13 +60,13 @@ V5 = V5_BODY | {"head.predictions": "model.24.m"}
 
 
 def foreign(state: dict[str, torch.Tensor], table: dict[str, str]) -> dict[str, torch.Tensor]:
-    """Give detkit's tensors the names that ``table`` has for the beginnings of theirs."""
+    """Give detkit's tensors the names that ``table`` has for the prefixes of their names."""
     out = {}
     for name, tensor in state.items():
         if name == "head.anchors_la2":
             continue  # YOLOv5 holds them in cells, as model.24.anchors
-        begin = next(b for b in sorted(table, key=len, reverse=True) if name == b or name.startswith(f"{b}."))
-        out[table[begin] + name.removeprefix(begin)] = tensor.view(1, -1, 1, 1) if name == "head.bins" else tensor
+        prefix = next(b for b in sorted(table, key=len, reverse=True) if name == b or name.startswith(f"{b}."))
+        out[table[prefix] + name.removeprefix(prefix)] = tensor.view(1, -1, 1, 1) if name == "head.bins" else tensor
     return out
 
 
@@ -105,8 +105,8 @@ def test_an_ultralytics_yolov8_comes_back_as_it_was(tmp_path, monkeypatch, ultra
     assert loaded.class_names == ("RBC", "WBC", "Platelets")
     assert (loaded.cfg["model"]["name"], loaded.cfg["image_size"]) == ("yolov8n", 320)
     images = torch.rand(1, 3, 64, 96)
-    for ours, theirs in zip(loaded.decode(loaded(images)), detector.decode(detector(images)), strict=True):
-        assert torch.equal(ours, theirs)
+    for result, reference in zip(loaded.decode(loaded(images)), detector.decode(detector(images)), strict=True):
+        assert torch.equal(result, reference)
 
 
 def test_half_precision_becomes_float32(tmp_path, ultralytics):
@@ -114,9 +114,9 @@ def test_half_precision_becomes_float32(tmp_path, ultralytics):
     torch.save({"model": ultralytics(foreign(state, V8)).half()}, tmp_path / "x.pt")
     weights = imported(tmp_path / "x.pt", tmp_path / "x.safetensors").weights
     for name, tensor in state.items():
-        wanted = tensor.half().float() if tensor.is_floating_point() else tensor
-        assert torch.equal(weights[name], wanted), name
-        assert weights[name].dtype == wanted.dtype
+        reference = tensor.half().float() if tensor.is_floating_point() else tensor
+        assert torch.equal(weights[name], reference), name
+        assert weights[name].dtype == reference.dtype
 
 
 @pytest.mark.parametrize(
@@ -126,7 +126,7 @@ def test_half_precision_becomes_float32(tmp_path, ultralytics):
         *({0: "a", 1: "a", 2: "c"}, {0: "a", 1: "\x1b[2J", 2: "c"}),
     ],
 )
-def test_names_that_do_not_fit_are_replaced_with_a_word(tmp_path, ultralytics, capsys, names):
+def test_names_that_do_not_fit_are_replaced_with_a_warning(tmp_path, ultralytics, capsys, names):
     state = detkit.create_model("yolov8n", num_classes=3).state_dict()
     content = {"model": ultralytics(foreign(state, V8), names=names), "train_args": {"imgsz": 333}}
     torch.save(content, tmp_path / "x.pt")
@@ -150,8 +150,8 @@ def test_yolov5_brings_its_anchors(tmp_path, ultralytics):
     loaded = detkit.load(tmp_path / "x.safetensors")
     assert loaded.class_names == ("a", "b")
     images = torch.rand(1, 3, 64, 96)
-    for ours, theirs in zip(loaded.decode(loaded(images)), detector.decode(detector(images)), strict=True):
-        assert torch.equal(ours, theirs)
+    for result, reference in zip(loaded.decode(loaded(images)), detector.decode(detector(images)), strict=True):
+        assert torch.equal(result, reference)
 
 
 def on_meta(overrides: list[str], num_classes: int) -> nn.Module:
@@ -173,7 +173,7 @@ def test_every_scale_is_recognised(table, choices, scale):
         state["model.24.anchors"] = torch.ones(3, 3, 2)
     found = identify(Path("x.pt"), state)
     assert found.choices == tuple(choices)
-    assert (found.num_classes, found.part, found.left_out) == (7, None, ())
+    assert (found.num_classes, found.part, found.unused) == (7, None, ())
     cfg = resolve(compose_config("train", ["~data", *choices]))
     checkpoint = make_checkpoint(Path("x.pt"), Source(state, None, None), found, cfg, "")
     assert len(checkpoint.weights) == len(state)  # YOLOv5's anchors among them
@@ -191,7 +191,7 @@ def test_every_revcol_is_recognised(name, prefix):
         state |= {"cls.weight": torch.ones(1), "neck.convs.0.weight": torch.ones(1), "rpn_head.bias": torch.ones(1)}
     found = identify(Path("x.pth"), state)
     assert (found.choices, found.part) == ((f"backbone={name}",), "backbone")
-    assert found.left_out == ("cls.weight", "neck.convs.0.weight", "rpn_head.bias")
+    assert found.unused == ("cls.weight", "neck.convs.0.weight", "rpn_head.bias")
     weights = make_checkpoint(Path("x.pth"), Source(state, None, None), found, cfg, "").weights
     assert weights.keys() == {f"backbone.{key}" for key in own}
 
@@ -218,8 +218,8 @@ def test_revcol_comes_back_as_it_was(tmp_path):
     imported(tmp_path / "x.pth", tmp_path / "x.safetensors")
     detector = detkit.create_model("yolov8n", backbone="revcol_tiny", weights=tmp_path / "x.safetensors").eval()
     images = torch.rand(1, 3, 64, 64)
-    for ours, theirs in zip(detector.backbone(images), official.eval()(normalised(images)), strict=True):
-        torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+    for result, reference in zip(detector.backbone(images), official.eval()(normalised(images)), strict=True):
+        torch.testing.assert_close(result, reference, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("width", [1.0, 0.5])
@@ -230,14 +230,14 @@ def test_torchvision_s_mobilenetv2_comes_back_as_it_was(tmp_path, width):
     assert checkpoint.cfg["backbone"] == {"name": "mobilenetv2", "width": width}
     overrides = [f"backbone.width={width}"]
     model = detkit.create_model(backbone="mobilenetv2", weights=tmp_path / "x.safetensors", overrides=overrides)
-    ours = model.eval().backbone
+    backbone = model.eval().backbone
     x = images = torch.rand(1, 3, 64, 64)
-    first, expected = ours.features[0](images), official.features[0](normalised(images))
+    first, expected = backbone.features[0](images), official.features[0](normalised(images))
     torch.testing.assert_close(first[..., 1:, 1:], expected[..., 1:, 1:])  # but for the pixels that see padding
     x = first
     for layer in official.features[1:18]:
         x = layer(x)
-    torch.testing.assert_close(ours(images)[-1], x, atol=1e-4, rtol=1e-4)  # with detkit's own eps
+    torch.testing.assert_close(backbone(images)[-1], x, atol=1e-4, rtol=1e-4)  # with detkit's own eps
 
 
 @pytest.mark.parametrize("name", ["mobilenetv2_100", "mobilenetv2_050"])
@@ -249,14 +249,14 @@ def test_timm_s_mobilenetv2_comes_back_as_it_was(tmp_path, name):
     model = detkit.create_model(
         backbone="mobilenetv2", neck="repgd", weights=tmp_path / "x.safetensors", overrides=overrides
     )
-    ours = model.eval().backbone
+    backbone = model.eval().backbone
     mean, std = torch.tensor(MEAN).view(3, 1, 1), torch.tensor(STD).view(3, 1, 1)
     images = torch.rand(1, 3, 64, 64)
     official.conv_stem.weight.data /= std  # its own first layer made to take plain images, too
     official.bn1.running_mean += (official.conv_stem.weight * mean).sum((1, 2, 3)).detach()
-    theirs = official.forward_intermediates(images, intermediates_only=True)[-4:]
-    for mine, other in zip(ours(images), theirs, strict=True):
-        torch.testing.assert_close(mine, other, atol=1e-4, rtol=1e-4)
+    reference = official.forward_intermediates(images, intermediates_only=True)[-4:]
+    for feature, other in zip(backbone(images), reference, strict=True):
+        torch.testing.assert_close(feature, other, atol=1e-4, rtol=1e-4)
 
 
 def test_a_head_of_too_many_classes_is_refused():
@@ -324,7 +324,7 @@ def without(state: dict, name: str) -> dict:
 
 
 @pytest.mark.parametrize(
-    ("change", "sentence"),
+    ("change", "message"),
     [
         (lambda s: without(s, "model.4.cv1.conv.weight"), r"its 'backbone.stages.1.1.cv1.conv.weight' is missing"),
         (lambda s: s | {"model.9.cv1.bn.bias": torch.ones(3)}, r"has the shape \[3\] instead of \[128\]"),
@@ -333,13 +333,13 @@ def without(state: dict, name: str) -> dict:
             "'model.22.proto.cv1.conv.weight' has no place",
         ),
         (lambda s: s | {"model.0.conv.weight": torch.ones(24, 3, 3, 3)}, "of which size its tensors do not tell"),
-        (lambda s: {"fc.weight": torch.ones(2, 2)}, r"is of no model that detkit can import \(it holds 'fc.weight'\)"),
+        (lambda s: {"fc.weight": torch.ones(2, 2)}, r"contains no model that detkit can import \(found 'fc.weight'\)"),
     ],
 )
-def test_another_model_is_refused_in_a_sentence(tmp_path, change, sentence):
+def test_another_model_is_refused_in_one_message(tmp_path, change, message):
     state = foreign(detkit.create_model("yolov8n", num_classes=2).state_dict(), V8)
     torch.save(change(state), tmp_path / "x.pt")
-    with pytest.raises(DetkitError, match=sentence):
+    with pytest.raises(DetkitError, match=message):
         imported(tmp_path / "x.pt", tmp_path / "x.safetensors")
     assert not (tmp_path / "x.safetensors").exists()
 
@@ -363,7 +363,7 @@ def test_tensors_of_any_shape_are_no_fault(table, value):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "sentence"),
+    ("arguments", "message"),
     [
         (["import_weights", "dst=x.safetensors"], "src is not set: add src=VALUE"),
         (["import_weights", "src=none.pt", "dst=x.safetensors"], "src=none.pt does not exist"),
@@ -377,7 +377,7 @@ def test_tensors_of_any_shape_are_no_fault(table, value):
         (["eval", "ckpt=a.pt"], "detkit import_weights src=a.pt dst=a.safetensors"),
     ],
 )
-def test_a_mistake_is_one_sentence(arguments, sentence, tmp_path, monkeypatch, capsys):
+def test_a_mistake_is_one_message(arguments, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     Path("taken.safetensors").touch()
     Path("a.pt").write_text("text")
@@ -386,6 +386,6 @@ def test_a_mistake_is_one_sentence(arguments, sentence, tmp_path, monkeypatch, c
         cli.main()
     assert stop.value.code == 2
     error = capsys.readouterr().err.strip()
-    assert sentence in error
+    assert message in error
     assert len(error.splitlines()) == 1
     assert not Path("x.safetensors").exists()

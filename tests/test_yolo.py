@@ -110,7 +110,7 @@ def test_a_yaml_that_grows_is_refused_and_what_is_long_is_cut(yolo_set, key):
     bomb = "l0: &l0 [x, x, x, x, x, x, x, x, x, x]\n"
     bomb += "".join(f"l{k}: &l{k} [{', '.join([f'*l{k - 1}'] * 10)}]\n" for k in range(1, 9))
     long = f"l8: &l8 {{a: [{', '.join(['word'] * 20_000)}]}}\n"
-    for lines, message in ((bomb, "its aliases grow"), (long, "it is|one is|needs")):
+    for lines, message in ((bomb, "its aliases expand"), (long, "it is|one is|needs")):
         yaml = yolo_set(lines + "".join(f"{k}: {v}\n" for k, v in (content | {key: "*l8"}).items()))
         with pytest.raises(DetkitError, match=message) as error:
             read_yolo("train", yaml=str(yaml))

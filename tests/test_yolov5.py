@@ -42,7 +42,7 @@ def naive_loss(out: AnchorOutput, batch: Batch, classes: int) -> dict[str, float
     start = 0
     for stride, balance in ((8, 4.0), (16, 1.0), (32, 0.4)):
         rows, columns = SIZE[0] // stride, SIZE[1] // stride
-        boxes_terms, class_terms, wanted = [], [], {}
+        boxes_terms, class_terms, targets = [], [], {}
         for b in range(len(batch.boxes_bm4)):
             for m, gt in enumerate(batch.boxes_bm4[b].double().tolist()):
                 if not batch.valid_bm[b, m]:
@@ -69,10 +69,10 @@ def naive_loss(out: AnchorOutput, batch: Batch, classes: int) -> dict[str, float
                             boxes_terms.append(1 - iou)
                             target = F.one_hot(batch.labels_bm[b, m], classes).double()
                             class_terms.append(F.binary_cross_entropy_with_logits(cls[b, k], target).item())
-                            wanted[b, k] = max(wanted.get((b, k), 0.0), iou)
+                            targets[b, k] = max(targets.get((b, k), 0.0), iou)
         count = rows * columns * 3
         target = torch.zeros(len(reg), count, dtype=torch.float64)
-        for (b, k), value in wanted.items():
+        for (b, k), value in targets.items():
             target[b, k - start] = value
         logits = objectness[:, start : start + count, 0]
         totals["obj"] += balance * F.binary_cross_entropy_with_logits(logits, target).item()
@@ -151,20 +151,20 @@ def test_the_head_chooses_its_loss_and_another_is_refused():
     detector = detkit.create_model("yolov5n", head="yolov8", num_classes=3)
     assert detector.cfg["loss"]["name"] == "task_aligned"
     wrong = detkit.create_model("yolov5n", num_classes=3, overrides=["loss=task_aligned"])
-    with pytest.raises(DetkitError, match="loss 'task_aligned' learns from DenseOutput, head 'yolov5' gives AnchorOut"):
+    with pytest.raises(DetkitError, match="loss 'task_aligned' takes DenseOutput, head 'yolov5' returns AnchorOut"):
         build_loss(wrong.cfg, wrong.head)
 
 
 @pytest.mark.parametrize(
-    ("anchors", "sentence"),
+    ("anchors", "message"),
     [
         ({8: [1, 2], 16: [1, 2]}, "head.anchors has none for stride 32"),
-        ({8: [1, 2], 16: [1, 2], 32: [1, 2, 3, 4]}, "as many at every stride"),
+        ({8: [1, 2], 16: [1, 2], 32: [1, 2, 3, 4]}, "same number at every stride"),
         ({8: [1], 16: [1], 32: [1]}, "must list width, height"),
     ],
 )
-def test_odd_anchors_are_refused(anchors, sentence):
-    with pytest.raises(DetkitError, match=sentence):
+def test_invalid_anchors_are_refused(anchors, message):
+    with pytest.raises(DetkitError, match=message):
         YOLOv5Head((4, 4, 4), (8, 16, 32), 2, anchors)
 
 

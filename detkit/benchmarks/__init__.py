@@ -1,1 +1,1 @@
-"""What ``detkit benchmark task=NAME`` measures, a file a task."""
+"""Benchmarks of ``detkit benchmark task=NAME``, one module per task."""

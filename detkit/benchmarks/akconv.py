@@ -1,4 +1,4 @@
-"""AKConv beside the way it is usually written, which gathers the four neighbours of every sample."""
+"""Benchmark of AKConv against the usual implementation, which gathers the four neighbours of every sample."""
 
 import copy
 from typing import Any
@@ -17,10 +17,10 @@ BATCH, CHANNELS, SIZE = 4, 64, 80
 
 
 class GatherAKConv(AKConv):
-    """The same, sampled with four gathers from flattened maps."""
+    """AKConv sampled by four gathers from flattened maps."""
 
     def sample(self, x: Tensor, offsets: Tensor) -> Tensor:
-        """(B, C, H, W), (B, 2N, h, w) -> (B, C, h * N, w), as AKConv's."""
+        """Map (B, C, H, W) and offsets (B, 2N, h, w) to (B, C, h * N, w), as in AKConv."""
         batch, channels, height, width = x.shape
         h, w = offsets.shape[-2:]
         y, z = torch.meshgrid(torch.arange(h, device=x.device), torch.arange(w, device=x.device), indexing="ij")
@@ -47,11 +47,11 @@ class GatherAKConv(AKConv):
 
 
 def run(cfg: BenchmarkConfig) -> dict[str, Any]:
-    """Time forward and backward of the module for N = 3, 5, 9; detkit's in both memory layouts."""
+    """Time forward and backward of both implementations for N = 3, 5, 9, detkit's in both memory layouts."""
     device = pick_device(cfg.device)
     seed_everything(cfg.seed)
     title = f"AKConv, {CHANNELS} channels {SIZE}x{SIZE}, batch {BATCH}, forward and backward"
-    table = Table("N", "way", "ms", "times as fast", header_style="bold", title=title)
+    table = Table("N", "implementation", "ms", "speedup", header_style="bold", title=title)
     result: dict[str, Any] = {"task": "akconv", **describe(device), "ms": {}, "ratio": {}}
     for n in POINTS:
         seconds = _time(n, cfg.rounds, device)
@@ -63,24 +63,24 @@ def run(cfg: BenchmarkConfig) -> dict[str, Any]:
 
 
 def _time(n: int, rounds: int, device: torch.device) -> dict[str, float]:
-    """Return the median seconds of each way, having made sure that all compute the same."""
+    """Return the median seconds of each implementation, after checking that their outputs are equal."""
     gather = GatherAKConv(CHANNELS, CHANNELS, n=n).to(device)
-    torch.nn.init.normal_(gather.p_conv.weight, std=0.05)  # at first all points lie on whole pixels
-    ways: dict[str, tuple[AKConv, torch.memory_format]] = {"gather": (gather, torch.contiguous_format)}
+    torch.nn.init.normal_(gather.p_conv.weight, std=0.05)  # initially all points lie on integer positions
+    modules: dict[str, tuple[AKConv, torch.memory_format]] = {"gather": (gather, torch.contiguous_format)}
     for name, layout in (("detkit", torch.contiguous_format), ("detkit, channels-last", torch.channels_last)):
         module = AKConv(CHANNELS, CHANNELS, n=n).to(device).to(memory_format=layout)
         module.load_state_dict(gather.state_dict())
-        ways[name] = (module, layout)
+        modules[name] = (module, layout)
     x = torch.randn(BATCH, CHANNELS, SIZE, SIZE, device=device)
     grad = torch.randn_like(x)
     runs = {}
-    for name, (module, layout) in ways.items():
+    for name, (module, layout) in modules.items():
         inputs = x.to(memory_format=layout)
-        # In float64, as a float32 coordinate of 80 has a last bit of 8e-6.
+        # Compared in float64, since a float32 coordinate of 80 has a resolution of 8e-6.
         exact, expected = (copy.deepcopy(m).double()(x.double()) for m in (module, gather))
         torch.testing.assert_close(exact, expected, atol=1e-9, rtol=0)
         inputs.requires_grad_()
-        grads = torch.empty_like(module(inputs)).copy_(grad)  # in the output's layout, as a next layer would hand it
+        grads = torch.empty_like(module(inputs)).copy_(grad)  # in the output's layout, as from a next layer
 
         def step(module: AKConv = module, inputs: Tensor = inputs, grads: Tensor = grads) -> None:
             module(inputs).backward(grads)

@@ -1,4 +1,4 @@
-"""What the benchmarks share: the clock, and how a result is told."""
+"""Timing and output shared by the benchmarks."""
 
 import json
 import platform
@@ -15,7 +15,7 @@ from detkit.config.fields import Location, field, location, whole
 from detkit.config.schema import AugmentConfig, DataConfig, OptimConfig
 from detkit.viz.console import make_console
 
-WARMUP = 2  # rounds before the clock starts
+WARMUP = 2  # rounds that are not timed
 
 
 class BenchmarkConfig(ComposedConfig):
@@ -36,7 +36,7 @@ class BenchmarkConfig(ComposedConfig):
 
 
 def time_in_turns(runs: Mapping[str, Callable[[], object]], rounds: int, device: torch.device) -> dict[str, float]:
-    """Let every run have its turn, round after round, so that a busy machine slows all alike; return median seconds."""
+    """Return the median seconds of each run; the runs alternate, so that load on the machine affects all equally."""
     times: dict[str, list[float]] = {name: [] for name in runs}
     for k in range(WARMUP + rounds):
         for name, run in runs.items():
@@ -47,21 +47,21 @@ def time_in_turns(runs: Mapping[str, Callable[[], object]], rounds: int, device:
 
 
 def time_once(run: Callable[[], object], device: torch.device) -> float:
-    """Return the seconds until what ``run`` started on the device is done."""
-    _finish(device)
+    """Return the seconds that ``run`` takes, including its work on the device."""
+    _synchronize(device)
     start = time.perf_counter()
     run()
-    _finish(device)
+    _synchronize(device)
     return time.perf_counter() - start
 
 
 def describe(device: torch.device) -> dict[str, str]:
-    """Return what a result says of where it was measured."""
+    """Return the device and the version of torch, for a result."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     return {"device": str(device), "device_name": name, "torch": torch.__version__}
 
 
-def _finish(device: torch.device) -> None:
+def _synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 

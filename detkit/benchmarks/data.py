@@ -1,4 +1,4 @@
-"""Training samples a second that one core makes: decoding, mosaic, affine, HSV and flip; beside a peer's, if asked."""
+"""Benchmark of data loading: training samples per second on one core, optionally compared to a peer's."""
 
 import itertools
 import math
@@ -27,15 +27,16 @@ from detkit.data.loader import EpochSampler
 from detkit.data.read import read_split
 from detkit.errors import DetkitError
 
-# data.cache of each variant, and what a process keeps beside it; the peer, too, keeps some images where it has no cache
+# data.cache of each variant, and the bytes of images that a process keeps besides; an uncached peer keeps some as well
 CACHES = {"uncached": (None, LOCAL_CACHE_BYTES), "cached": ("ram", 0), "nothing_kept": (None, 0)}
-PEERS = {"uncached": "uncached", "cached": "cached", "nothing_kept": "uncached"}  # what of the peer each stands beside
-TRANSFORMS = ("hsv", "flip")  # what both sides do; a peer's other transforms need packages of their own
-# Runs in the peer's Python, told the folder of the images, the side, the images of a batch, the number of classes.
+# variant -> the one of the peer to compare it to
+PEERS = {"uncached": "uncached", "cached": "cached", "nothing_kept": "uncached"}
+TRANSFORMS = ("hsv", "flip")  # those of both sides; a peer's other transforms need additional packages
+# Runs in the peer's Python; arguments: folder of images, image size, batch size, number of classes.
 PEER = """
 import os, random, sys, time
 answers = os.fdopen(os.dup(1), "w")
-os.dup2(2, 1)  # whatever it prints is not an answer
+os.dup2(2, 1)  # other output must not be taken for an answer
 import cv2, torch
 cv2.setNumThreads(1)
 torch.set_num_threads(1)
@@ -64,16 +65,15 @@ for line in sys.stdin:
 def run(cfg: BenchmarkConfig) -> dict[str, Any]:
     """Time passes over the shuffled training split with data.cache=null and ram; print a table and a line of JSON.
 
-    One core makes ``image_size`` samples one by one, of the configured mosaic and affine, HSV and flip; they are not
-    stacked to batches. The variants take turns of ``batch_size`` samples, ``rounds`` passes over the set, and the
-    median counts. The first passes are not timed: the files are in the page cache, the images in data.cache. Uncached,
-    a process keeps what it keeps in a training (data/cache.py), which may be all of a small set; with nothing kept, it
-    decodes an image for every sample, as of a set much larger than that. ``peer`` is a
-    Python that has ultralytics: its own dataset with its default augmentation makes tensors of a copy of the set, in
-    turns with ours.
+    One core creates samples of ``image_size`` one by one with the configured mosaic and affine, HSV and flip, without
+    collating them. The variants alternate after ``batch_size`` samples, for ``rounds`` passes over the set; the median
+    is reported. The first passes are not timed, so that files are in the page cache and images in data.cache. Uncached,
+    a process keeps as many decoded images as in training (data/cache.py), possibly all of a small set; with nothing
+    kept, it decodes an image for every sample, as for a much larger set. ``peer`` is a Python with ultralytics: its own
+    dataset with its default augmentation creates tensors from a copy of the set, alternating with detkit.
 
     Raises:
-        DetkitError: no data set was given, or the peer does not work.
+        DetkitError: no data set is given, or the peer fails.
     """
     if cfg.data is None:
         raise DetkitError("task=data needs a data set: add data=coco data.root=DIR")
@@ -85,11 +85,11 @@ def run(cfg: BenchmarkConfig) -> dict[str, Any]:
             ask = stack.enter_context(_peer(str(cfg.peer), annotations, cfg))
             turns |= {f"peer_{name}": partial(ask, name) for name in set(PEERS.values())}
         seconds: dict[str, list[float]] = {name: [] for name in turns}
-        a_pass = math.ceil(len(annotations) / cfg.batch_size)
-        for k in range((WARMUP + cfg.rounds) * a_pass):
+        turns_per_pass = math.ceil(len(annotations) / cfg.batch_size)
+        for k in range((WARMUP + cfg.rounds) * turns_per_pass):
             for name, turn in turns.items():
                 value = turn()
-                if k >= WARMUP * a_pass:
+                if k >= WARMUP * turns_per_pass:
                     seconds[name].append(value)
     speed = {name: 1 / statistics.median(values) for name, values in seconds.items()}
     result = {"task": "data", "images": len(annotations), "image_size": cfg.image_size, **speed}
@@ -106,7 +106,7 @@ def run(cfg: BenchmarkConfig) -> dict[str, Any]:
 
 @contextmanager
 def _one_core() -> Iterator[None]:
-    """Keep this process and those it starts to one core and one thread."""
+    """Restrict this process and its children to one core and one thread."""
     cores, threads, torch_threads = os.sched_getaffinity(0), cv2.getNumThreads(), torch.get_num_threads()
     os.sched_setaffinity(0, {max(cores)})
     cv2.setNumThreads(1)
@@ -120,7 +120,7 @@ def _one_core() -> Iterator[None]:
 
 
 def _turn(annotations: Annotations, cfg: BenchmarkConfig, cache: str | None, keep: int) -> Callable[[], float]:
-    """Return a function that makes the next ``batch_size`` samples and returns seconds a sample."""
+    """Return a function that creates the next ``batch_size`` samples and returns the seconds per sample."""
     size, batch_size = cfg.image_size, cfg.batch_size
     images = DetectionDataset(annotations, size, cache)
     if cache is None:
@@ -149,7 +149,7 @@ def _endless(sampler: EpochSampler) -> Iterator[tuple]:
 
 @contextmanager
 def _peer(python: str, annotations: Annotations, cfg: BenchmarkConfig) -> Iterator[Callable[[str], float]]:
-    """Start the peer on a copy of the set; yield a function that lets it take a turn and returns seconds a sample."""
+    """Start the peer on a copy of the set; yield a function that runs a turn and returns the seconds per sample."""
     with tempfile.TemporaryDirectory(prefix="detkit-peer-") as folder:
         write_set("yolo", {"train": annotations}, Path(folder) / "set")
         images = Path(folder) / "set" / "images" / "train"

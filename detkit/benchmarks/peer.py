@@ -1,4 +1,4 @@
-"""Another project's code that runs beside ours, in the Python that it is installed in."""
+"""Running another project's code for comparison, in its own Python environment."""
 
 import json
 import os
@@ -22,14 +22,16 @@ def start_peer(
     """Start a script in a peer's Python; yield a function that sends it a line and returns its answer.
 
     The script answers each line of its standard input with a line of JSON on its standard output, after a first one
-    that says it is ready. It starts in a folder of its own, which goes with it.
+    when it is ready. It runs in a temporary folder.
 
     Args:
-        python: of an environment with ultralytics.
-        extra: environment variables beside ours.
+        python: path of the Python of an environment with ultralytics.
+        script: source code to run.
+        arguments: command-line arguments of the script.
+        extra: additional environment variables.
 
     Raises:
-        DetkitError: it cannot be run, or ends; the sentence has the last it said.
+        DetkitError: the script cannot be started or exits; the message has its last line of output.
     """
     with tempfile.TemporaryDirectory(prefix="detkit-peer-") as folder, (Path(folder) / "log").open("w+") as log:
         try:
@@ -50,12 +52,12 @@ def start_peer(
             line = process.stdout.readline()
             if not line:
                 log.seek(0)
-                last = (log.read().strip().splitlines() or ["it ended"])[-1]
+                last = (log.read().strip().splitlines() or ["it exited"])[-1]
                 raise DetkitError(f"peer={python} must be a Python with ultralytics installed: {last}")
             return json.loads(line)
 
         def ask(line: str) -> Any:
-            with suppress(BrokenPipeError):  # it has ended: what it said last is the answer
+            with suppress(BrokenPipeError):  # it has exited: answer() raises with its last output
                 print(line, file=process.stdin, flush=True)
             return answer()
 

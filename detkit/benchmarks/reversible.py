@@ -1,4 +1,4 @@
-"""RevCol's memory, exactness and speed against its number of columns, beside plain autograd."""
+"""Benchmark of RevCol's memory, exactness and speed by number of columns, compared to plain autograd."""
 
 from collections.abc import Iterable, Sequence
 from functools import partial
@@ -24,11 +24,11 @@ PRECISIONS = {"float64": torch.float64, "float32": torch.float32, "bf16": torch.
 
 
 def run(cfg: BenchmarkConfig) -> dict[str, Any]:
-    """Measure RevCol of revcol_tiny's widths, batch 1, for every number of columns and every setting.
+    """Measure RevCol with the widths of revcol_tiny, batch size 1, for all numbers of columns and settings.
 
-    The error, of a narrower one on a smaller image, is the largest of all parameters: the norm of the difference to
-    plain autograd's gradient in the same precision, relative to that gradient's. The blocks' gammas are 0.3: their
-    first value, 1e-6, would hide what the blocks add.
+    The error is measured on a narrower model and a smaller image. It is the maximum over all parameters of the norm of
+    the difference to plain autograd's gradient in the same precision, relative to the norm of that gradient. The
+    blocks' gammas are 0.3: their initial value, 1e-6, would hide the blocks.
     """
     device = pick_device(cfg.device)
     seed_everything(cfg.seed)
@@ -68,7 +68,7 @@ def _measure(columns: int, rounds: int, device: torch.device) -> dict[str, dict[
 
 
 def _make(channels: Sequence[int], columns: int) -> RevCol:
-    """Build a RevCol whose blocks matter."""
+    """Build a RevCol with gammas large enough for the blocks to matter."""
     model = RevCol(channels, columns=columns, drop_path=0.0, out_strides=STRIDES)
     for name, parameter in model.named_parameters():
         if name.endswith("gamma"):
@@ -98,14 +98,14 @@ def _errors(model: RevCol, x: Tensor, precision: str) -> dict[str, float]:
 
 
 def _set(model: RevCol, setting: str) -> RevCol:
-    """Let the model run backward as a setting says."""
+    """Apply a setting to the model."""
     model.save_memory = setting != PLAIN
     model.keep_every = SETTINGS[setting] or 0
     return model
 
 
 def _total(features: Iterable[Tensor]) -> Tensor:
-    """Weigh the features with the same random numbers every time."""
+    """Return the sum of the features, weighted by the same random numbers every time."""
     generator = torch.Generator().manual_seed(0)
-    weighed = [(f * torch.randn(f.shape, generator=generator).to(f)).sum() for f in features]
-    return torch.stack(weighed).sum()
+    weighted = [(f * torch.randn(f.shape, generator=generator).to(f)).sum() for f in features]
+    return torch.stack(weighted).sum()

@@ -1,4 +1,4 @@
-"""Time a training step the way detkit runs it, beside the plain way and a peer's, in one run."""
+"""Benchmark of the training step, compared to plain float32 and a peer in the same run."""
 
 import multiprocessing
 import statistics
@@ -33,19 +33,19 @@ from detkit.ops.device import pick_device
 from detkit.structures import Batch
 from detkit.viz.console import setup_logging
 
-MATRIX = {"cpu": 2048, "cuda": 8192}  # side of the matrices whose product measures what the device can do
-PEER_BATCHES = 4  # of the set that a peer goes through again and again
-# Runs in the peer's Python, told the data.yaml, the model, the side, the images of a batch and the device. It trains as
-# its users would, by its public callbacks, with one optimizer step a batch of images that are not augmented.
+MATRIX = {"cpu": 2048, "cuda": 8192}  # side of the matrices in the product that measures the device's limit
+PEER_BATCHES = 4  # in the data set that a peer cycles through
+# Runs in the peer's Python; arguments: data.yaml, model, image size, batch size, device. It is trained and timed by its
+# public API and callbacks, with one optimizer step per batch of images without augmentation.
 PEER = """
 import json, os, resource, sys, time
 answers = os.fdopen(os.dup(1), "w")
-os.dup2(2, 1)  # whatever it prints is not an answer
+os.dup2(2, 1)  # other output must not be taken for an answer
 import torch
 from ultralytics import YOLO
 data, name, side, batch, device = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4]), sys.argv[5]
 gpu = device != "cpu"
-started, counts = [False], [gpu]  # on a GPU every other step counts: the one before takes the memory handed back
+started, counts = [False], [gpu]  # on a GPU only every other step is timed: the one before reallocates memory
 def begin(trainer):
     if not started[0]:
         started[0] = True
@@ -78,10 +78,10 @@ model.train(data=data, imgsz=side, batch=batch, nbs=batch, epochs=100000, optimi
 
 @dataclass(frozen=True)
 class Variant:
-    """One way to run a step; each of VARIANTS adds something to the one before.
+    """One way to run a step; each of VARIANTS adds an optimization to the previous one.
 
     Attributes:
-        keep_memory: detkit's setting of the C library's allocator on a CPU.
+        keep_memory: detkit's settings of the C library's allocator on a CPU.
         compiled: by torch.compile.
     """
 
@@ -94,8 +94,7 @@ class Variant:
 
 @dataclass
 class Timing:
-    """What was measured of a variant: seconds of each step, operations a second of a matrix product beside each, and
-    the most bytes of memory (of the device; on a CPU, of the process, Python and torch included)."""
+    """Seconds of each step, FLOP/s of a matrix product after each, and peak bytes (on a CPU of the whole process)."""
 
     seconds: list[float] = field(default_factory=list)
     limit: list[float] = field(default_factory=list)
@@ -114,22 +113,22 @@ VARIANTS = (
 def run(cfg: BenchmarkConfig) -> dict[str, Any]:
     """Time the training step of the configured model in every variant; print a table and one line of JSON.
 
-    Each variant lives in a process of its own, as the allocator's settings cannot be taken back; they take turns, so
-    that a busy machine slows all of them alike. On a GPU a turn is two steps, of which the second counts: the first
-    takes the memory that the process has handed back, so that all of them fit. bf16 runs only where ``amp=auto`` would
-    choose it. ``compile=true`` adds the last variant compiled. ``peer`` is a Python that has ultralytics, which trains
-    its model of the same name in turns with ours, as its defaults are.
+    Each variant has its own process, since settings of the allocator cannot be undone; they alternate, so that load on
+    the machine affects all equally. On a GPU a turn is two steps, of which the second is timed: the first allocates the
+    memory that the process has released for the others. bf16 runs only if ``amp=auto`` would choose it.
+    ``compile=true`` adds the last variant compiled. ``peer`` is a Python with ultralytics, which trains its model of
+    the same name with its default settings, alternating with detkit.
 
-    The share of the arithmetic limit is the operations of a step, forward and backward, counted by operator, over
-    those of products of large matrices in the variant's precision in the same time, measured between the steps.
+    The fraction of the arithmetic limit is the FLOPs of a step, forward and backward, counted by operator, over those
+    of products of large matrices in the same precision and time, measured between the steps.
 
     Raises:
-        DetkitError: the peer does not work, or the network cannot be compiled.
+        DetkitError: the peer fails, or the network cannot be compiled.
     """
     device = pick_device(cfg.device)
     check_batch(cfg.batch_size, cfg.image_size, device)
     variants = [v for v in VARIANTS if v.amp != "bf16" or Precision.from_config("auto", device).dtype is torch.bfloat16]
-    if device.type == "cuda":  # whose memory is not the C library's
+    if device.type == "cuda":  # its memory does not come from the C library
         variants = [v for v in variants if v.amp != "off" or not v.keep_memory]
     if cfg.compile:
         last = variants[-1]
@@ -139,11 +138,11 @@ def run(cfg: BenchmarkConfig) -> dict[str, Any]:
     speed = {name: cfg.batch_size / value for name, value in seconds.items()}
     ratio = {name: seconds[PLAIN.name] / value for name, value in seconds.items()}
     limit = {name: statistics.median(timing.limit) for name, timing in timings.items() if timing.limit}
-    share = {name: flops / seconds[name] / value for name, value in limit.items()}
-    table = Table("training step", "ms", "images/s", "x float32", "of the limit", "MiB at most")
+    fraction = {name: flops / seconds[name] / value for name, value in limit.items()}
+    table = Table("training step", "ms", "images/s", "x float32", "of the limit", "peak MiB")
     for name, value in seconds.items():
-        part = f"{share[name]:.0%}" if name in share else ""
-        row = (f"{1000 * value:.0f}", f"{speed[name]:.1f}", f"{ratio[name]:.2f}", part)
+        of_limit = f"{fraction[name]:.0%}" if name in fraction else ""
+        row = (f"{1000 * value:.0f}", f"{speed[name]:.1f}", f"{ratio[name]:.2f}", of_limit)
         table.add_row(name, *row, f"{timings[name].memory / 2**20:.0f}")
     result = {
         "task": "train",
@@ -154,9 +153,9 @@ def run(cfg: BenchmarkConfig) -> dict[str, Any]:
         "batch_size": cfg.batch_size,
         "images_per_s": speed,
         "ratio": ratio,
-        "gflops_a_step": flops / 1e9,
+        "gflops_per_step": flops / 1e9,
         "limit_gflops_per_s": {name: value / 1e9 for name, value in limit.items()},
-        "share_of_limit": share,
+        "fraction_of_limit": fraction,
         "memory_mib": {name: timing.memory / 2**20 for name, timing in timings.items()},
     }
     if "peer" in seconds:
@@ -165,10 +164,10 @@ def run(cfg: BenchmarkConfig) -> dict[str, Any]:
 
 
 def _in_turns(cfg: BenchmarkConfig, device: torch.device, variants: list[Variant]) -> tuple[int, dict[str, Timing]]:
-    """Let a process for each variant, and the peer, run one step after another in turns.
+    """Run the steps of all variants and the peer, each in its own process, alternately.
 
     Returns:
-        the operations of a step, and what was measured.
+        The FLOPs of a step, and the measurements.
     """
     timings = {name: Timing() for name in [v.name for v in variants] + ["peer"] * (cfg.peer is not None)}
     with ExitStack() as stack:
@@ -191,48 +190,48 @@ def _in_turns(cfg: BenchmarkConfig, device: torch.device, variants: list[Variant
 
 @contextmanager
 def _own_process(cfg: BenchmarkConfig, variant: Variant) -> Iterator[tuple[Callable[[str], Any], int]]:
-    """Start a process for a variant; yield a function that lets it run a step, and the operations of one."""
+    """Start a process for a variant; yield a function that runs a step in it, and the FLOPs of one."""
     context = multiprocessing.get_context("spawn")
-    ours, theirs = context.Pipe()
-    process = context.Process(target=_serve, args=(theirs, cfg, variant), daemon=True)
+    parent_end, child_end = context.Pipe()
+    process = context.Process(target=_serve, args=(child_end, cfg, variant), daemon=True)
     process.start()
-    theirs.close()
+    child_end.close()
 
     def answer() -> Any:
         try:
-            answer = ours.recv()
+            answer = parent_end.recv()
         except EOFError:
-            raise DetkitError(f"the process of '{variant.name}' has ended: what it said is above") from None
+            raise DetkitError(f"the process of '{variant.name}' has exited: see its output above") from None
         if isinstance(answer, str):
             raise DetkitError(f"'{variant.name}' cannot be measured: {answer}")
         return answer
 
     def ask(line: str) -> Any:
-        with suppress(BrokenPipeError):  # it has ended: what it said last is the answer
-            ours.send(line)
+        with suppress(BrokenPipeError):  # it has exited: answer() raises, or returns its last message
+            parent_end.send(line)
         return answer()
 
     try:
-        yield ask, answer()  # ready: only now the next one starts
+        yield ask, answer()  # wait until it is ready, so that the processes start one after another
     finally:
         process.terminate()
         process.join()
 
 
 def _serve(pipe: Connection, cfg: BenchmarkConfig, variant: Variant) -> None:
-    """In a process of its own: run one step for every message; answer a sentence where that is not possible."""
+    """Run one step for every message received (in a process of its own); reply with an error message on failure."""
     setup_logging()
     device = pick_device(cfg.device)
     try:
         step = _make_step(cfg, variant)
         with FlopCounterMode(display=False) as counter:
             step()
-        torch.cuda.empty_cache()  # for those whose turn is next; does nothing without CUDA
+        torch.cuda.empty_cache()  # for the other processes; does nothing without CUDA
         pipe.send(counter.get_total_flops())
         dtype = Precision.from_config(variant.amp, device).dtype
         while pipe.recv():
             if device.type == "cuda":
-                step()  # to have the memory again that was handed back below
+                step()  # allocates the memory released below
                 torch.cuda.reset_peak_memory_stats(device)
             seconds, memory = time_once(step, device), _peak_memory(device)
             answer = {"seconds": seconds, "limit": _arithmetic_limit(device, dtype), "memory": memory}
@@ -247,16 +246,16 @@ def _serve(pipe: Connection, cfg: BenchmarkConfig, variant: Variant) -> None:
 
 
 def _arithmetic_limit(device: torch.device, dtype: torch.dtype | None) -> float:
-    """Return the operations a second of a product of large matrices."""
+    """Return the FLOP/s of a product of large matrices."""
     side = MATRIX[device.type]
     matrix = torch.rand(side, side, dtype=dtype, device=device)
     if device.type == "cuda":
-        matrix @ matrix  # takes the memory
+        matrix @ matrix  # allocates the memory
     return 2 * side**3 / time_once(lambda: matrix @ matrix, device)
 
 
 def _peak_memory(device: torch.device) -> int:
-    """Return the most bytes that were in use at a time: of the device, or of this process on a CPU."""
+    """Return the peak memory in bytes: of the device, or of this process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     try:
@@ -268,7 +267,7 @@ def _peak_memory(device: torch.device) -> int:
 
 
 def _make_step(cfg: BenchmarkConfig, variant: Variant) -> Callable[[], object]:
-    """Build the training step and one batch; return the function that trains on it once."""
+    """Build the training step and one batch; return a function that runs the step on it."""
     import_plugins(cfg.plugins)
     seed_everything(cfg.seed)
     device = pick_device(cfg.device)
@@ -285,13 +284,13 @@ def _make_step(cfg: BenchmarkConfig, variant: Variant) -> Callable[[], object]:
     if variant.compiled:
         network = compile_network(detector, precision, cfg.image_size, images)
         if network is detector:
-            raise DetkitError("the network does not compile: the reason is above")
+            raise DetkitError("the network cannot be compiled: see the reason above")
     loss = build_loss(cfg.as_dict(), detector.head)
     step = TrainStep(detector, loss, recipe, schedule, precision, accumulate=1, clip=10.0, network=network)
     batch = _noise(cfg, images)
     batch.images = batch.images.to(memory_format=layout)
     if device.type == "cuda":
-        batch = batch.pin_memory()  # as a loader's, and the peer's: moving it is part of a step
+        batch = batch.pin_memory()  # like a loader's and the peer's: the transfer is part of a step
     return lambda: step(batch.to(device), 0, 0)
 
 
@@ -302,7 +301,7 @@ def _noise(cfg: BenchmarkConfig, images: int) -> Batch:
 
 @contextmanager
 def _peer(cfg: BenchmarkConfig, device: torch.device) -> Iterator[Callable[[str], Any]]:
-    """Start the peer's training on files of noise; yield a function that lets it run a step."""
+    """Start the peer's training on noise images; yield a function that runs a step."""
     with tempfile.TemporaryDirectory(prefix="detkit-noise-") as folder:
         root, side = Path(folder), cfg.image_size
         for name in ("images", "labels"):
@@ -314,10 +313,8 @@ def _peer(cfg: BenchmarkConfig, device: torch.device) -> Iterator[Callable[[str]
             rows = torch.cat((labels[:, None], corner + extent / 2, extent), 1).tolist()
             lines = [f"{int(label)} {' '.join(map(str, box))}" for label, *box in rows]
             (root / "labels" / f"{k}.txt").write_text("\n".join(lines))
-        names = [str(k) for k in range(cfg.num_classes)]
-        description = {"path": folder, "train": "images", "val": "images", "names": names}
-        (root / "data.yaml").write_text(yaml.safe_dump(description))
+        data = {"path": folder, "train": "images", "val": "images", "names": [str(k) for k in range(cfg.num_classes)]}
+        (root / "data.yaml").write_text(yaml.safe_dump(data))
         place = "cpu" if device.type == "cpu" else str(device.index or 0)
-        arguments = (root / "data.yaml", cfg.model.name, side, cfg.batch_size, place)
-        with start_peer(str(cfg.peer), PEER, arguments) as ask:
+        with start_peer(str(cfg.peer), PEER, (root / "data.yaml", cfg.model.name, side, cfg.batch_size, place)) as ask:
             yield ask

@@ -1,1 +1,1 @@
-"""Checks that hold for every composition of backbone, neck, head and loss: `detkit check` and the tests run them."""
+"""Checks for any combination of backbone, neck, head and loss; run by `detkit check` and the tests."""

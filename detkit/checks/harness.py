@@ -1,4 +1,4 @@
-"""A detector and its loss, ready to be tried: on noise, in eval and in train mode."""
+"""Test harness that runs a detector and its loss on noise, in eval and train mode."""
 
 import contextlib
 from dataclasses import dataclass
@@ -13,17 +13,17 @@ from detkit.structures import Batch
 
 
 class PropertyError(Exception):
-    """A property that ought to hold does not; says in a few words what differed."""
+    """A check failed; the message states what differed."""
 
 
 @dataclass(frozen=True)
 class Composition:
-    """A detector and what it learns from.
+    """A detector and its loss.
 
     Attributes:
-        detector: on the device to be tried.
+        detector: on the device to be tested.
         loss: (DenseOutput, Batch) -> weighted terms.
-        image_size: side in pixels for figures; all else takes smaller images.
+        image_size: side in pixels for FLOPs and memory; checks use smaller images.
     """
 
     detector: Detector
@@ -32,12 +32,12 @@ class Composition:
 
     @property
     def device(self) -> torch.device:
-        """Where the parameters are."""
+        """Device of the parameters."""
         return next(self.detector.parameters()).device
 
     @property
     def size(self) -> tuple[int, int]:
-        """Height and width of small images that are not square: 64x96 where the largest stride is 32."""
+        """Height and width of small images that are not square: 64x96 if the largest stride is 32."""
         return 2 * self.detector.max_stride, 3 * self.detector.max_stride
 
     def batch(self, images: int, boxes: int) -> Batch:
@@ -46,13 +46,13 @@ class Composition:
 
     @torch.no_grad()
     def decode(self, detector: Detector | None = None) -> tuple[Tensor, Tensor]:
-        """Return the boxes and scores of two images, the same at every call, by this detector or another, evaluated."""
+        """Return boxes (2, A, 4) and scores (2, A, C) of two fixed images, by default from this detector in eval."""
         detector = detector or self.detector.eval()
         images = torch.rand(2, 3, *self.size, generator=torch.Generator().manual_seed(0))
         return detector.decode(detector(images.to(next(detector.parameters()))))
 
     def backward(self, batch: Batch, precision: Precision | None = None) -> float:
-        """Train mode, forward (under autocast where a precision is given), loss, backward; return the loss.
+        """Run forward (under autocast if a precision is given) and backward in train mode; return the loss.
 
         Raises:
             PropertyError: the loss or a gradient is not finite.
@@ -67,19 +67,19 @@ class Composition:
         loss.backward()
         broken = [n for n, p in detector.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
         if broken:
-            raise PropertyError(f"the gradient is not finite: {some(broken)}")
+            raise PropertyError(f"the gradient is not finite: {abbreviate(broken)}")
         return loss.item()
 
     def without_gradient(self) -> list[str]:
-        """Return the names of the parameters that should learn, but got no gradient from the last backward pass."""
+        """Return the names of trainable parameters without a gradient after the last backward pass."""
         return [name for name, p in self.detector.named_parameters() if p.requires_grad and p.grad is None]
 
     @torch.no_grad()
     def randomize_norms(self) -> None:
-        """Let every part of a fresh detector show in its outputs, so that comparing outputs compares all of it.
+        """Make the outputs of a new detector depend on all its parts, so that comparing outputs covers them.
 
-        Scales that start at (nearly) 0 hide the branch behind them, and a batch norm that has seen nothing is the
-        identity: the first get values, the second weights and the statistics of a batch of noise.
+        Scales initialized to (nearly) 0 hide their branches, and a new batch norm is the identity: the former get
+        random values, the latter random weights and the statistics of a batch of noise.
         """
         norms = [m for m in self.detector.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
         for norm in norms:
@@ -102,10 +102,10 @@ class Composition:
 
 
 def deviations(found: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor]) -> tuple[float, float]:
-    """Return how far boxes and scores are from the expected ones: norm of the difference as a share of the norm.
+    """Return the relative deviations of (boxes, scores) from the expected ones: norm of the difference over the norm.
 
     Raises:
-        PropertyError: one of them is not finite.
+        PropertyError: a value is not finite.
     """
     for name, tensor in zip(("boxes", "scores") * 2, (*found, *expected), strict=True):
         if not tensor.isfinite().all():
@@ -115,7 +115,7 @@ def deviations(found: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor]) ->
     return boxes, scores
 
 
-def some(names: list[str]) -> str:
-    """Return the first two names, and how many more there are."""
+def abbreviate(names: list[str]) -> str:
+    """Format the first two names and the number of the others."""
     more = f" and {len(names) - 2} more" if len(names) > 2 else ""
     return ", ".join(names[:2]) + more

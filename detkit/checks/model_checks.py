@@ -1,7 +1,7 @@
-"""What must hold for a detector whatever it is made of: one function a property, and one a figure.
+"""Checks for any detector, one function per property, and its size and cost.
 
-A check returns a few words about what it saw, and raises PropertyError with a few words about what differed.
-``detkit check`` prints them all; the tests run them over the composition grid.
+A check returns a short message, or raises PropertyError with a message about what differed, or DoesNotApply.
+``detkit check`` prints all messages; the tests run the checks over a grid of compositions.
 """
 
 import copy
@@ -12,47 +12,47 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from detkit.checks.harness import Composition, PropertyError, deviations, some
+from detkit.checks.harness import Composition, PropertyError, abbreviate, deviations
 from detkit.engine.precision import Precision
 from detkit.models.detector import Detector
 from detkit.models.profiling import activation_bytes, count_flops
 
-FUSED_TOLERANCE = 1e-3  # deviation of boxes and of scores (harness.deviations)
+FUSED_TOLERANCE = 1e-3  # deviation of boxes and scores (harness.deviations)
 COPY_TOLERANCE = 1e-6
-HALF_TOLERANCE = 8  # times the deviation that rounding the weights causes; 1 to 4 times is usual
+HALF_TOLERANCE = 8  # times the deviation caused by rounding the weights; usual is 1 to 4 times
 REVERSED_TOLERANCE = 1e-6  # deviation of each parameter's gradient, in float64
 
 Check = Callable[[Composition], str]
 
 
-class DoesNotApply(Exception):  # noqa: N818  (no error)
-    """There is nothing of the kind in this detector."""
+class DoesNotApply(Exception):  # noqa: N818  (not an error)
+    """The check does not apply to this detector."""
 
 
 @dataclass(frozen=True)
 class CheckResult:
-    """What came of a check: ``status`` is pass, fail, or - where there was nothing to check."""
+    """Result of a check; ``status`` is pass, fail, or - if the check does not apply."""
 
     title: str
     status: str
-    words: str
+    message: str
 
 
 def run_check(composition: Composition, title: str, check: Check) -> CheckResult:
-    """Run one check; whatever it raises is a finding."""
+    """Run one check; any exception makes it fail."""
     try:
         return CheckResult(title, "pass", check(composition))
     except PropertyError as error:
         return CheckResult(title, "fail", str(error))
     except DoesNotApply as reason:
         return CheckResult(title, "-", str(reason))
-    except Exception as error:  # whatever somebody's part does when it is run
+    except Exception as error:  # parts may raise anything
         first_line = (str(error).splitlines() or [""])[0]
         return CheckResult(title, "fail", f"{type(error).__name__}: {first_line}")
 
 
 def output_shapes(composition: Composition) -> str:
-    """Square images: features match the declared channels and strides, as many boxes as scores, inputs untouched."""
+    """Check on square images that shapes match the declarations and inputs are not modified."""
     side = composition.size[0]
     _check_shapes(composition, side, side)
     head: Any = composition.detector.head
@@ -60,7 +60,7 @@ def output_shapes(composition: Composition) -> str:
 
 
 def non_square_input(composition: Composition) -> str:
-    """The same, lying and standing."""
+    """Do the same as ``output_shapes`` for portrait and landscape images."""
     height, width = composition.size
     _check_shapes(composition, height, width)
     _check_shapes(composition, width, height)
@@ -68,39 +68,39 @@ def non_square_input(composition: Composition) -> str:
 
 
 def batch_of_one(composition: Composition) -> str:
-    """A single image trains."""
+    """Check that a batch of one image can be trained on."""
     composition.backward(composition.batch(images=1, boxes=4))
     return "trains"
 
 
 def unused_parameters(composition: Composition) -> str:
-    """Every parameter that learns gets a finite gradient from the loss."""
+    """Check that every trainable parameter gets a finite gradient from the loss."""
     composition.backward(composition.batch(images=2, boxes=4))
-    silent = composition.without_gradient()
-    if silent:
-        raise PropertyError(f"no gradient reaches {some(silent)}")
-    return f"all {sum(p.requires_grad for p in composition.detector.parameters())} tensors that learn get a gradient"
+    unused = composition.without_gradient()
+    if unused:
+        raise PropertyError(f"no gradient reaches {abbreviate(unused)}")
+    return f"all {sum(p.requires_grad for p in composition.detector.parameters())} trainable tensors get a gradient"
 
 
 def empty_targets(composition: Composition) -> str:
-    """Images without boxes give a finite loss, and gradients to the same parameters as images with boxes."""
+    """Check that images without boxes give a finite loss, and gradients to the same parameters as with boxes."""
     composition.backward(composition.batch(images=2, boxes=3))
-    silent = set(composition.without_gradient())
+    unused = set(composition.without_gradient())
     padded = composition.batch(images=2, boxes=3)
     padded.valid_bm[:] = False
     for batch in (composition.batch(images=2, boxes=0), padded):
         loss = composition.backward(batch)
-        more = sorted(set(composition.without_gradient()) - silent)
+        more = sorted(set(composition.without_gradient()) - unused)
         if more:
-            raise PropertyError(f"without boxes no gradient reaches {some(more)}")
+            raise PropertyError(f"without boxes no gradient reaches {abbreviate(more)}")
     return f"loss {loss:.3g} without a box"
 
 
 def half_precision(composition: Composition) -> str:
-    """Under autocast (bf16 on a CPU, what ``amp=auto`` picks on a GPU) it trains, and decodes nearly the same.
+    """Check that it trains and gives similar outputs under autocast (bf16 on a CPU, that of ``amp=auto`` on a GPU).
 
-    How far half precision deviates depends on how much the network magnifies rounding errors, so the measure is what
-    the same detector in float32 deviates by when only its weights are rounded to half precision.
+    Since networks magnify rounding errors to a different degree, the deviation is compared to that of the same detector
+    in float32 with its weights rounded to half precision.
     """
     precision = Precision.from_config("bf16" if composition.device.type == "cpu" else "auto", composition.device)
     expected = composition.decode()
@@ -119,20 +119,20 @@ def half_precision(composition: Composition) -> str:
 
 
 def deep_copy(composition: Composition) -> str:
-    """A copy says the same, and what is done to it does not reach the original."""
+    """Check that a copy gives the same outputs and is independent of the original."""
     detector = composition.detector
     expected = composition.decode()
-    twin = Composition(copy.deepcopy(detector), composition.loss)
-    deviation = max(deviations(twin.decode(), expected))
+    clone = Composition(copy.deepcopy(detector), composition.loss)
+    deviation = max(deviations(clone.decode(), expected))
     if deviation > COPY_TOLERANCE:
         raise PropertyError(f"the copy's outputs deviate by {deviation:.2g}")
     detector.zero_grad()
-    twin.backward(twin.batch(images=2, boxes=4))
+    clone.backward(clone.batch(images=2, boxes=4))
     reached = [name for name, parameter in detector.named_parameters() if parameter.grad is not None]
     if reached:
-        raise PropertyError(f"training the copy gives the original gradients: {some(reached)}")
+        raise PropertyError(f"training the copy gives the original gradients: {abbreviate(reached)}")
     with torch.no_grad():
-        for tensor in (*twin.detector.parameters(), *twin.detector.buffers()):
+        for tensor in (*clone.detector.parameters(), *clone.detector.buffers()):
             tensor.zero_()
     if max(deviations(composition.decode(), expected)) > COPY_TOLERANCE:
         raise PropertyError("changing the copy changes the original")
@@ -140,27 +140,29 @@ def deep_copy(composition: Composition) -> str:
 
 
 def reversible_gradients(composition: Composition) -> str:
-    """Parts with ``save_memory`` give the same gradients with it as without it, in float64."""
-    twin = copy.deepcopy(composition.detector).double().train()
-    parts = [module for module in twin.modules() if hasattr(module, "save_memory")]
+    """Check that parts with ``save_memory`` give the same gradients with and without it, in float64."""
+    clone = copy.deepcopy(composition.detector).double().train()
+    parts = [module for module in clone.modules() if hasattr(module, "save_memory")]
     if not parts:
         raise DoesNotApply("nothing recomputes in backward")
     images = torch.rand(2, 3, *composition.size, device=composition.device, dtype=torch.float64)
-    found, expected = (_gradients(twin, parts, images, save_memory) for save_memory in (True, False))
+    found, expected = (_gradients(clone, parts, images, save_memory) for save_memory in (True, False))
     if found.keys() != expected.keys():
-        raise PropertyError(f"other parameters get a gradient: {some(sorted(found.keys() ^ expected.keys()))}")
+        raise PropertyError(
+            f"not the same parameters get a gradient: {abbreviate(sorted(found.keys() ^ expected.keys()))}"
+        )
     floor = 1e-9 * max(float(gradient.norm()) for gradient in expected.values())
     errors = {n: float((found[n] - g).norm()) / max(float(g.norm()), floor) for n, g in expected.items()}
     worst = max(errors, key=errors.__getitem__)
     if not errors[worst] <= REVERSED_TOLERANCE:
         raise PropertyError(f"the gradient of {worst} deviates by {errors[worst]:.2g} of its norm")
-    return f"deviate by {errors[worst]:.0e} in float64, tolerated is {REVERSED_TOLERANCE:.0e}"
+    return f"deviate by {errors[worst]:.0e} in float64 (tolerance {REVERSED_TOLERANCE:.0e})"
 
 
 def fused_outputs(composition: Composition) -> str:
-    """The deployed form says the same in float64, and making it leaves the original as it was.
+    """Check that the fused copy gives the same outputs in float64, and that the original is unchanged.
 
-    In float32 a batch norm over next to no variance magnifies rounding, as much before as after it is folded.
+    In float32 a batch norm with a very small variance magnifies rounding errors, fused or not.
     """
     detector = composition.detector.double()
     try:
@@ -170,31 +172,31 @@ def fused_outputs(composition: Composition) -> str:
     finally:
         detector.float()
     if deviation > FUSED_TOLERANCE:
-        raise PropertyError(f"deviate by {deviation:.2g}, tolerated is {FUSED_TOLERANCE:.0e}")
+        raise PropertyError(f"deviate by {deviation:.2g} (tolerance {FUSED_TOLERANCE:.0e})")
     if changed > COPY_TOLERANCE:
         raise PropertyError("fusing changes the original")
-    return f"deviate by {deviation:.0e}, tolerated is {FUSED_TOLERANCE:.0e}"
+    return f"deviate by {deviation:.0e} (tolerance {FUSED_TOLERANCE:.0e})"
 
 
 def parameter_count(composition: Composition) -> str:
-    """Parameters, and those of the deployed form."""
+    """Report the number of parameters, also of the fused detector."""
     detectors = composition.detector, composition.detector.fuse()
     plain, fused = (sum(p.numel() for p in detector.parameters()) for detector in detectors)
     return f"{plain:,}; fused {fused:,}"
 
 
 def gflops(composition: Composition) -> str:
-    """Operations of one image in eval mode, counted by operator; a multiply-add is 2."""
+    """Report the GFLOPs of one image in eval mode, counted by operator; a multiply-add is 2."""
     size = composition.image_size
     image = torch.zeros(1, 3, size, size, device=composition.device)
     return f"{count_flops(composition.detector.eval(), image) / 1e9:.1f} at {size}x{size}"
 
 
 def activation_memory(composition: Composition) -> str:
-    """What autograd keeps of one image for the backward pass."""
+    """Report the memory that autograd saves for the backward pass of one image."""
     size = composition.image_size
     image = torch.rand(1, 3, size, size, device=composition.device)
-    return f"{activation_bytes(composition.detector.train(), image) / 2**20:.0f} MiB an image at {size}x{size}"
+    return f"{activation_bytes(composition.detector.train(), image) / 2**20:.0f} MiB per image at {size}x{size}"
 
 
 CHECKS: dict[str, Check] = {
@@ -216,27 +218,35 @@ FIGURES: dict[str, Check] = {
 
 
 def _check_shapes(composition: Composition, height: int, width: int) -> None:
-    """Run images of this size through the parts one by one, looking at shapes only (a meta device will do)."""
+    """Check the output shapes of all parts for images of this size (works on the meta device).
+
+    Raises:
+        PropertyError: a shape is not as declared, or a part modifies its input.
+    """
     detector = composition.detector.eval()
     parts: dict[str, Any] = {"backbone": detector.backbone, "neck": detector.neck}
     expected: list[tuple[int, ...]]
     maps: Tensor | tuple[Tensor, ...] = torch.rand(2, 3, height, width, device=composition.device)
     with torch.no_grad():
         for name, part in parts.items():
-            maps = _leaving_inputs_alone(name, part, maps)
+            maps = _run_part(name, part, maps)
             expected = [(2, c, height // s, width // s) for c, s in zip(part.out_channels, part.strides, strict=True)]
             found = [tuple(feature.shape) for feature in maps]
             if found != expected:
-                raise PropertyError(f"the {name} declares {_shapes(expected)} and gives {_shapes(found)}")
-        boxes, scores = detector.decode(_leaving_inputs_alone("head", detector.head, maps))
+                raise PropertyError(f"the {name} declares {_shapes(expected)} but returns {_shapes(found)}")
+        boxes, scores = detector.decode(_run_part("head", detector.head, maps))
     expected = [(2, scores.shape[1], 4), (2, scores.shape[1], len(detector.class_names))]
     if [boxes.shape, scores.shape] != expected:
         wrong = _shapes([boxes.shape, scores.shape])
-        raise PropertyError(f"decoded boxes and scores are {wrong}, they should be {_shapes(expected)}")
+        raise PropertyError(f"decoded boxes and scores are {wrong}, not {_shapes(expected)}")
 
 
-def _leaving_inputs_alone(name: str, part: nn.Module, inputs: Tensor | tuple[Tensor, ...]) -> Any:
-    """Return ``part(inputs)``; raises PropertyError where it writes into its inputs, which others may still want."""
+def _run_part(name: str, part: nn.Module, inputs: Tensor | tuple[Tensor, ...]) -> Any:
+    """Return ``part(inputs)``.
+
+    Raises:
+        PropertyError: the part modifies its inputs, which others may use.
+    """
     tensors = inputs if isinstance(inputs, tuple) else (inputs,)
     versions = [tensor._version for tensor in tensors]
     outputs = part(inputs)
@@ -245,15 +255,15 @@ def _leaving_inputs_alone(name: str, part: nn.Module, inputs: Tensor | tuple[Ten
     return outputs
 
 
-def _gradients(twin: Detector, parts: list[Any], images: Tensor, save_memory: bool) -> dict[str, Tensor]:
-    """Return each parameter's gradient of the mean square of the outputs, with the same random numbers each time."""
+def _gradients(detector: Detector, parts: list[Any], images: Tensor, save_memory: bool) -> dict[str, Tensor]:
+    """Return the gradient of the mean squared outputs w.r.t. each parameter, with the same random numbers each time."""
     for part in parts:
         part.save_memory = save_memory
-    twin.zero_grad()
+    detector.zero_grad()
     torch.manual_seed(0)
-    out = twin(images)
+    out = detector(images)
     (out.cls.square().mean() + out.reg.square().mean()).backward()
-    return {name: p.grad.clone() for name, p in twin.named_parameters() if p.grad is not None}
+    return {name: p.grad.clone() for name, p in detector.named_parameters() if p.grad is not None}
 
 
 def _shapes(shapes: list[tuple[int, ...]]) -> str:

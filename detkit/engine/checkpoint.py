@@ -13,7 +13,7 @@ from torch import Tensor
 
 from detkit.config.check import check_values, first_odd_value
 from detkit.errors import DetkitError, error_context, is_name, shorten
-from detkit.models.detector import Detector, build_detector, sketch_detector, without_pretrained
+from detkit.models.detector import Detector, build_detector, build_meta_detector, without_pretrained
 from detkit.ops.atomic_write import write_atomically
 from detkit.ops.files import open_regular
 from detkit.ops.memory import free_memory, gib
@@ -182,7 +182,7 @@ def build_from_checkpoint(path: str | Path) -> Detector:
     cfg, plugins = without_pretrained(header.cfg), header.cfg.get("plugins")  # a file never causes imports
     hint = f"; it was trained with plugins={shorten(plugins)}: import these first, or pass the same" if plugins else ""
     with error_context(path, hint):
-        planned = sketch_detector(cfg, header.class_names)
+        planned = build_meta_detector(cfg, header.class_names)
     if planned is not None:
         _check_fit(planned, header, path)
     with error_context(path, hint):

@@ -112,7 +112,7 @@ class TrainStep:
         side = 2 * self.detector.max_stride
         with without_bn_stats(self.detector):
             out = self.network(torch.zeros(1, 3, side, side, device=self.precision.device))
-        return out.of_no_image()
+        return out.empty()
 
     def weight(self, images: int) -> Tensor:
         """Return the () weight of the loss terms: the number of images of all ranks, times the world size.

@@ -1,3 +1,3 @@
-"""Blocks that backbones, necks and heads are made of; importing this package registers them all."""
+"""Building blocks of backbones, necks and heads; importing this package registers them."""
 
 from detkit.layers import akconv, conv, csp, dynamic, pooling  # noqa: F401

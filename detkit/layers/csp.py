@@ -1,6 +1,6 @@
-"""Cross-stage-partial blocks: part of the channels goes through bottlenecks, part goes around (arXiv 1911.11929).
+"""Cross-stage-partial blocks: some channels pass through bottlenecks, the others bypass them (arXiv 1911.11929).
 
-A CSP block takes (c1, c2, n, shortcut): channels in and out, number of bottlenecks, residual or not.
+A CSP block takes (c1, c2, n, shortcut): input and output channels, number of bottlenecks, residual or not.
 """
 
 import torch
@@ -11,7 +11,7 @@ from detkit.registry import BLOCKS
 
 
 class Bottleneck(nn.Module):
-    """Two convolutions that keep the shape, with a residual where asked."""
+    """Two convolutions that preserve the shape, with an optional residual."""
 
     def __init__(self, cv1: nn.Module, cv2: nn.Module, shortcut: bool) -> None:
         super().__init__()
@@ -20,14 +20,14 @@ class Bottleneck(nn.Module):
         self.shortcut = shortcut
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, c, H, W) -> (B, c, H, W)."""
+        """Map (B, c, H, W) to (B, c, H, W)."""
         y = self.cv2(self.cv1(x))
         return x + y if self.shortcut else y
 
 
 @BLOCKS.register("c2f")
 class C2f(nn.Module):
-    """YOLOv8's CSP block: every bottleneck's output is kept.
+    """YOLOv8's CSP block: the outputs of all bottlenecks are concatenated.
 
     ::
 
@@ -47,16 +47,16 @@ class C2f(nn.Module):
         self.m = nn.ModuleList(Bottleneck(Conv(c, c, 3), Conv(c, c, 3), shortcut) for _ in range(n))
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, c1, H, W) -> (B, c2, H, W)."""
-        parts = list(self.cv1(x).chunk(2, 1))
+        """Map (B, c1, H, W) to (B, c2, H, W)."""
+        features = list(self.cv1(x).chunk(2, 1))
         for bottleneck in self.m:
-            parts.append(bottleneck(parts[-1]))
-        return self.cv2(torch.cat(parts, 1))
+            features.append(bottleneck(features[-1]))
+        return self.cv2(torch.cat(features, 1))
 
 
 @BLOCKS.register("c3")
 class C3(nn.Module):
-    """YOLOv5's CSP block: one half goes through all bottlenecks (1x1, then 3x3), the other around them.
+    """YOLOv5's CSP block: one half passes through all bottlenecks (1x1, then 3x3), the other bypasses them.
 
     ::
 
@@ -64,7 +64,11 @@ class C3(nn.Module):
             +-- 1x1 ------------------+-- concat 2c -- 1x1 --
 
     Args:
-        conv: the bottlenecks' second convolution, (c, c, 3, 1).
+        c1: input channels.
+        c2: output channels.
+        n: number of bottlenecks.
+        shortcut: whether the bottlenecks have a residual.
+        conv: second convolution of the bottlenecks, (c, c, 3, 1).
     """
 
     slot = "csp"
@@ -80,16 +84,15 @@ class C3(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, c1, H, W) -> (B, c2, H, W)."""
+        """Map (B, c1, H, W) to (B, c2, H, W)."""
         return self.cv3(torch.cat((self.m(self.cv1(x)), self.cv2(x)), 1))
 
 
 @BLOCKS.register("c3_akconv")
 class C3AKConv(C3):
-    """C3 whose bottlenecks end in an AKConv (arXiv 2311.11587) of N ``points`` instead of a 3x3 convolution.
+    """C3 with an AKConv (arXiv 2311.11587) of N ``points`` as the second convolution of each bottleneck.
 
-    Args:
-        sampling: AKConv's, "paper" or "tutorial".
+    ``sampling`` is AKConv's, "paper" or "tutorial".
     """
 
     def __init__(

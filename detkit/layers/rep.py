@@ -1,4 +1,4 @@
-"""RepVGG: three branches to train, one convolution to deploy (arXiv 2101.03697)."""
+"""RepVGG: three branches for training, one convolution for deployment (arXiv 2101.03697)."""
 
 import copy
 
@@ -24,7 +24,7 @@ class ConvBN(nn.Module):
 
     def fuse(self) -> None:
         """Fold the batch norm into the convolution, in place."""
-        assert isinstance(self.bn, nn.BatchNorm2d), "it is folded already"
+        assert isinstance(self.bn, nn.BatchNorm2d), "already fused"
         self.conv = fuse_conv_bn_eval(self.conv, self.bn)
         self.bn = nn.Identity()
 
@@ -38,7 +38,7 @@ class ConvBNReLU(ConvBN):
 
 
 class RepVGG(nn.Module):
-    """ReLU of the sum of a 3x3 and a 1x1 convolution and, where the shape stays, the input, each with batch norm."""
+    """ReLU of a 3x3 plus a 1x1 convolution plus, if the shape is preserved, the input, each with batch norm."""
 
     def __init__(self, c1: int, c2: int, s: int = 1) -> None:
         super().__init__()
@@ -49,7 +49,7 @@ class RepVGG(nn.Module):
         self.rbr_deployed: nn.Conv2d | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, c1, H, W) -> (B, c2, H / s, W / s)."""
+        """Map (B, c1, H, W) to (B, c2, H / s, W / s)."""
         if self.rbr_deployed is not None:
             return F.relu(self.rbr_deployed(x))
         y = self.rbr_dense(x) + self.rbr_1x1(x)
@@ -70,6 +70,6 @@ class RepVGG(nn.Module):
 
 
 def _fold(kernel: Tensor, bn: nn.Module) -> tuple[Tensor, Tensor]:
-    """Return the kernel and the bias of a convolution without bias and the batch norm after it, in eval mode."""
+    """Return kernel and bias of a bias-free convolution with the batch norm after it folded in (eval mode)."""
     assert isinstance(bn, nn.BatchNorm2d) and bn.running_mean is not None and bn.running_var is not None
     return fuse_conv_bn_weights(kernel, None, bn.running_mean, bn.running_var, bn.eps, bn.weight, bn.bias)

@@ -1,3 +1,3 @@
-"""Backbones, necks, heads and losses, and the detector they compose; importing this package registers them."""
+"""Backbones, necks, heads and losses, and the detector composed of them; importing this package registers them."""
 
 from detkit.models import backbones, heads, losses, necks  # noqa: F401

@@ -1,4 +1,4 @@
-"""What a model would take, found out before it is made: it is built without values, on torch's meta device."""
+"""Checking a model's size before allocating it, by building it on the meta device."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,36 +13,43 @@ from detkit.ops.memory import free_memory, gib
 
 Module = TypeVar("Module", bound=nn.Module)
 
-MAX_MODULES = 30_000  # RevCol-XL and timm's largest have some 5,000
+MAX_MODULES = 30_000  # RevCol-XL and timm's largest models have about 5,000
 
 
-def sketch(make: Callable[[], Module], copies: int = 1) -> Module | None:
-    """Return what ``make`` returns, on the meta device: shapes, and no memory.
-
-    None: it cannot be made so, as a part looks at values, or is wrong: making it in earnest will tell.
+def build_on_meta(make: Callable[[], Module], copies: int = 1) -> Module | None:
+    """Build a module on the meta device, which takes no memory.
 
     Args:
-        copies: of the weights that are to be in memory; 0: none are.
+        make: builds the module.
+        copies: how many copies of the weights will be in memory; 0 skips the memory check.
+
+    Returns:
+        The module, or None if ``make`` fails on the meta device: it may depend on values, or be invalid, which
+        building it on a real device shows.
 
     Raises:
-        DetkitError: it has too many modules, or its weights would not fit into the free memory.
+        DetkitError: the module has too many submodules, or its weights would not fit into the free memory.
     """
     try:
         with _within_budget(copies), torch.device("meta"):
             return make()
     except TooLarge:
         raise
-    except Exception:  # whatever a part does
+    except Exception:  # parts may raise anything
         return None
 
 
-class TooLarge(DetkitError):  # noqa: N818  (what it is, not that it is an error)
-    """A model that this machine cannot hold."""
+class TooLarge(DetkitError):  # noqa: N818  (named for its subject)
+    """A model that exceeds this machine's memory or the limit of modules."""
 
 
 @contextmanager
 def _within_budget(copies: int) -> Iterator[None]:
-    """Count the modules and bytes of every module that is made in the block."""
+    """Count the modules and bytes of everything built in the block.
+
+    Raises:
+        TooLarge: a limit is exceeded.
+    """
     free = free_memory()
     modules = size = 0
 
@@ -51,16 +58,16 @@ def _within_budget(copies: int) -> Iterator[None]:
         modules += 1
         if modules > MAX_MODULES:
             raise TooLarge(
-                f"the model has more than {MAX_MODULES:,} modules: lower model.depth, the repeats or columns of a part"
+                f"the model has more than {MAX_MODULES:,} modules: lower model.depth, or a part's repeats or columns"
             )
 
-    def add_tensor(module: nn.Module, name: str, tensor: Tensor | None) -> None:
+    def add_tensor(_module: nn.Module, _name: str, tensor: Tensor | None) -> None:
         nonlocal size
         size += copies * tensor.numel() * tensor.element_size() if tensor is not None else 0
         if size > free:
-            times = f" ({copies} times, to train them)" if copies > 1 else ""
+            times = f" ({copies} copies for training)" if copies > 1 else ""
             raise TooLarge(
-                f"the model's weights{times} take more than the {gib(free)} of free memory: lower model.width, or take "
+                f"the model's weights{times} take more than the {gib(free)} of free memory: lower model.width or use "
                 "a smaller model"
             )
 

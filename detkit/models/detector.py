@@ -1,4 +1,4 @@
-"""The detector: backbone, neck and head, and how they are built from a config."""
+"""The detector (backbone, neck and head), and building it from a config."""
 
 import copy
 import stat
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import detkit.layers  # noqa: F401  (registers the blocks)
 from detkit.errors import DetkitError, shorten
 from detkit.models import backbones, heads, losses, necks  # noqa: F401  (register themselves)
-from detkit.models.budget import sketch
+from detkit.models.budget import build_on_meta
 from detkit.ops.image import IMAGE_SUFFIXES, Letterbox, is_image, read_image
 from detkit.ops.nms import non_max_suppression
 from detkit.registry import BACKBONES, HEADS, LOSSES, NECKS
@@ -23,36 +23,38 @@ Source = str | Path | np.ndarray | Sequence["Source"]
 
 
 class Detector(nn.Module):
-    """A backbone, a neck and a head in a row.
+    """A backbone, a neck and a head in sequence.
 
     Attributes:
-        class_names: one name a class, in the order of the class logits.
-        cfg: the resolved configuration it was built from, plain dicts and lists.
-        max_stride: both sides of an input divide by it.
+        class_names: one name per class, in the order of the class logits.
+        cfg: resolved configuration it was built from, as plain dicts and lists.
+        max_stride: both sides of an input must be divisible by it.
+        is_fused: whether this is the result of ``fuse()``.
     """
 
     def __init__(
         self, backbone: nn.Module, neck: nn.Module, head: nn.Module, class_names: Sequence[str], cfg: Mapping[str, Any]
     ) -> None:
         super().__init__()
-        # A part is known by what it has, such as strides, not by a base class.
+        # Parts are duck-typed (strides, out_channels, ...); there is no base class.
         self.backbone = cast("Any", backbone)
         self.neck = cast("Any", neck)
         self.head = cast("Any", head)
         self.class_names = tuple(class_names)
         self.cfg = dict(cfg)
         self.max_stride = max(*self.backbone.strides, *self.head.strides)
+        self.is_fused = False
 
     def forward(self, images: Tensor) -> DenseOutput:
-        """(B, 3, H, W) float RGB in 0..1 -> DenseOutput.
+        """Map images (B, 3, H, W), float RGB in 0..1, to a DenseOutput.
 
         Raises:
-            DetkitError: H or W does not divide by the largest stride.
+            DetkitError: H or W is not divisible by the largest stride.
         """
         height, width = images.shape[-2:]
         if height % self.max_stride or width % self.max_stride:
             raise DetkitError(
-                f"input is {height}x{width} pixels: both sides must divide by {self.max_stride}; resize or pad it"
+                f"input is {height}x{width} pixels: both sides must be divisible by {self.max_stride}; resize or pad it"
             )
         return self.head(self.neck(self.backbone(images)))
 
@@ -70,23 +72,22 @@ class Detector(nn.Module):
         image_size: int | None = None,
         multi_label: bool = False,
     ) -> list[Detections]:
-        """Find objects in pictures, one after another, each letterboxed to a square.
+        """Detect objects in images, one image at a time, each letterboxed to a square.
 
         Args:
             source: a file, a folder (its images by name), an (H, W, 3) uint8 RGB array, or a list of these.
-            score: report objects above this score.
-            iou: suppress a box that overlaps a better one of its class by more than this.
-            max_det: at most this many objects a picture.
-            image_size: side of the square in pixels; by default the one of the training.
-            multi_label: a box may be reported once for each of its classes above ``score``; by default it has its
-                best class only.
+            score: minimum score (exclusive).
+            iou: suppress a box if its IoU with a higher-scoring box of its class exceeds this.
+            max_det: maximum number of objects per image.
+            image_size: side of the square in pixels; by default the one used in training.
+            multi_label: report a box once for each of its classes above ``score``, instead of for its best class only.
 
         Returns:
-            One Detections a picture, boxes in the picture's own pixels.
+            One Detections per image, with boxes in pixels of that image.
 
         Raises:
-            DetkitError: a source or value that is not allowed.
-            UnreadableImage: a file that is not a readable picture.
+            DetkitError: the source or a value is invalid.
+            UnreadableImage: a file is not a readable image.
         """
         for name, value in (("score", score), ("iou", iou)):
             if not isinstance(value, (int, float)) or not 0 <= value <= 1:
@@ -98,7 +99,7 @@ class Detector(nn.Module):
         was_training = self.training
         self.eval()
         try:
-            return [self._predict_one(path, image, size, thresholds) for path, image in _pictures(source)]
+            return [self._predict_one(path, image, size, thresholds) for path, image in _iter_images(source)]
         finally:
             self.train(was_training)
 
@@ -115,8 +116,14 @@ class Detector(nn.Module):
         return Detections(xyxy.cpu(), confidence.cpu(), labels.cpu(), self.class_names, (height, width), path)
 
     def fuse(self) -> "Detector":
-        """Return a frozen copy in its deployed form (batch norms folded, branches merged): equal outputs."""
+        """Return a frozen copy in deployed form (batch norms folded, branches merged) with equal outputs.
+
+        A detector that is already fused is returned as it is.
+        """
+        if self.is_fused:
+            return self
         fused = copy.deepcopy(self).eval().requires_grad_(False)
+        fused.is_fused = True
         for module in list(fused.modules()):
             if module is not fused and callable(fuse := getattr(module, "fuse", None)):
                 fuse()
@@ -124,7 +131,7 @@ class Detector(nn.Module):
 
 
 def unletterbox(xyxy: Tensor, scale: tuple[float, float], offset: tuple[float, float], size: tuple[int, int]) -> Tensor:
-    """Undo a letterbox: boxes (N, 4) in the frame -> pixels of the source image of ``size`` (h, w), clipped to it."""
+    """Map boxes (N, 4) from a letterboxed frame to pixels of the source image of ``size`` (h, w), clipped to it."""
     height, width = size
     xyxy = (xyxy - xyxy.new_tensor((*offset, *offset))) / xyxy.new_tensor((*scale, *scale))
     limit = xyxy.new_tensor((width, height, width, height))
@@ -132,29 +139,31 @@ def unletterbox(xyxy: Tensor, scale: tuple[float, float], offset: tuple[float, f
 
 
 def build_detector(cfg: Mapping[str, Any], class_names: Sequence[str], copies: int = 1) -> Detector:
-    """Compose a detector from ``cfg["backbone"]``, ``cfg["neck"]`` and ``cfg["head"]``, channels-last in memory.
+    """Build a detector from ``cfg["backbone"]``, ``cfg["neck"]`` and ``cfg["head"]``, channels-last in memory.
 
     Each is ``{name, keyword arguments}``; channels, strides and the number of classes are derived here.
 
     Args:
-        copies: of its weights that are going to be in memory.
+        cfg: the resolved configuration.
+        class_names: one name per class.
+        copies: how many copies of the weights will be in memory.
 
     Raises:
-        DetkitError: an unknown name or keyword, or parts that do not fit; the sentence says which. Or there is too
-            little memory, which is found out before any is taken.
+        DetkitError: a name or keyword is unknown, the parts do not fit together, or the weights would not fit into
+            the free memory (checked before allocating any).
     """
     if torch.get_default_device().type != "meta":
-        sketch_detector(cfg, class_names, copies)
+        build_meta_detector(cfg, class_names, copies)
     return _compose(cfg, class_names)
 
 
-def sketch_detector(cfg: Mapping[str, Any], class_names: Sequence[str], copies: int = 1) -> Detector | None:
-    """Compose a detector of shapes alone; None where that is not possible, see ``budget.sketch``."""
-    return sketch(lambda: _compose(without_pretrained(cfg), class_names), copies)
+def build_meta_detector(cfg: Mapping[str, Any], class_names: Sequence[str], copies: int = 1) -> Detector | None:
+    """Build a detector on the meta device; None if that is not possible, see ``budget.build_on_meta``."""
+    return build_on_meta(lambda: _compose(without_pretrained(cfg), class_names), copies)
 
 
 def without_pretrained(cfg: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a config whose backbone is built without looking for published weights, as others are at hand."""
+    """Return a copy of the config with pretrained backbone weights disabled."""
     without = {"pretrained": False, "weights": None}
     return {**cfg, "backbone": {key: without.get(key, value) for key, value in cfg["backbone"].items()}}
 
@@ -165,13 +174,15 @@ def _compose(cfg: Mapping[str, Any], class_names: Sequence[str]) -> Detector:
     if in_strides is None:
         in_strides = getattr(NECKS.get(neck_spec.get("name", "")), "in_strides", None)
     if not in_strides:
-        raise DetkitError(f"neck '{neck_spec['name']}' must declare in_strides, such as (8, 16, 32): what it takes")
+        raise DetkitError(
+            f"neck '{neck_spec['name']}' must declare in_strides, the strides of its inputs, such as (8, 16, 32)"
+        )
     backbone = BACKBONES.build(cfg["backbone"], out_strides=tuple(in_strides))
     _check_declaration(backbone, f"backbone '{cfg['backbone']['name']}'")
     if tuple(backbone.strides) != tuple(in_strides):
         raise DetkitError(
-            f"backbone '{cfg['backbone']['name']}' gives features at strides {list(backbone.strides)}, "
-            f"neck '{neck_spec['name']}' takes {list(in_strides)}: choose another of the two"
+            f"backbone '{cfg['backbone']['name']}' has features at strides {list(backbone.strides)}, "
+            f"neck '{neck_spec['name']}' takes {list(in_strides)}: choose another backbone or neck"
         )
     neck = NECKS.build(neck_spec, in_channels=backbone.out_channels, strides=backbone.strides)
     _check_declaration(neck, f"neck '{neck_spec['name']}'")
@@ -181,11 +192,11 @@ def _compose(cfg: Mapping[str, Any], class_names: Sequence[str]) -> Detector:
 
 
 def _check_declaration(part: nn.Module, name: str) -> None:
-    """Check that a backbone or neck says what it gives."""
+    """Check that a backbone or neck declares the channels and strides of its outputs."""
     channels, strides = getattr(part, "out_channels", None), getattr(part, "strides", None)
     if not isinstance(channels, Sequence) or not isinstance(strides, Sequence) or len(channels) != len(strides):
         raise DetkitError(
-            f"{name} must declare out_channels and strides, one of each a feature map: "
+            f"{name} must declare out_channels and strides, one of each per feature map: "
             f"it has out_channels {channels} and strides {strides}"
         )
 
@@ -194,23 +205,23 @@ def build_loss(cfg: Mapping[str, Any], head: nn.Module) -> nn.Module:
     """Build ``cfg["loss"]`` for a head.
 
     Raises:
-        DetkitError: an unknown name or keyword, or a loss that cannot learn from what the head gives.
+        DetkitError: a name or keyword is unknown, or the loss takes another kind of output than the head returns.
     """
     loss = LOSSES.build(cfg["loss"])
-    given, wanted = (getattr(part, "output", DenseOutput) for part in (head, loss))
-    if given is not wanted:
+    returned, expected = (getattr(part, "output", DenseOutput) for part in (head, loss))
+    if returned is not expected:
         raise DetkitError(
-            f"loss '{cfg['loss']['name']}' learns from {wanted.__name__}, head '{cfg['head']['name']}' gives "
-            f"{given.__name__}: leave loss= out, the head then chooses its own"
+            f"loss '{cfg['loss']['name']}' takes {expected.__name__}, head '{cfg['head']['name']}' returns "
+            f"{returned.__name__}: omit loss= to use the head's own"
         )
     return loss
 
 
 def expand_source(path: Path) -> list[Path]:
-    """Return the images of a folder by name, or the one file.
+    """Return the images of a folder sorted by name, or the single file.
 
     Raises:
-        DetkitError: neither is there or can be read, or the folder holds no images.
+        DetkitError: the path does not exist or cannot be read, or the folder contains no images.
     """
     try:
         mode = path.stat().st_mode
@@ -218,7 +229,7 @@ def expand_source(path: Path) -> list[Path]:
         files = sorted(file for file in listed if is_image(file.name))
     except FileNotFoundError:
         raise DetkitError(f"source {shorten(str(path))} does not exist") from None
-    except (OSError, ValueError) as error:  # no permission, links in a circle, a NUL character
+    except (OSError, ValueError) as error:  # no permission, a symlink loop, a NUL character
         reason = getattr(error, "strerror", None) or error
         raise DetkitError(f"cannot read source {shorten(str(path))}: {reason}") from None
     if stat.S_ISREG(mode):
@@ -227,23 +238,23 @@ def expand_source(path: Path) -> list[Path]:
         raise DetkitError(f"source {shorten(str(path))} is neither a regular file nor a folder")
     if not files:
         suffixes = ", ".join(sorted(IMAGE_SUFFIXES))
-        raise DetkitError(f"folder {shorten(str(path))} holds no images (looked for {suffixes})")
+        raise DetkitError(f"folder {shorten(str(path))} contains no images (looked for {suffixes})")
     return files
 
 
-def _pictures(source: Source) -> Iterator[tuple[Path | None, np.ndarray]]:
-    """Yield (path, image) for every picture in ``source``, reading one at a time."""
+def _iter_images(source: Source) -> Iterator[tuple[Path | None, np.ndarray]]:
+    """Yield (path, (H, W, 3) uint8 RGB image) for every image in ``source``, reading one at a time."""
     if isinstance(source, np.ndarray):
         if source.ndim != 3 or source.shape[2] != 3 or source.dtype != np.uint8 or not source.size:
-            raise DetkitError(f"an image array must be (H, W, 3) uint8 RGB, this one is {source.shape} {source.dtype}")
+            raise DetkitError(f"an image array must be (H, W, 3) uint8 RGB, not {source.shape} {source.dtype}")
         yield None, source
     elif isinstance(source, (str, Path)):
         for file in expand_source(Path(source)):
             yield file, read_image(file)
     elif not isinstance(source, Sequence):
         raise DetkitError(
-            f"a source is a path, a folder, an image array or a list of these, not {type(source).__name__}"
+            f"a source must be a file, a folder, an image array or a list of these, not {type(source).__name__}"
         )
     else:
         for item in source:
-            yield from _pictures(item)
+            yield from _iter_images(item)

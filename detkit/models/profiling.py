@@ -1,4 +1,4 @@
-"""Batches of noise to measure with, and what a module costs: operations, and memory kept for backward."""
+"""Profiling: dummy batches, FLOPs, and the memory saved for backward."""
 
 import torch
 from torch import Tensor, nn
@@ -8,7 +8,7 @@ from detkit.structures import Batch
 
 
 def dummy_batch(images: int, size: tuple[int, int], boxes: int, num_classes: int) -> Batch:
-    """Return noise images of ``size`` (height, width) with random boxes of a tenth to a third of the sides."""
+    """Return noise images of ``size`` (height, width) with random boxes, 10 % to 33 % of the image's sides."""
     sides = torch.tensor(size[::-1])
     corner = torch.rand(images, boxes, 2) * sides * 0.65
     extent = (0.1 + 0.23 * torch.rand(images, boxes, 2)) * sides
@@ -18,9 +18,9 @@ def dummy_batch(images: int, size: tuple[int, int], boxes: int, num_classes: int
 
 
 def activation_bytes(module: nn.Module, x: Tensor) -> int:
-    """Return the bytes that autograd keeps for the backward pass of ``module(x)``.
+    """Return the bytes that autograd saves for the backward pass of ``module(x)``.
 
-    Each storage counts once; parameters and buffers, which are there anyway, do not count.
+    Each storage counts once; parameters and buffers are not counted.
     """
     own = {tensor.untyped_storage().data_ptr() for tensor in (*module.parameters(), *module.buffers())}
     storages: dict[int, int] = {}
@@ -32,13 +32,13 @@ def activation_bytes(module: nn.Module, x: Tensor) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        kept = module(x)  # the graph, and with it what it saved
-    del kept
+        output = module(x)  # holds the graph and the saved tensors
+    del output
     return sum(storages.values())
 
 
 def count_flops(module: nn.Module, x: Tensor) -> int:
-    """Return the operations of ``module(x)`` without a backward pass, counted by operator; a multiply-add is 2."""
+    """Return the FLOPs of the forward pass ``module(x)``, counted by operator; a multiply-add is 2."""
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         module(x)
     return counter.get_total_flops()

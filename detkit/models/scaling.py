@@ -1,4 +1,4 @@
-"""Compound scaling of the YOLO family: one depth and one width make n, s, m, l and x of the same plan."""
+"""Compound scaling of the YOLO family: depth and width turn one architecture into n, s, m, l and x."""
 
 import math
 
@@ -6,10 +6,10 @@ from detkit.errors import DetkitError
 
 
 def scaled_width(channels: int, width: float, max_channels: int) -> int:
-    """Scale ``min(channels, max_channels)`` by ``width``, up to the next multiple of 8.
+    """Scale ``min(channels, max_channels)`` by ``width`` and round up to a multiple of 8.
 
     Raises:
-        DetkitError: nothing is left.
+        DetkitError: an argument is not positive.
     """
     if width <= 0 or channels <= 0 or max_channels <= 0:
         raise DetkitError(f"width={width} and max_channels={max_channels} must be above 0")
@@ -20,8 +20,8 @@ def scaled_depth(repeats: int, depth: float) -> int:
     """Scale a number of repeats by ``depth``; at least 1, and 1 stays 1.
 
     Raises:
-        DetkitError: a negative number of repeats, or a depth that is not above 0.
+        DetkitError: ``repeats`` is negative, or ``depth`` is not positive.
     """
     if depth <= 0 or repeats < 0:
-        raise DetkitError(f"depth={depth} must be above 0, and repeats={repeats} 0 or more")
+        raise DetkitError(f"depth={depth} must be above 0 and repeats={repeats} 0 or more")
     return max(round(repeats * depth), 1) if repeats > 1 else repeats

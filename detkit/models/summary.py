@@ -1,4 +1,4 @@
-"""What each module of a detector gives, holds and costs."""
+"""Model summary: output shapes, parameters and FLOPs of each module of a detector."""
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -12,19 +12,19 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-LISTS = (nn.ModuleList, nn.ModuleDict)  # they compute nothing: their entries stand in their place
+CONTAINERS = (nn.ModuleList, nn.ModuleDict)  # they compute nothing: their entries are listed instead
 
 
 @dataclass(frozen=True)
 class Row:
-    """One module, or what a module does itself beside its children.
+    """One module, or a module's own parameters and computation without its children.
 
     Attributes:
-        name: dotted, from the detector; ends in ``(own)`` for a module's own share.
-        kind: its class.
-        shapes: of the tensors it gives, such as ``1x64x80x80``; empty where it is not called as a module.
-        parameters, flops: with all it contains; a parameter or module met before counts there only.
-        leaf: its children are not shown; the leaves add up to the detector.
+        name: dotted path within the detector; ends in ``(own)`` for a module without its children.
+        kind: name of its class.
+        shapes: shapes of its outputs, for example ``1x64x80x80``; empty if it is never called.
+        parameters, flops: including submodules; shared parameters and modules count once, where they first appear.
+        leaf: its children are not listed; the leaves add up to the detector.
     """
 
     name: str
@@ -38,35 +38,35 @@ class Row:
 def summarize(detector: nn.Module, image_size: int, depth: int) -> list[Row]:
     """Run one image through a detector and return its modules down to ``depth``, parents first.
 
-    Every operation counts for the innermost module that is running, so that the leaves add up to the total also where
-    a module runs several times, or is never called while its children are.
+    Every operation is attributed to the innermost running module, so that the leaves add up to the total even if a
+    module runs several times, or its children are called directly.
     """
     device = next(detector.parameters()).device
-    with _watch(detector) as (own_flops, outputs), torch.no_grad():
+    with _record_calls(detector) as (own_flops, outputs), torch.no_grad():
         detector.eval()(torch.zeros(1, 3, image_size, image_size, device=device))
-    seen: set[int] = set()  # modules and parameters that a row holds already
+    seen: set[int] = set()  # modules and parameters already counted
 
-    def share(modules: list[nn.Module]) -> tuple[int, int]:
-        """Parameters and operations of these modules themselves, without what was met before."""
+    def count_own(modules: list[nn.Module]) -> tuple[int, int]:
+        """Return parameters and FLOPs of these modules without their children, skipping those already counted."""
         parameters = flops = 0
         for module in modules:
             if id(module) not in seen:
                 flops += own_flops[module]
-            fresh = {id(p): p.numel() for p in module.parameters(recurse=False) if id(p) not in seen}
-            parameters += sum(fresh.values())
-            seen.update(fresh, [id(module)])
+            new = {id(p): p.numel() for p in module.parameters(recurse=False) if id(p) not in seen}
+            parameters += sum(new.values())
+            seen.update(new, [id(module)])
         return parameters, flops
 
     def walk(name: str, module: nn.Module, level: int) -> list[Row]:
         kind, shapes = type(module).__name__, tuple(dict.fromkeys(outputs.get(module, ())))
         children = _children(module)
         if level == depth or not children:
-            return [Row(name, kind, shapes, *share(list(module.modules())), leaf=True)]
+            return [Row(name, kind, shapes, *count_own(list(module.modules())), leaf=True)]
         rows: list[Row] = []
         for path, child in children:
             if id(child) not in seen:
                 rows += walk(f"{name}.{path}".lstrip("."), child, level + 1)
-        own = Row(f"{name} (own)".strip(), kind, (), *share([module]), leaf=True)
+        own = Row(f"{name} (own)".strip(), kind, (), *count_own([module]), leaf=True)
         rows += [own] if own.parameters or own.flops else []
         leaves = [row for row in rows if row.leaf]
         total = sum(row.parameters for row in leaves), sum(row.flops for row in leaves)
@@ -77,7 +77,7 @@ def summarize(detector: nn.Module, image_size: int, depth: int) -> list[Row]:
 
 
 def print_summary(rows: list[Row], console: Console) -> None:
-    """Print a row a module, those whose children follow in bold, the total last."""
+    """Print one row per module, parents in bold, and the total last."""
     table = Table(header_style="bold")
     table.add_column("module", overflow="fold")
     table.add_column("class", overflow="fold")
@@ -105,10 +105,10 @@ def _figures(row: Row) -> tuple[str, str]:
 
 
 def _children(module: nn.Module) -> list[tuple[str, nn.Module]]:
-    """Return the modules directly below, those of lists in place of the lists, with their dotted names."""
+    """Return the direct submodules with their dotted names; containers are replaced by their entries."""
     found: list[tuple[str, nn.Module]] = []
     for name, child in module.named_children():
-        if type(child) in LISTS:
+        if type(child) in CONTAINERS:
             found += [(f"{name}.{path}", entry) for path, entry in _children(child)]
         else:
             found.append((name, child))
@@ -116,26 +116,26 @@ def _children(module: nn.Module) -> list[tuple[str, nn.Module]]:
 
 
 @contextmanager
-def _watch(module: nn.Module) -> Iterator[tuple[Mapping[nn.Module, int], Mapping[nn.Module, list[str]]]]:
-    """Yield, filled while the module runs: the operations of each module itself, and the shapes of its outputs."""
+def _record_calls(module: nn.Module) -> Iterator[tuple[Mapping[nn.Module, int], Mapping[nn.Module, list[str]]]]:
+    """Yield two mappings filled while the module runs: each module's FLOPs without children, and its output shapes."""
     own_flops: Counter[nn.Module] = Counter()
     outputs: dict[nn.Module, list[str]] = {}
     running = [module]
     counted = 0
     counter = FlopCounterMode(display=False)
 
-    def settle() -> None:
+    def record_flops() -> None:
         nonlocal counted
         total = counter.get_total_flops()
         own_flops[running[-1]] += total - counted
         counted = total
 
     def enter(entered: nn.Module, _: Any) -> None:
-        settle()
+        record_flops()
         running.append(entered)
 
     def leave(left: nn.Module, _: Any, output: Any) -> None:
-        settle()
+        record_flops()
         running.pop()
         outputs.setdefault(left, []).extend(_shapes(output))
 
@@ -144,14 +144,14 @@ def _watch(module: nn.Module) -> Iterator[tuple[Mapping[nn.Module, int], Mapping
     try:
         with counter:
             yield own_flops, outputs
-        settle()
+        record_flops()
     finally:
         for handle in handles:
             handle.remove()
 
 
 def _shapes(output: Any, name: str = "") -> list[str]:
-    """Return the shape of every tensor in an output: a tensor, a sequence, a mapping or a dataclass of these."""
+    """Return the shape of every tensor in a nested output of tensors, sequences, mappings and dataclasses."""
     if isinstance(output, Tensor):
         return [f"{name} {'x'.join(map(str, output.shape))}".strip()]
     if is_dataclass(output):

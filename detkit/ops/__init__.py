@@ -1,1 +1,1 @@
-"""Arithmetic on boxes, points and images: no state, no parameters."""
+"""Stateless functions on boxes, points, images, files and processes."""

@@ -1,18 +1,20 @@
-"""Boxes relative to anchors, the way of YOLOv5."""
+"""Decoding of boxes relative to anchors, as in YOLOv5."""
 
 import torch
 from torch import Tensor
 
 
 def anchor_boxes(reg: Tensor, points: Tensor, strides: Tensor, anchors: Tensor) -> Tensor:
-    """Turn logits (B, A, 4) into xyxy boxes (B, A, 4) in pixels.
+    """Decode logits (B, A, 4) to xyxy boxes (B, A, 4) in pixels.
 
     A centre lies up to one cell from its point, ``point + 2 sigmoid(xy) - 1`` in strides; a side is up to four times
     its anchor's, ``4 sigmoid(wh)^2 anchor``.
 
     Args:
-        reg: logits x, y, w, h.
-        points: (A, 2) cell centres in strides; strides: (A, 1) pixels; anchors: (A, 2) width, height in pixels.
+        reg: (B, A, 4) logits x, y, w, h.
+        points: (A, 2) cell centres in strides.
+        strides: (A, 1) pixels.
+        anchors: (A, 2) width, height in pixels.
     """
     xy, wh = reg.sigmoid().chunk(2, -1)
     centres = (points + 2 * xy - 1) * strides

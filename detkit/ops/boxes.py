@@ -1,4 +1,4 @@
-"""Box arithmetic on (..., 4) tensors. Formats: xyxy corners, ltrb distances from a point."""
+"""Operations on boxes (..., 4). Formats: xyxy for corners, ltrb for distances from a point."""
 
 import math
 
@@ -7,27 +7,27 @@ from torch import Tensor
 
 
 def ltrb_to_xyxy(ltrb: Tensor, points: Tensor) -> Tensor:
-    """Turn (..., A, 4) distances left, top, right, bottom of (A, 2) points into xyxy boxes, same units."""
+    """Convert distances left, top, right, bottom (..., A, 4) from points (A, 2) to xyxy boxes in the same units."""
     lt, rb = ltrb.chunk(2, -1)
     return torch.cat((points - lt, points + rb), -1)
 
 
 def xyxy_to_ltrb(xyxy: Tensor, points: Tensor) -> Tensor:
-    """Turn (..., A, 4) xyxy boxes into distances left, top, right, bottom from (A, 2) points, same units."""
+    """Convert xyxy boxes (..., A, 4) to distances left, top, right, bottom from points (A, 2) in the same units."""
     x1y1, x2y2 = xyxy.chunk(2, -1)
     return torch.cat((points - x1y1, x2y2 - points), -1)
 
 
 def dfl_expectation(logits: Tensor, bins: Tensor) -> Tensor:
-    """Expectation of each side's distribution: (..., 4 * K) logits, side-major, over (K,) bins -> (..., 4)."""
+    """Return the expectation (..., 4) of each side's distribution: logits (..., 4 * K), side-major, over bins (K,)."""
     return logits.unflatten(-1, (4, len(bins))).softmax(-1) @ bins
 
 
 def ciou(a: Tensor, b: Tensor, eps: float = 1e-7) -> Tensor:
-    """Complete IoU of two broadcastable xyxy tensors (..., 4) -> (...), in -1.5..1.
+    """Compute the complete IoU (...) of two broadcastable xyxy tensors (..., 4), in -1.5..1.
 
     IoU - centre distance^2 / enclosing diagonal^2 - alpha * v, with v the squared difference of the aspect
-    angles (Zheng et al., arXiv 2005.03572). ``alpha`` is a constant to the gradient, as in the paper.
+    angles (Zheng et al., arXiv 2005.03572). No gradient flows through ``alpha``, as in the paper.
     """
     ax1, ay1, ax2, ay2 = a.unbind(-1)
     bx1, by1, bx2, by2 = b.unbind(-1)

@@ -1,4 +1,4 @@
-"""Choosing the device."""
+"""Selecting the device."""
 
 import torch
 
@@ -6,10 +6,10 @@ from detkit.errors import DetkitError
 
 
 def pick_device(name: str) -> torch.device:
-    """Return the device called ``"auto"``, ``"cpu"``, ``"cuda"`` or ``"cuda:N"``, which is then the current one.
+    """Return the device ``"auto"``, ``"cpu"``, ``"cuda"`` or ``"cuda:N"``, and make a CUDA device the current one.
 
     Raises:
-        DetkitError: a CUDA device was asked for and there is none, or the name is no device.
+        DetkitError: the name is invalid, or the CUDA device does not exist.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -25,5 +25,5 @@ def pick_device(name: str) -> torch.device:
         devices = torch.cuda.device_count()
         if device.index >= devices:
             raise DetkitError(f"device={name}: torch sees {devices} CUDA devices, the last is cuda:{devices - 1}")
-        torch.cuda.set_device(device)  # page-locked memory, say, would else belong to the first
+        torch.cuda.set_device(device)  # otherwise pinned memory, for example, would belong to the first
     return device

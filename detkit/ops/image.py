@@ -1,6 +1,6 @@
-"""Reading pictures and fitting them into the network's input.
+"""Reading images and letterboxing them for the network's input.
 
-A picture's path may lead into a tar file: SHARD.tar/OFFSET+SIZE/NAME, bytes counted from the start of the shard.
+A path may point into a tar file: SHARD.tar/OFFSET+SIZE/NAME, with the offset in bytes from the start of the shard.
 """
 
 import errno
@@ -21,23 +21,23 @@ from PIL import Image, ImageOps
 from detkit.errors import UnreadableImage
 from detkit.ops.files import open_regular
 
-# Pillow's names of the formats that are read, by training and prediction alike; of moving pictures the first frame.
+# Pillow's names of the supported formats, for training and prediction; of animations the first frame is read.
 FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "TIFF", "GIF", "AVIF")
 IMAGE_SUFFIXES = {
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".mpo"),
     *(".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".avif"),
 }
-# These are decoded by Pillow: OpenCV reads them since 4.11, and leaves out the orientation of an AVIF.
+# Decoded by Pillow: OpenCV reads them only since 4.11, and ignores the orientation of an AVIF.
 BY_PILLOW = ("GIF", "AVIF")
-# What Pillow's plugins raise when they parse nonsense.
+# Raised by Pillow's plugins for damaged files.
 PILLOW_ERRORS = (OSError, ValueError, SyntaxError, TypeError, KeyError, IndexError, AttributeError, OverflowError,
                  ZeroDivisionError, EOFError, MemoryError, struct.error, Image.DecompressionBombError)  # fmt: skip
-MAX_PIXELS = 178_956_970  # of a picture, where max_pixels says nothing else: 537 MB decoded
-MAX_BYTES = 2**30  # of a picture's file
+MAX_PIXELS = 178_956_970  # of an image, by default: 537 MB decoded
+MAX_BYTES = 2**30  # of an image file
 AVIF_PIXELS = 2**28  # libavif's own limit
-_MAX_PIXELS_VARIABLE = "DETKIT_MAX_PIXELS"  # in the environment, which processes started later inherit
-PAD_VALUE = 114  # the gray that YOLO models see around an image
-# OpenCV's flags for a reduced decoding carry no order of colours: IMREAD_COLOR_RGB is added to them.
+_MAX_PIXELS_VARIABLE = "DETKIT_MAX_PIXELS"  # an environment variable, inherited by child processes
+PAD_VALUE = 114  # the gray padding of YOLO models
+# OpenCV's flags for reduced decoding do not set the channel order: IMREAD_COLOR_RGB is added to them.
 _REDUCED = {
     1: 0,
     2: cv2.IMREAD_REDUCED_GRAYSCALE_2,
@@ -45,50 +45,52 @@ _REDUCED = {
     8: cv2.IMREAD_REDUCED_GRAYSCALE_8,
 }
 
-_CONVERT = "which is not read: convert it to JPEG or PNG"
-_OTHER_FILES = {  # first bytes, and what a file is that begins with them
-    b"\xff\x0a": f"a JPEG XL picture, {_CONVERT}",
-    b"\0\0\0\x0cJXL": f"a JPEG XL picture, {_CONVERT}",
-    b"\0\0\0\x0cjP": f"a JPEG 2000 picture, {_CONVERT}",
+_CONVERT = "which is not supported: convert it to JPEG or PNG"
+_OTHER_FILES = {  # first bytes -> file type
+    b"\xff\x0a": f"a JPEG XL image, {_CONVERT}",
+    b"\0\0\0\x0cJXL": f"a JPEG XL image, {_CONVERT}",
+    b"\0\0\0\x0cjP": f"a JPEG 2000 image, {_CONVERT}",
     b"%PDF": f"a PDF, {_CONVERT}",
-    b"<": "a web page or xml",
-    b"version https://git-lfs": "a pointer of Git LFS: fetch the picture with git lfs pull",
+    b"<": "HTML or XML",
+    b"version https://git-lfs": "a Git LFS pointer: fetch the image with git lfs pull",
 }
 _IN_TAR = re.compile(r"(.+\.tar)/([0-9]{1,18})\+([0-9]{1,18})/[^/]+", re.DOTALL)
 
 
 def is_image(name: str) -> bool:
-    """Whether a file name is that of an image, and not hidden."""
-    return os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES and not os.path.basename(name).startswith(".")
+    """Return whether a file name has an image suffix and is not hidden."""
+    # Called for every file of a data set: os.path is several times as fast as pathlib.
+    suffix, base = os.path.splitext(name)[1], os.path.basename(name)  # noqa: PTH122, PTH119
+    return suffix.lower() in IMAGE_SUFFIXES and not base.startswith(".")
 
 
 def max_pixels() -> int:
-    """Return how many pixels a picture may have at most: MAX_PIXELS, or what ``set_max_pixels`` set."""
+    """Return the maximum number of pixels of an image: MAX_PIXELS, or the value set by ``set_max_pixels``."""
     return int(os.environ.get(_MAX_PIXELS_VARIABLE, MAX_PIXELS))
 
 
 def set_max_pixels(count: int) -> None:
-    """Set how many pixels a picture may have at most, for this process and those that it starts from now on."""
+    """Set the maximum number of pixels of an image, for this process and child processes started later."""
     os.environ[_MAX_PIXELS_VARIABLE] = str(count)
 
 
 def tar_member(path: str | Path) -> tuple[str, int, int] | None:
-    """Return the tar file that a path leads into, and the first byte and size of the picture there; None for a file."""
+    """Return the tar file that a path points into, and offset and size of the image in it; None for a plain file."""
     match = _IN_TAR.fullmatch(str(path))
     return (match[1], int(match[2]), int(match[3])) if match else None
 
 
 def image_file(path: str | Path) -> str:
-    """Return the file that holds a picture: itself, or the tar file that its path leads into."""
+    """Return the file that contains an image: the path itself, or the tar file that it points into."""
     member = tar_member(path)
     return str(path) if member is None else member[0]
 
 
 def open_image(path: str | Path) -> BinaryIO:
-    """Open a picture's bytes for reading, wherever they are.
+    """Open an image file, or an image in a tar file, for reading bytes.
 
     Raises:
-        OSError: the file cannot be opened, or is no regular file.
+        OSError: the file cannot be opened or is not a regular file.
     """
     member = tar_member(path)
     if member is None:
@@ -100,10 +102,11 @@ def open_image(path: str | Path) -> BinaryIO:
 
 
 def open_header(file: BinaryIO) -> Image.Image:
-    """Read a picture's format, size and mode from its first bytes, whatever it is called; nothing is decoded.
+    """Read an image's format, size and mode from its header, whatever its suffix, without decoding it.
 
     Raises:
-        UnreadableImage: it is not of FORMATS, larger than ``max_pixels()``, or broken; says which, without a name.
+        UnreadableImage: the format is not one of FORMATS, the image is larger than ``max_pixels()``, or it is damaged;
+            the message does not name the file.
     """
     try:
         start = file.read(32)
@@ -111,45 +114,46 @@ def open_header(file: BinaryIO) -> Image.Image:
         opener = next((opener for opener, accepts in _openers() if accepts(start) is True), None)
         with warnings.catch_warnings(action="ignore"):
             image = opener and opener(file, "")
-    except Image.DecompressionBombError:  # of a WebP or GIF: Pillow's own limit, which is MAX_PIXELS
-        raise UnreadableImage(_beyond(MAX_PIXELS)) from None
+    except Image.DecompressionBombError:  # WebP and GIF have Pillow's own limit, which is MAX_PIXELS
+        raise UnreadableImage(_too_many_pixels(MAX_PIXELS)) from None
     except PILLOW_ERRORS:
-        words = _beyond(AVIF_PIXELS) if _avif_pixels(file) > AVIF_PIXELS else "it is truncated or damaged"
-        raise UnreadableImage(words) from None
+        too_large = _avif_pixels(file) > AVIF_PIXELS
+        raise UnreadableImage(_too_many_pixels(AVIF_PIXELS) if too_large else "it is truncated or damaged") from None
     if image is None:
-        raise UnreadableImage(_what_else(start))
+        raise UnreadableImage(_identify_other_format(start))
     _check_header(image)
     return image
 
 
 def _check_header(image: Image.Image) -> None:
-    """Check that the picture can be decoded, and make Pillow find the orientation where OpenCV does: in EXIF alone.
+    """Check that an image can be decoded, and make Pillow take the orientation from EXIF only, as OpenCV does.
 
     Raises:
-        UnreadableImage: it cannot.
+        UnreadableImage: it cannot be decoded.
     """
     width, height = image.size
     if not width * height:
         raise UnreadableImage("it has no pixels")
     if width * height > max_pixels():
         raise UnreadableImage(
-            f"it has {width}x{height} pixels, more than the limit max_pixels={max_pixels()}: shrink it, or raise that"
+            f"it has {width}x{height} pixels, more than the limit max_pixels={max_pixels()}: "
+            "shrink it or raise the limit"
         )
     if image.mode in ("F", "I"):
-        raise UnreadableImage("it has 32 bits a channel: convert it to 8 or 16")
+        raise UnreadableImage("it has 32 bits per channel: convert it to 8 or 16")
     for key in ("xmp", "XML:com.adobe.xmp"):
         image.info.pop(key, None)
 
 
-def _beyond(limit: int) -> str:
-    """Say that a picture has more pixels than ``limit``, which is that of the library that opens it."""
+def _too_many_pixels(limit: int) -> str:
+    """Return the message for an image with more pixels than ``limit``, that of the library that opens it."""
     if max_pixels() <= limit:
-        return f"it has more pixels than the limit max_pixels={max_pixels()}: shrink it, or raise that"
-    return f"it has more than {limit} pixels, the limit of its format: shrink it, or convert it to JPEG or PNG"
+        return f"it has more pixels than the limit max_pixels={max_pixels()}: shrink it or raise the limit"
+    return f"it has more than {limit} pixels, the limit of its format: shrink it or convert it to JPEG or PNG"
 
 
 def _avif_pixels(file: BinaryIO) -> int:
-    """Return how many pixels an AVIF says it has; 0 for anything else."""
+    """Return the number of pixels in the header of an AVIF; 0 for other files."""
     file.seek(0)
     sizes = re.findall(rb"ispe....(....)(....)", file.read(2**16), re.DOTALL)
     return max((int.from_bytes(width) * int.from_bytes(height) for width, height in sizes), default=0)
@@ -157,29 +161,29 @@ def _avif_pixels(file: BinaryIO) -> int:
 
 @cache
 def _openers() -> list[tuple[Any, Any]]:
-    """Return Pillow's readers of FORMATS, each with the function that knows its first bytes.
+    """Return Pillow's readers of FORMATS, each with the function that recognizes its first bytes.
 
-    ``Image.open`` would refuse large pictures by a limit of its own, which belongs to all of the process.
+    ``Image.open`` has a limit of its own for large images, which is global to the process.
     """
     Image.init()
     return [Image.OPEN[name] for name in FORMATS if name in Image.OPEN]
 
 
-def _what_else(start: bytes) -> str:
-    """Say what the first 32 bytes of a file are that are none of FORMATS."""
+def _identify_other_format(start: bytes) -> str:
+    """Return a message about a file that is not one of FORMATS, by its first 32 bytes."""
     if not start:
         return "it is empty"
     if start[4:8] == b"ftyp" and start[8:11] in (b"hei", b"hev", b"mif"):
-        return f"it is a HEIC picture, {_CONVERT}"
+        return f"it is a HEIC image, {_CONVERT}"
     kind = next((kind for magic, kind in _OTHER_FILES.items() if start.startswith(magic)), None)
-    return f"it is {kind or 'no image of the formats that are read (' + ', '.join(FORMATS) + ')'}"
+    return f"it is {kind or 'not an image of a supported format (' + ', '.join(FORMATS) + ')'}"
 
 
 def read_bytes(path: Path) -> np.ndarray:
-    """Return a picture's bytes as they are stored, (K,) uint8, read-only.
+    """Return the encoded bytes of an image, (K,) uint8, read-only.
 
     Raises:
-        UnreadableImage: the file is missing, no regular file, or larger than MAX_BYTES.
+        UnreadableImage: the file is missing, not a regular file, or larger than MAX_BYTES.
     """
     try:
         with open_image(path) as file:
@@ -192,27 +196,29 @@ def read_bytes(path: Path) -> np.ndarray:
 
 
 def read_image(path: Path) -> np.ndarray:
-    """Decode a file to (H, W, 3) uint8 RGB, turned upright by its EXIF orientation.
+    """Read an image file as (H, W, 3) uint8 RGB, with its EXIF orientation applied.
 
     Raises:
-        UnreadableImage: the file is missing or no image, or larger than ``max_pixels()``.
+        UnreadableImage: the file is missing, not an image, or larger than ``max_pixels()``.
     """
     return decode_image(read_bytes(path), path)
 
 
 def decode_image(data: np.ndarray, path: Path, reduce: int = 1) -> np.ndarray:
-    """Decode the bytes (K,) uint8 of the picture at ``path``, as ``read_image`` does.
+    """Decode an image to (H, W, 3) uint8 RGB, with its EXIF orientation applied.
 
     Args:
-        reduce: 1, 2, 4 or 8: a JPEG is decoded at this fraction of its size, rounded up, which takes less time; files
-            of other kinds come as they are.
+        data: (K,) uint8, the encoded bytes.
+        path: file of the image, for messages.
+        reduce: 1, 2, 4 or 8: decode a JPEG at 1 / ``reduce`` of its size, rounded up, which is faster; other formats
+            are decoded at full size.
 
     Raises:
-        UnreadableImage: they are no image of FORMATS, or one larger than ``max_pixels()``.
+        UnreadableImage: the format is not one of FORMATS, or the image is damaged or larger than ``max_pixels()``.
     """
     try:
         header = open_header(io.BytesIO(data.data))
-        if header.format in BY_PILLOW or header.mode == "LAB":  # whose colours OpenCV shifts
+        if header.format in BY_PILLOW or header.mode == "LAB":  # OpenCV distorts colours of LAB
             return np.array(ImageOps.exif_transpose(header).convert("RGB"))
         flags = cv2.IMREAD_COLOR_RGB | (_REDUCED[reduce] if header.format in ("JPEG", "MPO") else 0)
         image = cv2.imdecode(data, flags)
@@ -226,7 +232,7 @@ def decode_image(data: np.ndarray, path: Path, reduce: int = 1) -> np.ndarray:
 
 
 def fit_sizes(sizes: np.ndarray, longest: int) -> np.ndarray:
-    """Return (N, 2) heights and widths with the longer side brought down to ``longest``; smaller ones stay."""
+    """Scale sizes (N, 2) of (height, width) down so that the longer side is at most ``longest``."""
     ratio = np.minimum(longest / sizes.max(1, keepdims=True), 1.0)
     return np.maximum(np.rint(sizes * ratio), 1).astype(np.int64)
 
@@ -234,25 +240,30 @@ def fit_sizes(sizes: np.ndarray, longest: int) -> np.ndarray:
 def decode_resized(
     data: np.ndarray, path: Path, size: tuple[int, int], longest: int
 ) -> tuple[np.ndarray, tuple[int, int]]:
-    """Decode a picture's bytes as ``read_image`` does and shrink it to ``fit_sizes``.
+    """Decode an image as ``decode_image`` does and shrink it to ``fit_sizes``.
 
-    A JPEG much larger than that is decoded at a half, a quarter or an eighth of its size.
+    A much larger JPEG is decoded at a half, a quarter or an eighth of its size.
 
     Args:
-        size: (height, width) that the file is said to have, upright.
-        longest: longer side of the result at most, pixels.
+        data: (K,) uint8, the encoded bytes.
+        path: file of the image, for messages.
+        size: expected (height, width) of the image, upright.
+        longest: maximum of the result's longer side in pixels.
 
     Returns:
-        the picture, and the file's (height, width): ``size`` where that is right.
+        The image (h, w, 3) uint8 RGB, and the actual (height, width) of the file: ``size`` if that is correct.
+
+    Raises:
+        UnreadableImage: as ``decode_image``.
     """
     reduce = next(r for r in (8, 4, 2, 1) if max(size) >= r * longest or r == 1)
     image = decode_image(data, path, reduce)
     found = image.shape[:2]
     if found in (size, tuple(-(-n // reduce) for n in size)):
-        if reduce > 1 and found != size:  # the last row and column may stand for less than half a pixel
+        if reduce > 1 and found != size:  # the last row and column may cover less than half a pixel
             image = image[: max(round(size[0] / reduce), 1), : max(round(size[1] / reduce), 1)]
         found = size
-    elif reduce > 1:  # the label lies: what size has the file?
+    elif reduce > 1:  # the expected size is wrong: decode at full size to find the actual one
         image = decode_image(data, path)
         found = image.shape[:2]
     height, width = fit_sizes(np.array((found,)), longest)[0].tolist()
@@ -260,9 +271,10 @@ def decode_resized(
 
 
 def resize(image: np.ndarray, width: int, height: int, output: np.ndarray | None = None) -> np.ndarray:
-    """Resize (H, W, 3) uint8 bilinearly; by area where it shrinks to less than half, as bilinear would skip pixels.
+    """Resize (H, W, 3) uint8 to (height, width, 3), bilinearly, or by area when shrinking a side to less than half.
 
-    The result is drawn into ``output`` (height, width, 3) where that is given; it may be a part of a larger picture.
+    Bilinear interpolation would skip pixels there. The result is written to ``output`` (height, width, 3) if given,
+    which may be a view of a larger image.
     """
     shrinks = width < 0.5 * image.shape[1] or height < 0.5 * image.shape[0]
     return cv2.resize(image, (width, height), output, interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)
@@ -270,12 +282,12 @@ def resize(image: np.ndarray, width: int, height: int, output: np.ndarray | None
 
 @dataclass(frozen=True)
 class Letterbox:
-    """Where an image lands in a fixed frame: ``x_frame = x_image * scale + offset``, per axis in pixels.
+    """Placement of an image in a fixed frame: ``x_frame = x_image * scale + offset``, per axis in pixels.
 
     Attributes:
         height, width: size of the resized image.
-        left, top: padding before it; right, bottom: after it.
-        scale: (x, y); offset: (x, y).
+        left, top, right, bottom: padding in pixels.
+        scale, offset: (x, y) each.
     """
 
     height: int
@@ -289,7 +301,7 @@ class Letterbox:
 
     @classmethod
     def fit(cls, size: tuple[int, int], frame: tuple[int, int]) -> "Letterbox":
-        """Fit an image of ``size`` (height, width) into ``frame`` (height, width), centred, its aspect kept."""
+        """Fit an image of ``size`` (height, width) into ``frame`` (height, width), centred, preserving its aspect."""
         (h, w), (frame_h, frame_w) = size, frame
         ratio = min(frame_h / h, frame_w / w)
         new_h, new_w = max(round(h * ratio), 1), max(round(w * ratio), 1)
@@ -299,12 +311,10 @@ class Letterbox:
         return cls(new_h, new_w, left, top, right, bottom, (new_w / w, new_h / h), (left, top))
 
     def apply(self, image: np.ndarray) -> np.ndarray:
-        """Return (frame height, frame width, 3) uint8: the image resized, FILL around it."""
+        """Return the image resized and padded with PAD_VALUE, (frame height, frame width, 3) uint8."""
         if image.shape[:2] != (self.height, self.width):
             image = resize(image, self.width, self.height)
         sides = (self.top, self.bottom, self.left, self.right)
-        return (
-            cv2.copyMakeBorder(image, *sides, cv2.BORDER_CONSTANT, value=(PAD_VALUE, PAD_VALUE, PAD_VALUE))
-            if any(sides)
-            else image
-        )
+        if not any(sides):
+            return image
+        return cv2.copyMakeBorder(image, *sides, cv2.BORDER_CONSTANT, value=(PAD_VALUE,) * 3)

@@ -14,21 +14,21 @@ def non_max_suppression(
     multi_label: bool = True,
     max_candidates: int = 30_000,
 ) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """Class-aware non-maximum suppression, image by image; NaN scores and boxes that are not finite are dropped.
+    """Apply class-aware non-maximum suppression to each image; NaN scores and boxes that are not finite are dropped.
 
     Args:
         boxes_ba4: (B, A, 4) xyxy.
-        scores_bac: (B, A, C) in 0..1. What is not finite, score or box, is passed over.
-        score: keep scores strictly above this.
-        iou: drop a box that overlaps a better one of its class by more than this.
-        max_det: at most this many boxes an image, best first.
-        multi_label: a box may be kept once for each of its classes above ``score``; False: for its best class only.
-        max_candidates: at most this many enter the suppression, best first.
+        scores_bac: (B, A, C) in 0..1.
+        score: minimum score (exclusive).
+        iou: suppress a box if its IoU with a higher-scoring box of its class exceeds this.
+        max_det: maximum number of boxes per image.
+        multi_label: keep a box once for each of its classes above ``score``; False: for its best class only.
+        max_candidates: maximum number of boxes per image before suppression, by score.
 
     Returns:
         For each image: boxes (N, 4), scores (N,), labels (N,) int64, by descending score.
     """
-    from torchvision.ops import batched_nms  # here: it takes a second to import, which not every command needs
+    from torchvision.ops import batched_nms  # imported lazily, as it takes a second
 
     selected = []
     for boxes_a4, scores_ac in zip(boxes_ba4.float(), scores_bac.float(), strict=True):

@@ -1,4 +1,4 @@
-"""The grid of points a dense head predicts at."""
+"""Grid points of a dense head."""
 
 from collections.abc import Sequence
 
@@ -9,14 +9,15 @@ from torch import Tensor
 def make_grid_points(
     sizes: Sequence[tuple[int, ...]], strides: Sequence[int], device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """Centres of the cells of several feature maps, level after level, row after row.
+    """Return the centres of the cells of several feature maps, by level, row and column.
 
     Args:
         sizes: (height, width) of each level.
         strides: pixels per cell of each level.
+        device: device of the result.
 
     Returns:
-        points (A, 2): (x + 0.5, y + 0.5) in units of their stride; strides (A, 1). Both float32.
+        Points (A, 2) as (x + 0.5, y + 0.5) in units of their stride, and strides (A, 1), both float32.
     """
     points, point_strides = [], []
     for (h, w), stride in zip(sizes, strides, strict=True):

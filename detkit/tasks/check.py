@@ -62,9 +62,9 @@ def print_check_results(checks: Sequence[CheckResult], figures: Sequence[CheckRe
     for name in ("check", "", "what was seen"):
         table.add_column(name, overflow="fold")
     for finding in checks:
-        table.add_row(finding.title, finding.status, finding.words, style=STYLES[finding.status])
+        table.add_row(finding.title, finding.status, finding.message, style=STYLES[finding.status])
     table.add_section()
     for finding in figures:
-        failed = finding.status == "fail"
-        table.add_row(finding.title, "fail" if failed else "", finding.words, style=STYLES["fail"] if failed else None)
+        status, style = ("fail", STYLES["fail"]) if finding.status == "fail" else ("", None)
+        table.add_row(finding.title, status, finding.message, style=style)
     console.print(table, soft_wrap=False)

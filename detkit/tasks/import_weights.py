@@ -85,7 +85,7 @@ def _tell(src: Path, dst: Path, found: Identified, named: str, checkpoint: Check
     """Say what was imported, and what to do with it."""
     told = f"{src}{f', in its {shorten(place)!r},' if place else ''} is {found.what} ({named})"
     if checkpoint.part:
-        left_out = f", without {len(found.left_out)} other tensors" if found.left_out else ""
+        left_out = f", without {len(found.unused)} other tensors" if found.unused else ""
         model = "" if named.startswith("model=") else "model=yolov8n "
         return (
             f"{told}: its backbone is in {dst}{left_out}\nto start from it: detkit train {model}{named} weights={dst}"
@@ -223,5 +223,5 @@ def _first_odd(shapes: Mapping[str, tuple[int, ...]], found: Identified) -> str:
             return f"its '{name}' has the shape {list(theirs)} instead of {list(shape)}"
     unknown = [name for name in found.tensors if name not in shapes]
     if not found.part:
-        unknown += found.left_out
+        unknown += found.unused
     return f"its {shorten(unknown[0])!r} has no place there" if unknown else ""

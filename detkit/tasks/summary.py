@@ -5,7 +5,7 @@ import logging
 
 from detkit.config.common import MAX_CLASSES, ComposedConfig
 from detkit.config.fields import whole
-from detkit.models.detector import build_detector, sketch_detector
+from detkit.models.detector import build_detector, build_meta_detector
 from detkit.models.summary import Row, print_summary, summarize
 from detkit.ops.device import pick_device
 from detkit.tasks.runs.run_dir import model_name
@@ -31,7 +31,7 @@ def run(cfg: SummaryConfig) -> list[Row]:
     """
     class_names = [str(k) for k in range(cfg.num_classes)]
     rows = None
-    if (planned := sketch_detector(cfg.as_dict(), class_names, copies=0)) is not None:
+    if (planned := build_meta_detector(cfg.as_dict(), class_names, copies=0)) is not None:
         with contextlib.suppress(NotImplementedError, RuntimeError):  # a part that looks at values
             rows = summarize(planned, cfg.image_size, cfg.depth)
     if rows is None:

@@ -1,1 +1,1 @@
-"""Checkpoints of other projects: reading them without running anything, and telling what they are."""
+"""Checkpoints of other projects: reading them without executing code, and identifying the model."""

@@ -1,4 +1,4 @@
-"""Checkpoints of fused models: batch norms folded into convolutions, RepVGG's branches merged, taken apart again."""
+"""Unfusing checkpoints: restoring folded batch norms and RepVGG's merged branches."""
 
 from collections.abc import Iterable
 
@@ -9,28 +9,30 @@ EPS = 1e-3  # of the batch norms in detkit's own parts
 NORM = ("weight", "bias", "running_mean", "running_var")
 
 
-def unfuse(tensors: dict[str, Tensor], wanted: Iterable[str]) -> int:
-    """Give back, in place, the layers that were folded away; outputs in eval mode stay what they were.
+def unfuse(tensors: dict[str, Tensor], expected: Iterable[str]) -> int:
+    """Restore folded layers in place, with equal outputs in eval mode.
 
-    A folded batch norm comes back as one that only adds the convolution's bias, a merged RepVGG block as a 3x3 and a
-    1x1 convolution whose sum it is, beside an identity with weight 0.
+    A folded batch norm becomes one that only adds the convolution's bias; a merged RepVGG block becomes a 3x3 and a 1x1
+    convolution with the same sum, and an identity branch with weight 0.
 
     Args:
-        wanted: names of the tensors that the model has.
+        tensors: tensors of the checkpoint by name.
+        expected: names of the model's tensors.
 
     Returns:
-        how many there were. Their statistics are lost: to train on, take the file that was not fused.
+        The number of restored layers. Their statistics are lost: use the unfused file for further training.
     """
-    wanted = list(wanted)
-    merged = [name.removesuffix(".rbr_dense.conv.weight") for name in wanted if name.endswith(".rbr_dense.conv.weight")]
-    merged = [block for block in merged if _split_branches(tensors, block, f"{block}.rbr_identity.weight" in wanted)]
-    norms = [name.removesuffix(".running_var") for name in wanted if name.endswith(".running_var")]
+    expected = list(expected)
+    dense = ".rbr_dense.conv.weight"
+    merged = [name.removesuffix(dense) for name in expected if name.endswith(dense)]
+    merged = [block for block in merged if _split_branches(tensors, block, f"{block}.rbr_identity.weight" in expected)]
+    norms = [name.removesuffix(".running_var") for name in expected if name.endswith(".running_var")]
     folded = [norm for norm in norms if _restore_norm(tensors, norm)]
     return len(merged) + len(folded)
 
 
 def _restore_norm(tensors: dict[str, Tensor], norm: str) -> bool:
-    """Make the batch norm ``norm`` from the bias of the convolution before it, where it is gone and that is there."""
+    """Restore a missing batch norm from the bias of the convolution before it; return whether that was possible."""
     parent, _, leaf = norm.rpartition(".")
     bias = f"{parent}.{int(leaf) - 1 if leaf.isdigit() else 'conv'}.bias"
     if bias not in tensors or any(f"{norm}.{name}" in tensors for name in NORM):
@@ -40,7 +42,7 @@ def _restore_norm(tensors: dict[str, Tensor], norm: str) -> bool:
 
 
 def _split_branches(tensors: dict[str, Tensor], block: str, identity: bool) -> bool:
-    """Make the branches of a RepVGG ``block`` from its merged convolution, where it has one."""
+    """Restore the branches of a RepVGG block from its merged convolution; return whether it has one."""
     kernel, bias = f"{block}.rbr_reparam.weight", f"{block}.rbr_reparam.bias"
     if kernel not in tensors or bias not in tensors or tensors[kernel].shape[2:] != (3, 3):
         return False

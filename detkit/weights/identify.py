@@ -1,4 +1,4 @@
-"""Telling by the names and shapes of its tensors what a checkpoint is, and naming them as detkit does."""
+"""Identifying a checkpoint by the names and shapes of its tensors, and renaming them to detkit's names."""
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -13,14 +13,14 @@ from detkit.weights.yolo_lists import gold, yolov5, yolov5u, yolov8, yolov8_with
 
 Family = Callable[[Mapping[str, Tensor]], Identified | None]
 
-PREFIX_STEPS = 3  # of names in front of a model's, as Lightning and detectors' wrappers put them there
+PREFIX_STEPS = 3  # maximum length of a prefix, as added by Lightning and wrappers of detectors
 
 
 def identify(path: Path, tensors: Mapping[str, Tensor]) -> Identified:
-    """Tell what the tensors of ``path`` are.
+    """Identify the model of the tensors of ``path``.
 
     Raises:
-        DetkitError: nothing that detkit knows.
+        DetkitError: the model is unknown.
     """
     families: tuple[Family, ...] = (_detkit, yolov8, yolov5u, yolov5, yolov8_with_backbone, gold)
     families += (revcol, mobilenetv2_torchvision, mobilenetv2_timm)
@@ -29,25 +29,25 @@ def identify(path: Path, tensors: Mapping[str, Tensor]) -> Identified:
             found = family(names)
             if found is not None:
                 return found
-    some = ", ".join(repr(shorten(name, 60)) for name in list(tensors)[:2])
+    examples = ", ".join(repr(shorten(name, 60)) for name in list(tensors)[:2])
     raise DetkitError(
-        f"{path} is of no model that detkit can import (it holds {some}): YOLOv8, with DynamicConv, RevCol, "
-        "MobileNetV2 or Gold-YOLO's neck, YOLOv5u, YOLOv5, RevCol, MobileNetV2 of torchvision or timm, and detkit's own"
+        f"{path} contains no model that detkit can import (found {examples}): supported are YOLOv8, also with "
+        "DynamicConv, RevCol, MobileNetV2 or Gold-YOLO's neck, YOLOv5u, YOLOv5, RevCol, MobileNetV2 of torchvision or "
+        "timm, and detkit's own"
     )
 
 
 def _detkit(tensors: Mapping[str, Tensor]) -> Identified | None:
-    """A state dict of detkit's: its names do not tell the config."""
-    parts = {name.partition(".")[0] for name in tensors}
-    if parts == {"backbone", "neck", "head"}:
+    """Recognize a state dict of detkit, whose names do not determine the config."""
+    if {name.partition(".")[0] for name in tensors} == {"backbone", "neck", "head"}:
         return Identified("a detector of detkit", (), dict(tensors))
     return None
 
 
 def _readings(tensors: Mapping[str, Tensor]) -> Iterator[Mapping[str, Tensor]]:
-    """Yield the tensors as they are named, then those below each prefix that a third of the names share.
+    """Yield the tensors with their names, then those with each prefix common to a third of the names, without it.
 
-    A YOLO's list of layers alone (``0.conv.weight``) gets the name in front that it has in the whole model.
+    A bare list of YOLO layers (``0.conv.weight``) gets the prefix that it has in the whole model.
     """
     yield tensors
     if all(name[:1].isdigit() for name in tensors):
@@ -57,6 +57,6 @@ def _readings(tensors: Mapping[str, Tensor]) -> Iterator[Mapping[str, Tensor]]:
         steps = name.split(".", PREFIX_STEPS)[:-1]
         prefixes.update(".".join(steps[: k + 1]) + "." for k in range(len(steps)))
     for prefix, count in prefixes.most_common():
-        # What stands at a place of a list is a part of a model, not one with a prefix.
+        # A prefix with an index is an entry of a list within a model.
         if 3 * count >= len(tensors) and not any(step.isdigit() for step in prefix.split(".")):
             yield {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}

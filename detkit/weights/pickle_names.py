@@ -1,4 +1,4 @@
-"""What a name in a pickle may stand for: plain data, or nothing. No name is ever looked up, imported or called."""
+"""Replacing globals in a pickle by plain data. No name is ever looked up, imported or called."""
 
 import sys
 from collections.abc import Callable
@@ -7,28 +7,28 @@ from typing import Any, NamedTuple
 
 import torch
 
-MAX_ARGUMENTS = 1000  # of a call; a path has as many as it has parts, all others fewer than ten
+MAX_ARGUMENTS = 1000  # of a call; a path has one per component, all others fewer than ten
 
 
 class Global(NamedTuple):
-    """The name of a class or function in a pickle. It is never looked up."""
+    """The name of a class or function in a pickle, which is never looked up."""
 
     module: str
     name: str
 
     def __str__(self) -> str:
-        """Return ``module.name`` on one line, cut to what a sentence can hold."""
+        """Return ``module.name`` escaped and truncated for a message."""
         return ascii(f"{self.module}.{self.name}"[:100])[1:-1]
 
     @property
     def is_foreign_class(self) -> bool:
-        """Whether it looks like a class (``Conv2d``) of a package outside Python's standard library."""
+        """Whether the name looks like a class (``Conv2d``) of a package outside Python's standard library."""
         package, leaf = self.module.partition(".")[0], self.name.rpartition(".")[2].lstrip("_")
         return leaf[:1].isupper() and package not in _PYTHON
 
 
 class TensorRef(NamedTuple):
-    """A tensor that has not been read: ``size``, ``stride`` and ``offset`` in elements of the storage ``key``."""
+    """Reference to a tensor in the file: ``offset``, ``size`` and ``stride`` in elements of the storage ``key``."""
 
     dtype: torch.dtype
     key: str
@@ -38,7 +38,7 @@ class TensorRef(NamedTuple):
 
 
 class StorageRef(NamedTuple):
-    """A block of ``count`` elements that the file holds under ``key``."""
+    """Reference to a storage of ``count`` elements, which the file contains under ``key``."""
 
     dtype: torch.dtype
     key: str
@@ -47,65 +47,67 @@ class StorageRef(NamedTuple):
 
 @dataclass(eq=False, repr=False, slots=True)
 class Record:
-    """An object of a class that is only known by name: the attributes and items it was saved with."""
+    """An object of a class known by name only, with its saved attributes and items."""
 
     kind: Global
     state: Any = None
     items: dict[Any, Any] = field(default_factory=dict)
 
 
-class Refusal(Exception):  # noqa: N818  (never leaves these two modules)
-    """What a pickle asks for and will not get, in words that go on from the file's name."""
+class RejectedPickle(Exception):  # noqa: N818  (internal to the two modules)
+    """A pickle is damaged or not plain data; the message continues a sentence that begins with the file's name."""
 
 
-def named(module: Any, name: Any) -> Global:
-    """Return the name.
+def check_global(module: Any, name: Any) -> Global:
+    """Return a global's name without looking it up.
 
     Raises:
-        Refusal: it belongs to Python's own library, and is not among the few known to be plain data.
+        RejectedPickle: it belongs to Python's standard library and is not known to be plain data.
+        ValueError: it is not a short string.
     """
     if not isinstance(module, str) or not isinstance(name, str) or len(module) + len(name) > 200:
-        raise ValueError("a name is a string, and short")
+        raise ValueError("a global must be a short string")
     found = Global(module, name)
     if found in _KNOWN or module.partition(".")[0] not in _PYTHON:
         return found
-    raise Refusal(f"asks for {found}, which is not data: it was refused, and nothing was run")
+    raise RejectedPickle(f"refers to {found}, which is not data: it was rejected, and nothing was executed")
 
 
-def stand_in(function: Any, arguments: Any) -> Any:
-    """Return the data that calling ``function`` would have made.
+def emulate_call(function: Any, arguments: Any) -> Any:
+    """Return plain data in place of the result of calling ``function``.
 
     Raises:
-        Refusal: for anything but the functions of ``_KNOWN`` and classes outside the standard library.
+        RejectedPickle: the function is not in ``_KNOWN`` and not a class outside the standard library.
+        ValueError: the call is malformed.
     """
     if not isinstance(function, Global) or not isinstance(arguments, tuple):
         raise ValueError("only a named function can be called")
-    if len(arguments) > MAX_ARGUMENTS:  # every call copies them, and one long tuple may be those of 100,000 calls
+    if len(arguments) > MAX_ARGUMENTS:  # every call copies them, and 100,000 calls may share one long tuple
         raise ValueError("too many arguments")
     if function in _KNOWN:
-        made = _KNOWN[function](*arguments)
-        return Record(function) if made is None else made
+        result = _KNOWN[function](*arguments)
+        return Record(function) if result is None else result
     if function.is_foreign_class:
         return Record(function)
-    raise Refusal(f"asks to call {function}, which is not data: it was refused, and nothing was run")
+    raise RejectedPickle(f"calls {function}, which is not data: it was rejected, and nothing was executed")
 
 
-def storage_of(pid: Any) -> Any:
-    """Return what a persistent id stands for: ("storage", type, key, device, count) is all that torch writes.
+def parse_persistent_id(pid: Any) -> Any:
+    """Parse a persistent id, which torch writes as ("storage", type, key, device, count).
 
     Raises:
-        Refusal: anything else.
+        RejectedPickle: the id has another form.
     """
     if not isinstance(pid, tuple) or not 4 <= len(pid) <= 6:
-        raise Refusal("holds a pickle with a persistent id that is no storage's")
-    if pid[0] == "module" and len(pid) == 4:  # old checkpoints: a class with its source text
+        raise RejectedPickle("contains a pickle with a persistent id other than a storage")
+    if pid[0] == "module" and len(pid) == 4:  # old checkpoints: a class with its source code
         return pid[1]
     _, kind, key, _, count, *view = pid
-    if pid[0] != "storage" or not isinstance(kind, Global) or any(part is not None for part in view):
-        raise Refusal("holds a pickle with a persistent id that is no storage's")
+    if pid[0] != "storage" or not isinstance(kind, Global) or any(item is not None for item in view):
+        raise RejectedPickle("contains a pickle with a persistent id other than a storage")
     dtype = _STORAGES.get(kind.name) if kind.module in ("torch", "torch.cuda") else None
     if dtype is None or not isinstance(key, str) or not _is_size(count):
-        raise Refusal(f"holds a storage of the unknown type {kind}")
+        raise RejectedPickle(f"contains a storage of the unknown type {kind}")
     return StorageRef(dtype, key, count)
 
 
@@ -113,7 +115,7 @@ def _is_size(value: Any) -> bool:
     return type(value) is int and 0 <= value < 1 << 62
 
 
-# What the known functions make. None of them copies an argument of any length: it may be referred to a million times.
+# Results of the known functions. None copies an argument of unbounded size, which may be referenced a million times.
 
 
 def _tensor(storage: Any, offset: Any, size: Any, stride: Any, *_: Any) -> TensorRef:
@@ -125,38 +127,38 @@ def _tensor(storage: Any, offset: Any, size: Any, stride: Any, *_: Any) -> Tenso
 
 
 def _tensor_of_type(function: Any, _kind: Any, arguments: Any, *_: Any) -> TensorRef:
-    """A tensor with attributes, such as a torch.nn.Buffer, or of a subclass is that tensor."""
+    """Return the plain tensor for one with attributes, such as a torch.nn.Buffer, or of a subclass."""
     if function != Global("torch._utils", "_rebuild_tensor_v2"):
         raise ValueError("not a tensor")
-    return stand_in(function, arguments)
+    return emulate_call(function, arguments)
 
 
 def _first(value: Any = (), *_: Any) -> Any:
-    """What wraps a tensor (a parameter) is that tensor; for a torch.Size or a set, the tuple or list in it will do."""
+    """Return the tensor in a parameter, or the tuple or list in a torch.Size or a set."""
     return value
 
 
 def _inert(*_: Any) -> None:
-    """Known, harmless and not needed: a Record without content."""
+    """Return None, for a Record without content: the function is harmless and not needed."""
 
 
 def _empty_dict(*_: Any) -> dict[Any, Any]:
-    """Mappings are made empty; their items follow."""
+    """Return an empty dict, as mappings are created before their items."""
     return {}
 
 
 def as_set(values: list[Any]) -> set[Any]:
-    """Return the plain ones of ``values``."""
+    """Return a set of the plain keys among ``values``."""
     return {value for value in values if _is_plain_key(value)}
 
 
 def _is_plain_key(value: Any) -> bool:
-    """Strings and ordinary numbers: a nested tuple or a huge number could take forever to hash."""
+    """Return whether ``value`` is a string or ordinary number: nested tuples or huge integers may be slow to hash."""
     return isinstance(value, (str, bytes, float)) or (isinstance(value, int) and value.bit_length() <= 64)
 
 
 def plain_items(values: list[Any]) -> dict[Any, Any]:
-    """[key, value, key, value, ...] -> dict, without the items whose key is no plain one: nobody asks for these."""
+    """Convert [key, value, key, value, ...] to a dict, omitting items whose key is not plain."""
     return {
         key: value for key, value in zip(values[::2], values[1::2], strict=True) if key is None or _is_plain_key(key)
     }
@@ -191,8 +193,8 @@ _KNOWN: dict[Global, Callable[..., Any]] = {
     Global("collections", "Counter"): _empty_dict,
     Global("argparse", "Namespace"): _inert,
     Global("types", "SimpleNamespace"): _inert,
-    Global("copyreg", "_reconstructor"): lambda kind, *_: stand_in(kind, ()),
-    Global("copy_reg", "_reconstructor"): lambda kind, *_: stand_in(kind, ()),
+    Global("copyreg", "_reconstructor"): lambda kind, *_: emulate_call(kind, ()),
+    Global("copy_reg", "_reconstructor"): lambda kind, *_: emulate_call(kind, ()),
     Global("_codecs", "encode"): _inert,
     **{Global("datetime", name): _inert for name in ("datetime", "date", "time", "timedelta", "timezone")},
     **{

@@ -1,12 +1,12 @@
 """Reading the pickle of a torch checkpoint without unpickling it.
 
-A pickle is a program for a small stack machine. This one steps through it and only ever builds plain data: containers,
-numbers, strings, ``TensorRef`` for a tensor and ``Record`` for an object of somebody's class. It imports nothing and
-calls nothing that a file names; time and memory stay within a small multiple of the file.
+A pickle is a program for a stack machine. This interpreter only builds plain data: containers, numbers, strings,
+``TensorRef`` for tensors and ``Record`` for objects of other classes. It imports and calls nothing that a file names;
+time and memory are bounded by a small multiple of the file's size.
 
-Why not ``torch.load(weights_only=True)`` with inert classes in the place of foreign ones: it runs nothing, but files of
-a megabyte make it hash one tuple of tuples for ever, or copy one list into thousands of sets. To stop that, one must
-know what is on the stack before each step, which is this machine. And it reads pickles of protocol 2 only.
+``torch.load(weights_only=True)`` with inert classes in place of foreign ones executes nothing either, but a file of one
+megabyte can make it hash a tuple of tuples forever, or copy a list into thousands of sets. Preventing that requires
+checking the stack before each step. It also reads protocol 2 only.
 """
 
 import pickletools
@@ -16,40 +16,40 @@ from typing import Any, BinaryIO
 from detkit.errors import DetkitError
 from detkit.weights.pickle_names import (
     Record,
-    Refusal,
+    RejectedPickle,
     StorageRef,
     TensorRef,
     as_set,
-    named,
+    check_global,
+    emulate_call,
+    parse_persistent_id,
     plain_items,
-    stand_in,
-    storage_of,
 )
 
-MAX_BYTES = 64 << 20  # of one pickle; those of real checkpoints hold 0.1 to 20 MiB
+MAX_BYTES = 64 << 20  # of one pickle; those of real checkpoints have 0.1 to 20 MiB
 MAX_OPCODES = 1_000_000  # real ones: 30,000 to 300,000
 
 
 def read_pickle(stream: BinaryIO, source: str) -> tuple[Any, dict[str, StorageRef]]:
-    """Read one pickle of ``stream``, which is left behind its end.
+    """Read one pickle from ``stream`` and leave the position after it.
 
     Returns:
-        the object, and every storage it mentions by key.
+        The object, and the storages that it references by key.
 
     Raises:
-        DetkitError: a damaged pickle, one that would call something, or one too large; ``source`` names the file.
+        DetkitError: the pickle is damaged, is not plain data, or is too large; ``source`` names the file.
     """
     machine = _Machine()
     try:
         return machine.run(stream), machine.storages
-    except Refusal as refusal:
-        raise DetkitError(f"{source} {refusal}") from None
-    except (ValueError, LookupError, TypeError, AttributeError, OverflowError):  # what nonsense opcodes lead to
-        raise DetkitError(f"{source} is damaged: its pickle does not make sense") from None
+    except RejectedPickle as rejected:
+        raise DetkitError(f"{source} {rejected}") from None
+    except (ValueError, LookupError, TypeError, AttributeError, OverflowError):  # from invalid opcodes
+        raise DetkitError(f"{source} is damaged: its pickle is invalid") from None
 
 
 class _Machine:
-    """The stack machine: one method an opcode that does more than push its argument."""
+    """The stack machine: one method per opcode that does more than push its argument."""
 
     def __init__(self) -> None:
         self.stack: list[Any] = []
@@ -58,17 +58,21 @@ class _Machine:
         self.storages: dict[str, StorageRef] = {}
 
     def run(self, stream: BinaryIO) -> Any:
-        """Step through the opcodes; return what is on top of the stack at the end."""
+        """Execute the opcodes; return the top of the stack at the end.
+
+        Raises:
+            RejectedPickle: the pickle has too many or unsupported opcodes, or is not plain data.
+        """
         for count, (opcode, argument, _) in enumerate(pickletools.genops(stream)):
             if count >= MAX_OPCODES:
-                raise Refusal(f"holds a pickle of more than {MAX_OPCODES:,} instructions: no checkpoint needs so many")
+                raise RejectedPickle(f"has a pickle of more than {MAX_OPCODES:,} opcodes: no checkpoint needs so many")
             name = opcode.name
             if name in _LITERALS:
                 self.stack.append(argument)
             elif name in _CONSTANTS:
                 self.stack.append(_CONSTANTS[name]())
             elif name in _PUTS:
-                self.memo[argument] = self.stack[-1]  # type: ignore[index]  # a number, after these
+                self.memo[argument] = self.stack[-1]  # type: ignore[index]  # an int for these opcodes
             elif name in _GETS:
                 self.stack.append(self.memo[argument])  # type: ignore[index]
             elif name in _TUPLES:
@@ -76,12 +80,16 @@ class _Machine:
             elif name not in ("PROTO", "FRAME", "STOP"):
                 step = getattr(self, f"do_{name.lower()}", None)
                 if step is None:
-                    raise Refusal(f"holds a pickle with the instruction {name}, which no checkpoint needs")
+                    raise RejectedPickle(f"contains a pickle with the opcode {name}, which no checkpoint needs")
                 step(argument)
         return self.stack[-1]
 
     def pop(self, count: int) -> list[Any]:
-        """Take the top ``count`` values, in the order they were pushed."""
+        """Pop the top ``count`` values, in the order they were pushed.
+
+        Raises:
+            LookupError: there are fewer above the last mark.
+        """
         if count > len(self.stack) - (self.marks[-1] if self.marks else 0):
             raise LookupError("stack underflow")
         values = self.stack[len(self.stack) - count :]
@@ -89,7 +97,7 @@ class _Machine:
         return values
 
     def pop_mark(self) -> list[Any]:
-        """Take everything above the last mark."""
+        """Pop the last mark and everything above it."""
         height = self.marks.pop()
         values = self.stack[height:]
         del self.stack[height:]
@@ -147,41 +155,41 @@ class _Machine:
         values = self.pop_mark()
         _update(self.stack[-1], values)
 
-    # names, and what would be calls
+    # globals and calls
 
     def do_global(self, argument: str) -> None:
-        self.stack.append(named(*argument.split(" ", 1)))
+        self.stack.append(check_global(*argument.split(" ", 1)))
 
     def do_stack_global(self, _: None) -> None:
-        self.stack.append(named(*self.pop(2)))
+        self.stack.append(check_global(*self.pop(2)))
 
     def do_reduce(self, _: None) -> None:
         function, arguments = self.pop(2)
-        self.stack.append(stand_in(function, arguments))
+        self.stack.append(emulate_call(function, arguments))
 
     do_newobj = do_reduce
 
     def do_newobj_ex(self, _: None) -> None:
         function, arguments, _keywords = self.pop(3)
-        self.stack.append(stand_in(function, arguments))
+        self.stack.append(emulate_call(function, arguments))
 
     def do_obj(self, _: None) -> None:
         function, *arguments = self.pop_mark()
-        self.stack.append(stand_in(function, tuple(arguments)))
+        self.stack.append(emulate_call(function, tuple(arguments)))
 
     def do_build(self, _: None) -> None:
         (state,) = self.pop(1)
         target = self.stack[-1]
         if isinstance(target, Record):
             target.state = state
-        elif not isinstance(target, (dict, TensorRef)):  # attributes of a state dict or a parameter: nobody's need
-            raise ValueError("state for something that has none")
+        elif not isinstance(target, (dict, TensorRef)):  # attributes of a state dict or a parameter are not needed
+            raise ValueError("state for an object that has none")
 
     def do_binpersid(self, _: None) -> None:
         (pid,) = self.pop(1)
-        storage = storage_of(pid)
+        storage = parse_persistent_id(pid)
         if isinstance(storage, StorageRef) and self.storages.setdefault(storage.key, storage) != storage:
-            raise Refusal(f"is damaged: it gives two types or sizes for the storage {storage.key[:40]!a}")
+            raise RejectedPickle(f"is damaged: it has two types or sizes for the storage {storage.key[:40]!a}")
         self.stack.append(storage)
 
 
@@ -196,7 +204,7 @@ def _update(target: Any, values: list[Any]) -> None:
     (target.items if isinstance(target, Record) else target).update(plain_items(values))
 
 
-# Those of protocol 2 and above: torch writes no other.
+# Opcodes of protocol 2 and above, the only ones torch writes.
 _LITERALS = frozenset(
     {"LONG1", "LONG4", "BININT", "BININT1", "BININT2", "BINFLOAT", "BINBYTES", "SHORT_BINBYTES", "BINBYTES8"}
     | {"BINSTRING", "SHORT_BINSTRING", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8", "BYTEARRAY8"}

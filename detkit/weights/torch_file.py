@@ -1,4 +1,4 @@
-"""The files of ``torch.save``, zip and legacy: their pickle as plain data, their tensors by place in the file."""
+"""Files of ``torch.save``, zip and legacy: the pickle as plain data, and tensors read by their position in the file."""
 
 import io
 import math
@@ -22,12 +22,12 @@ from detkit.weights.pickle_reader import MAX_BYTES, read_pickle
 ZIP_MAGIC = b"PK\x03\x04"
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 MAX_INDEX = 8 << 20  # bytes of a zip's index; 4,000 tensors take 0.4 MiB
-MAX_TAIL = 1 << 17  # bytes at the end of a zip among which its index is looked for
+MAX_TAIL = 1 << 17  # bytes at the end of a zip that are searched for its index
 CHUNK = 1 << 20
 
 
 class Extent(NamedTuple):
-    """Where bytes stand in a file, and their CRC-32; 0 where it is not known, as with torch's ``set_crc32_options``."""
+    """A range of bytes in a file and its CRC-32; 0 if unknown, as after torch's ``set_crc32_options(False)``."""
 
     start: int
     length: int
@@ -36,11 +36,12 @@ class Extent(NamedTuple):
 
 @dataclass(frozen=True)
 class TorchFile:
-    """What ``torch.save`` wrote.
+    """A file written by ``torch.save``.
 
     Attributes:
-        content: the saved object; its tensors are ``TensorRef``, objects of other people's classes ``Record``.
-        extents: where every storage stands.
+        path: the file.
+        content: the saved object, with ``TensorRef`` for tensors and ``Record`` for objects of other classes.
+        extents: position of every storage.
     """
 
     path: Path
@@ -48,11 +49,10 @@ class TorchFile:
     extents: Mapping[str, Extent]
 
     def read_tensors(self, refs: Mapping[str, TensorRef]) -> dict[str, Tensor]:
-        """Read tensors: floating-point ones as float32, contiguous.
+        """Read tensors as contiguous ones, floating-point ones as float32.
 
         Raises:
-            DetkitError: a storage that is not as it was written, a tensor that claims more than its storage holds, or
-                all of them more than the file does.
+            DetkitError: a storage is damaged, a tensor exceeds its storage, or all tensors together exceed the file.
         """
         tensors = {}
         with open_regular(self.path) as file:
@@ -62,7 +62,7 @@ class TorchFile:
                 span = self._span(name, ref)
                 left -= span * ref.dtype.itemsize
                 if left < 0:
-                    raise DetkitError(f"{self.path} is refused: its tensors claim more memory than the file holds")
+                    raise DetkitError(f"{self.path} is rejected: its tensors claim more memory than the file contains")
                 tensors[name] = self._read(file, name, ref, span)
         return tensors
 
@@ -71,17 +71,21 @@ class TorchFile:
         for key in sorted(keys & self.extents.keys()):
             left -= self.extents[key].length
             if left < 0:
-                raise DetkitError(f"{self.path} is refused: its storages overlap")
+                raise DetkitError(f"{self.path} is rejected: its storages overlap")
             _check_crc(self.path, file, f"storage {shorten(key, 40)!r}", self.extents[key])
 
     def _span(self, name: str, ref: TensorRef) -> int:
-        """Return how many elements of its storage a tensor reaches over, having checked that they are there."""
+        """Return the number of storage elements that a tensor spans.
+
+        Raises:
+            DetkitError: they exceed the storage.
+        """
         count = math.prod(ref.size)
         span = 1 + sum((n - 1) * step for n, step in zip(ref.size, ref.stride, strict=True)) if count else 0
         length = self.extents[ref.key].length if ref.key in self.extents else 0
         if count > span or (ref.offset + span) * ref.dtype.itemsize > length:
             raise DetkitError(
-                f"{self.path} is refused: its tensor {shorten(name)!r} claims more elements than the file holds"
+                f"{self.path} is rejected: its tensor {shorten(name)!r} claims more elements than the file contains"
             )
         return span
 
@@ -97,10 +101,11 @@ class TorchFile:
 
 
 def open_torch_file(path: Path) -> TorchFile:
-    """Read the structure of a file of ``torch.save``; nothing in it is run, no tensor is read yet.
+    """Read the structure of a file of ``torch.save`` without executing code in it or reading tensors.
 
     Raises:
-        DetkitError: no such file, truncated or damaged, not one of ``torch.save``, or one that would run code.
+        DetkitError: the file is truncated, damaged, not of ``torch.save``, or not plain data.
+        OSError: it cannot be opened.
     """
     with open_regular(path) as file:
         start = file.read(len(ZIP_MAGIC))
@@ -114,15 +119,15 @@ def open_torch_file(path: Path) -> TorchFile:
 
 
 def _open_zip(path: Path, file: BinaryIO) -> TorchFile:
-    """A zip, nothing in it compressed: ROOT/data.pkl, and a storage each in ROOT/data/KEY."""
+    """Open an uncompressed zip: ROOT/data.pkl, and one storage per ROOT/data/KEY."""
     try:
         with _IndexReader(open_regular(path).detach()) as index:
             entries = {entry.filename: entry for entry in zipfile.ZipFile(index).infolist()}
     except (zipfile.BadZipFile, NotImplementedError, OSError, ValueError, LookupError, OverflowError, struct.error):
-        raise DetkitError(f"{path} is truncated or damaged: it begins as a zip, but has no index at its end") from None
+        raise DetkitError(f"{path} is truncated or damaged: it begins as a zip but has no index at its end") from None
     pickles = [name for name in entries if name.count("/") == 1 and name.endswith("/data.pkl")]
     if len(pickles) != 1:
-        raise DetkitError(f"{path} is a zip, but not one of torch.save: it holds no data.pkl")
+        raise DetkitError(f"{path} is a zip, but not of torch.save: it contains no data.pkl")
     root = pickles[0].removesuffix("data.pkl")
     if f"{root}constants.pkl" in entries:
         raise DetkitError(f"{path} is a TorchScript program, not a checkpoint: import the .pt it was exported from")
@@ -133,7 +138,9 @@ def _open_zip(path: Path, file: BinaryIO) -> TorchFile:
         raise DetkitError(f"{path} was written by a big-endian machine: load and save it again with torch on that one")
     extent = extents[pickles[0]]
     if extent.length > MAX_BYTES:
-        raise DetkitError(f"{path} is refused: its pickle has more than {MAX_BYTES >> 20} MiB, no checkpoint's has")
+        raise DetkitError(
+            f"{path} is rejected: its pickle has more than {MAX_BYTES >> 20} MiB, no checkpoint needs so much"
+        )
     _check_crc(path, file, "pickle", extent)
     content, _ = read_pickle(io.BytesIO(_read_extent(file, extent)), str(path))
     prefix = f"{root}data/"
@@ -142,29 +149,34 @@ def _open_zip(path: Path, file: BinaryIO) -> TorchFile:
 
 
 class _IndexReader(io.BufferedReader):
-    """A zip whose index has a bounded size: zipfile reads it whole, then takes ten times as much memory."""
+    """Bounds the size of a zip's index, which zipfile reads at once, taking ten times as much memory."""
 
     def read(self, size: int | None = -1, /) -> bytes:
+        """Read at most ``size`` bytes.
+
+        Raises:
+            zipfile.BadZipFile: ``size`` exceeds MAX_INDEX.
+        """
         if size is not None and size > MAX_INDEX:
             raise zipfile.BadZipFile
         return super().read(MAX_TAIL if size is None or size < 0 else size)
 
 
 def _entry_extent(path: Path, file: BinaryIO, entry: zipfile.ZipInfo, size: int) -> Extent:
-    """Return where a zip entry's bytes stand.
+    """Return the position of a zip entry's bytes.
 
     Raises:
-        DetkitError: it is compressed (a small file could unpack to any size), or reaches beyond the file.
+        DetkitError: it is compressed (and might decompress to any size), or extends beyond the file.
     """
     if entry.compress_type != zipfile.ZIP_STORED or entry.flag_bits & 1:
-        raise DetkitError(f"{path} is refused: a part of it is compressed, which torch.save never does")
+        raise DetkitError(f"{path} is rejected: an entry of it is compressed, which torch.save never does")
     file.seek(entry.header_offset)
     header = file.read(30)
     if len(header) < 30 or header[:4] != ZIP_MAGIC:
-        raise DetkitError(f"{path} is damaged: the index of the zip does not fit its parts")
-    start = entry.header_offset + 30 + sum(struct.unpack_from("<HH", header, 26))  # behind name and padding
+        raise DetkitError(f"{path} is damaged: the index of the zip does not match its entries")
+    start = entry.header_offset + 30 + sum(struct.unpack_from("<HH", header, 26))  # after name and padding
     if start + entry.file_size > size:
-        raise DetkitError(f"{path} is truncated or damaged: a part of it reaches beyond the end of the file")
+        raise DetkitError(f"{path} is truncated or damaged: an entry of it extends beyond the end of the file")
     return Extent(start, entry.file_size, entry.CRC)
 
 
@@ -174,10 +186,10 @@ def _read_extent(file: BinaryIO, extent: Extent) -> bytes:
 
 
 def _check_crc(path: Path, file: BinaryIO, what: str, extent: Extent) -> None:
-    """Check that a part of a zip is as it was written.
+    """Verify the checksum of a zip entry.
 
     Raises:
-        DetkitError: its checksum says that it is not.
+        DetkitError: it is wrong.
     """
     if not extent.crc:
         return
@@ -191,11 +203,11 @@ def _check_crc(path: Path, file: BinaryIO, what: str, extent: Extent) -> None:
 
 
 def _open_legacy(path: Path, file: BinaryIO) -> TorchFile:
-    """Before torch 1.6: five pickles in a row (magic number, version, system, object, keys), then the storages."""
+    """Open a file of torch before 1.6: five pickles (magic number, version, system, object, keys), then storages."""
     head = io.BytesIO(file.read(MAX_BYTES))
     magic, _ = read_pickle(head, str(path))
     if magic != LEGACY_MAGIC:
-        raise DetkitError(f"{path} is a pickle, but not one of torch.save: save its state dict with torch.save")
+        raise DetkitError(f"{path} is a pickle, but not of torch.save: save its state dict with torch.save")
     _version, _ = read_pickle(head, str(path))
     system, _ = read_pickle(head, str(path))
     if isinstance(system, dict) and system.get("little_endian") is False:
@@ -208,9 +220,13 @@ def _open_legacy(path: Path, file: BinaryIO) -> TorchFile:
 def _legacy_extents(
     path: Path, file: BinaryIO, position: int, keys: Any, storages: Mapping[str, StorageRef]
 ) -> dict[str, Extent]:
-    """Each storage, in the order of ``keys``: its count of elements (8 bytes), then these."""
+    """Return the extents of storages in the order of ``keys``: element count (8 bytes), then the elements.
+
+    Raises:
+        DetkitError: the keys or counts are wrong, or the file is truncated.
+    """
     if not isinstance(keys, list) or not all(isinstance(key, str) and key in storages for key in keys):
-        raise DetkitError(f"{path} is damaged: its list of storages does not fit its tensors")
+        raise DetkitError(f"{path} is damaged: its list of storages does not match its tensors")
     size = os.fstat(file.fileno()).st_size
     extents = {}
     for key in keys:

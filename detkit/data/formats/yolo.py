@@ -160,7 +160,7 @@ def _box(fields: list[str], keypoints: int) -> tuple[float, float, float, float]
 def _load(file: Path) -> dict[str, Any]:
     """Parse the data.yaml."""
     try:
-        content = read_yaml(file, as_written=TEXT_KEYS)
+        content = read_yaml(file, text_keys=TEXT_KEYS)
     except OSError as error:
         raise DetkitError(f"cannot read data.yaml={file}: {error.strerror or error}") from None
     if not isinstance(content, dict):

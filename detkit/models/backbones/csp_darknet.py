@@ -14,15 +14,18 @@ STAGES = ((4, 128), (8, 256), (16, 512), (32, 1024))  # stride, base width
 
 @BACKBONES.register("csp_darknet")
 class CSPDarknet(nn.Module):
-    """Features at strides 4, 8, 16 and 32, of which the builder asks for some.
+    """CSPDarknet with features at strides 4, 8, 16 and 32.
 
     Args:
         depth, width, max_channels: compound scaling (models/scaling.py).
         block: CSP block of each stage, (c1, c2, n, shortcut).
-        downsample: stride-2 convolution in front of each stage, (c1, c2, 3, 2).
+        downsample: stride-2 convolution before each stage, (c1, c2, 3, 2).
         repeats: base number of bottlenecks in each stage's block.
-        stem_kernel: of the first convolution, which halves the image; 6 in YOLOv5.
+        stem_kernel: kernel size of the first convolution, which halves the image; 6 in YOLOv5.
         out_strides: strides of the features to return, ascending; derived by the builder.
+
+    Raises:
+        DetkitError: a stride is not available, or a list does not have one entry per stage.
     """
 
     def __init__(
@@ -39,10 +42,10 @@ class CSPDarknet(nn.Module):
         super().__init__()
         available = [stride for stride, _ in STAGES]
         if not set(out_strides) <= set(available):
-            raise DetkitError(f"backbone csp_darknet has strides {available}, the neck asks for {list(out_strides)}")
+            raise DetkitError(f"backbone csp_darknet has strides {available}, the neck takes {list(out_strides)}")
         if len(repeats) != len(STAGES):
             raise DetkitError(
-                f"backbone.repeats={list(repeats)} must list a number for each of the {len(STAGES)} stages"
+                f"backbone.repeats={list(repeats)} must list one number for each of the {len(STAGES)} stages"
             )
         blocks = per_stage(block, len(STAGES), "backbone.block")
         downsamples = per_stage(downsample, len(STAGES), "backbone.downsample")
@@ -62,7 +65,7 @@ class CSPDarknet(nn.Module):
         self.out_channels = tuple(out_channels)
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        """(B, 3, H, W) -> a feature map (B, out_channels[i], H / strides[i], W / strides[i]) for each i."""
+        """Map (B, 3, H, W) to feature maps (B, out_channels[i], H / strides[i], W / strides[i])."""
         x = self.stem(x)
         features = []
         for (stride, _), stage in zip(STAGES, self.stages, strict=True):

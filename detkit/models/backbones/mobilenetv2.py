@@ -14,20 +14,23 @@ PLAN = ((1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1
 
 @BACKBONES.register("mobilenetv2")
 class MobileNetV2(nn.Module):
-    """Features at strides 4, 8, 16 and 32: of the last block at each.
+    """MobileNetV2 with features at strides 4, 8, 16 and 32, from the last block at each.
 
-    Parameters are named as in torchvision's ``mobilenet_v2().features[0:18]``, whose checkpoints load. Its batch norms
-    have an eps of 1e-5, these one of 1e-3: ``detkit import_weights`` scales the weights so that they give the same.
+    Parameter names match torchvision's ``mobilenet_v2().features[0:18]``. Its batch norms have an eps of 1e-5, these
+    1e-3: ``detkit import_weights`` rescales the weights of its checkpoints so that the outputs are equal.
 
     Args:
         width: multiplier of all channels, rounded to multiples of 8.
         out_strides: strides of the features to return, ascending; derived by the builder.
+
+    Raises:
+        DetkitError: a stride is not available.
     """
 
     def __init__(self, width: float = 1.0, out_strides: Sequence[int] = (8, 16, 32)) -> None:
         super().__init__()
         if not set(out_strides) <= {4, 8, 16, 32}:
-            raise DetkitError(f"backbone mobilenetv2 has strides [4, 8, 16, 32], the neck asks for {list(out_strides)}")
+            raise DetkitError(f"backbone mobilenetv2 has strides [4, 8, 16, 32], the neck takes {list(out_strides)}")
         channels = _rounded(32 * width)
         layers: list[nn.Module] = [_conv_bn_relu6(3, channels, 3, 2)]
         stride = 2
@@ -46,7 +49,7 @@ class MobileNetV2(nn.Module):
         self.out_channels = tuple(last_at[s][1] for s in out_strides)
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        """(B, 3, H, W) -> a feature map (B, out_channels[i], H / strides[i], W / strides[i]) for each i."""
+        """Map (B, 3, H, W) to feature maps (B, out_channels[i], H / strides[i], W / strides[i])."""
         features = []
         for k, layer in enumerate(self.features):
             x = layer(x)
@@ -56,7 +59,7 @@ class MobileNetV2(nn.Module):
 
 
 class InvertedResidual(nn.Module):
-    """1x1 expansion (unless 1), 3x3 depthwise, 1x1 linear projection; residual where the shape stays."""
+    """1x1 expansion (unless 1), 3x3 depthwise, 1x1 linear projection; residual if the shape is preserved."""
 
     def __init__(self, c1: int, c2: int, stride: int, expansion: int) -> None:
         super().__init__()
@@ -67,7 +70,7 @@ class InvertedResidual(nn.Module):
         self.residual = stride == 1 and c1 == c2
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, c1, H, W) -> (B, c2, H / stride, W / stride)."""
+        """Map (B, c1, H, W) to (B, c2, H / stride, W / stride)."""
         return x + self.conv(x) if self.residual else self.conv(x)
 
 
@@ -77,6 +80,6 @@ def _conv_bn_relu6(c1: int, c2: int, k: int, s: int, groups: int = 1) -> nn.Sequ
 
 
 def _rounded(channels: float) -> int:
-    """Nearest multiple of 8, but not below 90 %."""
+    """Round to the nearest multiple of 8, but not below 90 % of ``channels``."""
     rounded = max(8, int(channels + 4) // 8 * 8)
     return rounded + 8 if rounded < 0.9 * channels else rounded

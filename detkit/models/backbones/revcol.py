@@ -13,21 +13,25 @@ from detkit.registry import BACKBONES
 
 STRIDES = (4, 8, 16, 32)
 MIN_ALPHA = 1e-3
-MAX_BLOCKS = 1000  # of a level
+MAX_BLOCKS = 1000  # per level
 
 
 @BACKBONES.register("revcol")
 class RevCol(nn.Module):
-    """Features at strides 4, 8, 16 and 32 of the last column. Parameters are named as in the official checkpoints.
+    """RevCol; returns the last column's features. Parameter names match the official checkpoints.
 
     Args:
-        channels, layers: of the four levels, the same in every column.
-        columns: how many there are.
-        drop_path: probability of skipping a block, from 0 at the first to this at the last of a column.
-        save_memory: recompute features in backward instead of remembering them (layers/reversible.py).
-        keep_every: remember the features of every so many columns; 0: of the last only, so that memory does not grow
-            with columns. Gradients are as exact either way (layers/reversible.py).
-        out_strides: strides of the features to return, ascending; derived by the builder.
+        channels, layers: channels and number of blocks of the four levels, the same in every column.
+        columns: number of columns.
+        drop_path: probability of skipping a block, rising linearly from 0 at the first block of a column to this at
+            the last.
+        save_memory: recompute features in backward instead of saving them (layers/reversible.py).
+        keep_every: save the features of every this many columns; 0: of the last only, so that memory does not grow
+            with the number of columns. Gradients are equally exact.
+        out_strides: strides of the features to return, ascending, among 4, 8, 16 and 32; derived by the builder.
+
+    Raises:
+        DetkitError: an argument is out of range, or a list does not have one entry per level.
     """
 
     def __init__(
@@ -42,17 +46,18 @@ class RevCol(nn.Module):
     ) -> None:
         super().__init__()
         if not set(out_strides) <= set(STRIDES):
-            raise DetkitError(f"backbone revcol has strides {list(STRIDES)}, the neck asks for {list(out_strides)}")
+            raise DetkitError(f"backbone revcol has strides {list(STRIDES)}, the neck takes {list(out_strides)}")
         for key, values in (("channels", channels), ("layers", layers)):
             if not isinstance(values, Sequence) or len(values) != len(STRIDES):
-                raise DetkitError(f"backbone.{key}={values} must list a number for each of the {len(STRIDES)} levels")
-        if min(channels) < 1 or min(layers) < 0 or max(layers) > MAX_BLOCKS:
-            words = f"must be 1 or more, backbone.layers={list(layers)} from 0 to {MAX_BLOCKS}"
-            raise DetkitError(f"backbone.channels={list(channels)} {words}")
+                raise DetkitError(f"backbone.{key}={values} must list one number for each of the {len(STRIDES)} levels")
+        if min(channels) < 1:
+            raise DetkitError(f"backbone.channels={list(channels)} must be 1 or more")
+        if min(layers) < 0 or max(layers) > MAX_BLOCKS:
+            raise DetkitError(f"backbone.layers={list(layers)} must be from 0 to {MAX_BLOCKS}")
         if columns < 1:
             raise DetkitError(f"backbone.columns={columns} must be 1 or more")
         if not 0 <= drop_path < 1:
-            raise DetkitError(f"backbone.drop_path={drop_path} must be a number from 0 to below 1")
+            raise DetkitError(f"backbone.drop_path={drop_path} must be a number of at least 0 and below 1")
         if keep_every < 0:
             raise DetkitError(f"backbone.keep_every={keep_every} must be 0 or more")
         self.stem = nn.Sequential(nn.Conv2d(3, channels[0], 4, 4), LayerNorm2d(channels[0]))
@@ -68,39 +73,40 @@ class RevCol(nn.Module):
         self.apply(_init_weights)
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        """(B, 3, H, W), sides dividing by 32 -> the last column's features at ``strides``."""
+        """Map (B, 3, H, W), sides divisible by 32, to the last column's features at ``strides``."""
         x = self.stem(x)
-        # under autocast, too, the chain of columns stays as exact as the weights
+        # under autocast, too, the sums over columns have the precision of the weights
         x = x.to(self.stem.get_parameter("0.weight").dtype)
         subnets = [getattr(self, f"subnet{k}") for k in range(self.columns)]
         alphas = [subnet.alphas() for subnet in subnets[1:]]
         noise = [subnet.draw_noise(len(x), x.device) if self.training else [None] * 4 for subnet in subnets]
         columns = Columns([subnet.levels() for subnet in subnets], noise)
         if self.save_memory and torch.is_grad_enabled() and not torch.compiler.is_exporting():
-            features = run_columns_reversibly(columns, x, alphas, self.kept_columns())
+            features = run_columns_reversibly(columns, x, alphas, self.saved_columns())
         else:
             features = run_columns(columns, x, alphas)
         return tuple(features[STRIDES.index(stride)] for stride in self.strides)
 
-    def kept_columns(self) -> frozenset[int]:
-        """Return the columns whose features are remembered beside the last one's."""
+    def saved_columns(self) -> frozenset[int]:
+        """Return the indices of the columns whose features are saved in addition to the last one's."""
         if self.keep_every == 0:
             return frozenset()
         return frozenset(k for k in range(self.columns - 1) if (k + 1) % self.keep_every == 0)
 
 
 class Column(nn.Module):
-    """One column: four levels, and alpha, the share of the previous column's feature in each level's.
+    """One column: four levels, and alpha, the weight of the previous column's feature in each level.
 
     Args:
+        channels: channels of each level.
         rates: DropPath rate of each block of each level.
-        first: no column comes before this one, so no level has an upper input.
+        first: whether this is the first column, in which no level has an upper input.
     """
 
     def __init__(self, channels: Sequence[int], rates: Sequence[Sequence[float]], first: bool) -> None:
         super().__init__()
         for k, c in enumerate(channels):
-            # The first column's multiplies nothing; it is there because official checkpoints have it.
+            # Unused in the first column; official checkpoints contain it.
             setattr(self, f"alpha{k}", nn.Parameter(torch.full((1, c, 1, 1), 0.5), requires_grad=not first))
         for k in range(len(channels)):
             setattr(self, f"level{k}", Level(channels, k, rates[k], first))
@@ -110,16 +116,16 @@ class Column(nn.Module):
         return [getattr(self, f"level{k}") for k in range(4)]
 
     def alphas(self) -> tuple[Tensor, ...]:
-        """Return alpha of each level, kept at |alpha| >= MIN_ALPHA with its sign; gradients pass as if it were not."""
+        """Return alpha of each level (1, C, 1, 1), clamped to |alpha| >= MIN_ALPHA with a straight-through gradient."""
         return tuple(_away_from_zero(getattr(self, f"alpha{k}")) for k in range(4))
 
     def draw_noise(self, batch: int, device: torch.device) -> list[Tensor]:
-        """Draw what the levels' blocks drop: for each level (blocks, batch), uniform in 0..1."""
+        """Draw the random numbers for DropPath: (blocks, batch) for each level, uniform in 0..1."""
         return [torch.rand(len(level.blocks), batch, device=device) for level in self.levels()]
 
 
 class Level(nn.Module):
-    """Fuse the finer feature of this column with the coarser one of the previous, then ConvNeXt blocks."""
+    """Fusion of the finer feature of this column and the coarser one of the previous, then ConvNeXt blocks."""
 
     def __init__(self, channels: Sequence[int], level: int, rates: Sequence[float], first: bool) -> None:
         super().__init__()
@@ -127,7 +133,7 @@ class Level(nn.Module):
         self.blocks = nn.Sequential(*(ConvNextBlock(channels[level], rate) for rate in rates))
 
     def forward(self, lower: Tensor, upper: Tensor | None, noise: Tensor | None) -> Tensor:
-        """Finer feature, coarser feature or None, random numbers (blocks, B) or None -> (B, C, h, w)."""
+        """Map finer feature, coarser feature or None, and random numbers (blocks, B) or None to (B, C, h, w)."""
         x = self.fusion(lower, upper)
         for k, block in enumerate(self.blocks):
             x = block(x, None if noise is None else noise[k])
@@ -149,7 +155,7 @@ class Fusion(nn.Module):
             self.up = Upsample(channels[level + 1], channels[level])
 
     def forward(self, lower: Tensor, upper: Tensor | None) -> Tensor:
-        """Sum of both at this level's size."""
+        """Return the sum of both inputs at this level's size, (B, C, h, w)."""
         x = self.down(lower)
         return x if self.up is None else x + self.up(upper)
 
@@ -162,7 +168,7 @@ class Upsample(nn.Module):
         self.channel_reschedule = nn.Sequential(nn.Linear(c1, c2), nn.LayerNorm(c2, eps=1e-6))
 
     def forward(self, x: Tensor) -> Tensor:
-        """See the class."""
+        """Map (B, c1, h, w) to (B, c2, 2h, 2w)."""
         x = self.channel_reschedule(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
         return F.interpolate(x, scale_factor=2, mode="nearest")
 
@@ -174,7 +180,7 @@ class LayerNorm2d(nn.LayerNorm):
         super().__init__(channels, eps=1e-6)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalise every pixel's channels."""
+        """Normalize the channels of every pixel."""
         return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
@@ -191,7 +197,7 @@ class ConvNextBlock(nn.Module):
         self.rate = rate
 
     def forward(self, x: Tensor, noise: Tensor | None = None) -> Tensor:
-        """(B, C, h, w) and uniform numbers (B,), or None for no dropping -> (B, C, h, w)."""
+        """Map (B, C, h, w) and uniform random numbers (B,), or None for no dropping, to (B, C, h, w)."""
         y = self.norm(self.dwconv(x).permute(0, 2, 3, 1))
         y = self.gamma * self.pwconv2(F.gelu(self.pwconv1(y)))
         y = y.permute(0, 3, 1, 2)
@@ -211,5 +217,5 @@ def _away_from_zero(alpha: Tensor) -> Tensor:
 def _init_weights(module: nn.Module) -> None:
     if isinstance(module, (nn.Conv2d, nn.Linear)):
         nn.init.trunc_normal_(module.weight, std=0.02)
-        assert module.bias is not None  # all of them have one
+        assert module.bias is not None  # all layers have one
         nn.init.zeros_(module.bias)

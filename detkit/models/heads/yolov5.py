@@ -1,4 +1,4 @@
-"""YOLOv5's head: one 1x1 convolution a level gives, for every anchor, a box, an objectness and the classes."""
+"""YOLOv5's head: one 1x1 convolution per level predicts box, objectness and classes for every anchor."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -15,12 +15,15 @@ from detkit.structures import AnchorOutput
 
 @HEADS.register("yolov5")
 class YOLOv5Head(nn.Module):
-    """Boxes relative to anchors; a score is objectness times class.
+    """Anchor-based head; a score is objectness times class probability.
 
     Args:
         in_channels, strides: of the neck's features, derived by the builder.
         num_classes: C, derived from the data.
-        anchors: for each stride width, height, width, height, ... in pixels; as many anchors at every stride.
+        anchors: for each stride width, height, width, height, ... in pixels; the same number at every stride.
+
+    Raises:
+        DetkitError: the anchors of a stride are missing or invalid.
     """
 
     output = AnchorOutput
@@ -37,12 +40,12 @@ class YOLOv5Head(nn.Module):
         self.strides = tuple(strides)
         self.num_classes = num_classes
         anchors_l = _anchors_of(strides, anchors)
-        self.register_buffer("anchors_la2", anchors_l)  # goes with the weights, which mean nothing without
+        self.register_buffer("anchors_la2", anchors_l)  # saved with the weights, which depend on it
         channels = anchors_l.shape[1] * (5 + num_classes)
         self.predictions = nn.ModuleList(nn.Conv2d(c, channels, 1) for c in in_channels)
 
     def init_bias(self) -> None:
-        """Start from about 8 objects an image of 640 px, each class as likely as 0.6 in all of them."""
+        """Initialize biases for about 8 objects per image of 640 px and a class probability of 0.6 / C."""
         with torch.no_grad():
             for conv, stride in zip(self.predictions, self.strides, strict=True):
                 bias_ao = conv.get_parameter("bias").view(self.anchors_la2.shape[1], -1)
@@ -50,7 +53,7 @@ class YOLOv5Head(nn.Module):
                 bias_ao[:, 5:] += math.log(0.6 / (self.num_classes - 0.99999))
 
     def forward(self, features: Sequence[Tensor]) -> AnchorOutput:
-        """Features (B, c, h, w), finest first -> AnchorOutput over all their points and anchors."""
+        """Map features (B, c, h, w), finest first, to an AnchorOutput over all points and anchors."""
         per_cell = self.anchors_la2.shape[1]
         maps, anchors = [], []
         for conv, x, anchors_a2 in zip(self.predictions, features, self.anchors_la2, strict=True):
@@ -77,14 +80,18 @@ class YOLOv5Head(nn.Module):
 
 
 def _anchors_of(strides: Sequence[int], anchors: Mapping[int, Sequence[float]]) -> Tensor:
-    """Return the anchors of each stride, (levels, anchors, 2) in pixels."""
-    by_stride = {int(stride): sides for stride, sides in anchors.items()}  # a checkpoint's json has the keys as text
+    """Return the anchors of each stride, (levels, anchors, 2) in pixels.
+
+    Raises:
+        DetkitError: the anchors of a stride are missing or invalid.
+    """
+    by_stride = {int(stride): sides for stride, sides in anchors.items()}  # JSON in checkpoints has string keys
     missing = [stride for stride in strides if stride not in by_stride]
     if missing:
         raise DetkitError(
-            f"head.anchors has none for stride {missing[0]}, which the neck gives: it has {list(by_stride)}"
+            f"head.anchors has none for stride {missing[0]} of the neck: add them, it has those of {list(by_stride)}"
         )
     chosen = [by_stride[stride] for stride in strides]
     if len({len(sides) for sides in chosen}) > 1 or len(chosen[0]) % 2 or not chosen[0]:
-        raise DetkitError("head.anchors must list width, height, width, height, ... and as many at every stride")
+        raise DetkitError("head.anchors must list width, height, width, height, ..., the same number at every stride")
     return torch.tensor(chosen, dtype=torch.float32).view(len(chosen), -1, 2)

@@ -1,4 +1,4 @@
-"""YOLOv8's decoupled, anchor-free head: distances to the four sides as distributions (arXiv 2006.04388)."""
+"""YOLOv8's decoupled, anchor-free head; the distances to the four sides are distributions (arXiv 2006.04388)."""
 
 import math
 from collections.abc import Sequence
@@ -13,17 +13,20 @@ from detkit.ops.points import make_grid_points
 from detkit.registry import HEADS
 from detkit.structures import DenseOutput
 
-MAX_BINS = 1024  # strides to a side of a box: more than any image has
+MAX_BINS = 1024  # in strides, more than any image has
 
 
 @HEADS.register("yolov8")
 class YOLOv8Head(nn.Module):
-    """One box branch and one class branch a level: 3x3, 3x3, 1x1.
+    """One box branch and one class branch per level: 3x3, 3x3, 1x1.
 
     Args:
         in_channels, strides: of the neck's features, derived by the builder.
         num_classes: C, derived from the data.
-        reg_max: bins of a distance's distribution, 0 .. reg_max - 1 strides.
+        reg_max: number of bins of a distance's distribution, for 0 .. reg_max - 1 strides.
+
+    Raises:
+        DetkitError: ``reg_max`` is out of range.
     """
 
     output = DenseOutput
@@ -45,18 +48,18 @@ class YOLOv8Head(nn.Module):
             nn.Sequential(Conv(c, c_cls, 3), Conv(c_cls, c_cls, 3), nn.Conv2d(c_cls, num_classes, 1))
             for c in in_channels
         )
-        # Fixed, but a parameter: the published parameter counts include these bins.
+        # Constant, but a parameter, since published parameter counts include it.
         self.bins = nn.Parameter(torch.tensor(range(reg_max), dtype=torch.float32), requires_grad=False)
 
     def init_bias(self) -> None:
-        """Start from about 5 objects an image of 640 px, of unknown class, and from small boxes."""
+        """Initialize biases for about 5 objects per image of 640 px, of any class, with small boxes."""
         with torch.no_grad():
             for box, cls, stride in zip(self.box_branches, self.cls_branches, self.strides, strict=True):
                 box.get_parameter("2.bias").fill_(1.0)
                 cls.get_parameter("2.bias").fill_(math.log(5 / self.num_classes / (640 / stride) ** 2))
 
     def forward(self, features: Sequence[Tensor]) -> DenseOutput:
-        """Features (B, c, h, w), finest first -> DenseOutput over all their points."""
+        """Map features (B, c, h, w), finest first, to a DenseOutput over all points."""
         reg = [branch(x) for branch, x in zip(self.box_branches, features, strict=True)]
         cls = [branch(x) for branch, x in zip(self.cls_branches, features, strict=True)]
         points, strides = make_grid_points([x.shape[-2:] for x in features], self.strides, features[0].device)
@@ -69,5 +72,5 @@ class YOLOv8Head(nn.Module):
 
 
 def _flatten(maps: list[Tensor]) -> Tensor:
-    """Maps (B, c, h, w) of several levels -> (B, A, c); free where a map is channels-last."""
+    """Concatenate maps (B, c, h, w) of several levels to (B, A, c); no copy of a channels-last map before that."""
     return torch.cat([x.permute(0, 2, 3, 1).flatten(1, 2) for x in maps], 1)

@@ -12,12 +12,12 @@ EPS = 1e-9
 
 @dataclass
 class Assignment:
-    """What each of the A points of B images is to learn.
+    """Targets of the A points of B images.
 
     Attributes:
-        foreground_ba: (B, A) bool, the point answers for a box.
-        box_index_ba: (B, A) int64, which of the image's M boxes; 0 where background.
-        scores_bac: (B, A, C) float32 target score of each class, 0 where background.
+        foreground_ba: (B, A) bool, whether the point is assigned to a box.
+        box_index_ba: (B, A) int64, index of the box among the image's M; 0 for background.
+        scores_bac: (B, A, C) float32 target score of each class; 0 for background.
     """
 
     foreground_ba: Tensor
@@ -26,7 +26,7 @@ class Assignment:
 
 
 @torch.no_grad()
-def assign_task_aligned(
+def assign_task_aligned(  # noqa: PLR0913  (predictions and ground truth; the options are keyword-only)
     scores_bac: Tensor,
     boxes_ba4: Tensor,
     points_a2: Tensor,
@@ -38,15 +38,22 @@ def assign_task_aligned(
     alpha: float = 0.5,
     beta: float = 6.0,
 ) -> Assignment:
-    """Give each box the ``topk`` points inside it that classify and localise it best.
+    """Assign to each box the ``topk`` points inside it that classify and localize it best.
 
-    The alignment of point a with box m is ``score^alpha * CIoU^beta``; a point wanted by several boxes goes to the
-    one it overlaps most. A target score is the alignment, scaled so that a box's best point gets its best CIoU.
+    The alignment of point a with box m is ``score^alpha * CIoU^beta``; a point selected for several boxes is assigned
+    to the one with the highest CIoU. The target score is the alignment, scaled so that the maximum of each box is its
+    highest CIoU.
 
     Args:
-        scores_bac: (B, A, C) predicted scores in 0..1; boxes_ba4: (B, A, 4) predicted xyxy pixels.
+        scores_bac: (B, A, C) predicted scores in 0..1.
+        boxes_ba4: (B, A, 4) predicted boxes, xyxy in pixels.
         points_a2: (A, 2) point centres in pixels.
-        gt_boxes_bm4, gt_labels_bm, gt_valid_bm: padded ground truth as in Batch.
+        gt_boxes_bm4: (B, M, 4) boxes, xyxy in pixels, padded as in Batch.
+        gt_labels_bm: (B, M) class indices.
+        gt_valid_bm: (B, M) False where padded.
+        topk: number of points per box.
+        alpha: exponent of the score.
+        beta: exponent of the CIoU.
     """
     num_points = scores_bac.shape[1]
     num_boxes = gt_boxes_bm4.shape[1]
@@ -64,7 +71,7 @@ def assign_task_aligned(
     alignment_bma = label_scores_bma.pow(alpha) * overlaps_bma.pow(beta)
 
     best = alignment_bma.topk(min(topk, num_points), dim=-1)
-    # Scattering a number, not a tensor: that would make a GPU wait where algorithms are deterministic.
+    # Scatter a number: with a tensor, deterministic algorithms would synchronize with the GPU.
     positive_bma = torch.zeros_like(inside_bma).scatter_(-1, best.indices, True) & inside_bma
 
     contested_ba = positive_bma.sum(1) > 1

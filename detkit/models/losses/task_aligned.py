@@ -16,7 +16,7 @@ from detkit.structures import Batch, DenseOutput
 
 @LOSSES.register("task_aligned")
 class TaskAlignedLoss(nn.Module):
-    """Weighted terms ``box``, ``cls`` and ``dfl``, each normalised by all ranks' sum of target scores T (at least 1).
+    """Weighted terms ``box``, ``cls`` and ``dfl``, normalized by the sum T of target scores of all ranks (at least 1).
 
     ::
 
@@ -25,7 +25,10 @@ class TaskAlignedLoss(nn.Module):
 
     Args:
         box, cls, dfl: gains of the terms.
-        topk, alpha, beta: of the assigner.
+        topk, alpha, beta: options of the assigner.
+
+    Raises:
+        DetkitError: a value is out of range.
     """
 
     output = DenseOutput
@@ -51,7 +54,7 @@ class TaskAlignedLoss(nn.Module):
     @torch.autocast("cpu", enabled=False)
     @torch.autocast("cuda", enabled=False)
     def forward(self, out: DenseOutput, batch: Batch) -> dict[str, Tensor]:
-        """Return the weighted terms; their sum, over the ranks too, is the loss of the batch's mean image."""
+        """Return the weighted terms; summed over terms and ranks they are the mean loss of the global batch."""
         cls, reg = out.cls.float(), out.reg.float()
         bins = torch.arange(reg.shape[-1] // 4, device=reg.device, dtype=torch.float32)
         boxes_ba4 = ltrb_to_xyxy(dfl_expectation(reg, bins), out.points)  # in strides
@@ -69,7 +72,7 @@ class TaskAlignedLoss(nn.Module):
         if batch.boxes_bm4.shape[1]:
             index = targets.box_index_ba[..., None].expand(-1, -1, 4)
             target_boxes_ba4 = batch.boxes_bm4.gather(1, index) / out.strides
-            # Background points get their own box as target: finite terms that weigh nothing, and no wait for a count.
+            # Background points get their own box as target: finite terms of weight 0, without synchronization.
             foreground = targets.foreground_ba[..., None]
             target_boxes_ba4 = torch.where(foreground, target_boxes_ba4, boxes_ba4.detach())
             weight_ba = targets.scores_bac.sum(-1) / total
@@ -82,19 +85,19 @@ class TaskAlignedLoss(nn.Module):
 
 
 def distribution_focal_loss(logits: Tensor, target: Tensor) -> Tensor:
-    """Cross entropy to the two bins around each target, weighted by nearness (arXiv 2006.04388, eq. 6).
+    """Compute the cross entropy with the two bins around each target, linearly weighted (arXiv 2006.04388, eq. 6).
 
     Args:
         logits: (..., 4 * K), side-major.
         target: (..., 4) distances in strides; clamped to [0, K - 1.01].
 
     Returns:
-        (..., 4), one term a side.
+        (..., 4), one term per side.
     """
     log_p = logits.unflatten(-1, (4, -1)).log_softmax(-1)
     target = target.clamp(0, log_p.shape[-1] - 1 - 0.01)
-    # A weight for each bin, 0 for all but two: picking these by an index would sort the gradients on a GPU and make
-    # it wait, where algorithms are deterministic, and a target that is NaN has no index.
+    # Weights of all bins, 0 except for two: selecting these by index would sort gradients and synchronize with the GPU
+    # under deterministic algorithms, and a NaN target has no index.
     bins = torch.arange(log_p.shape[-1], device=log_p.device, dtype=log_p.dtype)
-    nearness = (1 - (bins - target[..., None]).abs()).clamp(min=0)
-    return -(log_p * nearness).sum(-1)
+    weights = (1 - (bins - target[..., None]).abs()).clamp(min=0)
+    return -(log_p * weights).sum(-1)

@@ -1,3 +1,3 @@
-"""Necks: they mix a backbone's levels and hand the head one feature map a stride."""
+"""Necks, which fuse a backbone's levels and return one feature map per stride for the head."""
 
 from detkit.models.necks import pafpn, repgd  # noqa: F401

@@ -1,4 +1,4 @@
-"""RepGD, the neck of Gold-YOLO: gather all levels, mix them once, and distribute the result (arXiv 2309.11331)."""
+"""RepGD, the neck of Gold-YOLO: gather all levels, fuse them once, and distribute the result (arXiv 2309.11331)."""
 
 from collections.abc import Sequence
 
@@ -34,18 +34,21 @@ class RepGD(nn.Module):
     Args:
         in_channels, strides: of the backbone's features, derived by the builder.
         width, max_channels: compound scaling (models/scaling.py).
-        widths: base widths of P3, P4 and P5; half as wide in the paper as in the port to YOLOv8.
+        widths: base widths of P3, P4 and P5; the paper's are half of those in the YOLOv8 port.
         context: context block on C5, (c1, c2); None for none.
         embed: base width of the low stage's fusion.
         low_blocks, high_blocks, rep_blocks: RepVGG blocks of LowIFM, transformer blocks of HighIFM, RepVGG blocks
             after each injection.
-        high_stride: of the high stage's pooling; 1 in the YOLOv8 port, 2 in the paper.
+        high_stride: stride of the high stage's pooling; 1 in the YOLOv8 port, 2 in the paper.
         drop_path: probability of skipping a transformer block's branch.
+
+    Raises:
+        DetkitError: the strides are not 4 to 32, or a value is out of range.
     """
 
     in_strides = (4, 8, 16, 32)
 
-    def __init__(
+    def __init__(  # noqa: PLR0913  (the arguments are the keys of the configuration)
         self,
         in_channels: Sequence[int],
         strides: Sequence[int],
@@ -64,7 +67,7 @@ class RepGD(nn.Module):
         if tuple(strides) != self.in_strides:
             raise DetkitError(f"neck 'repgd' takes the strides {list(self.in_strides)}, not {list(strides)}")
         if len(widths) != 3:
-            raise DetkitError(f"neck.widths={list(widths)} must list a number for each of P3, P4 and P5")
+            raise DetkitError(f"neck.widths={list(widths)} must list one number for each of P3, P4 and P5")
         for key, value, least in (
             ("low_blocks", low_blocks, 0),
             ("high_blocks", high_blocks, 0),
@@ -74,7 +77,7 @@ class RepGD(nn.Module):
             if value < least:
                 raise DetkitError(f"neck.{key}={value} must be {least} or more")
         if not 0 <= drop_path < 1:
-            raise DetkitError(f"neck.drop_path={drop_path} must be a number from 0 to below 1")
+            raise DetkitError(f"neck.drop_path={drop_path} must be a number of at least 0 and below 1")
         c2, c3, c4, c5 = in_channels
         p3, p4, p5 = (scaled_width(base, width, max_channels) for base in widths)
         self.context: nn.Module = nn.Identity()
@@ -99,7 +102,7 @@ class RepGD(nn.Module):
         self.strides = tuple(strides[1:])
 
     def forward(self, features: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """C2 to C5 -> P3, N4, N5 with the sizes of C3, C4 and C5."""
+        """Map C2 to C5, each (B, c, h, w), to P3, N4, N5 with the sizes of C3, C4 and C5."""
         c2, c3, c4, c5 = features
         c5 = self.context(c5)
         g4, g3 = self.low_ifm(align_low((c2, c3, c4, c5))).split(self.low_widths, 1)
@@ -124,7 +127,7 @@ class LowIFM(nn.Module):
         self.conv2 = Conv(hidden, c2, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, c1, h, w) -> (B, c2, h, w)."""
+        """Map (B, c1, h, w) to (B, c2, h, w)."""
         x = self.conv1(x)
         for block in self.block:
             x = block(x)
@@ -132,7 +135,7 @@ class LowIFM(nn.Module):
 
 
 class LowLAF(nn.Module):
-    """Low-stage alignment: the finer level pooled, this one narrowed, the coarser one resized; concatenated, mixed."""
+    """Low-stage alignment: pool the finer, reduce the middle and resize the coarser level, concatenate, and fuse."""
 
     def __init__(self, finer: int, same: int, coarser: int, c2: int) -> None:
         super().__init__()
@@ -140,13 +143,13 @@ class LowLAF(nn.Module):
         self.cv_fuse = ConvBNReLU(finer + c2 + coarser, c2)
 
     def forward(self, finer: Tensor, same: Tensor, coarser: Tensor) -> Tensor:
-        """Three neighbouring levels -> (B, c2, h, w) at the size of the middle one."""
+        """Map three neighbouring levels (B, c, h, w) to (B, c2, h, w) at the size of the middle one."""
         size = same.shape[-2:]
         return self.cv_fuse(torch.cat((_pool(finer, size), self.cv1(same), _resize(coarser, size)), 1))
 
 
 class Inject(nn.Module):
-    """Add what the global feature says to a local one, and let it gate the local: ``local * gate(g) + emb(g)``."""
+    """Inject a global feature g into a local one: ``local * gate(g) + embedding(g)``."""
 
     def __init__(self, local: int, c2: int, global_: int) -> None:
         super().__init__()
@@ -155,7 +158,7 @@ class Inject(nn.Module):
         self.global_act = ConvBN(global_, c2)
 
     def forward(self, local: Tensor, global_: Tensor) -> Tensor:
-        """(B, local, h, w) and the global feature at this size or a smaller one -> (B, c2, h, w)."""
+        """Map (B, local, h, w) and a global feature of the same or a smaller size to (B, c2, h, w)."""
         size = local.shape[-2:]
         gate, embedding = F.hardsigmoid(self.global_act(global_)), self.global_embedding(global_)
         return self.local_embedding(local) * _resize(gate, size) + _resize(embedding, size)
@@ -174,7 +177,7 @@ class Attention(nn.Module):
         nn.init.zeros_(self.proj.get_parameter("1.bn.weight"))
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, C, h, w) -> (B, C, h, w)."""
+        """Map (B, C, h, w) to (B, C, h, w)."""
         h, w = x.shape[-2:]
         q, k, v = (
             rearrange(conv(x), "b (heads d) h w -> b heads (h w) d", heads=self.heads)
@@ -195,7 +198,7 @@ class Mlp(nn.Module):
         nn.init.zeros_(self.fc2.get_parameter("bn.weight"))
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, C, h, w) -> (B, C, h, w)."""
+        """Map (B, C, h, w) to (B, C, h, w)."""
         return self.fc2(F.relu6(self.dwconv(self.fc1(x))))
 
 
@@ -207,7 +210,7 @@ class HighIFM(nn.Module):
         self.transformer_blocks = nn.ModuleList(TransformerBlock(channels, drop_path) for _ in range(blocks))
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, C, h, w) -> (B, C, h, w)."""
+        """Map (B, C, h, w) to (B, C, h, w)."""
         for block in self.transformer_blocks:
             x = block(x)
         return x
@@ -223,7 +226,7 @@ class TransformerBlock(nn.Module):
         self.drop_path = drop_path
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, C, h, w) -> (B, C, h, w)."""
+        """Map (B, C, h, w) to (B, C, h, w)."""
         x = x + self._drop(self.attn(x))
         return x + self._drop(self.mlp(x))
 
@@ -235,37 +238,37 @@ class TransformerBlock(nn.Module):
 
 
 def align_low(features: Sequence[Tensor]) -> Tensor:
-    """Low_FAM: P2 and P3 pooled, P5 resized to the size of P4; all four concatenated."""
+    """Concatenate P2 and P3 pooled, P4, and P5 resized, all at the size of P4 (Low_FAM)."""
     p2, p3, p4, p5 = features
     size = p4.shape[-2:]
     return torch.cat((_pool(p2, size), _pool(p3, size), p4, _resize(p5, size)), 1)
 
 
 def align_high(features: Sequence[Tensor], stride: int) -> Tensor:
-    """High_FAM: P3, P4 and P5 pooled to ((h5 - 1) // stride + 1, (w5 - 1) // stride + 1) and concatenated."""
+    """Concatenate P3, P4 and P5 pooled to ((h5 - 1) // stride + 1, (w5 - 1) // stride + 1) (High_FAM)."""
     h, w = features[-1].shape[-2:]
     size = ((h - 1) // stride + 1, (w - 1) // stride + 1)
-    if stride > 1 and any(isinstance(n, torch.SymInt) for n in size):  # torch.export, the image's sides left open
-        size = (_unassumed(size[0]), _unassumed(size[1]))
+    if stride > 1 and any(isinstance(n, torch.SymInt) for n in size):  # torch.export with dynamic sides
+        size = (_unbacked_size(size[0]), _unbacked_size(size[1]))
         return torch.cat([pool_by_products(x, size) for x in features], 1)
     return torch.cat([_pool(x, size) for x in features], 1)
 
 
 def pool_by_products(x: Tensor, size: tuple[int, int]) -> Tensor:
-    """Adaptive average pooling of (B, C, h, w) to ``size`` as matrix products, which take a size not known yet."""
-    rows, columns = (_window_shares(n, length, x) for n, length in zip(size, x.shape[-2:], strict=True))
+    """Pool (B, C, h, w) adaptively to ``size`` (h', w') by matrix products, which support a symbolic size."""
+    rows, columns = (_window_weights(n, length, x) for n, length in zip(size, x.shape[-2:], strict=True))
     return rows @ x @ columns.T
 
 
-def _window_shares(windows: int, length: int, like: Tensor) -> Tensor:
-    """Return (windows, length): the share of each position in each window's average."""
+def _window_weights(windows: int, length: int, like: Tensor) -> Tensor:
+    """Return the weight of each position in each window's average, (windows, length)."""
     window, position = torch.arange(windows, device=like.device)[:, None], torch.arange(length, device=like.device)
     start, end = window * length // windows, ((window + 1) * length + windows - 1) // windows
     return ((position >= start) & (position < end)).to(like.dtype) / (end - start)
 
 
-def _unassumed(size: int) -> int:
-    """Return a size about which torch.export assumes nothing: one that is 1 for the example would have to stay 1."""
+def _unbacked_size(size: int) -> int:
+    """Return an unbacked copy of ``size``: torch.export would specialize a size that is 1 in the example."""
     if not isinstance(size, torch.SymInt):
         return size
     size = torch.scalar_tensor(size, dtype=torch.int64).item()
