@@ -345,41 +345,50 @@ def test_a_requeued_slurm_job_goes_on(whole_run, overrides, tmp_path, monkeypatc
 
 
 HOLDER = """
-import fcntl, sys, time
-file = open(sys.argv[1], "a+")
-fcntl.lockf(file, fcntl.LOCK_EX)
-print("host7 1234", file=file, flush=True)
-print("held", flush=True)
-time.sleep(60)
+import os, sys, time
+from filelock import FileLock
+lock = FileLock(sys.argv[1] + "/.filelock")
+with lock:
+    open(sys.argv[1] + "/.lock", "w").write("host7 1234")
+    if os.fork() == 0:  # as loader workers are
+        sys.stdin.read()
+        os._exit(0)
+    print("held", flush=True)
+    time.sleep(60)
 """
 
 
 def test_two_processes_do_not_share_a_run_directory(whole_run, tmp_path, monkeypatch):
-    """A lock ends with its process; where the disk knows none, the run goes on."""
-    shutil.copytree(whole_run, tmp_path / "run", ignore=shutil.ignore_patterns(".lock"))
-    lock = tmp_path / "run" / ".lock"
-    with subprocess.Popen([sys.executable, "-c", HOLDER, lock], stdout=subprocess.PIPE, text=True) as holder:
+    """A lock ends with its process, even if children live on; where the file system has no locks, the run goes on."""
+    run = tmp_path / "run"
+    shutil.copytree(whole_run, run, ignore=shutil.ignore_patterns(".lock", ".filelock"))
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", HOLDER, run], text=True, **pipes) as holder:
         assert holder.stdout.readline() == "held\n"
-        with pytest.raises(DetkitError, match=r"run is in use by process 1234 on host7: wait until that ends"):
-            go_on(tmp_path / "run")
+        for _ in range(2):
+            with pytest.raises(DetkitError, match=r"run is in use by process 1234 on host7: wait until that ends"):
+                go_on(run)
         threading.Timer(0.5, holder.kill).start()
-        with lock_module.run_lock(tmp_path / "run", "job", patience=10):
+        with lock_module.run_lock(run, "job", patience=10):
             assert holder.wait() == -signal.SIGKILL
-    assert go_on(tmp_path / "run")["last"]["epoch"] == 2
-    assert lock.read_text().split()[1] == str(os.getpid())
+            assert lock_module.find_run_of_job(tmp_path, "job") == run
+            with pytest.raises(DetkitError, match=f"by process {os.getpid()} on"):
+                go_on(run)
+    assert go_on(run)["last"]["epoch"] == 2
+    assert (run / ".lock").read_text().split()[1] == str(os.getpid())
 
     def unknown(*_: object) -> None:
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
-    monkeypatch.setattr("fcntl.lockf", unknown)
-    assert go_on(tmp_path / "run")["last"]["epoch"] == 2
+    monkeypatch.setattr("fcntl.flock", unknown)
+    assert go_on(run)["last"]["epoch"] == 2
 
 
 def test_a_run_that_another_process_has_continued_is_not_taken_back(whole_run, monkeypatch):
     """Between reading the state and holding the folder."""
     older = TrainState(step=read_state(whole_run)["state"]["step"] - 1)
     monkeypatch.setattr(build_training, "load_training_state", lambda *_: older)
-    before = {path: path.stat().st_mtime_ns for path in whole_run.iterdir() if path.name != ".lock"}
+    before = {path: path.stat().st_mtime_ns for path in whole_run.iterdir() if not path.name.startswith(".")}
     with pytest.raises(DetkitError, match="another process went on with it"):
         go_on(whole_run)
     assert all(path.stat().st_mtime_ns == time for path, time in before.items())

@@ -14,9 +14,10 @@ import traceback
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from filelock import FileLock
 from hydra.core.hydra_config import HydraConfig
 
 from detkit.config import flatten, parse_config
@@ -95,7 +96,7 @@ def run(cfg: TuneConfig) -> list[dict[str, Any]]:
         logger.info("trial %d: %s", trial.number, " ".join(as_overrides(chosen)))
         _run_trial(study, trial, typed, chosen, run_dir)
         if lock is not None:
-            lock.close()
+            lock.release()
         _write_table(study, folder)
     rows = _write_table(study, folder)
     _log_result(study, rows, typed, folder)
@@ -144,7 +145,7 @@ def _run_trial(
 
 def _take_trial(
     study: "Study", space: Mapping[str, "Distribution"], folder: Path, cfg: TuneConfig
-) -> tuple["Trial", dict[str, Any], IO[bytes] | None] | None:
+) -> tuple["Trial", dict[str, Any], FileLock | None] | None:
     """Return the next trial, its values, and a lock that says for as long as this process lives that it is run.
 
     That is a trial whose worker died, or else a new one; None where there are enough.
@@ -172,7 +173,7 @@ def _take_trial(
         return trial, suggest(trial, space), lock
     finally:
         if study_lock is not None:
-            study_lock.close()
+            study_lock.release()
 
 
 def _open_study(folder: Path, cfg: TuneConfig) -> "Study":
@@ -238,7 +239,7 @@ def _write_table(study: "Study", folder: Path) -> list[dict[str, Any]]:
     lock = lock_file(folder / ".lock", wait=True)
     write_atomically(folder / "study.csv", text.getvalue().encode())
     if lock is not None:
-        lock.close()
+        lock.release()
     return rows
 
 

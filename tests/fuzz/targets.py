@@ -178,13 +178,13 @@ def run_directory(rng: Random, material: Path, folder: Path) -> Trial:
     """A finished run of which one file is changed, resumed; in some trials for another epoch."""
     shutil.copytree(material / "run", folder / "run")
     names = ("state.pt",) * 6 + ("config.yaml",) * 5 + ("metrics.json", "history.csv", "loggers.json") * 2
-    name = rng.choice((*names, "best.safetensors", "last.safetensors", "state-1.pt", ".lock"))
+    name = rng.choice((*names, "best.safetensors", "last.safetensors", "state-1.pt", ".lock", ".filelock"))
     file = folder / "run" / name
     if name == "state.pt" and rng.random() < 0.7:
         content, what = mutate_saved(rng, torch.load(file, weights_only=True))
         torch.save(content, file)
         what = f"{name}: {what}"
-    elif name == ".lock":
+    elif name in (".lock", ".filelock"):
         what = replace_file(rng, file) if file.exists() else "nothing"
     else:
         what, _ = change_file(rng, file)

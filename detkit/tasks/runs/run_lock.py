@@ -1,61 +1,61 @@
 """Locks on files: one process at a time writes into a run directory."""
 
-import errno
 import os
 import socket
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO
+
+from filelock import FileLock, Timeout
 
 from detkit.distributed.process_group import run_on_main
 from detkit.errors import DetkitError
 from detkit.ops.files import read_regular
 
-RELEASE = 90  # seconds after which the lock of a dead machine is gone from a network's disk
+RELEASE = 90  # seconds after which a network file system has dropped the locks of a crashed machine
 MAX_LOCK = 2**20  # bytes
-LOCK = ".lock"  # of two lines: the host and number of the process, and the job that it belongs to
+LOCK = ".lock"  # who holds the run directory, in two lines: host and PID of the process, and its job
+LOCKED = ".filelock"  # the file that is locked; on Windows no other process could read it
 
 
 @contextmanager
 def run_lock(run_dir: Path, job: str, patience: float = 0) -> Iterator[None]:
-    """Keep others out of a run directory; of several ranks, rank 0 does it for all.
+    """Keep other processes out of a run directory; rank 0 does it for all ranks.
 
-    The operating system forgets a process' lock with the process, however that ends. A disk that knows no locks keeps
-    nobody out.
+    The operating system drops the lock when the process ends, however it ends, even if its loader processes live on.
+    A file system without locks, or a directory that is not writable, keeps nobody out.
 
     Args:
-        job: a line for ``find_run_of_job``.
-        patience: seconds to wait for another process, which may be about to end, or of a machine that is no more.
+        run_dir: the run directory.
+        job: one line, by which ``find_run_of_job`` finds the directory again.
+        patience: seconds to wait for another process to end, or for the lock of a crashed machine to expire.
 
     Raises:
-        DetkitError: another process has it.
+        DetkitError: another process holds the directory.
     """
-    file: IO[bytes] | None = None
+    lock: FileLock | None = None
 
-    def take() -> None:
-        nonlocal file
-        end = time.monotonic() + patience
-        while True:
-            try:
-                file = _lock(run_dir, job)
-                return
-            except DetkitError:
-                if time.monotonic() >= end:
-                    raise
-                time.sleep(1)
+    def acquire() -> None:
+        nonlocal lock
+        try:
+            lock = _acquire(run_dir / LOCKED, patience)
+        except Timeout:
+            message = f"{run_dir} is in use by {_holder(run_dir)}: wait until that ends, or name another folder"
+            raise DetkitError(message) from None
+        with suppress(OSError):  # the disk is full, or read-only
+            (run_dir / LOCK).unlink(missing_ok=True)  # opening a pipe would block
+            (run_dir / LOCK).write_bytes(os.fsencode(f"{socket.gethostname()} {os.getpid()}\n{job}\n"))
 
-    run_on_main(take)
+    run_on_main(acquire)
     try:
         yield
     finally:
-        if file is not None:
-            file.close()
+        if lock is not None:
+            lock.release()
 
 
 def find_run_of_job(folder: Path, job: str) -> Path | None:
-    """Return the run directory under ``folder`` that a process of ``job`` was the last to hold; None if none is."""
+    """Return the run directory under ``folder`` that a process of ``job`` held last; None if there is none."""
     found = []
     for path in folder.glob(f"*/{LOCK}"):
         with suppress(OSError):
@@ -64,66 +64,46 @@ def find_run_of_job(folder: Path, job: str) -> Path | None:
     return max(found)[1] if found else None
 
 
-def lock_file(path: Path, wait: bool = False) -> IO[bytes] | None:
-    """Return a file that is locked until it is closed, or this process ends.
+def lock_file(path: Path, wait: bool = False) -> FileLock | None:
+    """Lock a file until the lock is released or garbage-collected, or this process ends.
 
-    None: another process has it (with ``wait`` that is waited for), or this disk or system knows no locks.
+    Args:
+        path: created if missing.
+        wait: wait until no other process holds the lock.
+
+    Returns:
+        The lock; None if another process holds it, or the file system knows no locks.
     """
-    file = open(path, "ab")  # noqa: SIM115  (whoever called closes it)
     try:
-        if _acquire(file, wait):
-            return file
-    except BlockingIOError:
-        pass
-    file.close()
-    return None
+        return _acquire(path, -1 if wait else 0)
+    except Timeout:
+        return None
 
 
-def _acquire(file: IO[bytes], wait: bool = False) -> bool:
-    """Lock a file until it is closed; return False where this disk or system knows no locks.
+def _acquire(path: Path, timeout: float) -> FileLock | None:
+    """Return a lock on ``path``; None if the file cannot be created, or its file system knows no locks.
+
+    Args:
+        path: created if missing.
+        timeout: seconds to wait; -1: forever.
 
     Raises:
-        BlockingIOError: another process has it; with ``wait`` that is waited for.
+        Timeout: another process holds the lock.
     """
+    lock = FileLock(path, timeout, thread_local=False, fallback_to_soft=False)  # a soft lock would survive a SIGKILL
     try:
-        import fcntl
-    except ImportError:  # Windows
-        return False
-    try:
-        fcntl.lockf(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)  # loaders would inherit a flock
-    except OSError as error:
-        if error.errno in (errno.EACCES, errno.EAGAIN):
-            raise BlockingIOError(error.errno, error.strerror) from None
-        return False
-    return True
-
-
-def _lock(run_dir: Path, job: str) -> IO[bytes] | None:
-    """Return a run directory's file, locked if the disk knows locks; closing it lets go. None: it cannot be made.
-
-    Raises:
-        DetkitError: another process has it.
-    """
-    try:
-        file = open(run_dir / LOCK, "a+b", buffering=0)  # noqa: SIM115  (it stays open as long as the run lasts)
+        lock.acquire()
+    except Timeout:
+        raise
     except OSError:
         return None
+    return lock
+
+
+def _holder(run_dir: Path) -> str:
+    """Name the process that holds a run directory, as far as its record tells."""
     try:
-        _acquire(file)
-    except BlockingIOError:
-        with file:
-            words = f"{run_dir} is in use{_holder(file)}"
-        raise DetkitError(f"{words}: wait until that ends, or name another folder") from None
-    with suppress(OSError):  # the disk is full
-        file.truncate(0)
-        file.write(os.fsencode(f"{socket.gethostname()} {os.getpid()}\n{job}\n"))
-    return file
-
-
-def _holder(file: IO[bytes]) -> str:
-    """Say whose a lock is, as far as the file tells."""
-    with suppress(OSError, ValueError):
-        file.seek(0)
-        host, number = file.readline().decode().split()
-        return f" by process {number} on {host}"
-    return " by another process"
+        host, pid = read_regular(run_dir / LOCK, MAX_LOCK).decode().partition("\n")[0].split()
+    except (OSError, ValueError):
+        return "another process"
+    return f"process {pid} on {host}"

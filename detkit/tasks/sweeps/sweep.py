@@ -15,9 +15,10 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
+from filelock import FileLock
 from hydra.core.hydra_config import HydraConfig
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
@@ -218,10 +219,10 @@ def _parallel_jobs() -> int:
 def _own_slot(slots: int) -> int:
     """Return a number below ``slots`` that no other process of the sweep has until this one ends."""
     for slot in range(slots):
-        if file := lock_file(_job_folder().parent / RECORDS / f"slot{slot}"):
-            _kept.append(file)
+        if lock := lock_file(_job_folder().parent / RECORDS / f"slot{slot}"):
+            _kept.append(lock)
             return slot
     return 0
 
 
-_kept: list[IO[bytes]] = []  # open, and so locked, as long as the process lives
+_kept: list[FileLock] = []  # held as long as the process lives
