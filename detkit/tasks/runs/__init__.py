@@ -1,0 +1,1 @@
+"""Run directories: creating, locking and resuming them, and building what is trained in them."""
