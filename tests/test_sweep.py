@@ -73,7 +73,7 @@ def test_a_preempted_job_is_queued_again_and_goes_on(train_overrides, tmp_path):
     log = "".join(file.read_text() for file in sweep.glob(".submitit/*/*_log.*"))
     assert process.returncode == 0, printed + log
     assert "Requeued job" in log
-    assert "going on after" in log
+    assert "resuming after" in log
     assert json.loads((sweep / ".jobs" / "0.json").read_text())["pid"] != record["pid"]
     assert [int(row["epoch"]) for row in rows(history)] == [1, 2, 3, 4]
     assert [path.name for path in sweep.glob("[0-9]*")] == ["0_seed-3"]

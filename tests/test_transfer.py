@@ -78,7 +78,7 @@ def test_what_starts_from_noise_is_said(tmp_path, small_checkpoint, capsys):
     assert report.warnings[:2] == ("the backbone starts from noise", "the head starts from noise")
     assert "the file knows 1 classes (cat, ...), this model has 2 (cat, dog, ...)" in report.warnings[2]
     print_transfer(report)
-    assert "mind: the head starts from noise" in capsys.readouterr().out
+    assert "warning: the head starts from noise" in capsys.readouterr().out
     model.class_names = ("cat",)
     assert len(load_weights(model, tmp_path / "named.safetensors").warnings) == 2
 

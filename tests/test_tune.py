@@ -69,7 +69,7 @@ MISTAKES = [
     (["search={optim.lrr: [1,2]}"], "there is no key 'optim.lrr'; did you mean 'optim.lr'?"),
     (["search={optim.lr: {low: -1, high: 1}}"], "optim.lr=-1 must be a number above 0"),
     (["search={backbone: [csp_darknet,revcol_tny]}"], "did you mean 'revcol_tiny'?"),
-    (["search={trials: [1,2]}"], "search: trials is nothing to search over"),
+    (["search={trials: [1,2]}"], "search: trials cannot be searched"),
     ([RANGE, "pruner.name=best"], "pruner.name=best must be median, hyperband or none"),
     ([RANGE, "storage=database"], "storage=database must be null, or the URL of a database"),
     ([RANGE, "storage=nosql://me:secret@host/x"], "storage cannot be opened: "),

@@ -7,8 +7,8 @@ import torch
 from pydantic import AfterValidator, ConfigDict, FailFast
 from torch import Tensor
 
-from detkit.config.check import first_odd_value, validate
-from detkit.config.fields import field, is_number, is_whole, number, positive, share, whole
+from detkit.config.check import first_unsupported_value, validate
+from detkit.config.fields import field, fraction, is_number, is_whole, number, positive, whole
 from detkit.config.schema import Factors, Section
 
 # What an optimizer remembers of a parameter; Muon of kernels and of the others.
@@ -47,7 +47,7 @@ class SavedRecipe(Section):
     weight_decay: float = number("of weights")
     warmup_bias_lr: float = number("where the biases start")
     lr_factors: Factors | None = field("by part", "null, or a mapping of parts to numbers above 0", default=None)
-    layer_decay: float | None = share("of the backbone's layers", default=None)
+    layer_decay: float | None = fraction("of the backbone's layers", default=None)
 
 
 class Current(Section):
@@ -159,7 +159,7 @@ def first_wrong(content: Mapping[str, Any]) -> str:
 
     Tensors are not looked into: their shapes depend on the model.
     """
-    if odd := first_odd_value(content["cfg"]) or validate(SavedState, content)[1]:
+    if odd := first_unsupported_value(content["cfg"]) or validate(SavedState, content)[1]:
         return odd
     state = content["state"]
     current = state["current"]
