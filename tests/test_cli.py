@@ -1,4 +1,4 @@
-"""The commands: a user's mistake is one sentence, exit status 2 and no traceback."""
+"""The commands: a user's mistake is one message, exit status 2 and no traceback."""
 
 import functools
 import subprocess
@@ -103,8 +103,8 @@ MISTAKES = [
 ]
 
 
-@pytest.mark.parametrize(("task", "arguments", "sentence"), MISTAKES, ids=lambda v: v if isinstance(v, str) else None)
-def test_a_mistake_is_one_sentence(task, arguments, sentence, monkeypatch, capsys, tmp_path, shapes_root):
+@pytest.mark.parametrize(("task", "arguments", "message"), MISTAKES, ids=lambda v: v if isinstance(v, str) else None)
+def test_a_user_error_is_one_message(task, arguments, message, monkeypatch, capsys, tmp_path, shapes_root):
     (tmp_path / "here").write_text("a file, so that the folder is not empty")
     monkeypatch.chdir(tmp_path)
     if task == "train" and not any(a.startswith("data") for a in arguments):
@@ -115,7 +115,7 @@ def test_a_mistake_is_one_sentence(task, arguments, sentence, monkeypatch, capsy
         cli.main()
     assert stop.value.code == 2
     error = capsys.readouterr().err.strip()
-    assert sentence in error
+    assert message in error
     assert len(error.splitlines()) == 1
     assert {p.name for p in tmp_path.iterdir()} <= {"here", "runs"}
 
