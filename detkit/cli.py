@@ -1,4 +1,4 @@
-"""The command line: Hydra composes a configuration, a task runs it, a user's mistake is one sentence."""
+"""The command line: Hydra composes a configuration, a task runs it, and user errors are reported as one sentence."""
 
 import os
 import sys
@@ -13,11 +13,11 @@ from detkit.viz.console import guard_output, make_console, setup_logging
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
-# What needs torch or Hydra is imported where it is called: ``detkit help`` waits for neither.
+# Modules that need torch or Hydra are imported inside functions, so that ``detkit help`` is fast.
 
 
 def main() -> None:
-    """Entry of the ``detkit`` command: ``detkit TASK key=value ...``."""
+    """Run the ``detkit`` command: ``detkit TASK key=value ...``."""
     guard_output()
     task = sys.argv[1] if len(sys.argv) > 1 else "help"
     if task in ("help", "-h", "--help"):
@@ -31,13 +31,13 @@ def main() -> None:
 
 
 def launch(task: str) -> None:
-    """Run a task with the arguments of the command line; exit status 2 on a user's mistake, 1 on a fault.
+    """Run a task with the command line's arguments; exit with status 2 on a user error, 1 on an internal error.
 
     Args:
-        task: the name of a module of ``detkit/tasks``, or the path of a task of your own: ``my_tasks/count_boxes.py``.
+        task: the name of a module in ``detkit/tasks``, or the path of a custom one such as ``my_tasks/count_boxes.py``.
     """
     guard_output()
-    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # let errors through to here
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra re-raises errors
     sweep_status = None
     try:
         setup_logging()
@@ -58,7 +58,7 @@ def launch(task: str) -> None:
 
 
 def _run_hydra(task: str) -> None:
-    """Compose the configuration of the command line and run the task with it, or in a sweep each of its jobs."""
+    """Compose the command line's configuration and run the task, or in a sweep each of its jobs."""
     import hydra
 
     from detkit.config import as_hydra, search_path, task_yaml
@@ -74,7 +74,7 @@ def _run_hydra(task: str) -> None:
         try:
             _run_task(task, cfg)
         except Exception as error:
-            _exit_on_user_error(error, task)  # here, as Hydra prints a line of its own on any exception
+            _exit_on_user_error(error, task)  # inside Hydra, which prints a line of its own on any exception
             raise
 
     sys.argv[1:] = [*as_hydra(sys.argv[1:]), *search_path(task)]
@@ -83,17 +83,17 @@ def _run_hydra(task: str) -> None:
 
 
 def _run_task(task: str, cfg: "DictConfig") -> object:
-    """Check a composed configuration and run the task with it; return what it returns.
+    """Validate a composed configuration, run the task with it and return its result.
 
     Raises:
-        DetkitError: a user's mistake; or the system refuses a file, or the device has too little memory.
+        DetkitError: a user error, a file that cannot be read or written, or too little device memory.
     """
     from detkit.config import import_plugins, parse_config, resolve
     from detkit.engine.precision import is_out_of_memory
     from detkit.ops.image import set_max_pixels
     from detkit.tasks.sweeps.sweep import in_sweep, prepare_job
 
-    setup_logging()  # again in the processes of a sweep's launcher
+    setup_logging()  # needed in the processes of a sweep's launcher
     found = find_task(task)
     config = parse_config(resolve(cfg), found.config)
     set_max_pixels(config.max_pixels)
@@ -111,11 +111,11 @@ def _run_task(task: str, cfg: "DictConfig") -> object:
             raise
     hints = [f"lower {key}" for key in ("batch_size", "image_size") if hasattr(config, key)]
     hints += ["use device=cpu"] if config.device != "cpu" else []
-    raise DetkitError(f"device={config.device} has too little memory for this: {' or '.join(hints) or 'free some'}")
+    raise DetkitError(f"device={config.device} has too little memory: {' or '.join(hints) or 'free some'}")
 
 
 def _exit_on_user_error(error: Exception, task: str, in_sweep: bool = False) -> None:
-    """Print one sentence and exit, unless an error is a fault of detkit."""
+    """Print one sentence and exit, unless the error is a bug in detkit."""
     from detkit.distributed.process_group import claim_error_message
 
     explained = _explain_error(error, task, in_sweep)
@@ -128,7 +128,7 @@ def _exit_on_user_error(error: Exception, task: str, in_sweep: bool = False) -> 
 
 
 def _explain_error(error: Exception, task: str, in_sweep: bool) -> tuple[str, int] | None:
-    """Return the message and the exit status for an error that is not detkit's fault, else None."""
+    """Return the message and exit status of an error that is not a bug in detkit, else None."""
     from detkit.config import explain, is_config_error
     from detkit.distributed.process_group import is_peer_failure, peer_user_error
     from detkit.tasks.sweeps.sweep import explain_launcher_error
@@ -136,12 +136,12 @@ def _explain_error(error: Exception, task: str, in_sweep: bool) -> tuple[str, in
     if isinstance(error, DetkitError):
         return str(error), 2
     if peer_user_error():
-        return "", 2  # the other process has printed it
+        return "", 2  # printed by the other process
     if is_config_error(error):
         return explain(error, task, sys.argv[1:]), 2
-    if isinstance(error, OSError) and (message := explain_oserror(error)):  # of a sweep's folder
+    if isinstance(error, OSError) and (message := explain_oserror(error)):  # from a sweep's folder
         return message, 2
     first_line = str(error).partition("\n")[0][:200]
     if is_peer_failure(error):
-        return f"another process of this run has failed or was killed: this one ends, too ({first_line})", 1
+        return f"another process of this run failed or was killed, so this one ends too ({first_line})", 1
     return explain_launcher_error(error) if in_sweep else None

@@ -1,4 +1,4 @@
-"""The tables of keys in ``configs/README.md``, generated from the schema and the YAML files.
+"""Generate the tables of keys in ``configs/README.md`` from the schema and the YAML files.
 
 ``python -m detkit.config_docs`` rewrites the block between the two markers; a test compares it with ``render()``.
 """
@@ -23,13 +23,13 @@ PARTS = ("model", "backbone", "neck", "head", "loss")
 GROUPS = ("data", "augment", "optim", "trainer")
 FORMATS = ("coco", "yolo", "voc", "webdataset")
 LONGEST = 40  # characters of a default value in a table
-MISSING = "???"  # OmegaConf's mark of a value that the command line must set
-PRESET = "${oc.select:data.preset."  # how a value that data.preset may replace begins in the YAML files
+MISSING = "???"  # OmegaConf's marker of a mandatory value
+PRESET = "${oc.select:data.preset."  # prefix of values that data.preset may replace
 REQUIRED, UNSET = "required", "unset"
 
 
 class Row(NamedTuple):
-    """One key: its dotted name, and its default, allowed values and meaning in words."""
+    """The table row of a key: dotted name, default, allowed values and meaning."""
 
     key: str
     default: str
@@ -38,7 +38,7 @@ class Row(NamedTuple):
 
 
 def render() -> str:
-    """Return the block of tables, without the markers."""
+    """Return the tables, without the markers."""
     cfg = compose_config("train", ["data=coco", "data.root=."])
     train = [Row(f"`{row.key}`", *row[1:]) for row in _rows(TrainConfig, cfg)]
     names = {row.key.strip("`"): row for row in train}
@@ -55,10 +55,10 @@ def render() -> str:
 
 
 def update(path: Path) -> None:
-    """Rewrite the block of a README between its markers.
+    """Rewrite the block between the markers of a README.
 
     Raises:
-        ValueError: the markers are not there.
+        ValueError: a marker is missing.
     """
     text = path.read_text(encoding="utf-8")
     start, end = text.index(BEGIN) + len(BEGIN), text.index(END)
@@ -66,7 +66,7 @@ def update(path: Path) -> None:
 
 
 def _rows(section: type[Section], cfg: DictConfig, prefix: str = "") -> Iterator[Row]:
-    """Yield a row for each key of a section and the sections in it."""
+    """Yield a row for each key of a section and its nested sections."""
     for name, field in section.model_fields.items():
         key = f"{prefix}{name}"
         if nested := section_of(field):
@@ -76,7 +76,7 @@ def _rows(section: type[Section], cfg: DictConfig, prefix: str = "") -> Iterator
 
 
 def _default(key: str, cfg: DictConfig) -> str:
-    """Return the value of a key in the YAML files; a star marks one that ``data.preset`` may replace."""
+    """Return the default of a key in the YAML files; a star marks those that ``data.preset`` may replace."""
     node: Any = OmegaConf.to_container(cfg, resolve=False)
     for name in key.split("."):
         if not isinstance(node, Mapping) or name not in node:
@@ -98,13 +98,13 @@ def _as_yaml(value: Any) -> str:
 
 
 def _allowed(field: FieldInfo) -> str:
-    words, extra = allowed_values(field), field.json_schema_extra
+    allowed, extra = allowed_values(field), field.json_schema_extra
     most = extra.get("most") if isinstance(extra, dict) else None
-    return f"{words} (at most {most:,})" if isinstance(most, (int, float)) and most != MOST else words
+    return f"{allowed} (at most {most:,})" if isinstance(most, (int, float)) and most != MOST else allowed
 
 
 def _with_formats(rows: Iterable[Row]) -> Iterator[Row]:
-    """Yield the rows of the group ``data``, whose defaults differ from format to format."""
+    """Yield the rows of the group ``data``, whose defaults depend on the format."""
     files = {name: yaml.safe_load((config_dir() / "data" / f"{name}.yaml").read_text()) for name in FORMATS}
     for row in rows:
         name = row.key.strip("`").removeprefix("data.")
@@ -120,7 +120,7 @@ def _with_formats(rows: Iterable[Row]) -> Iterator[Row]:
 
 
 def _other_commands() -> list[tuple[str, ...]]:
-    """Return the rows of the keys that ``train`` does not have, each after the commands that have it."""
+    """Return the rows of keys that ``train`` does not have, each prefixed with its commands."""
     commands: dict[Row, list[str]] = {}
     for task in list_tasks():
         schema = find_task(task).config

@@ -234,7 +234,7 @@ def test_everything_wrong_is_found_and_a_cleaned_copy_is_clean(form, tmp_path, m
     assert all(np.asarray(Image.open(p)).std() > 1 for p in (run_dir / "plots").iterdir())
 
     key = f"data.yaml={copy / 'data.yaml'}" if form == "yolo" else f"data.root={copy}"
-    assert "mind: images rotated by their EXIF orientation: 1;" in out
+    assert "warning: images rotated by their EXIF orientation: 1;" in out
     assert f"cleaned copy, {form}: " in out and f"python tools/train.py data={form} {key}" in out
     status, out, _ = check_data(monkeypatch, capsys, f"data={form}", key, f"run_dir={tmp_path / 'again'}")
     assert status == 0, out

@@ -1,4 +1,4 @@
-"""The commands: a user's mistake is one sentence, exit status 2 and no traceback."""
+"""The commands: a user's mistake is one message, exit status 2 and no traceback."""
 
 import functools
 import subprocess
@@ -55,7 +55,7 @@ MISTAKES = [
     ("train", ["workers=-1"], "workers=-1 must be auto, or a whole number"),
     ("train", ["optim.schedule=cosin"], "optim.schedule=cosin must be linear, cosine, constant or one_cycle"),
     ("train", ["augment.affine.scale=0.5"], "augment.affine.scale=0.5 must be a pair"),
-    ("train", ["model=null"], "model=null is no name of an option: known are"),
+    ("train", ["model=null"], "model=null is not an option: known are"),
     ("train", ["plugins=my_backbone"], "plugins=my_backbone must be a list of modules"),
     ("train", ["neck.block=[c2f,c2f]"], "neck.block lists 2 blocks"),
     ("train", ["backbone.downsample=c2f"], "block 'c2f' does not fit a conv slot"),
@@ -73,9 +73,9 @@ MISTAKES = [
     ("train", ["plugins=[no_such_module]"], "plugins: cannot import 'no_such_module'"),
     ("train", ["weights=none.safetensors"], "checkpoint none.safetensors does not exist"),
     ("train", ["model"], "cannot read the argument 'model'"),
-    ("train", ["--resolve"], "--resolve goes with --cfg job"),
-    ("train", [f"backbone.width={'[' * 500}{']' * 500}"], "more than 50 brackets within one another"),
-    ("train", [f"backbone.width={'[1,' * 500}1{']' * 500}"], "more than 50 brackets within one another"),
+    ("train", ["--resolve"], "--resolve needs --cfg job"),
+    ("train", [f"backbone.width={'[' * 500}{']' * 500}"], "more than 50 nested brackets"),
+    ("train", [f"backbone.width={'[1,' * 500}1{']' * 500}"], "more than 50 nested brackets"),
     ("train", ["run_dir=."], "run_dir=. is not empty"),
     ("eval", [], "ckpt is not set: add ckpt=VALUE"),
     ("eval", ["ckpt=none.safetensors"], "checkpoint none.safetensors does not exist"),
@@ -103,8 +103,8 @@ MISTAKES = [
 ]
 
 
-@pytest.mark.parametrize(("task", "arguments", "sentence"), MISTAKES, ids=lambda v: v if isinstance(v, str) else None)
-def test_a_mistake_is_one_sentence(task, arguments, sentence, monkeypatch, capsys, tmp_path, shapes_root):
+@pytest.mark.parametrize(("task", "arguments", "message"), MISTAKES, ids=lambda v: v if isinstance(v, str) else None)
+def test_a_user_error_is_one_message(task, arguments, message, monkeypatch, capsys, tmp_path, shapes_root):
     (tmp_path / "here").write_text("a file, so that the folder is not empty")
     monkeypatch.chdir(tmp_path)
     if task == "train" and not any(a.startswith("data") for a in arguments):
@@ -115,7 +115,7 @@ def test_a_mistake_is_one_sentence(task, arguments, sentence, monkeypatch, capsy
         cli.main()
     assert stop.value.code == 2
     error = capsys.readouterr().err.strip()
-    assert sentence in error
+    assert message in error
     assert len(error.splitlines()) == 1
     assert {p.name for p in tmp_path.iterdir()} <= {"here", "runs"}
 

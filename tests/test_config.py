@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from detkit.config import as_hydra, check_values, compose_config, group_options, resolve
-from detkit.config.check import first_odd_value
+from detkit.config.check import first_unsupported_value
 from detkit.data.augment import transforms  # noqa: F401  (the readers and transforms register themselves)
 from detkit.errors import DetkitError
 from detkit.hints import fits
@@ -84,9 +84,9 @@ def with_value(cfg: dict[str, Any], place: tuple[str, ...], value: Any) -> dict[
 
 
 def assert_readable(error: DetkitError) -> None:
-    sentence = str(error)
-    assert 10 < len(sentence) < 1000, sentence
-    assert sentence.isprintable(), sentence
+    message = str(error)
+    assert 10 < len(message) < 1000, message
+    assert message.isprintable(), message
 
 
 @pytest.mark.parametrize("task", list_tasks())
@@ -130,7 +130,7 @@ def test_every_option_is_allowed(group):
 
 
 @pytest.mark.parametrize(
-    ("task", "override", "sentence"),
+    ("task", "override", "message"),
     [
         ("train", "seed=4294967296", "seed=4294967296 must be a whole number, 0 or more, and 4294967295 at most"),
         ("train", "image_size=100000", "a multiple of 32 pixels, 64 or more, and 8192 at most"),
@@ -143,7 +143,7 @@ def test_every_option_is_allowed(group):
         ("train", "+trainer.epoks=3", "there is no key 'trainer.epoks'; did you mean 'trainer.epochs'?"),
         ("train", "~trainer.epochs", "trainer.epochs is not set: add trainer.epochs=VALUE"),
         ("train", "~optim", "optim is not set"),
-        ("train", "run_dir='a\0b'", "run_dir=a\\x00b must not hold control characters"),
+        ("train", "run_dir='a\0b'", "run_dir=a\\x00b must not contain control characters"),
         ("train", f"run_dir={'y' * 300}", "must be a path"),
         ("train", "trainer.epochs=null", "trainer.epochs is not set: it must be a whole number"),
         ("train", "trainer.compile=1", "trainer.compile=1 must be true or false"),
@@ -153,14 +153,14 @@ def test_every_option_is_allowed(group):
         ("summary", "num_classes=1000000000", "and 100000 at most"),
     ],
 )
-def test_values_of_no_sense_are_named(task, override, sentence):
+def test_values_of_no_sense_are_named(task, override, message):
     with pytest.raises(DetkitError) as error:
         check_values(composed(task, override), find_task(task).config)
-    assert sentence in str(error.value)
+    assert message in str(error.value)
 
 
 @pytest.mark.parametrize(
-    ("override", "sentence"),
+    ("override", "message"),
     [
         ("seed=${x}", "does not resolve"),
         ("seed=${seed}", "does not resolve"),
@@ -172,10 +172,10 @@ def test_values_of_no_sense_are_named(task, override, sentence):
         ("run_dir=a\0b", "cannot read the argument 'run_dir=a\\x00b'"),
     ],
 )
-def test_what_does_not_compose_is_a_sentence(override, sentence):
+def test_what_does_not_compose_is_a_message(override, message):
     with pytest.raises(DetkitError) as error:
         composed("train", override)
-    assert sentence in str(error.value)
+    assert message in str(error.value)
     assert_readable(error.value)
 
 
@@ -185,7 +185,7 @@ def test_a_tuple_of_different_hints_is_checked_member_by_member():
 
 
 @pytest.mark.parametrize(
-    ("override", "sentence"),
+    ("override", "message"),
     [
         ("backbone.width=x", "backbone.width=x must be a number"),
         ("head.reg_max=1e9", "head.reg_max=1000000000.0 must be a whole number"),
@@ -198,24 +198,24 @@ def test_a_tuple_of_different_hints_is_checked_member_by_member():
         ("backbone.block=[c2f,c2f,c2f,7]", "backbone.block=['c2f', 'c2f', 'c2f', 7] must be text, a mapping or a list"),
     ],
 )
-def test_arguments_of_parts_are_checked_by_their_type_hints(override, sentence):
+def test_arguments_of_parts_are_checked_by_their_type_hints(override, message):
     cfg = composed("train", override)
     check_values(cfg)
     with pytest.raises(DetkitError) as error:
         build_loss(cfg, build_detector(cfg, ["a"]).head)
-    assert sentence in str(error.value)
+    assert message in str(error.value)
 
 
 @pytest.mark.parametrize(
-    ("overrides", "sentence"),
+    ("overrides", "message"),
     [
         (["model.width=64", "model.max_channels=65536"], "more than the .* GiB of free memory: lower model.width"),
         (["backbone.repeats=[1000000,6,6,3]"], "more than 2,000 modules"),
         (["neck=repgd", "neck.rep_blocks=2000000000"], "more than 2,000 modules"),
     ],
 )
-def test_a_model_too_large_is_refused_before_it_is_made(overrides, sentence, few_modules):
-    with pytest.raises(TooLarge, match=sentence):
+def test_a_model_too_large_is_refused_before_it_is_made(overrides, message, few_modules):
+    with pytest.raises(TooLarge, match=message):
         build_detector(composed("train", *overrides), ["a"])
 
 
@@ -244,7 +244,7 @@ class Refusing(torch.nn.Module):
         raise {"type": TypeError, "zero": ZeroDivisionError, "bug": NameError}[kind]("no\nsense")
 
 
-def test_what_a_part_raises_is_said():
+def test_what_a_part_raises_is_reported():
     cfg = composed("train")
     for kind in ("type", "zero", "\x1b"):
         with pytest.raises(DetkitError, match="backbone 'test_refusing' cannot be built with kind=") as error:
@@ -261,8 +261,8 @@ def test_values_without_end_are_refused():
     for _ in range(60):
         laughs = [laughs] * 10
     for value in (endless, laughs, {"a": {"b\0": 1}}, {"a": object()}, {"a": 10**5000}, {10**5000: 1}):
-        assert first_odd_value({"x": value})
-    assert not first_odd_value({"a": [1, "ü", None, {"b": 1.5, 3: True}]})
+        assert first_unsupported_value({"x": value})
+    assert not first_unsupported_value({"a": [1, "ü", None, {"b": 1.5, 3: True}]})
 
 
 def test_names_of_files_need_not_be_utf8():

@@ -146,7 +146,7 @@ def test_the_command_prints_how_to_train(sets, tmp_path, monkeypatch, capsys):
     status, out, _ = run_command(monkeypatch, capsys, "convert_data", *arguments)
     assert status == 0
     yaml_file = tmp_path / "my set" / "data.yaml"
-    assert "mind: YOLO txt cannot represent crowds: 2 of them" in out
+    assert "warning: YOLO txt cannot represent crowds: 2 of them" in out
     assert out.endswith(f"python tools/train.py data=yolo 'data.yaml=\"{yaml_file}\"'\n")
     assert read_yolo("train", yaml=str(yaml_file)).class_names == ("zebra crossing", "Ämpel & <Co>")
     assert train_command({"name": "voc", "root": "/a/b-1"}) == "python tools/train.py data=voc data.root=/a/b-1"

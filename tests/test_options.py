@@ -35,7 +35,7 @@ def test_a_run_with_every_option(train_overrides, shapes_root: Path, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("override", "sentence"),
+    ("override", "message"),
     [
         ("data.sampling=often", "data.sampling=often must be null, repeat_factor or class_balanced"),
         ("data.repeat_threshold=0", "data.repeat_threshold=0 must be a number above 0, and 1 at most"),
@@ -51,9 +51,9 @@ def test_a_run_with_every_option(train_overrides, shapes_root: Path, tmp_path):
         ("augment.copy_paste.max_side=2", "augment.copy_paste.max_side=2 must be a number above 0, and 1 at most"),
     ],
 )
-def test_values_that_make_no_sense_are_refused(override, sentence):
+def test_values_that_make_no_sense_are_refused(override, message):
     cfg = resolve(compose_config("train", [override]))
-    with pytest.raises(DetkitError, match=sentence):
+    with pytest.raises(DetkitError, match=message):
         check_values(cfg)
 
 

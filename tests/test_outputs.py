@@ -17,13 +17,13 @@ from detkit.tasks import check_data, predict
 from detkit.tasks import eval as evaluation
 from tests.conftest import run_command
 
-ODD = os.fsdecode(b"caf\xe9\n.jpg")  # neither UTF-8 nor one line
+UNUSUAL_NAME = os.fsdecode(b"caf\xe9\n.jpg")  # neither UTF-8 nor one line
 TOOLS = Path(__file__).parents[1] / "tools"
 
 
 @pytest.fixture
-def pictures(tmp_path, shapes_root):
-    """Return a function that makes a folder of pictures by their names."""
+def images(tmp_path, shapes_root):
+    """Return a function that makes a folder of images by their names."""
 
     def make(*names: str) -> Path:
         folder = tmp_path / "source"
@@ -43,7 +43,7 @@ def predict_arguments(run: Path, source: Path, out: Path) -> list[str]:
 
 
 def predicted(out: Path) -> list[str]:
-    """The names of the pictures in ``predictions.json``."""
+    """The names of the images in ``predictions.json``."""
     return [Path(record["file"]).name for record in json.loads((out / "predictions.json").read_text())]
 
 
@@ -53,33 +53,33 @@ def no_room(*arguments: object) -> None:
     raise OSError(errno.ENOSPC, "No space left on device", str(path))
 
 
-def test_predicting_a_broken_picture_loses_no_other(finished_run, pictures, tmp_path, monkeypatch, capsys):
-    source, out = pictures("b.jpg"), tmp_path / "out"
+def test_predicting_a_broken_image_loses_no_other(finished_run, images, tmp_path, monkeypatch, capsys):
+    source, out = images("b.jpg"), tmp_path / "out"
     (source / "a.jpg").write_bytes(b"broken")
     (source / "c.jpg").mkdir()
-    status, told, error = run_command(monkeypatch, capsys, *predict_arguments(finished_run, source, out))
+    status, output, error = run_command(monkeypatch, capsys, *predict_arguments(finished_run, source, out))
     assert status == 2
     assert "cannot read image" in error
-    assert "a.jpg" in told and "c.jpg" in told
+    assert "a.jpg" in output and "c.jpg" in output
     assert {p.name for p in out.iterdir()} == {"b.jpg", "predictions.json"}
     assert predicted(out) == ["b.jpg"]
 
 
-def test_pictures_of_one_stem_are_told_apart(finished_run, pictures, tmp_path, monkeypatch, capsys):
-    source, out = pictures("a.jpg", "a.jpeg", "a.jpg.jpg", "[b].jpg"), tmp_path / "out"
+def test_images_of_one_stem_get_different_names(finished_run, images, tmp_path, monkeypatch, capsys):
+    source, out = images("a.jpg", "a.jpeg", "a.jpg.jpg", "[b].jpg"), tmp_path / "out"
     status, _, _ = run_command(monkeypatch, capsys, *predict_arguments(finished_run, source, out))
     assert status == 0
     drawn = {"a.jpg.jpg", "a.jpeg.jpg", "a.jpg.jpg.jpg", "[b].jpg"}
     assert {p.name for p in out.iterdir()} == {*drawn, "predictions.json"}
 
 
-def test_predicting_a_name_that_is_not_utf8(finished_run, pictures, tmp_path, monkeypatch, capsys):
-    source, out = pictures(ODD), tmp_path / "out"
-    status, told, _ = run_command(monkeypatch, capsys, *predict_arguments(finished_run, source, out))
+def test_predicting_a_name_that_is_not_utf8(finished_run, images, tmp_path, monkeypatch, capsys):
+    source, out = images(UNUSUAL_NAME), tmp_path / "out"
+    status, output, _ = run_command(monkeypatch, capsys, *predict_arguments(finished_run, source, out))
     assert status == 0
-    assert r"caf\udce9\n.jpg" in told
-    assert predicted(out) == [ODD]
-    assert cv2.imdecode(np.fromfile(out / ODD, np.uint8), cv2.IMREAD_COLOR) is not None
+    assert r"caf\udce9\n.jpg" in output
+    assert predicted(out) == [UNUSUAL_NAME]
+    assert cv2.imdecode(np.fromfile(out / UNUSUAL_NAME, np.uint8), cv2.IMREAD_COLOR) is not None
 
 
 @pytest.mark.parametrize(
@@ -89,8 +89,8 @@ def test_predicting_a_name_that_is_not_utf8(finished_run, pictures, tmp_path, mo
         (KeyboardInterrupt(), 130, ["a.jpg", "b.jpg"]),
     ],
 )
-def test_predictions_so_far_are_written(error, status, names, finished_run, pictures, tmp_path, monkeypatch, capsys):
-    source, out = pictures("a.jpg", "b.jpg", "c.jpg"), tmp_path / "out"
+def test_predictions_so_far_are_written(error, status, names, finished_run, images, tmp_path, monkeypatch, capsys):
+    source, out = images("a.jpg", "b.jpg", "c.jpg"), tmp_path / "out"
     save = predict.save_image
 
     def save_or_fail(image: np.ndarray, path: Path) -> None:
@@ -99,16 +99,16 @@ def test_predictions_so_far_are_written(error, status, names, finished_run, pict
         save(image, path)
 
     monkeypatch.setattr(predict, "save_image", save_or_fail)
-    found, _, sentence = run_command(monkeypatch, capsys, *predict_arguments(finished_run, source, out))
+    found, _, message = run_command(monkeypatch, capsys, *predict_arguments(finished_run, source, out))
     assert found == status
     assert predicted(out) == names
     if status == 2:
-        assert f"cannot write {out / 'b.jpg'}: No space left" in sentence
+        assert f"cannot write {out / 'b.jpg'}: No space left" in message
         assert (out / "c.jpg").exists()
 
 
-def test_predictions_take_the_room_of_pictures_on_a_full_disk(finished_run, pictures, tmp_path, monkeypatch, capsys):
-    source, out = pictures("a.jpg", "b.jpg"), tmp_path / "out"
+def test_predictions_replace_drawn_images_on_a_full_disk(finished_run, images, tmp_path, monkeypatch, capsys):
+    source, out = images("a.jpg", "b.jpg"), tmp_path / "out"
     write = predict.write_atomically
     monkeypatch.setattr(
         predict, "write_atomically", lambda *args: (no_room if len(list(out.iterdir())) > 1 else write)(*args)
@@ -125,7 +125,7 @@ def test_predictions_take_the_room_of_pictures_on_a_full_disk(finished_run, pict
 
 
 @pytest.mark.parametrize("kind", ["pipe", "circle", "nothing"])
-def test_a_source_that_is_no_picture_is_a_sentence(kind, finished_run, tmp_path, monkeypatch, capsys):
+def test_a_source_that_is_no_image_is_a_message(kind, finished_run, tmp_path, monkeypatch, capsys):
     source = tmp_path / "source.jpg"
     if kind == "pipe":
         os.mkfifo(source)
@@ -139,25 +139,25 @@ def test_a_source_that_is_no_picture_is_a_sentence(kind, finished_run, tmp_path,
 
 
 @pytest.mark.parametrize("task", ["eval", "check_data"])
-def test_a_full_disk_is_a_sentence_after_what_was_found(task, finished_run, shapes_root, tmp_path, monkeypatch, capsys):
+def test_a_full_disk_is_a_message_after_the_results(task, finished_run, shapes_root, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(*((evaluation, "save_figure") if task == "eval" else (check_data, "plot_set")), no_room)
     what = [f"ckpt={finished_run / 'best.safetensors'}"] if task == "eval" else [f"data.root={shapes_root}"]
-    status, told, error = run_command(monkeypatch, capsys, task, *what, f"run_dir={tmp_path / 'out'}", "workers=0")
+    status, output, error = run_command(monkeypatch, capsys, task, *what, f"run_dir={tmp_path / 'out'}", "workers=0")
     assert status == 2
     assert error.startswith("error: ") and f"{tmp_path / 'out'}" in error and "No space left on device" in error
     assert len(error.strip().splitlines()) == 1
-    assert "circle" in told  # the table of classes
+    assert "circle" in output  # the table of classes
     assert (tmp_path / "out" / ("metrics.json" if task == "eval" else "findings.csv")).exists()
 
 
-def test_check_data_speaks_to_an_ascii_terminal(pictures, shapes_root, tmp_path):
-    source = pictures(ODD)
+def test_check_data_speaks_to_an_ascii_terminal(images, shapes_root, tmp_path):
+    source = images(UNUSUAL_NAME)
     shutil.copytree(shapes_root, tmp_path / "set")
     annotations = tmp_path / "set" / "annotations" / "instances_train.json"
     content = json.loads(annotations.read_text())
-    content["images"].append({"id": 10**6, "file_name": ODD, "height": 1, "width": 1})
+    content["images"].append({"id": 10**6, "file_name": UNUSUAL_NAME, "height": 1, "width": 1})
     annotations.write_text(json.dumps(content))
-    shutil.copy(source / ODD, tmp_path / "set" / "images" / "train" / ODD)
+    shutil.copy(source / UNUSUAL_NAME, tmp_path / "set" / "images" / "train" / UNUSUAL_NAME)
     out = tmp_path / "out"
     command = [sys.executable, TOOLS / "check_data.py", "data=coco", f"data.root={tmp_path / 'set'}", f"run_dir={out}"]
     ascii_only = {**os.environ, "PYTHONIOENCODING": "ascii", "LC_ALL": "C", "PYTHONUTF8": "0"}

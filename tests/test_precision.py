@@ -76,4 +76,4 @@ def test_a_task_that_does_not_fit_says_so(monkeypatch, capsys):
     monkeypatch.setattr(summary, "run", run)
     status, _, err = run_command(monkeypatch, capsys, "summary", "device=cpu")
     assert status == 2
-    assert "device=cpu has too little memory for this: lower image_size" in " ".join(err.split())
+    assert "device=cpu has too little memory: lower image_size" in " ".join(err.split())

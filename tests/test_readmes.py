@@ -52,18 +52,18 @@ def anchors(readme: Path) -> set[str]:
 
 def find_commands(line: str) -> Iterator[tuple[str, list[str]]]:
     """Yield the task and the arguments of every ``tools/NAME.py`` or ``detkit NAME`` in a line of a shell."""
-    words = shlex.split(line, comments=True)
-    for k, word in enumerate(words):
-        script = re.fullmatch(r"(?:.*/)?tools/(\w+)\.py", word)
-        starts = k == 0 or words[k - 1] in ("&&", "nohup")
-        if script or (word == "detkit" and starts and k + 1 < len(words)):
-            rest = words[k + 1 :] if script else words[k + 2 :]
+    arguments = shlex.split(line, comments=True)
+    for k, argument in enumerate(arguments):
+        script = re.fullmatch(r"(?:.*/)?tools/(\w+)\.py", argument)
+        starts = k == 0 or arguments[k - 1] in ("&&", "nohup")
+        if script or (argument == "detkit" and starts and k + 1 < len(arguments)):
+            rest = arguments[k + 1 :] if script else arguments[k + 2 :]
             end = next((i for i, w in enumerate(rest) if re.fullmatch(r"[|>&;]+", w)), len(rest))
-            yield (script[1] if script else words[k + 1]), rest[:end]
+            yield (script[1] if script else arguments[k + 1]), rest[:end]
 
 
 def all_commands() -> dict[str, tuple[str, list[str]]]:
-    """Every command in the shell blocks of the READMEs, by its README and its words."""
+    """Every command in the shell blocks of the READMEs, by its README and its arguments."""
     found = {}
     for readme in READMES:
         for code in blocks(readme, "bash"):
@@ -77,7 +77,7 @@ def all_commands() -> dict[str, tuple[str, list[str]]]:
 
 def without_flags(arguments: list[str]) -> list[str]:
     """The overrides among a command's arguments; an ellipsis stands for more of them."""
-    flags = {k for k, word in enumerate(arguments) if word.startswith("-")}
+    flags = {k for k, argument in enumerate(arguments) if argument.startswith("-")}
     values = {k + 1 for k in flags if arguments[k] in ("--config-dir", "--cfg")}
     return [re.sub(r"\$\w+", "x", w) for k, w in enumerate(arguments) if k not in flags | values and w != "..."]
 

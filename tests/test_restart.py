@@ -81,7 +81,7 @@ def test_one_agent_restarts_its_ranks(whole_run, training, tmp_path):
     assert start(tmp_path, command, DEATHS="1:3:9 0:3:15").wait(120) == 0, (tmp_path / "log").read_text()
     (run_dir,) = (tmp_path / "runs" / "train").iterdir()
     assert_same_weights(run_dir, whole_run)
-    assert "going on after 0 of 2 epochs and 3 batches of the next" in (tmp_path / "log").read_text()
+    assert "resuming after 0 of 2 epochs and 3 batches of the next" in (tmp_path / "log").read_text()
 
 
 @pytest.mark.slow
@@ -95,7 +95,7 @@ def test_two_agents_restart_their_ranks(whole_run, training, tmp_path):
     agents = [start(tmp_path, command, DEATHS="0:8:9") for _ in range(2)]
     assert [agent.wait(120) for agent in agents] == [0, 0], (tmp_path / "log").read_text()
     assert_same_weights(tmp_path / "run", whole_run)
-    assert "going on after 1 of 2 epochs and 2 batches of the next" in (tmp_path / "log").read_text()
+    assert "resuming after 1 of 2 epochs and 2 batches of the next" in (tmp_path / "log").read_text()
 
 
 def test_ranks_of_a_start_find_one_another_in_an_old_store():

@@ -197,7 +197,7 @@ def test_a_run_that_saved_nothing_begins_anew(whole_run, tmp_path, capsys):
     run_dir.mkdir()
     shutil.copy(whole_run / "config.yaml", run_dir)
     go_on(run_dir)
-    assert "begins anew" in capsys.readouterr().out
+    assert "starts from scratch" in capsys.readouterr().out
     assert_same_run(run_dir, whole_run)
 
 
@@ -222,7 +222,7 @@ def test_a_full_disk_keeps_what_was_saved(whole_run, tmp_path, monkeypatch, caps
     assert not list((tmp_path / "run").glob(".*.tmp"))
     assert read_state(tmp_path / "run")["state"]["step"] == 2
     monkeypatch.setattr(checkpoint.os, "fsync", full)  # now for every file
-    with pytest.raises(DetkitError, match="No space left on device; make room there, then resume="):
+    with pytest.raises(DetkitError, match="No space left on device; make room there, then continue with resume="):
         go_on(tmp_path / "run")
     monkeypatch.undo()
     go_on(tmp_path / "run")
@@ -281,7 +281,7 @@ def test_auto_goes_on_or_begins(whole_run, overrides, tmp_path, monkeypatch, cap
         patch.setattr(TrainStep, "__call__", lambda *a: step(*a) if a[2] < 4 else {}["killed"])
         train.run(load_config("train", command))
     train.run(load_config("train", command))
-    assert "going on after 0 of 2 epochs and 4 batches of the next" in capsys.readouterr().out
+    assert "resuming after 0 of 2 epochs and 4 batches of the next" in capsys.readouterr().out
     assert_same_run(run_dir, whole_run)
     results = train.run(load_config("train", command))
     assert results["last"]["epoch"] == 2
@@ -292,7 +292,10 @@ def test_auto_goes_on_or_begins(whole_run, overrides, tmp_path, monkeypatch, cap
 @pytest.mark.parametrize(
     ("command", "message"),
     [
-        (["batch_size=8"], "holds another run: batch_size is 4 there, not 8 .*resume=auto is for the same command"),
+        (
+            ["batch_size=8"],
+            "holds another run: batch_size is 4 there, not 8 .*resume=auto is for repeating the same command",
+        ),
         (["model=yolov8s", "model.width=0.0625"], "holds another run: model.name is yolov8n there, not yolov8s"),
         (["run_dir=null"], "resume=auto needs run_dir=DIR"),
     ],
@@ -389,7 +392,7 @@ def test_a_run_that_another_process_has_continued_is_not_taken_back(whole_run, m
     older = TrainState(step=read_state(whole_run)["state"]["step"] - 1)
     monkeypatch.setattr(build_training, "load_training_state", lambda *_: older)
     before = {path: path.stat().st_mtime_ns for path in whole_run.iterdir() if not path.name.startswith(".")}
-    with pytest.raises(DetkitError, match="another process went on with it"):
+    with pytest.raises(DetkitError, match="another process resumed it"):
         go_on(whole_run)
     assert all(path.stat().st_mtime_ns == time for path, time in before.items())
 
@@ -397,7 +400,7 @@ def test_a_run_that_another_process_has_continued_is_not_taken_back(whole_run, m
 @pytest.mark.parametrize("theirs", [[False, 0], [True, 3]])
 def test_ranks_that_see_different_runs_say_so(theirs, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "run_on_main", lambda make: theirs)
-    with pytest.raises(DetkitError, match=r"looks different from different nodes .*rank 0 finds"):
+    with pytest.raises(DetkitError, match=r"nodes see different contents of the run directory .*rank 0 finds"):
         train._check_ranks_agree(resume.RunPlan({}, tmp_path, {"state": {"step": 6}}, False))
 
 
@@ -434,7 +437,7 @@ def test_a_signal_is_handed_over_to_somebody_s_handler(whole_run, overrides, tmp
 
 
 def test_a_folder_without_a_run_is_refused(tmp_path):
-    with pytest.raises(DetkitError, match=r"is not a run's folder: config.yaml: No such file"):
+    with pytest.raises(DetkitError, match=r"is not a run directory: config.yaml: No such file"):
         go_on(tmp_path)
 
 

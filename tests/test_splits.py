@@ -303,7 +303,7 @@ def test_a_split_of_which_nothing_is_left_is_dropped_from_a_cleaned_copy(tmp_pat
     run = [f"fix={tmp_path / 'copy'}", f"run_dir={tmp_path / 'run'}", "workers=1"]
     status, out, _ = run_command(monkeypatch, capsys, "check_data", "data=coco", f"data.root={root}", *run)
     assert status == 2
-    assert "holdout is skipped, as nothing of it would be left" in out
+    assert "holdout is skipped: it would be empty" in out
     assert splits_of({"name": "coco", "root": str(tmp_path / "copy")}) == ["train", "val", "test"]
 
 

@@ -372,7 +372,7 @@ def test_a_trial_leaves_the_detector_as_it_is():
 def test_auto_batch_is_for_training_on_a_gpu():
     with pytest.raises(DetkitError, match="batch_size=auto needs a GPU"):
         choose_batch_size(lambda images: None, CPU)
-    with pytest.raises(DetkitError, match="batch_size=auto is for training"):
+    with pytest.raises(DetkitError, match="batch_size=auto is only for training"):
         check_values(resolve(compose_config("eval", ["ckpt=x", "batch_size=auto"])), find_task("eval").config)
     check_values(resolve(compose_config("train", ["batch_size=auto"])))
 

@@ -73,7 +73,7 @@ def test_a_preempted_job_is_queued_again_and_goes_on(train_overrides, tmp_path):
     log = "".join(file.read_text() for file in sweep.glob(".submitit/*/*_log.*"))
     assert process.returncode == 0, printed + log
     assert "Requeued job" in log
-    assert "going on after" in log
+    assert "resuming after" in log
     assert json.loads((sweep / ".jobs" / "0.json").read_text())["pid"] != record["pid"]
     assert [int(row["epoch"]) for row in rows(history)] == [1, 2, 3, 4]
     assert [path.name for path in sweep.glob("[0-9]*")] == ["0_seed-3"]
@@ -129,7 +129,7 @@ def test_a_job_that_exits_without_an_error_is_done(train_overrides, tmp_path, mo
     assert found == [("done", ""), ("failed", "exit status 1")]
 
 
-def test_a_table_that_cannot_be_written_is_one_sentence(train_overrides, tmp_path, monkeypatch, capsys):
+def test_a_table_that_cannot_be_written_is_one_message(train_overrides, tmp_path, monkeypatch, capsys):
     from detkit.tasks import train
 
     def full(path, data):
@@ -158,7 +158,7 @@ def test_a_signal_ends_the_sweep(train_overrides, tmp_path, monkeypatch, capsys)
     assert "0 of 1 jobs are done" in printed
 
 
-def test_slurm_without_slurm_is_one_sentence(train_overrides, tmp_path, monkeypatch, capsys):
+def test_slurm_without_slurm_is_one_message(train_overrides, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("PATH", str(tmp_path))  # no srun
     arguments = ["train", "-m", *train_overrides, "seed=0,1", "hydra/launcher=slurm", f"hydra.sweep.dir={tmp_path}"]
     status, _, error = run_command(monkeypatch, capsys, *arguments)
@@ -168,16 +168,16 @@ def test_slurm_without_slurm_is_one_sentence(train_overrides, tmp_path, monkeypa
 
 
 @pytest.mark.parametrize(
-    ("choice", "sentence"),
+    ("choice", "message"),
     [
         ("joblib", "needs hydra-joblib-launcher, which is not installed: pip install 'detkit[sweeps]'"),
         ("submitit_slurm", "needs hydra-submitit-launcher, which is not installed: pip install 'detkit[sweeps]'"),
         ("cloud", "hydra/launcher=cloud does not exist: known are basic, local, parallel, slurm"),
     ],
 )
-def test_a_launcher_that_is_not_installed_is_named(choice, sentence):
+def test_a_launcher_that_is_not_installed_is_named(choice, message):
     from hydra.errors import MissingConfigException
 
     options = ["basic", "local", "parallel", "slurm"]
     error = MissingConfigException("", f"hydra/launcher/{choice}", options)
-    assert sentence in explain(error, "train", [f"hydra/launcher={choice}"])
+    assert message in explain(error, "train", [f"hydra/launcher={choice}"])

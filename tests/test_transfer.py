@@ -78,7 +78,7 @@ def test_randomly_initialized_parts_are_reported(tmp_path, small_checkpoint, cap
     assert report.warnings[:2] == ("the backbone is randomly initialized", "the head is randomly initialized")
     assert "the file has 1 classes (cat, ...), this model has 2 (cat, dog, ...)" in report.warnings[2]
     print_transfer(report)
-    assert "mind: the head is randomly initialized" in capsys.readouterr().out
+    assert "warning: the head is randomly initialized" in capsys.readouterr().out
     model.class_names = ("cat",)
     assert len(load_weights(model, tmp_path / "named.safetensors").warnings) == 2
 

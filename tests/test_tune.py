@@ -1,4 +1,4 @@
-"""The search for the best settings: what may be searched, and a study that prunes, fails, is killed and goes on."""
+"""Tuning: what may be searched, and a study that prunes, fails, is killed and resumed."""
 
 import csv
 import json
@@ -69,7 +69,7 @@ MISTAKES = [
     (["search={optim.lrr: [1,2]}"], "there is no key 'optim.lrr'; did you mean 'optim.lr'?"),
     (["search={optim.lr: {low: -1, high: 1}}"], "optim.lr=-1 must be a number above 0"),
     (["search={backbone: [csp_darknet,revcol_tny]}"], "did you mean 'revcol_tiny'?"),
-    (["search={trials: [1,2]}"], "search: trials is nothing to search over"),
+    (["search={trials: [1,2]}"], "search: trials cannot be searched"),
     ([RANGE, "pruner.name=best"], "pruner.name=best must be median, hyperband or none"),
     ([RANGE, "storage=database"], "storage=database must be null, or the URL of a database"),
     ([RANGE, "storage=nosql://me:secret@host/x"], "storage cannot be opened: "),
@@ -78,17 +78,15 @@ MISTAKES = [
 ]
 
 
-@pytest.mark.parametrize(("arguments", "sentence"), MISTAKES, ids=[m[1][:40] for m in MISTAKES])
-def test_a_mistake_is_one_sentence_before_any_trial(
-    arguments, sentence, monkeypatch, capsys, tmp_path, train_overrides
-):
+@pytest.mark.parametrize(("arguments", "message"), MISTAKES, ids=[m[1][:40] for m in MISTAKES])
+def test_a_mistake_is_one_message_before_any_trial(arguments, message, monkeypatch, capsys, tmp_path, train_overrides):
     monkeypatch.setattr(train, "run", lambda *_: pytest.fail("a trial began"))
     if "data=coco" in arguments:
         train_overrides = train_overrides[1:]
     where = f"run_dir={tmp_path / 'study'}"
     status, _, error = run_command(monkeypatch, capsys, "tune", *train_overrides, where, *arguments)
     assert status == 2
-    assert sentence in error
+    assert message in error
     assert "secret" not in error
     assert len(error.strip().splitlines()) == 1
 
@@ -170,7 +168,7 @@ def in_child(command: Callable[[], tuple[int, str, str]]) -> int:
 
 
 @pytest.mark.slow
-def test_a_killed_trial_goes_on_and_several_processes_share_a_study(study):
+def test_a_killed_trial_is_resumed_and_several_processes_divide_a_study(study):
     """A process is killed in its trial; another takes that up, and a third meanwhile the trial that is left."""
 
     def killed(cfg, stop_early):
@@ -219,7 +217,7 @@ def test_a_study_of_real_trainings(monkeypatch, capsys, tmp_path, train_override
         assert json.loads((Path(row["folder"]) / "metrics.json").read_text())["best"]["AP"] == float(row["AP"])
 
 
-def test_optuna_missing_is_one_sentence(monkeypatch):
+def test_optuna_missing_is_one_message(monkeypatch):
     monkeypatch.setitem(sys.modules, "optuna", None)
     with pytest.raises(DetkitError, match=r"pip install 'detkit\[sweeps\]'"):
         tune.run({})

@@ -135,7 +135,7 @@ def test_akconv_s_sampling_must_be_set(tmp_path, capsys, ultralytics):
         outputs[sampling] = detkit.load(dst)(images).reg
     assert torch.equal(outputs["tutorial"], detector(images).reg)
     assert not torch.allclose(outputs["tutorial"], outputs["paper"], atol=1e-2)
-    assert "sample as the tutorials' code does" in capsys.readouterr().out
+    assert "sample like the tutorials' code" in capsys.readouterr().out
 
 
 def test_sampling_is_for_akconv(tmp_path):

@@ -296,7 +296,7 @@ def test_what_the_user_names_is_insisted_on(tmp_path):
     src, dst = tmp_path / "x.pt", tmp_path / "x.safetensors"
     torch.save(state, src)
     with pytest.raises(
-        DetkitError, match=r"is YOLOv8, but does not fit model=yolov8s: .*; by its .* it is model=yolov8n"
+        DetkitError, match=r"is YOLOv8, but does not match model=yolov8s: .*; its tensors are those of model=yolov8n"
     ):
         imported(src, dst, "model=yolov8s")
     with pytest.raises(DetkitError, match="name it with model=NAME, not by its backbone"):
@@ -311,9 +311,7 @@ def test_detkit_s_own_are_imported_too(tmp_path):
     assert imported(tmp_path / "own.safetensors", tmp_path / "copy.safetensors").metrics == {"AP": 0.5}
     assert (tmp_path / "own.safetensors").read_bytes() == (tmp_path / "copy.safetensors").read_bytes()
     torch.save(detector.state_dict(), tmp_path / "own.pt")
-    with pytest.raises(
-        DetkitError, match="is a detector of detkit, but of which size its tensors do not tell: add model="
-    ):
+    with pytest.raises(DetkitError, match="is a detector of detkit, but its size is ambiguous: add model="):
         imported(tmp_path / "own.pt", tmp_path / "x.safetensors")
     weights = imported(tmp_path / "own.pt", tmp_path / "x.safetensors", "model=yolov8n").weights
     assert torch.equal(weights["head.bins"], detector.head.bins)
@@ -330,9 +328,9 @@ def without(state: dict, name: str) -> dict:
         (lambda s: s | {"model.9.cv1.bn.bias": torch.ones(3)}, r"has the shape \[3\] instead of \[128\]"),
         (
             lambda s: s | {"model.22.proto.cv1.conv.weight": torch.ones(3)},
-            "'model.22.proto.cv1.conv.weight' has no place",
+            "'model.22.proto.cv1.conv.weight' is unexpected",
         ),
-        (lambda s: s | {"model.0.conv.weight": torch.ones(24, 3, 3, 3)}, "of which size its tensors do not tell"),
+        (lambda s: s | {"model.0.conv.weight": torch.ones(24, 3, 3, 3)}, "its size is ambiguous"),
         (lambda s: {"fc.weight": torch.ones(2, 2)}, r"contains no model that detkit can import \(found 'fc.weight'\)"),
     ],
 )
@@ -370,7 +368,7 @@ def test_tensors_of_any_shape_are_no_fault(table, value):
         (["import_weights", "src=.", "dst=x.safetensors"], "src=. is a folder: name the file in it"),
         (["import_weights", "src=a.pt", "dst=x.pt"], "dst=x.pt must end in .safetensors"),
         (["import_weights", "src=a.pt", "dst=no/x.safetensors"], "the folder no does not exist"),
-        (["import_weights", "src=a.pt", "dst=taken.safetensors"], "dst=taken.safetensors exists already"),
+        (["import_weights", "src=a.pt", "dst=taken.safetensors"], "dst=taken.safetensors already exists"),
         (["import_weights", "src=a.pt", "dst=x.safetensors"], "a.pt is not a checkpoint"),
         (["import_weights", "src=a.pt", "dst=x.safetensors", "model=yolov9"], "model=yolov9 does not exist"),
         (["import_weights", "src=taken.safetensors", "dst=x.safetensors"], "is not a safetensors file"),

@@ -1,4 +1,4 @@
-"""``detkit benchmark`` from a checkout: detkit/tasks/benchmark.py does it, configs/benchmark.yaml holds its keys."""
+"""``detkit benchmark`` from a checkout: see detkit/tasks/benchmark.py and configs/benchmark.yaml."""
 
 from detkit.cli import launch
 

@@ -1,4 +1,4 @@
-"""``detkit check`` from a checkout: detkit/tasks/check.py does it, configs/check.yaml holds its keys."""
+"""``detkit check`` from a checkout: see detkit/tasks/check.py and configs/check.yaml."""
 
 from detkit.cli import launch
 

@@ -1,4 +1,4 @@
-"""``detkit check_data`` from a checkout: detkit/tasks/check_data.py does it, configs/check_data.yaml holds its keys."""
+"""``detkit check_data`` from a checkout: see detkit/tasks/check_data.py and configs/check_data.yaml."""
 
 from detkit.cli import launch
 

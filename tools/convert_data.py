@@ -1,4 +1,4 @@
-"""``detkit convert_data``: detkit/tasks/convert_data.py does it, configs/convert_data.yaml has its keys."""
+"""``detkit convert_data`` from a checkout: see detkit/tasks/convert_data.py and configs/convert_data.yaml."""
 
 from detkit.cli import launch
 

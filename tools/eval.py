@@ -1,4 +1,4 @@
-"""``detkit eval`` from a checkout: detkit/tasks/eval.py does it, configs/eval.yaml holds its keys."""
+"""``detkit eval`` from a checkout: see detkit/tasks/eval.py and configs/eval.yaml."""
 
 from detkit.cli import launch
 

@@ -1,4 +1,4 @@
-"""``detkit predict`` from a checkout: detkit/tasks/predict.py does it, configs/predict.yaml holds its keys."""
+"""``detkit predict`` from a checkout: see detkit/tasks/predict.py and configs/predict.yaml."""
 
 from detkit.cli import launch
 

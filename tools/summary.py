@@ -1,4 +1,4 @@
-"""``detkit summary`` from a checkout: detkit/tasks/summary.py does it, configs/summary.yaml holds its keys."""
+"""``detkit summary`` from a checkout: see detkit/tasks/summary.py and configs/summary.yaml."""
 
 from detkit.cli import launch
 

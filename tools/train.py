@@ -1,4 +1,4 @@
-"""``detkit train`` from a checkout: detkit/tasks/train.py does it, configs/train.yaml holds its keys."""
+"""``detkit train`` from a checkout: see detkit/tasks/train.py and configs/train.yaml."""
 
 from detkit.cli import launch
 

@@ -1,4 +1,4 @@
-"""``detkit tune`` from a checkout: detkit/tasks/tune.py does it, configs/tune.yaml holds its keys."""
+"""``detkit tune`` from a checkout: see detkit/tasks/tune.py and configs/tune.yaml."""
 
 from detkit.cli import launch
 

@@ -1,4 +1,4 @@
-"""Configurations: composed of ``configs/`` by Hydra (compose.py), and what their keys may be (schema.py)."""
+"""Configurations: composed from ``configs/`` by Hydra (compose.py) and validated against schema.py."""
 
 from detkit.config.check import check_values, parse_config
 from detkit.config.compose import (

@@ -1,4 +1,4 @@
-"""Keys of several commands: one model per group of commands, made of the groups in schema.py."""
+"""Keys shared by several commands, composed from the groups in schema.py."""
 
 from typing import Annotated, Any, Literal
 
@@ -20,7 +20,7 @@ from detkit.config.schema import (
     TrainerConfig,
 )
 
-MAX_IMAGE = 8192  # pixels of a side: a batch of one would take 800 MB as the network's input; tiles show more
+MAX_IMAGE = 8192  # pixels per side: an input batch of one image takes 800 MB; use tiles for larger images
 MAX_WORKERS = 1024
 MAX_CLASSES = 100_000
 SIZE = "a multiple of 32 pixels, 64 or more"
@@ -28,13 +28,13 @@ SIZE = "a multiple of 32 pixels, 64 or more"
 
 def _multiple_of_32(size: int) -> int:
     if size % 32:
-        raise ValueError("no multiple")
+        raise ValueError("not a multiple of 32")
     return size
 
 
 def _no_auto(batch_size: Any) -> Any:
     if batch_size == "auto":
-        raise PydanticCustomError("sentence", "batch_size=auto is for training: give it a number")
+        raise PydanticCustomError("message", "batch_size=auto is only for training: use a number")
     return batch_size
 
 
@@ -58,7 +58,7 @@ def batch_size_field() -> Any:
 
 
 class CommonConfig(Section):
-    """What every task takes."""
+    """Keys of every command."""
 
     device: Device = field("device to compute on", "auto, cpu, cuda or cuda:N")
     workers: Workers = field("number of data loading processes", "auto, or a whole number, 0 or more", most=MAX_WORKERS)
@@ -71,12 +71,12 @@ class CommonConfig(Section):
         le=2**30,  # OpenCV's own limit
     )
     plugins: Names = field(
-        "Python modules to import, which register parts of your own", "a list of modules, such as [my_backbone]"
+        "Python modules to import, which register custom parts", "a list of modules, such as [my_backbone]"
     )
 
 
 class ComposedConfig(CommonConfig):
-    """A task that composes a detector."""
+    """Keys of a command that composes a detector."""
 
     backbone: PartConfig
     neck: NeckConfig
@@ -87,11 +87,11 @@ class ComposedConfig(CommonConfig):
 
 
 class TrainConfig(ComposedConfig):
-    """``configs/train.yaml``."""
+    """Keys of ``configs/train.yaml``."""
 
     batch_size: AnyBatch = field(
         "images per forward pass, over all ranks; auto uses the largest power of two that fits the GPU",
-        "a whole number, 1 or more, or in training auto",
+        "a whole number, 1 or more, or auto in training",
         most=MAX_BATCH,
     )
     amp: Amp = field(

@@ -1,4 +1,4 @@
-"""Composing a configuration, and saying in one sentence why it does not compose."""
+"""Compose configurations with Hydra, and explain in one sentence why one does not compose."""
 
 import contextlib
 import importlib
@@ -21,45 +21,45 @@ from detkit.errors import DetkitError, nearest, shorten
 
 CONFIG_ERRORS = (HydraException, OmegaConfBaseException)
 GROUP_ERROR = "Config group override must be"  # Hydra's bare ValueError for model=null and the like
-LONGEST = 1000  # characters of a sentence that quotes Hydra
-FLAGS_ERRORS = {  # and its own for flags that do not go together; what is said of them
-    "Only one of --run, --multirun": "-m runs a sweep and --cfg shows one configuration: give one of them",
-    "The --resolve flag": "--resolve goes with --cfg job, which shows the configuration",
+LONGEST = 1000  # characters of a message that quotes Hydra
+FLAGS_ERRORS = {  # Hydra's ValueErrors for conflicting flags, and our messages
+    "Only one of --run, --multirun": "-m runs a sweep and --cfg shows one configuration: use only one of them",
+    "The --resolve flag": "--resolve needs --cfg job, which shows the configuration",
 }
-MAX_NESTING = 50  # of brackets within one another: Hydra's grammar calls itself for each
+MAX_NESTING = 50  # of nested brackets, for which Hydra's parser recurses
 
 
 def config_dir() -> Path:
-    """Return the folder of the YAML files: inside an installed package, or beside it in a checkout."""
+    """Return the folder of the YAML files: inside the installed package, or next to it in a checkout."""
     package = Path(__file__).resolve().parents[1]
     installed = package / "configs"
     return installed if installed.is_dir() else package.parent / "configs"
 
 
 def task_yaml(task: str) -> Path:
-    """Return the YAML file of a command: ``configs/TASK.yaml``, or that beside ``my_tasks/TASK.py``.
+    """Return the YAML file of a command: ``configs/TASK.yaml``, or for ``my_tasks/TASK.py`` the one next to it.
 
     Raises:
-        DetkitError: there is none.
+        DetkitError: the file does not exist.
     """
     path = Path(task).absolute().with_suffix(".yaml") if task.endswith(".py") else config_dir() / f"{task}.yaml"
     if not path.is_file():
-        raise DetkitError(f"{path} does not exist: it holds the keys of {task}")
+        raise DetkitError(f"{path} does not exist: it must hold the keys of {task}")
     return path
 
 
 def search_path(task: str) -> list[str]:
-    """Return the override by which Hydra finds detkit's own options for a command from outside ``configs/``."""
+    """Return the override that adds ``configs/`` to Hydra's search path, for a command outside of it."""
     if task_yaml(task).parent == config_dir():
         return []
     return [f"hydra.searchpath=[{json.dumps(f'file://{config_dir()}', ensure_ascii=False)}]"]
 
 
 def compose_config(task: str, overrides: Sequence[str] = ()) -> DictConfig:
-    """Compose the YAML file of a command with Hydra override strings, as the command line would.
+    """Compose the configuration of a command with Hydra overrides, as the command line does.
 
     Raises:
-        DetkitError: an override that does not exist or does not parse.
+        DetkitError: an override has an unknown key or cannot be parsed.
     """
     try:
         with _hydra(task):
@@ -71,29 +71,29 @@ def compose_config(task: str, overrides: Sequence[str] = ()) -> DictConfig:
 
 
 def as_hydra(overrides: Sequence[str]) -> list[str]:
-    """Return override strings as Hydra takes them.
+    """Convert the overrides of the command line to Hydra's syntax.
 
-    Values beyond ASCII are quoted. Beside ``resume=RUN_DIR`` a key of ``data`` is added (``++data.KEY=``): what is
-    composed there is the default set, which need not have the key; the run's own configuration says what it may be.
+    Non-ASCII values are quoted. With ``resume=RUN_DIR`` a key of ``data`` is added (``++data.KEY=``), as the default
+    data set composed there may lack it; it is checked against the configuration of the run.
 
     Raises:
-        DetkitError: a name or a number so long that Hydra would fail on it, or so many brackets.
+        DetkitError: a name or a number is too long for Hydra, or brackets are nested too deeply.
     """
     for override in overrides:
         key, _, value = override.partition("=")
         options = group_options(key) if re.fullmatch(r"\w+", key) else []
-        if re.search(r"\d{1000}", value) or (options and any(len(word) > 255 for word in value.split(","))):
+        if re.search(r"\d{1000}", value) or (options and any(len(name) > 255 for name in value.split(","))):
             known = f": known are {', '.join(options)}" if options else ""
             raise DetkitError(f"{shorten(override, 100)} is too long{known}")
         if max(accumulate((c in "[{(") - (c in "]})") for c in override), default=0) > MAX_NESTING:
-            raise DetkitError(f"{shorten(override, 100)} has more than {MAX_NESTING} brackets within one another")
+            raise DetkitError(f"{shorten(override, 100)} has more than {MAX_NESTING} nested brackets")
     resumed = any(o.startswith("resume=") and o not in ("resume=auto", "resume=null") for o in overrides)
     quoted = [_quote(override) for override in overrides]
     return [f"++{o}" if resumed and re.match(r"data\.\w+=", o) else o for o in quoted]
 
 
 def _quote(override: str) -> str:
-    """Quote a value with a character beyond ASCII, such as a folder's name may have: Hydra reads those no other way."""
+    """Quote a value with non-ASCII characters, such as a path, which Hydra cannot parse otherwise."""
     key, is_pair, value = override.partition("=")
     if not is_pair or key.startswith("-") or value.isascii() or re.search(r"""[][{}(),='"\\$]""", value):
         return override
@@ -106,23 +106,23 @@ def group_options(group: str) -> list[str]:
 
 
 def resolve(cfg: DictConfig) -> dict[str, Any]:
-    """Turn a composed configuration into plain dicts and lists, every interpolation resolved.
+    """Convert a composed configuration to plain dicts and lists, with all interpolations resolved.
 
     Raises:
-        DetkitError: a mandatory value is missing, or an interpolation leads nowhere.
+        DetkitError: a mandatory value is missing, or an interpolation cannot be resolved.
     """
     try:
         missing = sorted(OmegaConf.missing_keys(cfg))
         if missing:
             raise DetkitError(f"{missing[0]} is not set: add {missing[0]}=VALUE")
-        return cast("dict[str, Any]", OmegaConf.to_container(cfg, resolve=True))  # as a DictConfig becomes a dict
+        return cast("dict[str, Any]", OmegaConf.to_container(cfg, resolve=True))  # a DictConfig becomes a dict
     except OmegaConfBaseException as error:
-        words = shorten(str(error).splitlines()[0], LONGEST)
-        raise DetkitError(f"the configuration does not resolve: {words}") from None
+        reason = shorten(str(error).splitlines()[0], LONGEST)
+        raise DetkitError(f"the configuration does not resolve: {reason}") from None
 
 
 def flatten(node: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return every value of nested mappings by its dotted key, after ``prefix``; an empty mapping is a value."""
+    """Flatten nested mappings to dotted keys, each after ``prefix``; an empty mapping is a value."""
     flat: dict[str, Any] = {}
     for key, value in node.items():
         nested = isinstance(value, Mapping) and value
@@ -131,10 +131,10 @@ def flatten(node: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def import_plugins(names: Sequence[str]) -> None:
-    """Import the modules of ``plugins=[...]``, which register parts of their own.
+    """Import the modules of ``plugins=[...]``, which register custom parts.
 
     Raises:
-        DetkitError: a module that cannot be found, or that fails.
+        DetkitError: a module is not found or raises.
     """
     if names and str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))
@@ -142,22 +142,24 @@ def import_plugins(names: Sequence[str]) -> None:
         try:
             importlib.import_module(name)
         except ModuleNotFoundError as error:
-            words = f"'{shorten(name)}' ({shorten(str(error))})"
-            raise DetkitError(f"plugins: cannot import {words}; is its folder on PYTHONPATH?") from None
-        except Exception as error:  # whatever somebody's module does when it is run
+            reason = shorten(str(error))
+            raise DetkitError(
+                f"plugins: cannot import '{shorten(name)}' ({reason}); is its folder on PYTHONPATH?"
+            ) from None
+        except Exception as error:  # anything that a user's module may raise
             reason = f"{type(error).__name__}: {shorten(str(error))}"
             raise DetkitError(f"plugins: cannot import '{shorten(name)}': {reason}") from error
 
 
 def is_config_error(error: BaseException) -> bool:
-    """Whether an error is Hydra's or OmegaConf's, over the arguments of the command line; see ``explain``."""
+    """Return whether Hydra or OmegaConf raised an error about the command line's arguments; see ``explain``."""
     if isinstance(error, ValueError):
         return any(start in str(error) for start in (GROUP_ERROR, *FLAGS_ERRORS))
     return isinstance(error, CONFIG_ERRORS)
 
 
 def explain(error: Exception, task: str, overrides: Sequence[str] = ()) -> str:
-    """Return one sentence on what is wrong with the ``overrides`` of a command, with the nearest key."""
+    """Return one sentence about what is wrong with the ``overrides`` of a command, with the closest known key."""
     return shorten(_explain(error, task, overrides), LONGEST)
 
 
@@ -170,39 +172,39 @@ def _explain(error: Exception, task: str, overrides: Sequence[str]) -> str:
             return f"{group} needs {plugin}, which is not installed: pip install 'detkit[sweeps]'"
         if group == "loss" and not any(override.startswith("loss=") for override in overrides):
             known = ", ".join(error.options)
-            return f"head={option} brings no loss of its own (loss/{option}.yaml): add loss=NAME, known are {known}"
+            return f"head={option} has no default loss (loss/{option}.yaml): add loss=NAME, known are {known}"
         return f"{group}={option} does not exist: known are {', '.join(error.options)}{nearest(option, error.options)}"
     if isinstance(error, OverrideParseException):
         argument = shorten(error.override)
-        return f"cannot read the argument '{argument}': write key=value, and quote a value that has = or , in it"
+        return f"cannot read the argument '{argument}': write key=value, and quote values that contain = or ,"
     if message := next((message for start, message in FLAGS_ERRORS.items() if start in text), None):
         return message
     if GROUP_ERROR in text:
-        return _no_name([o for o in overrides if "=" in o and not o.startswith("-")])
+        return _explain_group_value([o for o in overrides if "=" in o and not o.startswith("-")])
     if isinstance(error, MissingMandatoryValue):
         return f"a value is missing: {text.splitlines()[0]}"
     match = re.search(r"Could not (?:override|append to|delete from config\.?)[^']*'([^'@]+)[^']*'", text)
     if isinstance(error, ConfigCompositionException) and match:
         key, keys = match.group(1), _known_keys(task, overrides)
-        if key in keys:  # a mapping with a key too many
-            return f"cannot set '{key}': {str(error.__cause__).splitlines()[0]}; + in front would add it"
+        if key in keys:  # a mapping with an unknown key
+            return f"cannot set '{key}': {str(error.__cause__).splitlines()[0]}; prefix it with + to add the key"
         return f"there is no key '{key}'{nearest(key, keys)}"
     cause = error.__cause__ or error
     return f"{text.splitlines()[0]} ({str(cause).splitlines()[0]})" if cause is not error else text.splitlines()[0]
 
 
-def _no_name(overrides: Sequence[str]) -> str:
-    """Say which of the overrides sets a group to what Hydra reads as something else than text."""
+def _explain_group_value(overrides: Sequence[str]) -> str:
+    """Return a message about the override that sets a group to a value that is not a string."""
     for override in OverridesParser.create().parse_overrides(list(overrides)):
         key, value = override.key_or_group, override.value()
         if isinstance(value, (bool, int, float, type(None))) and (options := group_options(key)):
             shown = shorten(override.get_value_element_as_str())
-            return f"{key}={shown} is no name of an option: known are {', '.join(options)}"
-    return "a group was set to null or to a number: give it the name of one of its options, such as model=yolov8n"
+            return f"{key}={shown} is not an option: known are {', '.join(options)}"
+    return "a group was set to null or a number: use the name of one of its options, such as model=yolov8n"
 
 
 def _known_keys(task: str, overrides: Sequence[str]) -> list[str]:
-    """Every dotted key of a configuration with the groups that ``overrides`` choose, and the groups themselves."""
+    """Return every dotted key of a configuration with the options that ``overrides`` choose, and its groups."""
     name, search = task_yaml(task).stem, search_path(task)
     with _hydra(task):
         chosen = compose(name, search, return_hydra_config=True).hydra.runtime.choices
@@ -225,7 +227,7 @@ def _known_keys(task: str, overrides: Sequence[str]) -> list[str]:
 
 @contextlib.contextmanager
 def _hydra(task: str) -> Iterator[None]:
-    """Initialise Hydra for a command for a moment, also inside another Hydra application."""
+    """Initialize Hydra for a command temporarily, also inside another Hydra application."""
     outer = GlobalHydra.get_state()
     GlobalHydra.instance().clear()
     try:

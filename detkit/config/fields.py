@@ -1,4 +1,4 @@
-"""Kinds of fields: what a value may be, and the words for it."""
+"""Kinds of fields: the allowed values and their description."""
 
 import math
 import os
@@ -7,17 +7,17 @@ from typing import Annotated, Any
 from pydantic import Field, PlainValidator
 from pydantic_core import PydanticUndefined
 
-MOST = 1_000_000_000  # of a count that nothing else bounds: more is a slip of the finger
-LONGEST_PATH, LONGEST_NAME = 4096, 255  # bytes of a path and of a name in it, as Linux has them
+MOST = 1_000_000_000  # for counts without another limit; larger values are typing errors
+LONGEST_PATH, LONGEST_NAME = 4096, 255  # bytes of a path and of one of its components on Linux
 
 
 def is_whole(value: Any, least: int) -> bool:
-    """Whether ``value`` is an integer, and not below ``least``."""
+    """Return whether ``value`` is an integer of at least ``least``."""
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
 def is_number(value: Any, low: float, high: float = math.inf) -> bool:
-    """Whether ``value`` is a number from ``low`` to ``high``."""
+    """Return whether ``value`` is a number from ``low`` to ``high``."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and low <= value <= high
 
 
@@ -25,17 +25,17 @@ def field(meaning: str, must: str = "", *, most: float | None = None, **limits: 
     """Declare a field.
 
     Args:
-        meaning: of the field.
-        must: what its value must be, in words; by default the words follow from its type.
-        most: the upper bound that its type or ``limits`` set, which a sentence names only where a value is above it.
-        limits: as pydantic's ``Field`` takes them, and ``default``.
+        meaning: description of the field.
+        must: description of the allowed values; by default derived from the type.
+        most: the upper bound set by the type or ``limits``; messages mention it only if a value exceeds it.
+        **limits: constraints of pydantic's ``Field``, and ``default``.
     """
     limits.setdefault("default", PydanticUndefined)
     return Field(description=meaning, json_schema_extra={"must": must, "most": most}, **limits)
 
 
 def whole(meaning: str, least: int = 0, most: int = MOST, **limits: Any) -> Any:
-    """Declare a whole number from ``least`` to ``most``."""
+    """Declare an integer from ``least`` to ``most``."""
     return field(meaning, f"a whole number, {least} or more", most=most, ge=least, le=most, **limits)
 
 
@@ -51,7 +51,7 @@ def positive(meaning: str, most: float = MOST, **limits: Any) -> Any:
     return field(meaning, "a number above 0", most=most, gt=0, le=most, **limits)
 
 
-def share(meaning: str, **limits: Any) -> Any:
+def fraction(meaning: str, **limits: Any) -> Any:
     """Declare a number above 0, and 1 at most."""
     return field(meaning, "a number above 0, and 1 at most", gt=0, le=1, **limits)
 
@@ -62,7 +62,7 @@ def location(meaning: str, **limits: Any) -> Any:
 
 
 def _check_path(value: Any) -> Any:
-    """Check that a value can name a file; a folder's name may be a number, such as 2024."""
+    """Check that a value can be a path; a folder's name may be a number, such as 2024."""
     if not isinstance(value, (str, int)) or isinstance(value, bool) or value == "":
         raise ValueError("not a path")
     name = os.fsencode(str(value))
@@ -71,5 +71,5 @@ def _check_path(value: Any) -> Any:
     return value
 
 
-# Not pydantic's str, which refuses names of files that are not UTF-8.
+# Not pydantic's str, which rejects file names that are not UTF-8.
 Location = Annotated[str | int, PlainValidator(_check_path)]

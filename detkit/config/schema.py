@@ -1,15 +1,14 @@
-"""What the keys of a configuration mean, and what values they may have: a model a group, a model a task.
+"""The keys of a configuration, their meaning and allowed values: one pydantic model per group.
 
-The numbers themselves are in ``configs/``; nothing here has a default but what a group of one's own may leave out. The
-parts of a detector take arguments of their own, so their mappings are open: what may be in them, the signatures of the
-registered classes say (registry.py).
+Default values are in ``configs/``; only keys that the file of a custom option may omit have one here. The sections of a
+detector's parts are open: arguments are checked against the signatures of the registered classes (registry.py).
 """
 
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
-from detkit.config.fields import Location, field, is_number, is_whole, location, number, positive, share, whole
+from detkit.config.fields import Location, field, fraction, is_number, is_whole, location, number, positive, whole
 from detkit.errors import is_name
 
 MAX_BATCH = 65_536
@@ -17,22 +16,22 @@ MAX_SCALE = 64  # of a model's depth and width; yolov8x has 1.25
 
 
 class Section(BaseModel):
-    """Some keys of a configuration. Types are strict: no text for a number, but a whole number for any number."""
+    """Base class of all models. Types are strict, except that an integer is accepted as a float."""
 
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the keys that were given, groups as plain dicts: what a file or a checkpoint keeps."""
+        """Return the keys that were set, groups as plain dicts, as stored in files and checkpoints."""
         return self.model_dump(exclude_unset=True)
 
     def replace(self, **changes: Any) -> Self:
-        """Return a copy with other values for some keys."""
+        """Return a copy with some values replaced."""
         return self.model_copy(update=changes)
 
 
 def _printable(text: str) -> str:
     if not is_name(text):
-        raise ValueError("cannot be printed")
+        raise ValueError("not printable")
     return text
 
 
@@ -44,22 +43,22 @@ def _ascending(strides: list[int]) -> list[int]:
 
 def _each_once(names: list[str]) -> list[str]:
     if len(set(names)) < len(names):
-        raise ValueError("twice")
+        raise ValueError("duplicate")
     return names
 
 
 def _anchors(anchors: dict) -> dict:
     for stride, sides in anchors.items():
-        if not is_whole(stride, 1) and not (isinstance(stride, str) and stride.isdecimal()):  # text in json
-            raise ValueError("no stride")
+        if not is_whole(stride, 1) and not (isinstance(stride, str) and stride.isdecimal()):  # keys are text in JSON
+            raise ValueError("not a stride")
         if not isinstance(sides, list) or not all(is_number(side, 1e-6, 1e6) for side in sides):
-            raise ValueError("no sides")
+            raise ValueError("not side lengths")
     return anchors
 
 
 def _scale(pair: list[float]) -> list[float]:
     if len(pair) != 2 or not 1e-3 <= pair[0] <= pair[1] <= 100:
-        raise ValueError("no pair")
+        raise ValueError("not a pair")
     return pair
 
 
@@ -73,7 +72,7 @@ Factors = dict[str, Annotated[float, Field(gt=0, le=1e6)]]
 
 
 class PartConfig(Section):
-    """A backbone, a neck, a head or a loss: its registered name, and arguments of its own."""
+    """A backbone, neck, head or loss: its registered name and its arguments."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -81,7 +80,7 @@ class PartConfig(Section):
 
 
 class NeckConfig(PartConfig):
-    """A neck, which asks the backbone for its strides."""
+    """A neck, which selects the backbone's strides."""
 
     in_strides: Strides | None = field(
         "strides, in pixels, of the feature maps that the neck takes from the backbone",
@@ -91,7 +90,7 @@ class NeckConfig(PartConfig):
 
 
 class HeadConfig(PartConfig):
-    """A head, perhaps with anchors."""
+    """A head, optionally with anchors."""
 
     anchors: Anchors = field(
         "anchor sizes at each stride, as width, height, width, height, ... in pixels",
@@ -101,7 +100,7 @@ class HeadConfig(PartConfig):
 
 
 class ModelConfig(Section):
-    """A preset of ``configs/model``: what scales the parts, and what they are made of."""
+    """A preset of ``configs/model``: scales of the parts and their blocks."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -118,15 +117,15 @@ class ModelConfig(Section):
 
 
 class TilesConfig(Section):
-    """Large training images seen in parts at full resolution."""
+    """Tiling of large training images at full resolution."""
 
     size: int | None = whole("side of a training tile in pixels; null disables tiling", 32, 2**20)
     overlap: float = number("overlap of neighboring tiles, as a fraction of the tile size", 0, 0.9)
-    positive_fraction: float = share("fraction of each epoch's tiles that contain an object")
+    positive_fraction: float = fraction("fraction of each epoch's tiles that contain an object")
 
 
 class DataConfig(Section):
-    """A data set: the name of its reader, what every reader takes, and arguments of its own."""
+    """A data set: the name of its reader, options common to all readers, and arguments of this reader."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -147,7 +146,7 @@ class DataConfig(Section):
     sampling: Literal["repeat_factor", "class_balanced"] | None = field(
         "how often images are drawn; null draws each image once per epoch", default=None
     )
-    repeat_threshold: float = share(
+    repeat_threshold: float = fraction(
         "classes in a smaller fraction of the images than this are oversampled by repeat_factor", default=None
     )
     tiles: TilesConfig | None = field("tiling of large training images", default=None)
@@ -157,7 +156,7 @@ class DataConfig(Section):
 
 
 class MosaicConfig(Section):
-    """Four images in one."""
+    """Mosaic of four images."""
 
     p: float = number("probability of building a sample from four images", 0, 1)
     close_epochs: int = whole("number of final epochs without mosaic, copy-paste and mixup")
@@ -167,7 +166,7 @@ class MosaicConfig(Section):
 
 
 class AffineConfig(Section):
-    """How an image is scaled, moved and turned."""
+    """Random scaling, translation, rotation and shear."""
 
     scale: ScaleRange = field(
         "range from which the scale factor is drawn", "a pair [smallest, largest] of numbers above 0"
@@ -180,22 +179,22 @@ class AffineConfig(Section):
 
 
 class CopyPasteConfig(Section):
-    """Objects of another picture, pasted."""
+    """Copy-paste of objects from another image."""
 
     p: float = number("probability of pasting objects into a sample", 0, 1)
     max_objects: int = whole("maximum number of objects pasted into an image", 1, 10_000)
-    max_side: float = share("longest side of a pasted object, as a fraction of the image size")
+    max_side: float = fraction("longest side of a pasted object, as a fraction of the image size")
 
 
 class MixupConfig(Section):
-    """Two pictures blended."""
+    """Blending of two images."""
 
     p: float = number("probability of blending a sample with another image", 0, 1)
     alpha: float = positive("parameter of the Beta(alpha, alpha) distribution of the blending weight")
 
 
 class AugmentConfig(Section):
-    """What the network sees of a training image."""
+    """Augmentation of training images."""
 
     mosaic: MosaicConfig
     affine: AffineConfig
@@ -231,15 +230,15 @@ class OptimConfig(Section):
     )
     lr_factors: Factors | None = field(
         "learning-rate multipliers by module name; the longest matching name applies",
-        "null, or a mapping of parts to numbers above 0, such as {backbone: 0.1}",
+        "null, or a mapping of modules to numbers above 0, such as {backbone: 0.1}",
     )
-    layer_decay: float | None = share(
+    layer_decay: float | None = fraction(
         "layer-wise decay: the learning rate of each backbone layer, as a fraction of the next layer's"
     )
 
 
 class TrainerConfig(Section):
-    """How long a training runs, what learns, and what is kept."""
+    """Length of a training run, what is trained, saving and logging."""
 
     epochs: int = whole("number of epochs to train", 1)
     clip_grad_norm: float = field(
@@ -252,7 +251,7 @@ class TrainerConfig(Section):
     sync_bn: bool = field("compute batch-norm statistics over the images of all ranks")
     rank_timeout: float = positive("seconds to wait for another rank before it counts as dead", 10_000_000)
     loader_timeout: float = positive("seconds to wait for a batch before the run saves and ends", 10_000_000)
-    freeze: Names = field("modules that are not trained", "a list of parts, such as [backbone.stem]")
+    freeze: Names = field("modules that are not trained", "a list of modules, such as [backbone.stem]")
     max_nonfinite_steps: int = whole("consecutive steps with a non-finite loss or gradient after which the run ends", 1)
     patience: int | None = whole(
         "epochs in a row with an AP below the best after which the run stops; null never stops early", 1
@@ -268,7 +267,7 @@ class TrainerConfig(Section):
 
 
 class PrunerConfig(Section):
-    """Which trials of a study end early."""
+    """Pruning of unpromising trials."""
 
     name: Literal["median", "hyperband", "none"] = field("algorithm that ends unpromising trials early")
     startup_trials: int = whole("completed trials before any is pruned (median)")

@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
-from detkit.config.check import check_values, first_odd_value
+from detkit.config.check import check_values, first_unsupported_value
 from detkit.errors import DetkitError, error_context, is_name, shorten
 from detkit.models.detector import Detector, build_detector, build_meta_detector, without_pretrained
 from detkit.ops.atomic_write import write_atomically
@@ -232,7 +232,7 @@ def _first_invalid_value(content: Mapping[str, Any]) -> str:
         check_values(content["cfg"], partial=True)
     except DetkitError as error:
         return str(error)
-    return first_odd_value(content["metrics"])
+    return first_unsupported_value(content["metrics"])
 
 
 def first_mismatch(expected: Mapping[str, Tensor], saved: Mapping[str, Tensor | TensorInfo]) -> str:

@@ -7,8 +7,8 @@ import torch
 from pydantic import AfterValidator, ConfigDict, FailFast
 from torch import Tensor
 
-from detkit.config.check import first_odd_value, validate
-from detkit.config.fields import field, is_number, is_whole, number, positive, share, whole
+from detkit.config.check import first_unsupported_value, validate
+from detkit.config.fields import field, fraction, is_number, is_whole, number, positive, whole
 from detkit.config.schema import Factors, Section
 
 # Names in an optimizer's state of a parameter; for Muon, of kernels and of the others.
@@ -49,7 +49,7 @@ class SavedRecipe(Section):
     lr_factors: Factors | None = field(
         "multipliers by module", "null, or a mapping of parts to numbers above 0", default=None
     )
-    layer_decay: float | None = share("decay by backbone layer", default=None)
+    layer_decay: float | None = fraction("decay by backbone layer", default=None)
 
 
 class Current(Section):
@@ -161,7 +161,7 @@ def first_invalid_value(content: Mapping[str, Any]) -> str:
 
     Tensors of the model are not checked, as their shapes depend on it.
     """
-    if message := first_odd_value(content["cfg"]) or validate(SavedState, content)[1]:
+    if message := first_unsupported_value(content["cfg"]) or validate(SavedState, content)[1]:
         return message
     state = content["state"]
     current = state["current"]

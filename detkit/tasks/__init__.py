@@ -1,7 +1,7 @@
 """The commands: one module each, with a function ``run`` that takes the command's configuration.
 
-The first line of a module's docstring is its help. The annotation of the argument of ``run`` is the model of its
-configuration, of which ``configs/NAME.yaml`` holds the values.
+The first line of a module's docstring is its help text. The argument of ``run`` is annotated with the model of the
+configuration, whose values are in ``configs/NAME.yaml``.
 """
 
 import ast
@@ -26,8 +26,8 @@ class Task:
     """A command.
 
     Attributes:
-        run: the function that does its work.
-        config: the model of its configuration.
+        run: the function to call with the configuration.
+        config: the model of the configuration.
     """
 
     run: Callable[[Any], object]
@@ -35,17 +35,17 @@ class Task:
 
 
 def list_tasks() -> dict[str, str]:
-    """Return the names of detkit's commands, each with a line of help; imports none of them."""
+    """Return the names of detkit's commands and their help texts, without importing them."""
     files = sorted(Path(__file__).parent.glob("[!_]*.py"))
     docstrings = {file.stem: ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or "" for file in files}
     return {name: text.partition("\n")[0].replace("`", "").rstrip(".") for name, text in docstrings.items()}
 
 
 def find_task(name: str) -> Task:
-    """Import a command of detkit's by its name, or another by the path of its file: ``my_tasks/count_boxes.py``.
+    """Import a command by its name, or a custom one by the path of its file, such as ``my_tasks/count_boxes.py``.
 
     Raises:
-        DetkitError: there is no such command, or the file does not define one.
+        DetkitError: the command does not exist, or the file does not define one.
     """
     if not name.endswith(".py"):
         if name not in (known := list_tasks()):
@@ -60,10 +60,10 @@ def find_task(name: str) -> Task:
 
 
 def load_config(task: str, overrides: Sequence[str] = ()) -> Any:
-    """Return the configuration of a command as the command line would compose it, as a model such as ``TrainConfig``.
+    """Compose a command's configuration as the command line does; return it as a model such as ``TrainConfig``.
 
     Raises:
-        DetkitError: a key that does not exist, or a value that is not allowed.
+        DetkitError: an unknown key or an invalid value.
     """
     from detkit.config import compose_config, parse_config, resolve
 
@@ -71,10 +71,10 @@ def load_config(task: str, overrides: Sequence[str] = ()) -> Any:
 
 
 def _import_file(path: Path) -> ModuleType:
-    """Import a Python file under its own name, with its folder on the module search path, as a script would have it.
+    """Import a Python file as a top-level module, with its folder on the module search path like a script's.
 
     Raises:
-        DetkitError: it does not exist, or it fails.
+        DetkitError: the file does not exist, or its import fails.
     """
     loaded = sys.modules.get(path.stem)
     if loaded is not None and getattr(loaded, "__file__", None) == str(path):
@@ -89,7 +89,7 @@ def _import_file(path: Path) -> ModuleType:
     sys.modules[path.stem] = module
     try:
         spec.loader.exec_module(module)
-    except Exception as error:  # whatever somebody's module does when it is run
+    except Exception as error:  # anything that a user's module may raise
         del sys.modules[path.stem]
         raise DetkitError(f"cannot import {path}: {type(error).__name__}: {error}") from error
     return module
@@ -99,7 +99,7 @@ def _config_model(name: str, run: Callable[[Any], object]) -> "type[CommonConfig
     """Return the annotation of the first argument of ``run``.
 
     Raises:
-        DetkitError: it is not a model of a configuration.
+        DetkitError: it is not a subclass of ``CommonConfig``.
     """
     from detkit.config.common import CommonConfig
 

@@ -1,4 +1,4 @@
-"""Measure a training step, or a claim of detkit's: ``detkit benchmark task=train model=yolov8n``."""
+"""Measure a training step, data loading or memory: ``detkit benchmark task=train model=yolov8n``."""
 
 from typing import Any
 
@@ -10,10 +10,10 @@ TASKS = {"train": train_step.run, "reversible": reversible.run, "akconv": akconv
 
 
 def run(cfg: BenchmarkConfig) -> dict[str, Any]:
-    """Run the benchmark called ``task``: it prints a table and ends with one line of JSON, which is returned, too.
+    """Run the benchmark ``task``, which prints a table and one line of JSON; return the latter's content.
 
     Raises:
-        DetkitError: there is no such benchmark.
+        DetkitError: the benchmark does not exist.
     """
     if cfg.task not in TASKS:
         raise DetkitError(f"task={cfg.task} is unknown: use {', '.join(TASKS)}")

@@ -1,4 +1,4 @@
-"""Test a composition on this machine: ``detkit check model=yolov8n backbone=revcol_tiny``."""
+"""Test a combination of parts on this machine: ``detkit check model=yolov8n backbone=revcol_tiny``."""
 
 import contextlib
 import sys
@@ -20,24 +20,24 @@ from detkit.viz.console import make_console
 
 
 class CheckConfig(ComposedConfig):
-    """``configs/check.yaml``."""
+    """Keys of ``configs/check.yaml``."""
 
     num_classes: int = whole("number of classes", 1, MAX_CLASSES)
 
 
 def run(cfg: CheckConfig) -> list[CheckResult]:
-    """Check what ``cfg`` (configs/check.yaml, resolved) composes; print a table and one sentence, return the findings.
+    """Check the detector composed by ``cfg`` (configs/check.yaml, resolved); print and return the results.
 
     Raises:
-        DetkitError: parts that do not fit.
-        SystemExit: with status 1, where a check failed.
+        DetkitError: the parts do not fit together.
+        SystemExit: with status 1 if a check failed.
     """
     console = make_console()
     device = pick_device(cfg.device)
     seed_everything(cfg.seed)
     detector = build_detector(cfg.as_dict(), [f"class{k}" for k in range(cfg.num_classes)]).to(device)
     composition = Composition(detector, build_loss(cfg.as_dict(), detector.head), cfg.image_size)
-    with contextlib.suppress(Exception):  # what is wrong with the detector, the checks will say
+    with contextlib.suppress(Exception):  # the checks report errors of the detector
         composition.randomize_norms()
     findings = []
     with show_progress("check", len(CHECKS) + len(FIGURES)) as bar:
@@ -57,9 +57,9 @@ STYLES = {"pass": "green", "fail": "bold red", "-": "dim"}
 
 
 def print_check_results(checks: Sequence[CheckResult], figures: Sequence[CheckResult], console: Console) -> None:
-    """Print what came of every check, then the figures; a figure that could not be had shows as failed."""
+    """Print the results of the checks, then the figures; a figure that could not be computed is shown as failed."""
     table = Table(header_style="bold")
-    for name in ("check", "", "what was seen"):
+    for name in ("check", "", "result"):
         table.add_column(name, overflow="fold")
     for finding in checks:
         table.add_row(finding.title, finding.status, finding.message, style=STYLES[finding.status])

@@ -1,4 +1,4 @@
-"""Report on a data set, and what is wrong with it: ``detkit check_data data=coco data.root=DIR``."""
+"""Report on a data set and its problems: ``detkit check_data data=coco data.root=DIR``."""
 
 import logging
 import sys
@@ -26,25 +26,27 @@ from detkit.viz.data_tables import print_classes, print_issues, print_splits, wr
 
 logger = logging.getLogger(__name__)
 
-KEPT = 100_000  # findings of a kind that are listed; all are counted
+MAX_LISTED = 100_000  # findings listed per kind; all are counted
 
 
 class CheckDataConfig(CommonConfig):
-    """``configs/check_data.yaml``."""
+    """Keys of ``configs/check_data.yaml``."""
 
     data: DataConfig
     fix: Location | None = location("new or empty folder in which to write a cleaned copy")
-    format: str | None = field("format of the cleaned copy; null keeps that of the set", "the name of a format")
+    format: str | None = field(
+        "format of the cleaned copy; null keeps the format of the data set", "the name of a format"
+    )
 
 
 def run(cfg: CheckDataConfig) -> dict[str, IssueLog]:
-    """Check what ``cfg`` (configs/check_data.yaml, resolved) names; return what was found in each split.
+    """Check the data set of ``cfg`` (configs/check_data.yaml, resolved); return the issues of each split.
 
-    Prints tables and findings, writes ``findings.csv`` and ``plots/*.png``, and a cleaned copy where ``fix`` is set.
+    Prints tables and findings, and writes ``findings.csv``, ``plots/*.png`` and, if ``fix`` is set, a cleaned copy.
 
     Raises:
-        DetkitError: a split cannot be read at all, or what was found or the copy cannot be written.
-        SystemExit: with status 2, where anything is wrong with the set.
+        DetkitError: a split cannot be read, or the findings or the copy cannot be written.
+        SystemExit: with status 2 if the data set has errors.
     """
     console = make_console()
     copy = None if cfg.fix is None else Path(str(cfg.fix))
@@ -52,13 +54,13 @@ def run(cfg: CheckDataConfig) -> dict[str, IssueLog]:
         WRITERS.get(cfg.format)
     if copy is not None:
         require_empty_dir(copy)
-    splits = read_splits(cfg.data.as_dict(), KEPT)
+    splits = read_splits(cfg.data.as_dict(), MAX_LISTED)
     logs = {split: annotations.issues for split, annotations in splits.items()}
     for split, annotations in splits.items():
         if not len(annotations.labels):
             fault = split in REQUIRED_SPLITS and not cfg.data.allow_empty
             kind = "empty_split" if fault else "unlabelled_split"
-            logs[split].add(kind, annotations.source, None, f"holds no boxes: {explain_empty(annotations)}")
+            logs[split].add(kind, annotations.source, None, f"has no boxes: {explain_empty(annotations)}")
     run_dir = make_run_dir(cfg, "check_data", cfg.data.name)
     keep = audit_images(splits, logs, worker_count(cfg.workers))
 
@@ -72,41 +74,41 @@ def run(cfg: CheckDataConfig) -> dict[str, IssueLog]:
     if copy is not None:
         own = cfg.data.name if cfg.data.name in WRITERS.names() else "coco"
         _write_copy(_cleaned(splits, keep), cfg.format or own, copy)
-    wrong, notes = (
+    errors, notes = (
         sum(sum(log.of(*outcomes).values()) for log in logs.values())
         for outcomes in ((SKIPPED, FIXED, UNFIXED), (NOTE,))
     )
     counts = ", ".join(
-        f"{count or 'no'} {word}{'' if count == 1 else 's'}" for count, word in ((wrong, "error"), (notes, "note"))
+        f"{count or 'no'} {name}{'' if count == 1 else 's'}" for count, name in ((errors, "error"), (notes, "note"))
     )
     logger.info("%s: findings.csv and plots are in %s", counts, run_dir)
-    if wrong:
+    if errors:
         sys.exit(2)
     return logs
 
 
 def _cleaned(splits: dict[str, Annotations], keep: dict[str, np.ndarray]) -> dict[str, Annotations]:
-    """Return the images to keep of every split that has any.
+    """Return each split reduced to the images to keep; splits without any are omitted.
 
     Raises:
-        DetkitError: train or val has none.
+        DetkitError: train or val would be empty.
     """
     cleaned: dict[str, Annotations] = {}
     for split, annotations in splits.items():
-        words = "would be left in a cleaned copy: every image is damaged, or in another split"
+        reason = "would be empty in the cleaned copy: every image is damaged, or in another split"
         if keep[split].any():
             cleaned[split] = annotations.subset(keep[split])
         elif split in REQUIRED_SPLITS:
-            raise DetkitError(f"nothing of {split} {words}")
+            raise DetkitError(f"{split} {reason}")
         else:
-            logger.warning("%s is skipped, as nothing of it %s", split, words)
+            logger.warning("%s is skipped: it %s", split, reason)
     return cleaned
 
 
 def _write_copy(splits: dict[str, Annotations], form: str, folder: Path) -> None:
-    """Write what is left, and say so."""
+    """Write the cleaned copy and log the command that trains on it."""
     written = write_set(form, splits, folder)
     counts = ", ".join(f"{len(a)} {split} images with {len(a.labels)} boxes" for split, a in splits.items())
     logger.info("cleaned copy, %s: %s; train on it: %s", form, counts, train_command(written.data))
     for warning in written.warnings:
-        logger.warning("mind: %s", warning)
+        logger.warning("warning: %s", warning)

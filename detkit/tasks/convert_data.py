@@ -1,4 +1,4 @@
-"""Write a data set in another format: ``detkit convert_data data=coco data.root=DIR format=yolo dst=DIR``."""
+"""Convert a data set to another format: ``detkit convert_data data=coco data.root=DIR format=yolo dst=DIR``."""
 
 import logging
 from pathlib import Path
@@ -15,18 +15,18 @@ logger = logging.getLogger(__name__)
 
 
 class ConvertDataConfig(CommonConfig):
-    """``configs/convert_data.yaml``."""
+    """Keys of ``configs/convert_data.yaml``."""
 
     data: DataConfig
-    dst: Location = location("new or empty folder in which to write the converted set")
+    dst: Location = location("new or empty folder in which to write the converted data set")
     format: str = field("format to convert to", "the name of a format")
 
 
 def run(cfg: ConvertDataConfig) -> WriteResult:
-    """Convert what ``cfg`` (configs/convert_data.yaml, resolved) names; print how to train on the result.
+    """Convert the data set of ``cfg`` (configs/convert_data.yaml, resolved); log the command that trains on it.
 
     Raises:
-        DetkitError: the set cannot be read, or ``dst`` cannot be written or holds something.
+        DetkitError: the data set cannot be read, or ``dst`` cannot be written or is not empty.
     """
     folder = Path(str(cfg.dst))
     WRITERS.get(cfg.format)
@@ -36,6 +36,6 @@ def run(cfg: ConvertDataConfig) -> WriteResult:
         log_split(split, annotations)
     written = write_set(cfg.format, splits, folder)
     for warning in written.warnings:
-        logger.warning("mind: %s", warning)
+        logger.warning("warning: %s", warning)
     logger.info("%s written to %s; train on it: %s", cfg.format, folder, train_command(written.data))
     return written

@@ -20,7 +20,7 @@ from detkit.engine.precision import Precision, seed_everything
 from detkit.engine.run_log import show_progress
 from detkit.errors import DetkitError, error_context, shorten
 from detkit.ops.atomic_write import write_atomically
-from detkit.tasks.runs.data import check_room, log_split, val_loader
+from detkit.tasks.runs.data import check_batch_memory, log_split, val_loader
 from detkit.tasks.runs.run_dir import checkpoint_name, make_run_dir
 from detkit.viz.console import make_console
 from detkit.viz.plots import draw_evaluation, save_figure
@@ -28,11 +28,11 @@ from detkit.viz.tables import print_metrics
 
 logger = logging.getLogger(__name__)
 
-RANK_TIMEOUT = 60  # seconds that ranks wait for one another to start
+RANK_TIMEOUT = 60  # seconds to wait for the other ranks to start
 
 
 class EvalConfig(CommonConfig):
-    """``configs/eval.yaml``."""
+    """Keys of ``configs/eval.yaml``."""
 
     data: DataConfig = field("data set; by default the one the checkpoint was trained with", default=None)
     ckpt: Location = location("checkpoint to load")
@@ -40,20 +40,20 @@ class EvalConfig(CommonConfig):
     image_size: ImageSize | None = image_size_field()
     batch_size: BatchSize = batch_size_field()
     rect: bool = field("evaluate each image in the smallest frame that holds it instead of a square")
-    amp: Amp | None = field("precision of the forward pass; null uses that of the training")
+    amp: Amp | None = field("precision of the forward pass; null uses that of the training run")
     score: float = number("minimum score of a detection", 0, 1)
     iou: float = number("IoU threshold of non-maximum suppression", 0, 1)
     max_det: int = whole("maximum number of detections per image", 1, 100_000)
 
 
 def run(cfg: EvalConfig) -> dict[str, Any]:
-    """Evaluate ``cfg.ckpt`` on the set it was trained with, or on ``data=...``; return the metrics.
+    """Evaluate ``cfg.ckpt`` on its own data set, or on ``data=...``; return the metrics.
 
-    Writes ``metrics.json``, ``predictions.json`` (COCO results) and ``plots/*.png`` into the run directory. Several
-    processes share the images.
+    Writes ``metrics.json``, ``predictions.json`` (COCO results) and ``plots/*.png`` to the run directory. The images
+    are divided among the ranks.
 
     Raises:
-        DetkitError: an unreadable checkpoint, or a set with other classes.
+        DetkitError: the checkpoint cannot be read, or the data set has other classes.
     """
     device = init_distributed(cfg.device, RANK_TIMEOUT)
     seed_everything(cfg.seed)
@@ -62,22 +62,22 @@ def run(cfg: EvalConfig) -> dict[str, Any]:
     check_batch(cfg.batch_size, image_size, device)
     data = cfg.data.as_dict() if cfg.data else detector.cfg.get("data")
     if data is None:
-        raise DetkitError(f"{cfg.ckpt} does not say what it was trained with: add data=coco data.root=DIR")
-    with main_process_first(), error_context(None if cfg.data else cfg.ckpt):  # the first leaves an index
+        raise DetkitError(f"{cfg.ckpt} does not name its data set: add data=coco data.root=DIR")
+    with main_process_first(), error_context(None if cfg.data else cfg.ckpt):  # the main process writes the index
         annotations = read_split(data, cfg.split)
     if not len(annotations.labels) and not data.get("allow_empty"):
-        words = "to see what is found in its images, run predict with source=FOLDER"
-        raise DetkitError(f"split={cfg.split} has no boxes to compare with: {explain_empty(annotations)}; {words}")
+        hint = "to detect objects in its images, run predict with source=FOLDER"
+        raise DetkitError(f"split={cfg.split} has no boxes to compare with: {explain_empty(annotations)}; {hint}")
     if annotations.class_names != detector.class_names:
-        ours, theirs = (shorten(", ".join(names)) for names in (detector.class_names, annotations.class_names))
-        raise DetkitError(f"{cfg.ckpt} knows the classes {ours}; {annotations.source} has {theirs}")
+        expected, found = (shorten(", ".join(names)) for names in (detector.class_names, annotations.class_names))
+        raise DetkitError(f"{cfg.ckpt} was trained with the classes {expected}; {annotations.source} has {found}")
     log_split(cfg.split, annotations)
     run_dir = Path(run_on_main(lambda: str(make_run_dir(cfg, "eval", checkpoint_name(cfg.ckpt)))))
 
-    check_room(cfg.batch_size, image_size, cfg.workers)
+    check_batch_memory(cfg.batch_size, image_size, cfg.workers)
     loader = val_loader(annotations, cfg.batch_size, image_size, device, rect=cfg.rect, workers=cfg.workers)
     thresholds = {key: getattr(cfg, key) for key in ("score", "iou", "max_det")}
-    precision = Precision.from_config(cfg.amp or _amp_of_training(detector.cfg, device), device)
+    precision = Precision.from_config(cfg.amp or _training_amp(detector.cfg, device), device)
     with show_progress("evaluation", len(loader)) as bar:
         result = evaluate(detector, loader.epoch(0), annotations, precision, **thresholds, advance=bar.advance)
     try:
@@ -88,15 +88,15 @@ def run(cfg: EvalConfig) -> dict[str, Any]:
             for name, figure in draw_evaluation(result.curves, result.predictions, annotations, cfg.score).items():
                 save_figure(figure, run_dir / "plots" / f"{name}.png")
     finally:
-        for sentence in result.issues:
-            logger.warning("skipped, its boxes count as missed: %s", sentence)
+        for message in result.issues:
+            logger.warning("skipped, its boxes count as missed: %s", message)
         if is_main_process():
             print_metrics(result.metrics, make_console())
-    logger.info("AP %.6f on %d images; written to %s", result.metrics["AP"], len(annotations), run_dir)
+    logger.info("AP %.6f on %d images; results are in %s", result.metrics["AP"], len(annotations), run_dir)
     return result.metrics
 
 
-def _amp_of_training(cfg: Mapping[str, Any], device: torch.device) -> str:
-    """Return the ``amp`` that a checkpoint was trained and validated with; of other projects' checkpoints float32."""
+def _training_amp(cfg: Mapping[str, Any], device: torch.device) -> str:
+    """Return the ``amp`` of a checkpoint's training run; for imported checkpoints ``off``."""
     amp = str(cfg.get("amp", "off"))
     return "auto" if amp == "fp16" and device.type == "cpu" else amp

@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 
 class PredictConfig(CommonConfig):
-    """``configs/predict.yaml``."""
+    """Keys of ``configs/predict.yaml``."""
 
     ckpt: Location = location("checkpoint to load")
     source: Location = location("image file, or a folder of images")
@@ -38,17 +38,17 @@ class PredictConfig(CommonConfig):
 
 
 def run(cfg: PredictConfig) -> list[dict[str, Any]]:
-    """Predict ``cfg.source``, a picture or a folder; write each with its boxes, and ``predictions.json``.
+    """Detect objects in ``cfg.source``, an image or a folder; draw their boxes and write ``predictions.json``.
 
-    A picture that cannot be read, or not be written with its boxes, does not keep the others from it; whatever ends
-    the task early, ``predictions.json`` holds what was found until then.
+    Images that cannot be read or written are skipped and reported at the end. If the task ends early,
+    ``predictions.json`` holds the results up to then.
 
     Returns:
-        what ``predictions.json`` holds: for each picture ``file``, ``height``, ``width`` and ``detections``, each
+        the content of ``predictions.json``: for each image ``file``, ``height``, ``width`` and ``detections``, each
         with ``box`` (xyxy in pixels), ``score``, ``label`` and ``name``.
 
     Raises:
-        DetkitError: an unreadable checkpoint or picture, or a picture that cannot be written.
+        DetkitError: the checkpoint or an image cannot be read, or an image cannot be written.
         OSError: ``predictions.json`` cannot be written.
     """
     detector = build_from_checkpoint(str(cfg.ckpt)).to(pick_device(cfg.device)).fuse()
@@ -58,7 +58,7 @@ def run(cfg: PredictConfig) -> list[dict[str, Any]]:
     records: list[dict[str, Any]] = []
     failures: list[str] = []
     try:
-        for file, name in zip(files, drawn_names(files), strict=True):
+        for file, name in zip(files, output_names(files), strict=True):
             try:
                 image = read_image(file)
                 (found,) = detector.predict(image, **settings)
@@ -74,7 +74,7 @@ def run(cfg: PredictConfig) -> list[dict[str, Any]]:
             logger.warning(failures[-1])
     finally:
         _write_records(records, run_dir)
-        logger.info("%d of %d images, and predictions.json: %s", len(records), len(files), run_dir)
+        logger.info("%d of %d images and predictions.json are in %s", len(records), len(files), run_dir)
     if failures:
         more = f" (and {len(failures) - 1} more)" if len(failures) > 1 else ""
         raise DetkitError(failures[0] + more)
@@ -82,30 +82,30 @@ def run(cfg: PredictConfig) -> list[dict[str, Any]]:
 
 
 def _write_records(records: Sequence[dict[str, Any]], run_dir: Path) -> None:
-    """Write ``predictions.json``; on a full disk it takes the place of pictures, which can be drawn again."""
-    path, pictures = run_dir / "predictions.json", run_dir.glob("*.jpg")
+    """Write ``predictions.json``; on a full disk, delete drawn images to make room."""
+    path, images = run_dir / "predictions.json", run_dir.glob("*.jpg")
     content = json.dumps(records, indent=1).encode()
     while True:
         try:
             return write_atomically(path, content)
         except OSError as error:
-            picture = next(pictures, None)
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT) or picture is None:
+            image = next(images, None)
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT) or image is None:
                 raise
-            picture.unlink()
+            image.unlink()
 
 
-def drawn_names(files: Sequence[Path]) -> list[str]:
-    """Return a name for each picture with its boxes: ``a.jpg``, or ``a.png.jpg`` where another ``a`` is among them."""
+def output_names(files: Sequence[Path]) -> list[str]:
+    """Return the names of the drawn images: ``a.jpg``, or ``a.png.jpg`` if several files are named ``a``."""
     stems, names = Counter(file.stem for file in files), {file.name for file in files}
     return [
-        f"{file.name if stems[file.stem] > 1 or file.stem in names else file.stem}.jpg"  # each once
+        f"{file.name if stems[file.stem] > 1 or file.stem in names else file.stem}.jpg"  # unique
         for file in files
     ]
 
 
 def as_record(file: Path, found: Detections) -> dict[str, Any]:
-    """Return one picture's detections as plain data for json."""
+    """Return the detections in an image as plain data for JSON."""
     columns = zip(found.boxes.tolist(), found.scores.tolist(), found.labels.tolist(), strict=True)
     detections = [
         {"box": box, "score": score, "label": label, "name": found.class_names[label]} for box, score, label in columns
@@ -114,6 +114,6 @@ def as_record(file: Path, found: Detections) -> dict[str, Any]:
 
 
 def _count(found: Detections) -> str:
-    """Return such as ``2 circle, 1 star``."""
+    """Return the number of objects per class, such as ``2 circle, 1 star``."""
     counts = Counter(found.labels.tolist())
     return ", ".join(f"{counts[k]} {shorten(found.class_names[k], 40)}" for k in sorted(counts)) or "nothing"

@@ -15,24 +15,24 @@ logger = logging.getLogger(__name__)
 
 
 class SummaryConfig(ComposedConfig):
-    """``configs/summary.yaml``."""
+    """Keys of ``configs/summary.yaml``."""
 
     num_classes: int = whole("number of classes", 1, MAX_CLASSES)
     depth: int = whole("nesting depth of the modules to list", 1)
 
 
 def run(cfg: SummaryConfig) -> list[Row]:
-    """Print and return the modules of what ``cfg`` (configs/summary.yaml, resolved) composes.
+    """Print and return the modules of the detector composed by ``cfg`` (configs/summary.yaml, resolved).
 
-    Nothing is computed: a detector of shapes alone (torch's meta device) runs, unless a part of it needs values.
+    The detector runs on torch's meta device, without computing anything, unless a part of it needs values.
 
     Raises:
-        DetkitError: parts that do not fit.
+        DetkitError: the parts do not fit together.
     """
     class_names = [str(k) for k in range(cfg.num_classes)]
     rows = None
     if (planned := build_meta_detector(cfg.as_dict(), class_names, copies=0)) is not None:
-        with contextlib.suppress(NotImplementedError, RuntimeError):  # a part that looks at values
+        with contextlib.suppress(NotImplementedError, RuntimeError):  # a part that needs values
             rows = summarize(planned, cfg.image_size, cfg.depth)
     if rows is None:
         detector = build_detector(cfg.as_dict(), class_names).to(pick_device(cfg.device))

@@ -1,6 +1,6 @@
 """Train a detector: ``detkit train model=yolov8n data=coco data.root=DIR``.
 
-``run`` resolves the run, builds data, model and step, restores them, and fits.
+``run`` resolves the configuration, builds data, model and training step, restores their state, and trains.
 """
 
 import errno
@@ -37,16 +37,17 @@ from detkit.viz.tables import print_metrics
 logger = logging.getLogger(__name__)
 
 
-@ignore_hangup()  # a training goes on without its terminal
-def run(cfg: TrainConfig, stop_early: Callable[[TrainState], str | None] = lambda state: None) -> dict[str, Any]:
-    """Train what ``cfg`` (configs/train.yaml, resolved) describes; return the best and the last metrics.
+@ignore_hangup()  # training continues if the terminal is closed
+def run(cfg: TrainConfig, stop_early: Callable[[TrainState], str | None] = lambda _state: None) -> dict[str, Any]:
+    """Train as ``cfg`` (configs/train.yaml, resolved) specifies; return the best and the last metrics.
 
     Args:
-        stop_early: gives a reason to stop early, as in ``Trainer``; ``trainer.patience`` is another.
+        cfg: the configuration.
+        stop_early: returns a reason to stop early, or None, as in ``Trainer``; in addition to ``trainer.patience``.
 
     Raises:
-        DetkitError: a user's mistake, found before the first step where that is possible; or the system refuses a file.
-        SystemExit: a signal asked for the end; the state is saved.
+        DetkitError: a user error, found before the first step if possible, or a file that cannot be read or written.
+        SystemExit: a signal requested the end; the state is saved.
     """
     plan = resolve_run(cfg)
     set_max_pixels(plan.cfg.max_pixels)
@@ -74,10 +75,10 @@ def run(cfg: TrainConfig, stop_early: Callable[[TrainState], str | None] = lambd
 
 
 def _fit(training: Training, run_dir: Path, stop_early: Callable[[TrainState], str | None]) -> dict[str, Any] | None:
-    """Train from ``training.state`` on; None where the device has too little memory.
+    """Train, starting from ``training.state``; return None if the device has too little memory.
 
     Raises:
-        DetkitError: the system refuses a file: the disk is full, say.
+        DetkitError: a file cannot be written: the disk is full, say.
     """
     cfg, step, state = training.cfg, training.step, training.state
     patience = early_stopping(cfg.trainer.patience)
@@ -109,42 +110,42 @@ def _fit(training: Training, run_dir: Path, stop_early: Callable[[TrainState], s
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
-        return None  # and not the error: it holds the tensors of its frames
+        return None  # not the error, whose traceback keeps tensors alive
     except OSError as error:
         if error.errno is None:
-            raise  # a library's own
+            raise  # not raised by the system
         first = "make room there, then " if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
-        later = f"; {first}resume={run_dir} goes on from what is saved" if (run_dir / STATE).exists() else ""
-        raise DetkitError(f"{error.filename or run_dir}: {error.strerror}{later}") from None
+        hint = f"; {first}continue with resume={run_dir}" if (run_dir / STATE).exists() else ""
+        raise DetkitError(f"{error.filename or run_dir}: {error.strerror}{hint}") from None
 
 
 def _check_ranks_agree(plan: RunPlan) -> None:
     """Check that all ranks found the same run, saved at the same step.
 
     Raises:
-        DetkitError: they did not; on those that differ from rank 0.
+        DetkitError: they did not; raised on the ranks that differ from rank 0.
     """
-    mine = (plan.run_dir is not None, plan.saved["state"]["step"] if plan.saved else 0)
-    theirs = run_on_main(lambda: mine)
-    if mine != theirs:
-        words = f"rank {rank()} finds {_describe(*mine)}, rank 0 finds {_describe(*theirs)}"
-        raise DetkitError(f"the run's folder looks different from different nodes ({words}): start again when not")
+    local = (plan.run_dir is not None, plan.saved["state"]["step"] if plan.saved else 0)
+    main = run_on_main(lambda: local)
+    if local != main:
+        difference = f"rank {rank()} finds {_describe(*local)}, rank 0 finds {_describe(*main)}"
+        raise DetkitError(f"the nodes see different contents of the run directory ({difference}): try again later")
 
 
-def _describe(is_there: bool, step: int) -> str:
-    return f"a run saved after {step} batches" if is_there else "no run"
+def _describe(exists: bool, step: int) -> str:
+    return f"a run saved after {step} batches" if exists else "no run"
 
 
 def _check_unchanged(run_dir: Path, state: TrainState) -> None:
-    """Check, when nobody else writes there any more, that what was read of a run is what it has saved last.
+    """Check, once the run is locked, that the state that was read is still the latest one.
 
     Raises:
-        DetkitError: another process has gone on with it meanwhile.
+        DetkitError: another process has resumed the run in the meantime.
     """
     saved = read_state(run_dir, warn=False)
     step = saved["state"]["step"] if saved else 0
     if step != state.step:
         raise DetkitError(
-            f"{run_dir} was at {state.step} batches when it was read, and is at {step} now: another process went on "
-            "with it; start again"
+            f"{run_dir} was at {state.step} batches when it was read, and is at {step} now: another process resumed "
+            "it; start again"
         )

@@ -1,8 +1,8 @@
 """Search for the best settings with Optuna: ``detkit tune 'search={optim.lr: {low: 1e-4, high: 1e-2}}'``.
 
-A study is a folder. Every process that runs the same command takes trials from it until there are enough; what a trial
-is given depends on the seed, its number and the results so far, not on who runs it. A trial whose process was killed
-is taken up again where it was.
+A study is a folder. Every process that runs the same command takes trials from it until ``trials`` are done. The values
+of a trial depend on the seed, its number and the results so far, but not on the process. A trial whose process was
+killed is resumed.
 """
 
 import csv
@@ -59,7 +59,7 @@ MEASURED = ("AP", "AP50", "best_epoch", "epochs")
 
 
 class TuneConfig(TrainConfig):
-    """``configs/tune.yaml``."""
+    """Keys of ``configs/tune.yaml``."""
 
     search: Any = field("mapping of keys to the values to try: lists of choices, or ranges {low, high}")
     trials: int = whole("total number of trials in the study", 1)
@@ -70,25 +70,25 @@ class TuneConfig(TrainConfig):
 
 
 def run(cfg: TuneConfig) -> list[dict[str, Any]]:
-    """Run trials of the study that ``cfg`` (configs/tune.yaml, resolved) describes; return the rows of ``study.csv``.
+    """Run trials of the study specified by ``cfg`` (configs/tune.yaml, resolved); return the rows of ``study.csv``.
 
     Raises:
-        DetkitError: a mistake that concerns every trial; found before the first.
-        SystemExit: with status 1 where no trial came to an end; or a signal asked for the end.
+        DetkitError: an error that concerns all trials; found before the first.
+        SystemExit: with status 1 if no trial was completed; or a signal requested the end.
     """
     _import_optuna()
     if RankInfo.from_env().ranks > 1:
-        words = "start tune once for each GPU (device=cuda:N), without torchrun, by SLURM as a step of one task each"
-        raise DetkitError(f"a trial trains in one process: {words} (srun --ntasks=1 --gpus=1 --exact ... &)")
+        hint = "start tune once per GPU (device=cuda:N), without torchrun, on SLURM in steps of one task"
+        raise DetkitError(f"a trial trains in one process: {hint} (srun --ntasks=1 --gpus=1 --exact ... &)")
     typed = list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else []
     space = read_space(cfg.search)
     check_space(space, typed)
-    read_training(cfg.data.as_dict())  # a set that cannot be trained on would fail every trial
+    read_training(cfg.data.as_dict())  # a data set with errors would fail every trial
 
     folder = Path(str(cfg.run_dir or Path("runs") / "tune" / f"{model_name(cfg)}_{cfg.data.name}"))
     study = _open_study(folder, cfg)
-    begun = len(study.get_trials(deepcopy=False))
-    logger.info("study %s: %d of %d trials began before", folder, begun, cfg.trials)
+    started = len(study.get_trials(deepcopy=False))
+    logger.info("study %s: %d of %d trials already started", folder, started, cfg.trials)
     while (taken := _take_trial(study, space, folder, cfg)) is not None:
         trial, chosen, lock = taken
         run_dir = str(folder / folder_name(trial.number, chosen))
@@ -110,17 +110,17 @@ def _run_trial(
     chosen: Mapping[str, Any],
     run_dir: str,
 ) -> None:
-    """Train with the ``chosen`` values in ``run_dir``, and tell the study what came of it, also why it failed."""
+    """Train with the ``chosen`` values in ``run_dir`` and report the result, or the error, to the study."""
     from optuna.trial import TrialState
 
-    told = set(study.get_trials(deepcopy=False)[trial.number].intermediate_values)
+    reported = set(study.get_trials(deepcopy=False)[trial.number].intermediate_values)
 
     def prune(state: TrainState) -> str | None:
         for row in state.history:
             epoch = int(row["epoch"])
-            if epoch not in told:
+            if epoch not in reported:
                 trial.report(row["AP"], epoch)
-                told.add(epoch)
+                reported.add(epoch)
         return "Optuna prunes this trial" if state.history and trial.should_prune() else None
 
     try:
@@ -146,9 +146,9 @@ def _run_trial(
 def _take_trial(
     study: "Study", space: Mapping[str, "Distribution"], folder: Path, cfg: TuneConfig
 ) -> tuple["Trial", dict[str, Any], FileLock | None] | None:
-    """Return the next trial, its values, and a lock that says for as long as this process lives that it is run.
+    """Return the next trial, its values, and a lock that marks it as running while this process lives.
 
-    That is a trial whose worker died, or else a new one; None where there are enough.
+    It is a trial whose process died, or else a new one; None if there are enough.
     """
     from optuna import Trial
     from optuna.samplers import TPESampler
@@ -161,10 +161,10 @@ def _take_trial(
         trials = [t for t in study.get_trials(deepcopy=False) if t.state != TrialState.WAITING]
         seed = np.random.SeedSequence([cfg.seed, len(trials)]).generate_state(1)[0]
         study.sampler = TPESampler(seed=int(seed), constant_liar=True)
-        for begun in trials:
-            path = locks / str(begun.number)  # others may run on a disk of their own
-            if begun.state == TrialState.RUNNING and path.exists() and (lock := lock_file(path)) is not None:
-                trial = Trial(study, begun._trial_id)
+        for started in trials:
+            path = locks / str(started.number)  # missing for trials on another machine's disk
+            if started.state == TrialState.RUNNING and path.exists() and (lock := lock_file(path)) is not None:
+                trial = Trial(study, started._trial_id)
                 return trial, suggest(trial, space), lock
         if len(trials) >= cfg.trials:
             return None
@@ -177,10 +177,10 @@ def _take_trial(
 
 
 def _open_study(folder: Path, cfg: TuneConfig) -> "Study":
-    """Return the study in ``folder``, or begin one there.
+    """Load the study in ``folder``, or create it.
 
     Raises:
-        DetkitError: the folder or the storage cannot be used, or the study was begun with other settings.
+        DetkitError: the folder or the storage cannot be used, or the study was created with other settings.
     """
     import optuna
     from optuna.storages.journal import JournalFileBackend
@@ -202,7 +202,7 @@ def _open_study(folder: Path, cfg: TuneConfig) -> "Study":
         )
     except OSError as error:
         raise DetkitError(f"run_dir={folder}: {error.strerror}") from None
-    except Exception as error:  # whatever a driver makes of a URL
+    except Exception as error:  # anything that a database driver may raise
         hidden = f"{type(error).__name__}: {error}".partition("\n")[0].replace(str(cfg.storage), "the database")
         raise DetkitError(f"storage cannot be opened: {hidden}") from None
     earlier = study.user_attrs.get("settings")
@@ -213,7 +213,7 @@ def _open_study(folder: Path, cfg: TuneConfig) -> "Study":
     for key in [*earlier, *now]:
         if earlier.get(key) != now.get(key):
             raise DetkitError(
-                f"{folder} holds a study with {key}={earlier.get(key)}, not {now.get(key)}: name another by run_dir="
+                f"{folder} holds a study with {key}={earlier.get(key)}, not {now.get(key)}: use another run_dir"
             )
     return study
 
@@ -230,7 +230,7 @@ def _pruner(cfg: TuneConfig) -> "BasePruner":
 
 
 def _write_table(study: "Study", folder: Path) -> list[dict[str, Any]]:
-    """Write ``study.csv``, a row for each trial; return its rows."""
+    """Write ``study.csv``, one row per trial; return the rows."""
     rows = [_row(trial) for trial in study.get_trials(deepcopy=False)]
     text = io.StringIO()
     writer = csv.DictWriter(text, list(dict.fromkeys(key for row in rows for key in row)))
@@ -250,7 +250,7 @@ def _row(trial: "FrozenTrial") -> dict[str, Any]:
 
 
 def _log_result(study: "Study", rows: list[dict[str, Any]], typed: list[str], folder: Path) -> None:
-    """Print the table, what failed, the best trial and how to train it again; end with status 1 where there is none."""
+    """Print the table, failures, best trial and its training command; exit with status 1 if no trial is complete."""
     chosen = {t.number: {"chosen": " ".join(as_overrides(t.params))} for t in study.get_trials(deepcopy=False)}
     print_rows([row | chosen[row["trial"]] for row in rows], ("trial", "state", *MEASURED, "chosen"), make_console())
     for row in rows:
@@ -263,8 +263,8 @@ def _log_result(study: "Study", rows: list[dict[str, Any]], typed: list[str], fo
         raise SystemExit(1)
     best = study.best_trial
     logger.info("best: trial %d, AP %.4f: %s", best.number, best.value, best.user_attrs["folder"])
-    words = [word for word in typed if word.lstrip("+").partition("=")[0].partition(".")[0] not in (*TUNING, "run_dir")]
-    logger.info("python tools/train.py %s", shlex.join([*words, *as_overrides(best.params)]))
+    overrides = [o for o in typed if o.lstrip("+").partition("=")[0].partition(".")[0] not in (*TUNING, "run_dir")]
+    logger.info("python tools/train.py %s", shlex.join([*overrides, *as_overrides(best.params)]))
 
 
 def _import_optuna() -> None:

@@ -1,1 +1,1 @@
-"""Run directories: creating, locking and resuming them, and building what is trained in them."""
+"""Training runs: creating, locking and resuming their directories, and building data, model and training step."""

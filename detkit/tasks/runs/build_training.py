@@ -1,4 +1,4 @@
-"""From a resolved run to everything that it trains: data, detector, step, and where they stand."""
+"""Build what a run trains: data, detector, training step and their state."""
 
 import logging
 import math
@@ -32,7 +32,7 @@ from detkit.engine.step import TrainStep
 from detkit.engine.transfer import TransferReport, load_weights
 from detkit.errors import DetkitError
 from detkit.models.detector import Detector, build_detector, build_loss, without_pretrained
-from detkit.tasks.runs.data import check_room
+from detkit.tasks.runs.data import check_batch_memory
 from detkit.tasks.runs.resume import RunPlan
 
 logger = logging.getLogger(__name__)
@@ -40,15 +40,19 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class Training:
-    """A training that is ready to begin, or to go on.
+    """Everything needed to start or resume training.
 
     Attributes:
-        cfg: resolved, every ``auto`` that the data or the device decides decided.
-        batch_size: that of ``cfg``: images of one forward pass, of all ranks together.
-        state: where it stands.
-        trial_step: tries a batch of so many images on the device; see ``make_trial_step``.
+        cfg: resolved; ``auto`` values that depend on the data or the device are replaced.
+        batch_size: images per forward pass, over all ranks, as in ``cfg``.
+        step: the training step, which holds the detector.
+        state: the training progress.
+        train_set: annotations of the training split.
+        val_set: annotations of the validation split.
+        train_loader: loader of augmented training batches.
+        trial_step: runs a batch of the given size on the device; see ``make_trial_step``.
         frozen: number of parameters that are not trained.
-        transfer: what ``weights`` gave; None without it.
+        transfer: report on the loaded ``weights``; None without them.
     """
 
     cfg: TrainConfig
@@ -64,10 +68,10 @@ class Training:
 
 
 def build_training(plan: RunPlan, device: torch.device) -> Training:
-    """Read the data and build the detector, its step and its state, as saved or as they begin.
+    """Read the data and build the detector, the training step and their state, new or as saved.
 
     Raises:
-        DetkitError: a user's mistake.
+        DetkitError: a user error.
     """
     cfg, saved = _absolute_paths(plan.cfg), plan.saved
     if cfg.batch_size != "auto":
@@ -77,7 +81,7 @@ def build_training(plan: RunPlan, device: torch.device) -> Training:
     seed_everything(cfg.seed)
     if device.type == "cpu":
         tune_malloc()
-    with main_process_first():  # which leaves an index, or draws the set
+    with main_process_first():  # which writes an index, or draws the embedded set
         train_set, val_set = read_training(cfg.data.as_dict())
 
     values = cfg.as_dict()
@@ -89,7 +93,7 @@ def build_training(plan: RunPlan, device: torch.device) -> Training:
     batch_size = _auto_batch_size(trial_step, device) if cfg.batch_size == "auto" else cfg.batch_size
     cfg = cfg.replace(batch_size=batch_size)
     detector.cfg = cfg.as_dict()
-    check_room(batch_size, cfg.image_size, cfg.workers)
+    check_batch_memory(batch_size, cfg.image_size, cfg.workers)
     loader = _train_loader(train_set, cfg, batch_size, device)
     if cfg.trainer.sync_bn and world_size() > 1:
         convert_sync_batchnorm(detector)
@@ -97,41 +101,45 @@ def build_training(plan: RunPlan, device: torch.device) -> Training:
     step = _train_step(detector, cfg, batch_size, precision, recipe, len(loader))
     state = load_training_state(saved, step, len(loader)) if saved else TrainState()
     if saved and state.current.position and isinstance(loader, ShardLoader):
-        _check_shares(cfg, saved)
+        _check_shard_division(cfg, saved)
     if rank():
-        torch.manual_seed(cfg.seed + rank() + state.step)  # after the weights are drawn: what is dropped differs
+        torch.manual_seed(cfg.seed + rank() + state.step)  # after weight initialization: dropout differs between ranks
     return Training(cfg, batch_size, step, state, train_set, val_set, loader, trial_step, frozen, transfer)
 
 
 def _absolute_paths(cfg: TrainConfig) -> TrainConfig:
-    """Return the configuration with a number of workers, and the data set's absolute paths: a checkpoint keeps them."""
+    """Return the configuration with the number of workers and absolute data paths, as stored in checkpoints."""
     given = {key: getattr(cfg.data, key) for key in ("root", "yaml")}
-    paths = {key: os.path.realpath(str(path)) for key, path in given.items() if path is not None}  # of a link to itself
+    paths = {
+        key: os.path.realpath(str(path)) for key, path in given.items() if path is not None
+    }  # unlike Path.resolve, does not raise on a link loop
     return cfg.replace(workers=worker_count(cfg.workers), data=cfg.data.replace(**paths))
 
 
 def _auto_batch_size(trial_step: Callable[[int], None], device: torch.device) -> int:
-    """Return what ``batch_size=auto`` stands for, and say so."""
-    of_one_rank: int = run_on_main(lambda: choose_batch_size(trial_step, device))
-    batch_size = of_one_rank * world_size()
+    """Return and log the batch size chosen for ``batch_size=auto``."""
+    per_rank: int = run_on_main(lambda: choose_batch_size(trial_step, device))
+    batch_size = per_rank * world_size()
     logger.info("batch_size=auto: %d images", batch_size)
     return batch_size
 
 
-def _check_shares(cfg: TrainConfig, saved: dict[str, Any]) -> None:
-    """Check that tar shards are shared among as many processes as when the epoch under way began.
+def _check_shard_division(cfg: TrainConfig, saved: dict[str, Any]) -> None:
+    """Check that tar shards are divided among as many processes as at the start of the interrupted epoch.
 
     Raises:
-        DetkitError: they are not, so images would come twice, or never.
+        DetkitError: they are not, so that images would be repeated or missed.
     """
     now, then = (cfg.workers, world_size()), (saved["cfg"].get("workers"), saved["ranks"])
     if now != then:
-        words = f"of {now[1]} ranks: within an epoch of tar shards, go on with workers={then[0]} of {then[1]} ranks"
-        raise DetkitError(f"workers={now[0]} {words}")
+        raise DetkitError(
+            f"workers={now[0]} with {now[1]} ranks: within an epoch of tar shards, resume with workers={then[0]} and "
+            f"{then[1]} ranks"
+        )
 
 
 def _largest_image(detector: Detector, cfg: TrainConfig) -> int:
-    """Return the largest side, in pixels, at which a batch is trained."""
+    """Return the largest side of a training batch in pixels."""
     stride = detector.max_stride
     return max(int(cfg.image_size * (1 + cfg.trainer.multi_scale) / stride), 1) * stride
 
@@ -139,28 +147,28 @@ def _largest_image(detector: Detector, cfg: TrainConfig) -> int:
 def _train_loader(
     annotations: Annotations, cfg: TrainConfig, batch_size: int, device: torch.device
 ) -> BatchLoader | ShardLoader:
-    """Return the augmented set, with its tiles and the sampling that ``data`` asks for, shuffled every epoch.
+    """Return a loader of augmented samples, shuffled every epoch, with the tiling and sampling of ``data``.
 
-    Tar shards are read as streams, unless something is asked for that needs single images.
+    Tar shards are read sequentially, unless an option needs random access to images.
     """
     data, epochs = cfg.data, cfg.trainer.epochs
-    whole = DetectionDataset(annotations, cfg.image_size, data.cache)
-    images: DetectionDataset | TiledDataset = whole
+    full = DetectionDataset(annotations, cfg.image_size, data.cache)
+    images: DetectionDataset | TiledDataset = full
     if data.tiles and data.tiles.size is not None:
-        images = TiledDataset(whole, **data.tiles.as_dict())
+        images = TiledDataset(full, **data.tiles.as_dict())
     expected = expected_draws(images, data.as_dict())
     options: dict[str, Any] = {"workers": worker_count(cfg.workers), "seed": cfg.seed, "pin": device.type == "cuda"}
     options["timeout"] = cfg.trainer.loader_timeout
-    if data.name == "webdataset" and expected is None and data.cache is None and images is whole:
+    if data.name == "webdataset" and expected is None and data.cache is None and images is full:
         augmentation = Augmentation(cfg.image_size, cfg.augment.as_dict(), epochs)
-        return ShardLoader(whole, augmentation, per_rank_batch_size(batch_size), **options)
+        return ShardLoader(full, augmentation, per_rank_batch_size(batch_size), **options)
     dataset = AugmentedDataset(images, cfg.image_size, cfg.augment.as_dict(), cfg.seed, epochs)
     window = mosaic_window(cfg.augment.mosaic.partners, images, batch_size)
     return BatchLoader(dataset, batch_size, shuffle=True, expected=expected, window=window, **options)
 
 
 def _recipe(detector: Detector, cfg: TrainConfig, batch_size: int, images: int) -> Recipe:
-    """Work the recipe out for a run over ``images`` an epoch."""
+    """Return the recipe of a new run over ``images`` per epoch."""
     optim = cfg.optim
     total_steps = math.ceil(images / max(batch_size, optim.nominal_batch)) * cfg.trainer.epochs
     num_classes = len(detector.class_names)
@@ -175,13 +183,13 @@ def _train_step(
     recipe: Recipe,
     batches: int,
 ) -> TrainStep:
-    """Return the step of a run of ``batches`` an epoch."""
+    """Return the training step of a run with ``batches`` per epoch."""
     optim, trainer = cfg.optim, cfg.trainer
     schedule = Schedule.from_config(recipe, optim, epochs=trainer.epochs, batches=batches)
     network: nn.Module = detector
     if trainer.compile:
-        size, share = cfg.image_size, per_rank_batch_size(batch_size)
-        network = compile_network(detector, precision, size, share, dynamic=trainer.multi_scale > 0)
+        size, per_rank = cfg.image_size, per_rank_batch_size(batch_size)
+        network = compile_network(detector, precision, size, per_rank, dynamic=trainer.multi_scale > 0)
     return TrainStep(
         detector,
         build_loss(cfg.as_dict(), detector.head),

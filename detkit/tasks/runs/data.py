@@ -1,4 +1,4 @@
-"""What tasks do with a data set: log it, check the memory for its batches, load it, and name the command to train on it."""
+"""Functions for data sets that several tasks share: logging, shared-memory check, validation loader, train command."""
 
 import json
 import logging
@@ -19,30 +19,30 @@ logger = logging.getLogger(__name__)
 
 
 def train_command(data: Mapping[str, str]) -> str:
-    """Return the command that trains on a set, from the keys of ``data`` that read it."""
-    words = [f"data={data['name']}"]
+    """Return the command that trains on a data set, given its keys of ``data``."""
+    arguments = [f"data={data['name']}"]
     for key, value in data.items():
         if key != "name":
             quoted = value if re.fullmatch(r"[\w./-]+", value, re.ASCII) else json.dumps(value, ensure_ascii=False)
-            words.append(f"data.{key}={quoted}")
-    return f"python tools/train.py {shlex.join(words)}"
+            arguments.append(f"data.{key}={quoted}")
+    return f"python tools/train.py {shlex.join(arguments)}"
 
 
 def log_split(split: str, annotations: Annotations) -> None:
-    """Log a line of what a split holds, and one of what was fixed or skipped, if anything was."""
+    """Log the size of a split, and what was fixed or skipped, if anything."""
     logger.info("%s: %d images, %d boxes", split, len(annotations), len(annotations.labels))
     summary = annotations.issues.summary()
     if summary:
         first = annotations.issues.first(SKIPPED, FIXED)
-        words = "check_data lists all, data.strict=true refuses them"
-        logger.warning("%s: %s; the first: %s (%s)", split, summary, first, words)
+        hint = "check_data lists all, data.strict=true rejects them"
+        logger.warning("%s: %s; the first: %s (%s)", split, summary, first, hint)
 
 
-def check_room(batch_size: int, image_size: int, workers: int | str) -> None:
-    """Check that the loader processes of this node's ranks have the shared memory that their batches take.
+def check_batch_memory(batch_size: int, image_size: int, workers: int | str) -> None:
+    """Check that the shared memory suffices for the batches of all loader processes on this node.
 
     Raises:
-        DetkitError: they have not.
+        DetkitError: it does not.
     """
     images = -(-batch_size // world_size())
     check_shared_memory(3 * images * image_size**2, worker_count(workers) * local_ranks())
@@ -58,10 +58,14 @@ def val_loader(
     workers: int | str,
     timeout: float = TIMEOUT,
 ) -> BatchLoader:
-    """Return every image letterboxed, in order, or each in its own smallest frame where ``rect`` is set.
+    """Return a loader of all images, letterboxed and in order.
 
     Args:
-        batch_size: of all ranks together.
+        annotations: the split to load.
+        batch_size: images per batch, over all ranks.
+        image_size: side of the square in pixels.
+        device: where the batches are moved to; memory is pinned for CUDA.
+        rect: use the smallest frame that holds each image instead of the square.
         workers: number of processes, or ``auto``.
         timeout: seconds to wait for a batch.
     """

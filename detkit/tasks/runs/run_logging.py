@@ -1,4 +1,4 @@
-"""Where one watches a training: its log, and what that tells at the start."""
+"""Opening the log of a training run, and what is logged at its start."""
 
 import logging
 from collections.abc import Mapping
@@ -31,7 +31,7 @@ from detkit.viz.data_plots import draw_labels
 logger = logging.getLogger(__name__)
 
 SUMMARY_DEPTH = 2  # as configs/summary.yaml
-# What of a configuration changes what is learnt, or from what; of a group, all but what is ignored.
+# Hyperparameters: these keys, and those of the groups except the ignored ones.
 KEYS = ("image_size", "batch_size", "amp", "seed", "weights")
 GROUPS = ("model", "backbone", "neck", "head", "loss", "data", "optim", "augment", "trainer")
 IGNORED = {
@@ -55,10 +55,10 @@ def open_log(
     run_dir: Path,
     state: TrainState,
 ) -> RunLog:
-    """Open a run's log, on rank 0 with its loggers, and say there what is trained.
+    """Open a run's log, on rank 0 with its loggers, and log the configuration, model and labels.
 
     Raises:
-        DetkitError: a logger of a new run does not open.
+        DetkitError: a logger of a new run cannot be opened.
     """
     if not is_main_process():
         barrier()
@@ -70,17 +70,17 @@ def open_log(
         texts["model"] = summary_markdown(summarize(step.ema.model, cfg.image_size, SUMMARY_DEPTH))
     values = hyper_parameters(cfg.as_dict(), step.schedule.recipe)
     if HydraConfig.initialized() and not state.step:
-        values["augment"] = str(HydraConfig.get().runtime.choices.get("augment"))  # a group without a name in it
+        values["augment"] = str(HydraConfig.get().runtime.choices.get("augment"))  # the group has no name key
     log.start(values, texts)
     if not state.step:
         with log.drawing("labels.png"):
             log.plot("labels", draw_labels(train_set), 0)
-    barrier()  # with patience: a server may be slow to answer
+    barrier()  # long timeout: a logging server may be slow
     return log
 
 
 def log_start(training: Training, name: str, run_dir: Path) -> None:
-    """Log what is trained, on what, and how it differs from what one may expect."""
+    """Log the model, device, data and optimizer, and deviations from the usual training."""
     cfg, step, state = training.cfg, training.step, training.state
     recipe, images, samples = step.schedule.recipe, len(training.train_set), training.train_loader.samples
     parameters = sum(p.numel() for p in step.detector.parameters())
@@ -90,13 +90,13 @@ def log_start(training: Training, name: str, run_dir: Path) -> None:
     if getattr(step.detector.backbone, "loaded", None):
         logger.info(step.detector.backbone.loaded)
     if samples != images:
-        logger.info("an epoch has %d samples, by data.tiles or data.sampling", samples)
+        logger.info("an epoch has %d samples because of data.tiles or data.sampling", samples)
     mosaic, epochs = cfg.augment.mosaic, cfg.trainer.epochs
     if mosaic.p and mosaic.close_epochs >= epochs:
-        off = f"augment.mosaic.close_epochs={mosaic.close_epochs} of trainer.epochs={epochs}"
-        logger.info("no image is mixed with others (mosaic, mixup, copy-paste): %s", off)
+        reason = f"augment.mosaic.close_epochs={mosaic.close_epochs}, trainer.epochs={epochs}"
+        logger.info("mosaic, mixup and copy-paste are off: %s", reason)
     if training.frozen:
-        logger.info("frozen: %s parameters, of %s", f"{training.frozen:,}", ", ".join(cfg.trainer.freeze))
+        logger.info("frozen: %s parameters, in %s", f"{training.frozen:,}", ", ".join(cfg.trainer.freeze))
     if recipe.lr_factors or recipe.layer_decay is not None:
         logger.info("trained parameters: %s", describe_factors(step.optimizer))
     log_split("train", training.train_set)
@@ -109,34 +109,34 @@ def log_start(training: Training, name: str, run_dir: Path) -> None:
 
 
 def hyper_parameters(cfg: Mapping[str, Any], recipe: Recipe) -> dict[str, Value]:
-    """Return what a run is compared by: the dotted keys of its configuration, ``optim.name=auto`` decided."""
+    """Return the hyperparameters of a run by dotted key, with ``optim.name=auto`` replaced by the choice."""
     chosen = {key: cfg[key] for key in KEYS}
     for group in GROUPS:
-        kept = {key: value for key, value in cfg[group].items() if key not in IGNORED.get(group, ())}
-        chosen |= flatten(kept, f"{group}.")
+        values = {key: value for key, value in cfg[group].items() if key not in IGNORED.get(group, ())}
+        chosen |= flatten(values, f"{group}.")
     chosen |= {f"optim.{key}": getattr(recipe, key) for key in ("name", "lr", "momentum", "weight_decay")}
     return {key: value if isinstance(value, Value) else str(value) for key, value in chosen.items()}
 
 
 def print_transfer(report: TransferReport) -> None:
-    """Print what of a detector came from a checkpoint, in percent of each part's numbers; the whole in the last row."""
+    """Print the percentage of each part's parameters loaded from a checkpoint, and the total in the last row."""
     table = Table(header_style="bold")
     table.add_column("part")
     for name in ("parameters", "loaded", "mismatched shape", "missing"):
         table.add_column(name, justify="right")
     for row in (*report.rows, report.total):
-        shares = (_percent(count, row.parameters) for count in (row.loaded, row.mismatched, row.missing))
-        table.add_row(row.part, f"{row.parameters:,}", *shares, style="bold" if row is report.total else "")
-    logger.info("weights: %s; share of each part's parameters that was loaded", report.path)
+        percentages = (_percent(count, row.parameters) for count in (row.loaded, row.mismatched, row.missing))
+        table.add_row(row.part, f"{row.parameters:,}", *percentages, style="bold" if row is report.total else "")
+    logger.info("weights: %s; percentage of each part's parameters that were loaded", report.path)
     make_console().print(table, soft_wrap=False)
     if report.unexpected_keys:
         logger.info("unexpected tensors in the file: %d", report.unexpected_keys)
     for warning in report.warnings:
-        logger.warning("mind: %s", warning)
+        logger.warning("warning: %s", warning)
 
 
-def _percent(count: int, whole: int) -> str:
-    """One decimal; 0 and 100 only where that is exact."""
-    if count in (0, whole):
-        return "-" if not whole else f"{100 * count // whole} %"
-    return f"{min(max(100 * count / whole, 0.1), 99.9):.1f} %"
+def _percent(count: int, total: int) -> str:
+    """Format a percentage with one decimal; 0 and 100 only if exact."""
+    if count in (0, total):
+        return "-" if not total else f"{100 * count // total} %"
+    return f"{min(max(100 * count / total, 0.1), 99.9):.1f} %"

@@ -1,4 +1,4 @@
-"""What ``search=`` may say: keys of a training's configuration, and the values that are tried for them."""
+"""The search space of ``tune``: keys of the training configuration and the values to try."""
 
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -13,29 +13,29 @@ if TYPE_CHECKING:
 
     Distribution = CategoricalDistribution | FloatDistribution | IntDistribution
 
-TUNING = ("search", "trials", "pruner", "storage")  # keys of tune.yaml that a training has not
-FORM = "a list of choices, or {low: A, high: B}, perhaps with log: true or step: N"
+TUNING = ("search", "trials", "pruner", "storage")  # keys of tune.yaml that train.yaml lacks
+FORM = "a list of choices, or {low: A, high: B}, optionally with log: true or step: N"
 
 
 def read_space(search: Any) -> dict[str, "Distribution"]:
     """Return Optuna's distribution for every key of ``search``.
 
     Raises:
-        DetkitError: it is no mapping of keys to ranges and choices.
+        DetkitError: it is not a mapping of keys to ranges or choices.
     """
     if not isinstance(search, Mapping) or not search:
         raise DetkitError("search must be a mapping of keys to values, such as {optim.lr: {low: 1e-4, high: 1e-2}}")
     for key in search:
         if str(key).partition(".")[0] in (*TUNING, "run_dir", "resume"):
-            raise DetkitError(f"search: {shorten(str(key))} is nothing to search over")
+            raise DetkitError(f"search: {shorten(str(key))} cannot be searched")
     return {str(key): _distribution(shorten(str(key)), values) for key, values in search.items()}
 
 
 def check_space(space: Mapping[str, "Distribution"], typed: Sequence[str]) -> None:
-    """Compose a training with every choice, and both ends of every range, beside what the command line says.
+    """Validate the training configuration with every choice, and with both ends of every range.
 
     Raises:
-        DetkitError: a key does not exist, or a value is not allowed.
+        DetkitError: an unknown key or an invalid value.
     """
     from optuna.distributions import CategoricalDistribution
 
@@ -45,17 +45,17 @@ def check_space(space: Mapping[str, "Distribution"], typed: Sequence[str]) -> No
 
 
 def trial_config(typed: Sequence[str], chosen: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the configuration of a training with the command line's overrides and the ``chosen`` values.
+    """Return the training configuration with the command line's overrides and the ``chosen`` values.
 
     Raises:
-        DetkitError: they do not compose.
+        DetkitError: an unknown key or option.
     """
     cfg = resolve(compose_config("tune", [*typed, *as_overrides(chosen)]))
     return {key: value for key, value in cfg.items() if key not in TUNING}
 
 
 def suggest(trial: "Trial", space: Mapping[str, "Distribution"]) -> dict[str, Any]:
-    """Return a value for every key: what a trial was given before, or else what its study's sampler chooses."""
+    """Return a value for every key: those that the trial already has, or new ones from the sampler."""
     from optuna.distributions import CategoricalDistribution, IntDistribution
 
     chosen: dict[str, Any] = {}
@@ -70,12 +70,12 @@ def suggest(trial: "Trial", space: Mapping[str, "Distribution"]) -> dict[str, An
 
 
 def as_overrides(chosen: Mapping[str, Any]) -> list[str]:
-    """Return ``key=value`` as one would type it."""
+    """Return the overrides ``key=value``."""
     return [f"{key}={_text(value)}" for key, value in chosen.items()]
 
 
 def folder_name(number: int, chosen: Mapping[str, Any]) -> str:
-    """Return a trial's folder, such as ``7_optim.lr-0.00123_augment-light``."""
+    """Return the name of a trial's folder, such as ``7_optim.lr-0.00123_augment-light``."""
     values = {key: f"{value:.3g}" if isinstance(value, float) else value for key, value in chosen.items()}
     return numbered_name(number, as_overrides(values))
 
@@ -102,11 +102,11 @@ def _distribution(key: str, values: Any) -> "Distribution":
 
 
 def _text(value: Any) -> str:
-    """Return a value in Hydra's own writing."""
+    """Format a value in Hydra's syntax."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     if isinstance(value, Mapping):
-        return "{" + ",".join(f"{key}:{_text(part)}" for key, part in value.items()) + "}"
+        return "{" + ",".join(f"{key}:{_text(item)}" for key, item in value.items()) + "}"
     if isinstance(value, Sequence) and not isinstance(value, str):
         return "[" + ",".join(map(_text, value)) + "]"
     return str(value)

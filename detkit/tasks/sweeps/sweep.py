@@ -1,6 +1,6 @@
-"""Sweeps (``-m``): jobs that do not end one another, on one machine or many, and a table of what came of them.
+"""Sweeps (``-m``): independent jobs on one or more machines, and a table of their results.
 
-Every job leaves a record in ``SWEEP/.jobs``, wherever its launcher runs it; ``sweep.csv`` puts them side by side.
+Every job writes a record to ``SWEEP/.jobs``, on whichever machine it runs; ``sweep.csv`` lists them all.
 """
 
 import contextlib
@@ -44,29 +44,29 @@ _sweep: Path | None = None  # the folder of the sweep that this process started
 
 
 class SweepStart(Callback):
-    """Hydra callback that remembers the sweep's folder (configs/common.yaml); its jobs may run in other processes."""
+    """Hydra callback that records the sweep's folder (configs/common.yaml); the jobs may run in other processes."""
 
-    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
-        """Note the folder, for the table at the end, and say it: jobs may print elsewhere."""
+    def on_multirun_start(self, config: DictConfig, **_kwargs: Any) -> None:
+        """Record and log the folder, and delete the records of an earlier sweep in it."""
         global _sweep
         if not _of_several_ranks():
             _sweep = Path(config.hydra.sweep.dir).resolve()
-            for record in (_sweep / RECORDS).glob("*.json"):  # of an earlier sweep in the same folder
+            for record in (_sweep / RECORDS).glob("*.json"):
                 record.unlink()
             logger.info("sweep: %s", _sweep)
 
 
 def in_sweep() -> bool:
-    """Whether this is a job of a sweep; several ranks do not count, as a job that fails ends them all."""
+    """Return whether this process runs a sweep's job; False with several ranks, which one failing job ends."""
     swept = HydraConfig.initialized() and HydraConfig.get().mode is RunMode.MULTIRUN
     return swept and not _of_several_ranks()
 
 
 def run_job(work: Callable[[], object]) -> None:
-    """Do the work of a job and record what came of it; a mistake or a fault ends this job, not the sweep.
+    """Run a job and record its result; errors end the job, but not the sweep.
 
     Raises:
-        SystemExit: a signal asked for the end, and ends the sweep or has the job queued again.
+        SystemExit: a signal requested the end; it ends the sweep, or the job is requeued.
     """
     folder = _job_folder()
     record: dict[str, Any] = {"job": folder.name, "status": "running", "folder": str(folder)}
@@ -89,8 +89,8 @@ def run_job(work: Callable[[], object]) -> None:
             if record["status"] == "stopped":
                 raise
         except Exception as error:
-            if mistake := peer_user_error():
-                record |= {"status": "mistake", "error": mistake}
+            if message := peer_user_error():
+                record |= {"status": "mistake", "error": message}
                 return
             traceback.print_exc()
             record |= {"status": "failed", "error": f"{type(error).__name__}: {error}".partition("\n")[0]}
@@ -100,14 +100,14 @@ def run_job(work: Callable[[], object]) -> None:
 
 
 def prepare_job(cfg: CommonConfig) -> CommonConfig:
-    """Return the configuration with what a job of a sweep does otherwise than a run of its own.
+    """Return the configuration of a sweep's job, adapted to its launcher.
 
-    Where it runs beside others (joblib), it has its share of the machine's cores and one of its GPUs; threads of torch
-    are joblib's to share out. Where it may be queued again (submitit), it goes on with what its folder holds.
+    With joblib, a job gets a fraction of the loader processes and one GPU; joblib itself divides torch's threads. With
+    submitit, a requeued job resumes the run in its folder.
     """
     jobs = _parallel_jobs()
     if jobs > 1:
-        end_with_parent("SIGTERM")  # a training saves
+        end_with_parent("SIGTERM")  # on which a training run saves its state
     if jobs > 1 and cfg.workers == "auto":
         cfg = cfg.replace(workers=max(worker_count("auto") // jobs, 1))
     gpus = torch.cuda.device_count() if cfg.device in ("auto", "cuda") else 0
@@ -119,9 +119,9 @@ def prepare_job(cfg: CommonConfig) -> CommonConfig:
 
 
 def finish_sweep() -> int | None:
-    """Print the table of the sweep that this process started, and write ``sweep.csv``; return its exit status.
+    """Print the table of the sweep that this process started, write ``sweep.csv`` and return the exit status.
 
-    That is 0 where every job is done, 2 where all that are not are a user's mistakes, else 1; None: it started none.
+    The status is 0 if all jobs are done, 2 if all failures are user errors, otherwise 1; None without a sweep.
 
     Raises:
         DetkitError: ``sweep.csv`` cannot be written.
@@ -145,34 +145,34 @@ def finish_sweep() -> int | None:
     finally:
         print_rows(records, COLUMNS[:6], make_console())
         for record in undone:
-            logger.warning("%s: %s", record["job"], record.get("error", "did not end"))
+            logger.warning("%s: %s", record["job"], record.get("error", "did not finish"))
     logger.info("%d of %d jobs are done: %s", len(records) - len(undone), len(records), table)
     return 0 if not undone else 2 if all(record["status"] == "mistake" for record in undone) else 1
 
 
 def explain_launcher_error(error: Exception) -> tuple[str, int]:
-    """Return the message and the exit status for an error of a sweep's launcher; those of its jobs are recorded."""
+    """Return the message and exit status for an error of a sweep's launcher; those of jobs are recorded."""
     reason = f"{type(error).__name__}: {error}".partition("\n")[0]
     if "srun" in reason:
         return "hydra/launcher=slurm needs SLURM's srun on this machine: use hydra/launcher=parallel or local", 2
-    return f"the sweep ended before its jobs did, by its launcher: {reason}", 1
+    return f"the launcher ended the sweep before its jobs finished: {reason}", 1
 
 
 def _of_several_ranks() -> bool:
-    """Whether torchrun or srun started this process beside others; not where submitit did, for one job each."""
+    """Return whether torchrun or srun started this process with others; submitit starts one job per process."""
     ranks = os.environ.get("WORLD_SIZE") or os.environ.get("SLURM_STEP_NUM_TASKS") or "1"
     return ranks != "1" and "SUBMITIT_EXECUTOR" not in os.environ
 
 
 def _job_folder() -> Path:
-    """Return the folder of the job that this is."""
+    """Return the folder of the current job."""
     folder = sweep_folder()
-    assert folder is not None  # as only jobs of a sweep ask
+    assert folder is not None  # called only in jobs of a sweep
     return folder
 
 
 def _write(folder: Path, record: Mapping[str, Any]) -> None:
-    """Write a job's record; of several ranks the first one does."""
+    """Write a job's record, on the first rank only."""
     if int(os.environ.get("SLURM_PROCID") or os.environ.get("SUBMITIT_LOCAL_GLOBALID") or 0):
         return
     path = folder.parent / RECORDS / f"{HydraConfig.get().job.num}.json"
@@ -181,7 +181,7 @@ def _write(folder: Path, record: Mapping[str, Any]) -> None:
 
 
 def _results(result: object) -> dict[str, Any]:
-    """Return the columns of what a task returned: a training, or an evaluation."""
+    """Return the table columns from the result of a training or evaluation task."""
     if not isinstance(result, Mapping):
         return {}
     best = result.get("best", result)
@@ -198,26 +198,26 @@ def _line(record: Mapping[str, Any]) -> str:
 
 @contextlib.contextmanager
 def _output(folder: Path) -> Iterator[Callable[[str], None]]:
-    """Send what a job prints into ``FOLDER.log`` where others run beside it; yields what tells the terminal."""
+    """Redirect a job's output to ``FOLDER.log`` if jobs run in parallel; yield a function to print to the terminal."""
     if _parallel_jobs() == 1:
         yield make_console().print
         return
     terminal = make_console(file=sys.stdout)
-    file = open(f"{folder}.log", "a", buffering=1)  # noqa: SIM115
-    log = Output(file)
-    with file, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
-        yield terminal.print
+    with folder.with_name(f"{folder.name}.log").open("a", buffering=1) as file:
+        log = Output(file)
+        with contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
+            yield terminal.print
 
 
 def _parallel_jobs() -> int:
-    """Return how many jobs joblib runs at a time on this machine; 1 without it."""
+    """Return the number of jobs that joblib runs in parallel; 1 without it."""
     jobs = HydraConfig.get().launcher.get("n_jobs", 1)
     return jobs if jobs > 0 else max((os.cpu_count() or 1) + 1 + jobs, 1)
 
 
 @functools.cache
 def _own_slot(slots: int) -> int:
-    """Return a number below ``slots`` that no other process of the sweep has until this one ends."""
+    """Return a number below ``slots`` that is unique among the sweep's running processes."""
     for slot in range(slots):
         if lock := lock_file(_job_folder().parent / RECORDS / f"slot{slot}"):
             _kept.append(lock)
