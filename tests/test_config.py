@@ -192,7 +192,7 @@ def test_a_tuple_of_different_hints_is_checked_member_by_member():
         ("head.reg_max=1000000000", "head.reg_max=1000000000 must be a whole number from 2 to 1024"),
         ("backbone.block={name: c3, conv: [x]}", "block 'c3': conv=['x'] must be text or a mapping"),
         ("backbone.repeats=[1,x,1,1]", "backbone.repeats=[1, 'x', 1, 1] must be a list of whole numbers"),
-        ("backbone.stem_kernel=-3", "kernel of k=-3"),
+        ("backbone.stem_kernel=-3", "kernel size k=-3"),
         ("loss.topk=0", "loss.topk=0 must be a whole number, 1 or more"),
         ("loss.box={}", "loss.box={} must be a number"),
         ("backbone.block=[c2f,c2f,c2f,7]", "backbone.block=['c2f', 'c2f', 'c2f', 7] must be text, a mapping or a list"),

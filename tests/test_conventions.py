@@ -8,7 +8,7 @@ import detkit
 
 PACKAGE = Path(detkit.__file__).parent
 FILES = {file.relative_to(PACKAGE).as_posix(): ast.parse(file.read_text()) for file in PACKAGE.rglob("*.py")}
-LONGEST_FUNCTION, LONGEST_FILE = 60, 320  # lines
+LONGEST_FUNCTION, LONGEST_FILE = 64, 320  # lines, with the docstring
 PRIVATE_WORDS = {"afresh", "heed", "mend", "mended", "odd", "picture", "pictures", "said", "sentence", "told", "words"}
 PRINTS = ("viz/", "cli.py", "benchmarks/")
 

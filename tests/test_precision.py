@@ -1,3 +1,5 @@
+import functools
+
 import pytest
 import torch
 
@@ -73,7 +75,7 @@ def test_a_task_that_does_not_fit_says_so(monkeypatch, capsys):
     def run(cfg: dict) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
 
-    monkeypatch.setattr(summary, "run", run)
+    monkeypatch.setattr(summary, "run", functools.wraps(summary.run)(run))
     status, _, err = run_command(monkeypatch, capsys, "summary", "device=cpu")
     assert status == 2
     assert "device=cpu has too little memory: lower image_size" in " ".join(err.split())

@@ -132,7 +132,7 @@ def test_names_that_do_not_fit_are_replaced_with_a_warning(tmp_path, ultralytics
     torch.save(content, tmp_path / "x.pt")
     checkpoint = imported(tmp_path / "x.pt", tmp_path / "x.safetensors")
     assert checkpoint.class_names == ("class0", "class1", "class2")
-    assert "its classes have no names" in capsys.readouterr().out
+    assert "class names are missing or incomplete" in capsys.readouterr().out
     assert checkpoint.cfg["image_size"] == 640
 
 

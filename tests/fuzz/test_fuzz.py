@@ -16,8 +16,8 @@ from .material import make_material
 from .targets import TARGETS
 from .trial import KINDS, OK, Server, judge
 
-FEW = {"commands": 40, "runs": 22}  # trials of the default run
-DEFAULT_FEW = 18
+FEW = {"commands": 14, "runs": 8}  # trials of the default run
+DEFAULT_FEW = 6
 SHOWN = 3  # trials of a kind that are shown, and whose files are kept
 
 
