@@ -234,5 +234,5 @@ def test_optuna_missing_is_one_message(monkeypatch):
 def test_ranks_are_refused(environment, monkeypatch):
     """Else several trials would take each other for ranks of one training."""
     monkeypatch.setattr(os, "environ", os.environ | environment)
-    with pytest.raises(DetkitError, match="a trial trains in one process: start tune once for each GPU"):
+    with pytest.raises(DetkitError, match="a trial trains in one process: start tune once per GPU"):
         tune.run({})
