@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from detkit.api import create_model, list_models, load
     from detkit.engine.transfer import load_weights
 
-__version__ = "0.2.0.dev0"
+__version__ = "0.2.0"
 __all__ = ["DetkitError", "create_model", "list_models", "load", "load_weights"]
 
 _LAZY = {
