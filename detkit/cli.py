@@ -77,7 +77,10 @@ def _run_hydra(task: str) -> None:
             _exit_on_user_error(error, task)  # inside Hydra, which prints a line of its own on any exception
             raise
 
-    sys.argv[1:] = [*as_hydra(sys.argv[1:]), *search_path(task)]
+    arguments = as_hydra(sys.argv[1:])
+    overrides = (k for k, argument in enumerate(arguments) if "=" in argument and not argument.startswith("-"))
+    first = next(overrides, len(arguments))  # argparse takes all overrides in one place
+    sys.argv[1:] = [*arguments[:first], *search_path(task), *arguments[first:]]
     run()
     cleanup_distributed()
 

@@ -41,6 +41,7 @@ def test_the_command_line_beats_the_experiment_which_beats_the_model():
 
 MISTAKES = [
     ("train", ["model=yolov8q"], "model=yolov8q does not exist: known are goldyolo_n"),
+    ("summary", ["hydra.run.dir=${nope}"], "nope"),
     ("train", ["modle=yolov8n"], "there is no key 'modle'; did you mean 'model'?"),
     ("train", ["trainer.epoks=3"], "there is no key 'trainer.epoks'; did you mean 'trainer.epochs'?"),
     ("train", ["bakbone=csp_darknet"], "did you mean 'backbone'?"),

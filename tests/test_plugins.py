@@ -59,6 +59,12 @@ def test_a_command(count_boxes):
     assert count_boxes(f"min_count={max(counts.values())}")[1].count("\n") == 1
 
 
+def test_flags_may_follow_its_arguments(count_boxes):
+    status, out, _ = count_boxes("min_count=7", "--cfg", "job")
+    assert status == 0
+    assert "min_count: 7" in out
+
+
 @pytest.mark.parametrize(
     ("argument", "message"),
     [("min_cuont=1", "did you mean 'min_count'"), ("min_count=few", "min_count=few must be a whole number")],
@@ -77,6 +83,7 @@ def test_a_mistake_in_its_arguments(count_boxes, argument, message):
         ("x = (", "SyntaxError"),
         ("def walk(cfg): ...", "no function run"),
         ("def run(cfg): ...", "annotated"),
+        ("def run(cfg: 'Nowhere'): ...", "annotated"),
     ],
 )
 def test_a_file_that_is_no_command(tmp_path, monkeypatch, capsys, code, message):

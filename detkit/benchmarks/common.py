@@ -19,7 +19,7 @@ WARMUP = 2  # rounds that are not timed
 
 
 class BenchmarkConfig(ComposedConfig):
-    """``configs/benchmark.yaml``."""
+    """Keys of ``configs/benchmark.yaml``."""
 
     task: str = field("benchmark to run", "the name of a benchmark")
     data: DataConfig = field("data set for task=data", default=None)

@@ -48,12 +48,12 @@ Amp = Literal["auto", "off", "bf16", "fp16"]
 
 
 def image_size_field() -> Any:
-    """Declare an ``ImageSize``."""
+    """Declare a field of type ``ImageSize``."""
     return field("side of the square network input in pixels", SIZE, most=MAX_IMAGE)
 
 
 def batch_size_field() -> Any:
-    """Declare a ``BatchSize``."""
+    """Declare a field of type ``BatchSize``."""
     return field("images per forward pass, over all ranks", "a whole number, 1 or more", most=MAX_BATCH)
 
 

@@ -153,9 +153,9 @@ def import_plugins(names: Sequence[str]) -> None:
 
 def is_config_error(error: BaseException) -> bool:
     """Return whether Hydra or OmegaConf raised an error about the command line's arguments; see ``explain``."""
-    if isinstance(error, ValueError):
-        return any(start in str(error) for start in (GROUP_ERROR, *FLAGS_ERRORS))
-    return isinstance(error, CONFIG_ERRORS)
+    if isinstance(error, CONFIG_ERRORS):
+        return True
+    return isinstance(error, ValueError) and any(start in str(error) for start in (GROUP_ERROR, *FLAGS_ERRORS))
 
 
 def explain(error: Exception, task: str, overrides: Sequence[str] = ()) -> str:

@@ -163,7 +163,7 @@ def _file(path: Path, size: int, contents: str) -> mmap.mmap:
 
 
 def _reserve(path: Path, size: int) -> None:
-    """Create a file of zeros with its disk space allocated: on a full disk, writing to the mapping would be SIGBUS."""
+    """Create a file of zeros with its disk space allocated: writing to a mapping on a full disk raises SIGBUS."""
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-")
     scratch = Path(name)
     try:

@@ -36,7 +36,7 @@ EncodedImage = tuple[int, bytes]  # index in the data set, content of the file
 
 
 class ShardLoader:
-    """Iterates over a webdataset data set in augmented batches, with ``workers`` processes on each rank.
+    """Iterates over a data set of tar shards in augmented batches, with ``workers`` processes on each rank.
 
     Args:
         dataset: of images in shards.

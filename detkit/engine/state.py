@@ -265,9 +265,8 @@ def _load(path: Path) -> Any:
                 raise DetkitError(f"{path} holds {gib(size)}, more than the {gib(free)} of free memory")
             with zipfile.ZipFile(file) as archive:
                 members = archive.infolist()
-                if any(
-                    m.compress_type != zipfile.ZIP_STORED for m in members
-                ):  # torch does not compress; may be a zip bomb
+                # torch does not compress its archives: this may be a zip bomb
+                if any(member.compress_type != zipfile.ZIP_STORED for member in members):
                     raise DetkitError(f"{path} is damaged, or was not written by detkit: it is compressed")
                 if sum(m.file_size for m in members) > size:
                     raise DetkitError(f"{path} is damaged: its members are larger than the file")

@@ -47,7 +47,7 @@ class SavedRecipe(Section):
     weight_decay: float = number("weight decay")
     warmup_bias_lr: float = number("initial learning rate of biases")
     lr_factors: Factors | None = field(
-        "multipliers by module", "null, or a mapping of parts to numbers above 0", default=None
+        "multipliers by module", "null, or a mapping of modules to numbers above 0", default=None
     )
     layer_decay: float | None = fraction("decay by backbone layer", default=None)
 

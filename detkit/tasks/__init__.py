@@ -10,6 +10,7 @@ import importlib.util
 import inspect
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -67,20 +68,23 @@ def load_config(task: str, overrides: Sequence[str] = ()) -> Any:
     """
     from detkit.config import compose_config, parse_config, resolve
 
-    return parse_config(resolve(compose_config(task, overrides)), find_task(task).config)
+    model = find_task(task).config
+    return parse_config(resolve(compose_config(task, overrides)), model)
 
 
 def _import_file(path: Path) -> ModuleType:
     """Import a Python file as a top-level module, with its folder on the module search path like a script's.
 
     Raises:
-        DetkitError: the file does not exist, or its import fails.
+        DetkitError: the file does not exist, its name is that of another module, or its import fails.
     """
     loaded = sys.modules.get(path.stem)
     if loaded is not None and getattr(loaded, "__file__", None) == str(path):
         return loaded
     if not path.is_file():
         raise DetkitError(f"{path} does not exist")
+    if loaded is not None:
+        raise DetkitError(f"{path}: a module named {path.stem} is already imported; rename the file")
     if str(path.parent) not in sys.path:
         sys.path.append(str(path.parent))
     spec = importlib.util.spec_from_file_location(path.stem, path)
@@ -103,8 +107,9 @@ def _config_model(name: str, run: Callable[[Any], object]) -> "type[CommonConfig
     """
     from detkit.config.common import CommonConfig
 
-    parameters = inspect.signature(run, eval_str=True).parameters.values()
-    model = next((parameter.annotation for parameter in parameters), None)
+    model = None
+    with suppress(NameError, TypeError, ValueError):  # an annotation that cannot be evaluated
+        model = next((p.annotation for p in inspect.signature(run, eval_str=True).parameters.values()), None)
     if not (isinstance(model, type) and issubclass(model, CommonConfig)):
         raise DetkitError(f"{name}: the argument of run must be annotated with a subclass of CommonConfig")
     return model

@@ -26,7 +26,7 @@ class RevCol(nn.Module):
         drop_path: probability of skipping a block, rising linearly from 0 at the first block of a column to this at
             the last.
         save_memory: recompute features in backward instead of saving them (layers/reversible.py).
-        keep_every: save the features of every this many columns; 0: of the last only, so that memory does not grow
+        keep_every: save the features of every N-th column; 0: only those of the last, so that memory does not grow
             with the number of columns. Gradients are equally exact.
         out_strides: strides of the features to return, ascending, among 4, 8, 16 and 32; derived by the builder.
 

@@ -1,5 +1,6 @@
 """Locks on files: one process at a time writes into a run directory."""
 
+import errno
 import os
 import socket
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ from detkit.ops.files import read_regular
 RELEASE = 90  # seconds after which a network file system has dropped the locks of a crashed machine
 MAX_LOCK = 2**20  # bytes
 LOCK = ".lock"  # who holds the run directory, in two lines: host and PID of the process, and its job
+NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP)  # of a file system without locks
 LOCKED = ".filelock"  # the file that is locked; on Windows no other process could read it
 
 
@@ -42,6 +44,8 @@ def run_lock(run_dir: Path, job: str, patience: float = 0) -> Iterator[None]:
         except Timeout:
             message = f"{run_dir} is in use by {_holder(run_dir)}: wait until that ends, or name another folder"
             raise DetkitError(message) from None
+        except OSError:
+            pass  # the directory is not writable
         with suppress(OSError):  # the disk is full, or read-only
             (run_dir / LOCK).unlink(missing_ok=True)  # opening a pipe would block
             (run_dir / LOCK).write_bytes(os.fsencode(f"{socket.gethostname()} {os.getpid()}\n{job}\n"))
@@ -73,6 +77,9 @@ def lock_file(path: Path, wait: bool = False) -> FileLock | None:
 
     Returns:
         The lock; None if another process holds it, or the file system knows no locks.
+
+    Raises:
+        OSError: the file cannot be created.
     """
     try:
         return _acquire(path, -1 if wait else 0)
@@ -81,7 +88,7 @@ def lock_file(path: Path, wait: bool = False) -> FileLock | None:
 
 
 def _acquire(path: Path, timeout: float) -> FileLock | None:
-    """Return a lock on ``path``; None if the file cannot be created, or its file system knows no locks.
+    """Return a lock on ``path``; None if its file system knows no locks.
 
     Args:
         path: created if missing.
@@ -89,13 +96,16 @@ def _acquire(path: Path, timeout: float) -> FileLock | None:
 
     Raises:
         Timeout: another process holds the lock.
+        OSError: the file cannot be created.
     """
     lock = FileLock(path, timeout, thread_local=False, fallback_to_soft=False)  # a soft lock would survive a SIGKILL
     try:
         lock.acquire()
     except Timeout:
         raise
-    except OSError:
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
         return None
     return lock
 
