@@ -78,9 +78,9 @@ def _run_hydra(task: str) -> None:
             raise
 
     arguments = as_hydra(sys.argv[1:])
-    overrides = (k for k, argument in enumerate(arguments) if "=" in argument and not argument.startswith("-"))
-    first = next(overrides, len(arguments))  # argparse takes all overrides in one place
-    sys.argv[1:] = [*arguments[:first], *search_path(task), *arguments[first:]]
+    overrides = [argument for argument in arguments if "=" in argument and not argument.startswith("-")]
+    flags = [argument for argument in arguments if argument not in overrides]
+    sys.argv[1:] = [*flags, *search_path(task), *overrides]  # argparse takes overrides in one place only
     run()
     cleanup_distributed()
 

@@ -9,54 +9,10 @@ from detkit import cli
 from detkit.data import formats
 from detkit.registry import DATASETS, SPLIT_NAMES, WRITERS
 
-CSV_FORMAT = '''
-"""Boxes in SPLIT.csv, a line each: image,label,x1,y1,x2,y2 in pixels; classes.txt has a name a line."""
-
-import csv
-from pathlib import Path
-
-from detkit.data.builder import AnnotationBuilder
-from detkit.data.formats.writing import WriteResult, file_names, place_images
-from detkit.data.index import cached
-from detkit.registry import DATASETS, WRITERS
-
-
-@DATASETS.register("csv")
-def read_csv(split, *, root, delimiter=",", log=None):
-    folder = Path(root)
-    file = folder / f"{split}.csv"
-
-    def build(log):
-        names = (folder / "classes.txt").read_text().split()
-        builder = AnnotationBuilder(file, log, names, range(len(names)))
-        images = {}
-        with file.open(newline="") as stream:
-            for line, (name, label, *xyxy) in enumerate(csv.reader(stream, delimiter=delimiter), 1):
-                if name not in images:
-                    images[name] = builder.add_image(folder / "images" / name, len(images) + 1)
-                if label:
-                    builder.add_box(images[name], int(label), [*map(float, xyxy)], line)
-        return builder.build(lambda image, line, position: (file, line, ""))
-
-    return cached("csv", [file, folder / "classes.txt"], [folder / "images"], [], log, build)
-
-
-@WRITERS.register("csv")
-def write_csv(splits, folder):
-    for (split, annotations), names in zip(splits.items(), file_names(splits), strict=True):
-        place_images(annotations, names, folder / "images")
-        with (folder / f"{split}.csv").open("w", newline="") as stream:
-            writer = csv.writer(stream)
-            for image, name in enumerate(names):
-                rows = annotations.rows(image)
-                boxes = zip(annotations.labels[rows].tolist(), annotations.boxes[rows].tolist(), strict=True)
-                writer.writerows([name, label, *box] for label, box in boxes)
-                if rows.start == rows.stop:
-                    writer.writerow([name, "", "", "", "", ""])
-        (folder / "classes.txt").write_text("\\n".join(annotations.class_names))
-    return WriteResult({"name": "csv", "root": str(folder)}, ["csv keeps no areas"])
-'''
-CSV_YAML = 'defaults: [base/options@_here_, _self_]\nname: csv\nroot: ???\ndelimiter: ","\n'
+README = Path(cli.__file__).parent / "data" / "README.md"
+SECTION = README.read_text(encoding="utf-8").partition("## Adding a format")[2]
+CSV_FORMAT = SECTION.partition("```python\n")[2].partition("```")[0]
+CSV_YAML = SECTION.partition("```yaml\n")[2].partition("```")[0]
 
 
 @pytest.fixture

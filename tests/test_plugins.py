@@ -1,5 +1,6 @@
 """Parts and commands from outside the package, two files each: those that detkit/README.md shows, and no others."""
 
+import csv
 import re
 import subprocess
 import sys
@@ -60,9 +61,20 @@ def test_a_command(count_boxes):
 
 
 def test_flags_may_follow_its_arguments(count_boxes):
-    status, out, _ = count_boxes("min_count=7", "--cfg", "job")
+    status, out, _ = count_boxes("min_count=7", "--cfg", "job", "seed=3")
     assert status == 0
     assert "min_count: 7" in out
+    assert "seed: 3" in out
+
+
+@pytest.mark.slow
+def test_a_sweep_of_a_command_has_a_column_for_each_number_that_it_returns(count_boxes, tmp_path):
+    status, _, err = count_boxes("hydra.sweep.dir=sweep", "-m", "min_count=1,1000")
+    assert (status, err) == (0, "")
+    with (tmp_path / "sweep" / "sweep.csv").open(newline="") as file:
+        first, second = csv.DictReader(file)
+    assert int(first["circle"]) > 0
+    assert second["circle"] == ""
 
 
 @pytest.mark.parametrize(

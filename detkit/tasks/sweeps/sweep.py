@@ -132,10 +132,12 @@ def finish_sweep() -> int | None:
         return None if sweep is None else 0
     files = sorted((sweep / RECORDS).glob("*.json"), key=lambda file: int(file.stem))
     records = [json.loads(file.read_text()) for file in files]
+    figures = list(dict.fromkeys(name for record in records for name in record.get("figures", ())))
+    rows = [record.get("figures", {}) | record for record in records]
     text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS, extrasaction="ignore")
+    writer = csv.DictWriter(text, [*COLUMNS, *figures], extrasaction="ignore")
     writer.writeheader()
-    writer.writerows(records)
+    writer.writerows(rows)
     table = sweep / "sweep.csv"
     undone = [record for record in records if record["status"] != "done"]
     try:
@@ -143,7 +145,7 @@ def finish_sweep() -> int | None:
     except OSError as error:
         raise DetkitError(f"{table} cannot be written: {error.strerror}") from None
     finally:
-        print_rows(records, COLUMNS[:6], make_console())
+        print_rows(rows, [*COLUMNS[:6], *figures], make_console())
         for record in undone:
             logger.warning("%s: %s", record["job"], record.get("error", "did not finish"))
     logger.info("%d of %d jobs are done: %s", len(records) - len(undone), len(records), table)
@@ -181,10 +183,12 @@ def _write(folder: Path, record: Mapping[str, Any]) -> None:
 
 
 def _results(result: object) -> dict[str, Any]:
-    """Return the table columns from the result of a training or evaluation task."""
+    """Return the table columns from the result of a training or evaluation; the numbers in that of another task."""
     if not isinstance(result, Mapping):
         return {}
     best = result.get("best", result)
+    if "AP" not in best:
+        return {"figures": {str(name): value for name, value in best.items() if isinstance(value, (int, float))}}
     columns = {name: best[name] for name in ("AP", "AP50") if name in best}
     if "last" in result:
         columns |= {"best_epoch": best["epoch"], "epochs": result["last"]["epoch"]}
