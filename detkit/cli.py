@@ -61,7 +61,7 @@ def _run_hydra(task: str) -> None:
     """Compose the command line's configuration and run the task, or in a sweep each of its jobs."""
     import hydra
 
-    from detkit.config import as_hydra, search_path, task_yaml
+    from detkit.config import as_hydra, search_path, split_flags, task_yaml
     from detkit.distributed.process_group import cleanup_distributed
     from detkit.tasks.sweeps.sweep import in_sweep, run_job
 
@@ -77,10 +77,8 @@ def _run_hydra(task: str) -> None:
             _exit_on_user_error(error, task)  # inside Hydra, which prints a line of its own on any exception
             raise
 
-    arguments = as_hydra(sys.argv[1:])
-    overrides = [argument for argument in arguments if "=" in argument and not argument.startswith("-")]
-    flags = [argument for argument in arguments if argument not in overrides]
-    sys.argv[1:] = [*flags, *search_path(task), *overrides]  # argparse takes overrides in one place only
+    flags, overrides = split_flags(sys.argv[1:])
+    sys.argv[1:] = [*flags, *search_path(task), *as_hydra(overrides)]  # argparse takes overrides in one place only
     run()
     cleanup_distributed()
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from detkit.config import as_hydra, check_values, compose_config, group_options, resolve
+from detkit.config import as_hydra, check_values, compose_config, group_options, resolve, split_flags
 from detkit.config.check import first_unsupported_value
 from detkit.data.augment import transforms  # noqa: F401  (the readers and transforms register themselves)
 from detkit.errors import DetkitError
@@ -285,3 +285,16 @@ def test_a_resumed_run_may_have_another_data_set():
 def test_the_schema_is_where_the_configs_are():
     """A key of a YAML file without a type would be a key that nobody can set."""
     assert set(list_tasks()) == {path.stem for path in (Path(__file__).parents[1] / "tools").glob("*.py")}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "flags", "overrides"),
+    [
+        (["seed=0,1", "-m", "~data"], ["-m"], ["seed=0,1", "~data"]),
+        (["a=1", "--cfg", "job", "b=2"], ["--cfg", "job"], ["a=1", "b=2"]),
+        (["-cd", "my=configs", "neck=x"], ["-cd", "my=configs"], ["neck=x"]),
+        (["--config-dir=my", "typo"], ["--config-dir=my"], ["typo"]),
+    ],
+)
+def test_flags_and_overrides_may_be_in_any_order(arguments, flags, overrides):
+    assert split_flags(arguments) == (flags, overrides)

@@ -12,6 +12,7 @@ from detkit.config.compose import (
     is_config_error,
     resolve,
     search_path,
+    split_flags,
     task_yaml,
 )
 from detkit.config.fields import is_number, is_whole
@@ -31,5 +32,6 @@ __all__ = [
     "parse_config",
     "resolve",
     "search_path",
+    "split_flags",
     "task_yaml",
 ]

@@ -26,6 +26,10 @@ FLAGS_ERRORS = {  # Hydra's ValueErrors for conflicting flags, and our messages
     "Only one of --run, --multirun": "-m runs a sweep and --cfg shows one configuration: use only one of them",
     "The --resolve flag": "--resolve needs --cfg job, which shows the configuration",
 }
+FLAGS_WITH_VALUE = (
+    *("--config-dir", "-cd", "--config-name", "-cn", "--config-path", "-cp"),
+    *("--cfg", "-c", "--package", "-p", "--info", "-i", "--experimental-rerun"),
+)
 MAX_NESTING = 50  # of nested brackets, for which Hydra's parser recurses
 
 
@@ -68,6 +72,16 @@ def compose_config(task: str, overrides: Sequence[str] = ()) -> DictConfig:
         if not is_config_error(error):
             raise
         raise DetkitError(explain(error, task, overrides)) from None
+
+
+def split_flags(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Split the arguments of a command line into Hydra's flags, with their values, and the overrides among them."""
+    flags: list[str] = []
+    overrides: list[str] = []
+    for previous, argument in zip(["", *arguments], arguments, strict=False):
+        is_flag = argument.startswith("-") or (previous in FLAGS_WITH_VALUE)
+        (flags if is_flag else overrides).append(argument)
+    return flags, overrides
 
 
 def as_hydra(overrides: Sequence[str]) -> list[str]:

@@ -49,7 +49,8 @@ def find_task(name: str) -> Task:
         DetkitError: the command does not exist, or the file does not define one.
     """
     if not name.endswith(".py"):
-        if name not in (known := list_tasks()):
+        if not (name.isidentifier() and (Path(__file__).parent / f"{name}.py").is_file()):
+            known = list_tasks()
             raise DetkitError(f"there is no task '{name}': known are {', '.join(known)}{nearest(name, known)}")
         module = importlib.import_module(f"detkit.tasks.{name}")
     else:

@@ -101,10 +101,8 @@ def _acquire(path: Path, timeout: float) -> FileLock | None:
     lock = FileLock(path, timeout, thread_local=False, fallback_to_soft=False)  # a soft lock would survive a SIGKILL
     try:
         lock.acquire()
-    except Timeout:
-        raise
     except OSError as error:
-        if error.errno not in NO_LOCKS:
+        if error.errno not in NO_LOCKS:  # Timeout, which has none, too
             raise
         return None
     return lock

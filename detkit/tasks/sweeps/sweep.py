@@ -132,7 +132,8 @@ def finish_sweep() -> int | None:
         return None if sweep is None else 0
     files = sorted((sweep / RECORDS).glob("*.json"), key=lambda file: int(file.stem))
     records = [json.loads(file.read_text()) for file in files]
-    figures = list(dict.fromkeys(name for record in records for name in record.get("figures", ())))
+    names = dict.fromkeys(name for record in records for name in record.get("figures", ()))
+    figures = [name for name in names if name not in COLUMNS]
     rows = [record.get("figures", {}) | record for record in records]
     text = io.StringIO()
     writer = csv.DictWriter(text, [*COLUMNS, *figures], extrasaction="ignore")
