@@ -26,6 +26,7 @@ from detkit.tasks import load_config
 from detkit.viz.console import setup_logging
 
 GOLDEN = Path(__file__).parent / "golden"
+TORCH = tuple(int(part) for part in torch.__version__.split(".")[:2])
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 

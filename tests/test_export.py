@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 import detkit
 from detkit.models.necks.repgd import pool_by_products
 from detkit.structures import AnchorOutput, DenseOutput
+from tests.conftest import TORCH
 
 COMPOSITIONS = {
     "yolov8n": {"overrides": ["model.depth=0.1"]},
@@ -28,7 +29,16 @@ COMPOSITIONS = {
 }
 
 
-@pytest.mark.parametrize("name", COMPOSITIONS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(
+            name,
+            marks=pytest.mark.skipif(name == "goldyolo_n" and TORCH < (2, 12), reason="export cannot guard its sizes"),
+        )
+        for name in COMPOSITIONS
+    ],
+)
 def test_an_exported_detector_gives_the_same_at_other_sizes(name):
     detector = detkit.create_model(num_classes=3, **COMPOSITIONS[name])
     for module in detector.modules():

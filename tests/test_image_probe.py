@@ -5,6 +5,7 @@ import struct
 from io import BytesIO
 
 import numpy as np
+import PIL
 import pytest
 from PIL import Image, ImageCms
 
@@ -24,6 +25,8 @@ from detkit.data.image_probe import (
 from detkit.data.validation import orient_boxes
 from detkit.errors import UnreadableImage
 from detkit.ops.image import read_image, set_max_pixels
+
+PILLOW = tuple(int(part) for part in PIL.__version__.split(".")[:2])
 
 IMAGE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (30, 40, 3), dtype=np.uint8))
 
@@ -74,7 +77,7 @@ def test_boxes_turn_with_their_image(tmp_path, orientation):
         ("a.gif", "RGB", 0),
         ("a.gif", "L", 0),
         ("a.avif", "RGB", 0),
-        ("a.avif", "L", GRAY),
+        ("a.avif", "L", GRAY if PILLOW >= (12, 3) else 0),  # read as RGB before
         ("a.jfif", "RGB", 0),
         ("a.mpo", "RGB", 0),
     ],
@@ -193,7 +196,10 @@ def image_of_size(kind: str, before: bytes, form: str, width: int, height: int) 
 @pytest.mark.parametrize(
     ("kind", "before", "form", "side", "raised"),
     [
-        ("WEBP", b"\x9d\x01\x2a", "<HH", 16383, "more than 178956970 pixels, the limit of its format"),
+        pytest.param(
+            *("WEBP", b"\x9d\x01\x2a", "<HH", 16383, "more than 178956970 pixels, the limit of its format"),
+            marks=pytest.mark.skipif(PILLOW < (13, 0), reason="Pillow calls it damaged"),
+        ),
         ("AVIF", b"ispe\0\0\0\0", ">II", 20000, "more than 268435456 pixels, the limit of its format"),
     ],
 )

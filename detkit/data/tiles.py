@@ -101,6 +101,7 @@ def find_tiles(
     """
     a = annotations
     shapes, shape_of_image = np.unique(a.sizes, axis=0, return_inverse=True)
+    shape_of_image = shape_of_image.reshape(-1)  # (N, 1) in NumPy 2.0
     images_by_shape = np.argsort(shape_of_image, kind="stable")
     bounds = np.searchsorted(shape_of_image[images_by_shape], np.arange(len(shapes) + 1))
     image_of_box = np.repeat(np.arange(len(a)), np.diff(a.offsets))
