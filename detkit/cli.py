@@ -90,8 +90,8 @@ def _run_task(task: str, cfg: "DictConfig") -> object:
         DetkitError: a user error, a file that cannot be read or written, or too little device memory.
     """
     from detkit.config import import_plugins, parse_config, resolve
-    from detkit.engine.precision import is_out_of_memory
     from detkit.ops.image import set_max_pixels
+    from detkit.ops.precision import is_out_of_memory
     from detkit.tasks.sweeps.sweep import in_sweep, prepare_job
 
     setup_logging()  # needed in the processes of a sweep's launcher

@@ -12,7 +12,7 @@ from detkit.api import create_model
 from detkit.distributed.sync_batch_norm import convert_sync_batchnorm
 from detkit.engine.compile import compile_network
 from detkit.engine.param_groups import train_mode
-from detkit.engine.precision import Precision
+from detkit.ops.precision import Precision
 from detkit.tasks import load_config, train
 from tests.conftest import TORCH
 

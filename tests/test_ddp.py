@@ -26,10 +26,11 @@ from detkit.distributed.collectives import world_size
 from detkit.distributed.sync_batch_norm import SyncBatchNorm, convert_sync_batchnorm
 from detkit.engine.evaluator import evaluate
 from detkit.engine.optimizer import Recipe, Schedule
-from detkit.engine.precision import Precision
 from detkit.engine.step import TrainStep
 from detkit.errors import DetkitError
 from detkit.models.detector import build_loss
+from detkit.ops.nms import Thresholds
+from detkit.ops.precision import Precision
 from detkit.structures import ImageMeta, Sample
 from detkit.tasks import eval as eval_task
 from detkit.tasks import load_config
@@ -103,7 +104,12 @@ def predict(root: Path) -> tuple[dict, list]:
     torch.manual_seed(0)
     val = read_shapes("val", root=str(root))
     loader = BatchLoader(LetterboxDataset(DetectionDataset(val), 64), 4, workers=0)
-    result = evaluate(detkit.create_model("yolov8n", num_classes=5), loader.epoch(0), val, score=0.0)
+    result = evaluate(
+        detkit.create_model("yolov8n", num_classes=5).as_model("off"),
+        loader.epoch(0),
+        val,
+        Thresholds(0.0, multi_label=True),
+    )
     return result.metrics, result.predictions
 
 

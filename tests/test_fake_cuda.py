@@ -10,10 +10,10 @@ from torch._subclasses.fake_tensor import DynamicOutputShapeException
 from detkit.config import compose_config, group_options, resolve
 from detkit.config.schema import OptimConfig
 from detkit.engine.optimizer import Recipe, Schedule
-from detkit.engine.precision import Precision
 from detkit.engine.step import TrainStep
 from detkit.layers import reversible
 from detkit.models.detector import build_detector, build_loss
+from detkit.ops.precision import Precision
 from detkit.structures import Batch
 from tests.conftest import TORCH
 from tests.fake_cuda import CUDA, WaitError, fake_cuda, move

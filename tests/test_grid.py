@@ -9,11 +9,11 @@ from detkit.checks.model_checks import fused_outputs, non_square_input, output_s
 from detkit.config import compose_config, group_options, resolve
 from detkit.config.schema import OptimConfig
 from detkit.engine.optimizer import Recipe, Schedule
-from detkit.engine.precision import Precision
 from detkit.engine.step import TrainStep
 from detkit.errors import DetkitError
 from detkit.models.detector import build_detector, build_loss
-from detkit.ops.nms import non_max_suppression
+from detkit.ops.nms import Thresholds, non_max_suppression
+from detkit.ops.precision import Precision
 from detkit.registry import BACKBONES, BLOCKS, NECKS
 
 CPU = torch.device("cpu")
@@ -67,7 +67,7 @@ def test_a_composition_trains_evaluates_and_fuses(words, optim):
     moved = [not torch.equal(p, old) for p, old in zip(detector.parameters(), before, strict=True) if p.requires_grad]
     assert sum(moved) > 0.5 * len(moved)
     non_square_input(composition)
-    found = non_max_suppression(*composition.decode(), score=0.0, iou=0.7, max_det=5)
+    found = non_max_suppression(*composition.decode(), Thresholds(0.0, 0.7, 5, multi_label=True))
     assert [len(boxes) for boxes, _, _ in found] == [5, 5]
     composition.randomize_norms()
     fused_outputs(composition)

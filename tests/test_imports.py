@@ -9,11 +9,11 @@ PACKAGE = Path(detkit.__file__).parent
 LAYERS = (
     ("errors", "hints", "registry", "structures"),
     ("ops", "distributed"),
-    ("config", "layers", "data", "weights"),
+    ("config", "layers", "data", "weights", "inference"),
     ("models",),
     ("viz",),
     ("engine",),
-    ("checks",),
+    ("checks", "export"),
     ("api", "benchmarks", "tasks", "cli", "config_docs", "__init__"),
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

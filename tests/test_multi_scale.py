@@ -7,10 +7,10 @@ import torch
 import detkit
 from detkit.engine.multi_scale import draw_size, resize_batch
 from detkit.engine.optimizer import Recipe, Schedule
-from detkit.engine.precision import Precision
 from detkit.engine.step import TrainStep
 from detkit.models.losses.task_aligned import TaskAlignedLoss
 from detkit.models.profiling import dummy_batch
+from detkit.ops.precision import Precision
 from detkit.structures import Batch
 
 

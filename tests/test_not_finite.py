@@ -13,11 +13,11 @@ from detkit.data.formats.shapes import read_shapes
 from detkit.data.loader import BatchLoader
 from detkit.engine.evaluator import evaluate
 from detkit.engine.optimizer import Recipe, Schedule
-from detkit.engine.precision import Precision
 from detkit.engine.step import TrainStep
 from detkit.models.detector import Detector, build_loss
 from detkit.models.profiling import dummy_batch
-from detkit.ops.nms import non_max_suppression
+from detkit.ops.nms import Thresholds, non_max_suppression
+from detkit.ops.precision import Precision
 from detkit.structures import DenseOutput
 
 SMALL = ["model.width=0.0625"]
@@ -105,7 +105,7 @@ def test_a_validation_finds_nothing(shapes_root, model, value, spoil):
     spoil(detector, value)
     detector.class_names = annotations.class_names
     batches = BatchLoader(LetterboxDataset(DetectionDataset(annotations), 64), 5, workers=0).epoch(0)
-    result = evaluate(detector, batches, annotations)
+    result = evaluate(detector.as_model("off"), batches, annotations)
     assert 0 <= result.metrics["AP"] < 0.1
     assert all(np.isfinite(record["bbox"]).all() and np.isfinite(record["score"]) for record in result.predictions)
 
@@ -113,6 +113,8 @@ def test_a_validation_finds_nothing(shapes_root, model, value, spoil):
 def test_a_box_that_is_not_finite_suppresses_none():
     boxes = torch.tensor([[0.0, 0, 10, 10], [torch.nan, 0, 10, 10], [0, 0, torch.inf, 10], [20, 20, 30, 30]])
     scores = torch.tensor([[0.5], [0.9], [0.8], [torch.nan]])
-    ((found, confidence, _),) = non_max_suppression(boxes[None], scores[None], score=0.1, iou=0.5, max_det=10)
+    ((found, confidence, _),) = non_max_suppression(
+        boxes[None], scores[None], Thresholds(0.1, 0.5, 10, multi_label=True)
+    )
     assert found.tolist() == [[0, 0, 10, 10]]
     assert confidence.tolist() == [0.5]

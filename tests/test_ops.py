@@ -10,7 +10,7 @@ import torch
 from detkit.errors import DetkitError
 from detkit.ops.boxes import ciou, dfl_expectation, ltrb_to_xyxy, xyxy_to_ltrb
 from detkit.ops.image import Letterbox, read_image
-from detkit.ops.nms import non_max_suppression
+from detkit.ops.nms import Thresholds, non_max_suppression
 from detkit.ops.points import make_grid_points
 from tests.conftest import GOLDEN
 
@@ -66,7 +66,7 @@ def test_points_are_cell_centres():
 
 def test_nms_equals_a_naive_loop():
     boxes, scores = random_boxes(1, 60, size=40).float(), torch.rand(1, 60, 3)
-    ((selected, confidence, labels),) = non_max_suppression(boxes, scores, score=0.2, iou=0.5, max_det=1000)
+    ((selected, confidence, labels),) = non_max_suppression(boxes, scores, Thresholds(0.2, 0.5, 1000, multi_label=True))
     expected = []
     for c in range(3):
         order = [i for i in scores[0, :, c].argsort(descending=True).tolist() if scores[0, i, c] > 0.2]
@@ -88,11 +88,11 @@ def plain_iou(a: torch.Tensor, b: torch.Tensor) -> float:
 def test_nms_limits():
     boxes = torch.tensor([[[0, 0, 10, 10], [20, 0, 30, 10], [40, 0, 50, 10.0]]])
     scores = torch.tensor([[[0.5], [0.9], [0.7]]])
-    ((_, confidence, _),) = non_max_suppression(boxes, scores, score=0.0, iou=0.5, max_det=2)
+    ((_, confidence, _),) = non_max_suppression(boxes, scores, Thresholds(0.0, 0.5, 2, multi_label=True))
     torch.testing.assert_close(confidence, torch.tensor([0.9, 0.7]))
-    ((_, confidence, _),) = non_max_suppression(boxes, scores, score=0.0, iou=0.5, max_det=9, max_candidates=1)
+    ((_, confidence, _),) = non_max_suppression(boxes, scores, Thresholds(0.0, 0.5, 9, True), max_candidates=1)
     torch.testing.assert_close(confidence, torch.tensor([0.9]))
-    ((none, _, _),) = non_max_suppression(boxes, scores, score=0.95, iou=0.5, max_det=9)
+    ((none, _, _),) = non_max_suppression(boxes, scores, Thresholds(0.95, 0.5, 9, multi_label=True))
     assert none.shape == (0, 4)
 
 
@@ -100,10 +100,10 @@ def test_a_box_has_one_label_where_one_is_asked_for():
     boxes = torch.tensor([[[0, 0, 10, 10], [1, 0, 11, 10], [40, 0, 50, 10.0]]])
     scores = torch.tensor([[[0.5, 0.6, 0.1], [0.9, 0.8, 0.3], [0.4, 0.3, 0.7]]])
     limits = {"score": 0.35, "iou": 0.5, "max_det": 9}
-    ((_, confidence, labels),) = non_max_suppression(boxes, scores, multi_label=True, **limits)
+    ((_, confidence, labels),) = non_max_suppression(boxes, scores, Thresholds(multi_label=True, **limits))
     assert labels.tolist() == [0, 1, 2, 0]
     torch.testing.assert_close(confidence, torch.tensor([0.9, 0.8, 0.7, 0.4]))
-    ((_, confidence, labels),) = non_max_suppression(boxes, scores, multi_label=False, **limits)
+    ((_, confidence, labels),) = non_max_suppression(boxes, scores, Thresholds(multi_label=False, **limits))
     assert labels.tolist() == [0, 2, 1]
     torch.testing.assert_close(confidence, torch.tensor([0.9, 0.7, 0.6]))
 
@@ -112,7 +112,7 @@ def test_a_box_has_one_label_where_one_is_asked_for():
 def test_nms_drops_what_is_not_finite(multi_label):
     boxes = torch.tensor([[[0, 0, 10, 10], [20, 0, 30, math.nan], [40, 0, math.inf, 10], [60, 0, 70, 10.0]]])
     scores = torch.tensor([[[0.9, 0.1], [0.8, 0.1], [0.7, 0.1], [math.nan, math.nan]]])
-    ((selected, _, _),) = non_max_suppression(boxes, scores, score=0.5, iou=0.5, max_det=9, multi_label=multi_label)
+    ((selected, _, _),) = non_max_suppression(boxes, scores, Thresholds(0.5, 0.5, 9, multi_label))
     assert selected.tolist() == [[0, 0, 10, 10]]
 
 

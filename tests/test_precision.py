@@ -3,10 +3,10 @@ import functools
 import pytest
 import torch
 
-from detkit.engine import precision
-from detkit.engine.precision import Precision, is_out_of_memory
 from detkit.errors import DetkitError
+from detkit.ops import precision
 from detkit.ops.device import pick_device
+from detkit.ops.precision import Precision, is_out_of_memory
 from detkit.tasks import summary
 from tests.conftest import run_command
 

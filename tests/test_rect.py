@@ -9,11 +9,13 @@ import torch
 from PIL import Image
 
 import detkit
-from detkit.data.dataset import DetectionDataset, LetterboxDataset, rect_frames
+from detkit.data.dataset import DetectionDataset, LetterboxDataset
 from detkit.data.formats.coco import read_coco_json
 from detkit.data.loader import BatchLoader, BatchSampler, EpochSampler
 from detkit.engine.evaluator import METRICS, evaluate
-from detkit.models.detector import unletterbox
+from detkit.ops.boxes import unletterbox
+from detkit.ops.geometry import rect_frames
+from detkit.ops.nms import Thresholds
 
 SIZES = [(60, 100), (100, 60), (50, 50), (333, 666), (64, 200), (200, 64), (30, 33), (1, 90), (128, 96)]
 
@@ -85,7 +87,9 @@ def predictions(images, detector, rect: bool, batch_size: int) -> dict:
     """Boxes and scores that are found in each image."""
     dataset = LetterboxDataset(images, 128, rect)
     loader = BatchLoader(dataset, batch_size, workers=0, starts=dataset.batch_starts(batch_size))
-    result = evaluate(detector, loader.epoch(0), images.annotations, score=0.0, max_det=20)
+    result = evaluate(
+        detector.as_model("off"), loader.epoch(0), images.annotations, Thresholds(0.0, max_det=20, multi_label=True)
+    )
     assert set(METRICS) <= set(result.metrics)
     found: dict[int, list] = {}
     for p in result.predictions:

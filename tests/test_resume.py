@@ -33,12 +33,12 @@ from detkit.data.loader import BatchLoader
 from detkit.data.shard_loader import ShardLoader
 from detkit.engine import checkpoint, loggers, saver, state
 from detkit.engine.optimizer import Recipe, Schedule
-from detkit.engine.precision import Precision
 from detkit.engine.state import TrainState, load_training_state, read_state, training_state_dict, write_state
 from detkit.engine.step import TrainStep
 from detkit.errors import DetkitError
 from detkit.models.losses.task_aligned import TaskAlignedLoss
 from detkit.models.profiling import dummy_batch
+from detkit.ops.precision import Precision
 from detkit.tasks import load_config, train
 from detkit.tasks.runs import build_training, resume
 from detkit.tasks.runs import run_lock as lock_module

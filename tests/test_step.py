@@ -16,7 +16,6 @@ from detkit.engine.evaluator import METRICS, Evaluation
 from detkit.engine.nonfinite import NonFiniteCounts, NonFiniteMonitor
 from detkit.engine.optimizer import Recipe, Schedule
 from detkit.engine.param_groups import freeze, train_mode
-from detkit.engine.precision import Precision
 from detkit.engine.state import TrainState
 from detkit.engine.step import TrainStep
 from detkit.engine.trainer import Trainer, early_stopping
@@ -24,6 +23,7 @@ from detkit.errors import DetkitError
 from detkit.models.losses.task_aligned import TaskAlignedLoss
 from detkit.models.losses.yolov5 import YOLOv5Loss
 from detkit.models.profiling import dummy_batch
+from detkit.ops.precision import Precision
 from detkit.structures import Batch, DenseOutput, ImageMeta
 from detkit.tasks import find_task, load_config, train
 from tests.conftest import trainer_options

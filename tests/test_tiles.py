@@ -13,7 +13,8 @@ from detkit.data.dataset import DetectionDataset
 from detkit.data.formats.coco import read_coco_json
 from detkit.data.loader import BatchLoader
 from detkit.data.sampling import class_balanced
-from detkit.data.tiles import TiledDataset, tile_starts
+from detkit.data.tiles import TiledDataset
+from detkit.ops.geometry import tile_starts
 
 SIZES = [(300, 500), (90, 60), (300, 500), (64, 400), (97, 97), (96, 96), (250, 96)]  # height, width
 SIDE, OVERLAP = 96, 0.25

@@ -16,11 +16,11 @@ import detkit
 from detkit.engine.checkpoint import read_checkpoint
 from detkit.engine.evaluator import METRICS, Evaluation
 from detkit.engine.optimizer import Recipe, Schedule
-from detkit.engine.precision import Precision
 from detkit.engine.step import TrainStep
 from detkit.engine.trainer import Trainer
 from detkit.models.losses.task_aligned import TaskAlignedLoss
 from detkit.models.profiling import dummy_batch
+from detkit.ops.precision import Precision
 from detkit.tasks import eval as eval_task
 from detkit.tasks import load_config, predict, train
 from tests.conftest import trainer_options

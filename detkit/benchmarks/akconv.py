@@ -8,9 +8,9 @@ from rich.table import Table
 from torch import Tensor
 
 from detkit.benchmarks.common import BenchmarkConfig, describe, print_result, time_in_turns
-from detkit.engine.precision import seed_everything
 from detkit.layers.akconv import AKConv
 from detkit.ops.device import pick_device
+from detkit.ops.precision import seed_everything
 
 POINTS = (3, 5, 9)
 BATCH, CHANNELS, SIZE = 4, 64, 80

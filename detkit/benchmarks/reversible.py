@@ -9,10 +9,10 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from detkit.benchmarks.common import BenchmarkConfig, describe, print_result, time_in_turns
-from detkit.engine.precision import seed_everything
 from detkit.models.backbones.revcol import STRIDES, RevCol
 from detkit.models.profiling import activation_bytes
 from detkit.ops.device import pick_device
+from detkit.ops.precision import seed_everything
 
 COLUMNS = (1, 2, 4, 8, 16)
 PLAIN = "plain"

@@ -24,12 +24,12 @@ from detkit.config import import_plugins
 from detkit.engine.auto_batch import check_batch
 from detkit.engine.compile import compile_network
 from detkit.engine.optimizer import Recipe, Schedule
-from detkit.engine.precision import Precision, is_out_of_memory, seed_everything, tune_malloc
 from detkit.engine.step import TrainStep
 from detkit.errors import DetkitError
 from detkit.models.detector import build_detector, build_loss
 from detkit.models.profiling import dummy_batch
 from detkit.ops.device import pick_device
+from detkit.ops.precision import Precision, is_out_of_memory, seed_everything, tune_malloc
 from detkit.structures import Batch
 from detkit.viz.console import setup_logging
 

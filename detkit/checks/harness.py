@@ -6,9 +6,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from detkit.engine.precision import Precision
 from detkit.models.detector import Detector
 from detkit.models.profiling import dummy_batch
+from detkit.ops.precision import Precision
 from detkit.structures import Batch
 
 

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from detkit.checks.harness import Composition, PropertyError, abbreviate, deviations
-from detkit.engine.precision import Precision
 from detkit.models.detector import Detector
 from detkit.models.profiling import activation_bytes, count_flops
+from detkit.ops.precision import Precision
 
 FUSED_TOLERANCE = 1e-3  # deviation of boxes and scores (harness.deviations)
 COPY_TOLERANCE = 1e-6

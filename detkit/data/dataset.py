@@ -11,6 +11,7 @@ from torch.utils.data import Dataset
 from detkit.data.annotations import Annotations
 from detkit.data.cache import open_cache
 from detkit.errors import UnreadableImage
+from detkit.ops.geometry import rect_frames
 from detkit.ops.image import Letterbox, decode_resized, read_bytes
 from detkit.structures import ImageMeta, Sample, SampleKey
 
@@ -128,16 +129,3 @@ class LetterboxDataset(Dataset):
         sample.meta.scale, sample.meta.offset = box.scale, box.offset
         sample.boxes = sample.boxes * np.array(box.scale * 2, np.float32) + np.array(box.offset * 2, np.float32)
         return sample
-
-
-def rect_frames(sizes: np.ndarray, size: int, stride: int = 32) -> np.ndarray:
-    """Return the smallest frame (height, width) that holds each image, (N, 2); it depends on that image only.
-
-    Args:
-        sizes: (N, 2) height and width of the images.
-        size: longer side of every scaled image, a multiple of ``stride``.
-        stride: divisor of the sides of a frame.
-    """
-    sizes = sizes.astype(np.int64)
-    longest = sizes.max(1, keepdims=True)
-    return -(-sizes * size // (longest * stride)) * stride  # in integers, so that rounding cannot add a stride

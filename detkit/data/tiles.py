@@ -2,7 +2,7 @@
 
     items of the data set    [ N whole images | P tiles with objects | E of the empty tiles, others in each epoch ]
 
-Validation uses whole images, as prediction does not tile.
+Validation uses whole images.
 """
 
 import numpy as np
@@ -11,6 +11,7 @@ from torch.utils.data import Dataset
 from detkit.data.annotations import Annotations
 from detkit.data.augment.mosaic import clip_boxes
 from detkit.data.dataset import DetectionDataset
+from detkit.ops.geometry import image_windows
 from detkit.structures import ImageMeta, Sample, SampleKey
 
 MAX_PAIRS = 1 << 18  # boxes times tiles processed at once, to bound the memory
@@ -80,16 +81,6 @@ class TiledDataset(Dataset):
         return np.concatenate((items, slots)), np.concatenate((labels, tile_labels))
 
 
-def tile_starts(length: int, size: int, overlap: float) -> np.ndarray:
-    """Return the first pixel of each tile along a side of ``length`` pixels, evenly spaced, (K,) int64."""
-    if length <= size:
-        return np.zeros(1, np.int64)
-    step = max(size - int(np.ceil(overlap * size)), 1)
-    last = length - size
-    count = -(-last // step) + 1
-    return np.arange(count) * last // (count - 1)
-
-
 def find_tiles(
     annotations: Annotations, size: int, overlap: float
 ) -> tuple[np.ndarray, np.ndarray, tuple[np.ndarray, np.ndarray]]:
@@ -115,9 +106,7 @@ def find_tiles(
     for k, (height, width) in enumerate(shapes.tolist()):
         if max(height, width) <= size:
             continue
-        ys, xs = tile_starts(height, size, overlap), tile_starts(width, size, overlap)
-        x, y = (grid.ravel() for grid in np.meshgrid(xs, ys))
-        grid = np.stack((x, y, np.minimum(x + size, width), np.minimum(y + size, height)), 1)
+        grid = image_windows((height, width), size, overlap)
         members = images_by_shape[bounds[k] : bounds[k + 1]]  # ascending
         images.append(np.repeat(members, len(grid)))
         windows.append(np.tile(grid, (len(members), 1)))

@@ -7,11 +7,11 @@ import torch
 from torch import nn
 
 from detkit.distributed.collectives import single_rank
-from detkit.engine.precision import Precision, is_out_of_memory
 from detkit.errors import DetkitError
 from detkit.models.detector import Detector
 from detkit.models.profiling import dummy_batch
 from detkit.ops.memory import free_memory, gib
+from detkit.ops.precision import Precision, is_out_of_memory
 
 COPIES_TRAINED = 4  # copies of the weights in training, at least: weights, gradients, EMA, optimizer state
 BYTES_PER_PIXEL = 15  # of a batch before the forward pass: three uint8 channels, and the same as float32

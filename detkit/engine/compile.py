@@ -9,9 +9,9 @@ from detkit.distributed.process_group import all_reduce_max
 from detkit.distributed.sync_batch_norm import SyncBatchNorm
 from detkit.engine.nonfinite import BatchNormSnapshot
 from detkit.engine.param_groups import train_mode
-from detkit.engine.precision import Precision
 from detkit.models.detector import Detector
 from detkit.models.profiling import dummy_batch
+from detkit.ops.precision import Precision
 
 logger = logging.getLogger(__name__)
 

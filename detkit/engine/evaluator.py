@@ -14,14 +14,15 @@ from torch import Tensor
 from detkit.data.annotations import Annotations
 from detkit.distributed.collectives import world_size
 from detkit.distributed.process_group import gather_messages, gather_objects, is_main_process, run_on_main
-from detkit.engine.precision import Precision
-from detkit.models.detector import Detector, unletterbox
+from detkit.inference.model import Model
+from detkit.ops.boxes import unletterbox
 from detkit.ops.curves import Curves
-from detkit.ops.nms import non_max_suppression
+from detkit.ops.nms import Thresholds
 from detkit.structures import Batch, ImageMeta
 
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR100")
 STAT_INDEX = (0, 1, 2, 3, 4, 5, 8)  # of METRICS in the twelve COCO statistics
+EVALUATION = Thresholds(score=0.001, iou=0.7, max_det=300, multi_label=True)
 ROW = ("index", "x1", "y1", "x2", "y2", "score", "label")  # columns of a prediction; index: of the image in the set
 
 
@@ -46,45 +47,30 @@ class Evaluation:
 
 @torch.inference_mode()
 def evaluate(
-    detector: Detector,
+    model: Model,
     batches: Iterable[Batch],
     annotations: Annotations,
-    precision: Precision | None = None,
-    *,
-    score: float = 0.001,
-    iou: float = 0.7,
-    max_det: int = 300,
+    thresholds: Thresholds = EVALUATION,
     advance: Callable[[], None] = lambda: None,
 ) -> Evaluation:
-    """Run a detector on every batch and compute COCO metrics of the predictions.
+    """Run a model on every batch and compute COCO metrics of the predictions.
 
     Each rank predicts its part of the batches; rank 0 computes the metrics and broadcasts them.
 
     Args:
-        detector: model, on its device.
+        model: a detector in any runtime, such as ``detector.as_model()``.
         batches: letterboxed images of the set, in any order and batch size.
         annotations: ground truth of the set.
-        precision: of the network; boxes and scores are decoded in float32. None: float32 throughout.
-        score: score threshold of the non-maximum suppression.
-        iou: IoU threshold of the non-maximum suppression.
-        max_det: maximum number of predictions per image.
+        thresholds: of the predictions.
         advance: called after every batch, for a progress bar.
     """
-    device = next(detector.parameters()).device
-    precision = precision or Precision(device, None)
-    detector.eval()
     rows: list[Tensor] = [torch.zeros(0, len(ROW), dtype=torch.float64)]
     first_batch: list[tuple[ImageMeta, Tensor, Tensor, Tensor]] = []
     issues: list[str] = []
     for k, batch in enumerate(batches):
         issues += batch.issues
-        selected: list[tuple[Tensor, Tensor, Tensor]] = []
-        if len(batch.images):  # else only other ranks have images of this batch
-            batch = batch.to(device)
-            with precision.autocast():
-                out = detector(batch.images.float() / 255)
-            boxes, scores = detector.decode(out)
-            selected = non_max_suppression(boxes, scores, score=score, iou=iou, max_det=max_det)
+        # If there are no images, other ranks have some of this batch.
+        selected = model.detect(batch.images.to(model.device), thresholds) if len(batch.images) else []
         for meta, (xyxy, confidence, labels) in zip(batch.metas, selected, strict=True):
             xyxy = unletterbox(xyxy, meta.scale, meta.offset, meta.size).cpu()
             found = (xyxy, confidence.cpu(), labels.cpu())

@@ -10,8 +10,8 @@ from detkit.engine.ema import EMA
 from detkit.engine.multi_scale import draw_size, resize_batch
 from detkit.engine.nonfinite import BatchNormSnapshot, NonFiniteMonitor
 from detkit.engine.optimizer import Recipe, Schedule, step_if
-from detkit.engine.precision import Precision
 from detkit.models.detector import Detector
+from detkit.ops.precision import Precision
 from detkit.structures import Batch, DenseOutput
 
 

@@ -24,6 +24,7 @@ from detkit.engine.signals import GracefulExit
 from detkit.engine.state import EpochState, TrainState
 from detkit.engine.step import TrainStep
 from detkit.errors import DetkitError
+from detkit.inference.model import TorchModel
 
 logger = logging.getLogger(__name__)
 
@@ -228,7 +229,7 @@ class Trainer:
                 self.exit_if_requested()
 
             batches, precision = self.val_loader.epoch(0), self.step.precision
-            result = evaluate(self.step.ema.model, batches, self.val_set, precision, advance=advance)
+            result = evaluate(TorchModel(self.step.ema.model, precision), batches, self.val_set, advance=advance)
         self.log.warn_skipped(result.issues)
         return result
 

@@ -1,25 +1,22 @@
 """The detector (backbone, neck and head), and building it from a config."""
 
 import copy
-import stat
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
-from typing import Any, cast
+from typing import Any, Unpack, cast
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 import detkit.layers  # noqa: F401  (registers the blocks)
-from detkit.errors import DetkitError, shorten
+from detkit.errors import DetkitError
+from detkit.inference.model import TorchModel
+from detkit.inference.predictor import PredictOptions, make_predictor
+from detkit.inference.sources import Source, open_source
 from detkit.models import backbones, heads, losses, necks  # noqa: F401  (register themselves)
 from detkit.models.budget import build_on_meta
-from detkit.ops.image import IMAGE_SUFFIXES, Letterbox, is_image, read_image
-from detkit.ops.nms import non_max_suppression
+from detkit.ops.precision import Precision
 from detkit.registry import BACKBONES, HEADS, LOSSES, NECKS
 from detkit.structures import DenseOutput, Detections
-
-Source = str | Path | np.ndarray | Sequence["Source"]
 
 
 class Detector(nn.Module):
@@ -44,6 +41,7 @@ class Detector(nn.Module):
         self.cfg = dict(cfg)
         self.max_stride = max(*self.backbone.strides, *self.head.strides)
         self.is_fused = False
+        self._model: TorchModel | None = None  # of as_model
 
     def forward(self, images: Tensor) -> DenseOutput:
         """Map images (B, 3, H, W), float RGB in 0..1, to a DenseOutput.
@@ -62,58 +60,65 @@ class Detector(nn.Module):
         """Return boxes (B, A, 4) xyxy in input pixels and scores (B, A, C) in 0..1."""
         return self.head.decode(out)
 
-    @torch.inference_mode()
     def predict(
         self,
         source: Source,
-        score: float = 0.25,
+        score: float | Mapping[str, float] = 0.25,
         iou: float = 0.7,
         max_det: int = 300,
-        image_size: int | None = None,
-        multi_label: bool = False,
+        *,
+        amp: str = "auto",
+        **options: Unpack[PredictOptions],
     ) -> list[Detections]:
-        """Detect objects in images, one image at a time, each letterboxed to a square.
+        """Return the detections in every image or frame of a source: ``stream`` as a list."""
+        return list(self.stream(source, score, iou, max_det, amp=amp, **options))
+
+    def stream(
+        self,
+        source: Source,
+        score: float | Mapping[str, float] = 0.25,
+        iou: float = 0.7,
+        max_det: int = 300,
+        *,
+        amp: str = "auto",
+        **options: Unpack[PredictOptions],
+    ) -> Iterator[Detections]:
+        """Yield the detections in one image or frame after another; memory does not grow with their number.
+
+        Prediction is fastest on the result of ``fuse()``, whose weights are kept in the precision computed in.
 
         Args:
-            source: a file, a folder (its images by name), an (H, W, 3) uint8 RGB array, or a list of these.
-            score: minimum score (exclusive).
+            source: an (H, W, 3) uint8 RGB array, a PIL image, a file, folder, glob pattern, video, stream or camera, or
+                a list of these: see ``inference/sources.py``.
+            score: minimum score (exclusive); a mapping sets it by class name, ``default`` for the others.
             iou: suppress a box if its IoU with a higher-scoring box of its class exceeds this.
             max_det: maximum number of objects per image.
-            image_size: side of the square in pixels; by default the one used in training.
-            multi_label: report a box once for each of its classes above ``score``, instead of for its best class only.
-
-        Returns:
-            One Detections per image, with boxes in pixels of that image.
+            amp: precision of the network: auto, off, bf16 or fp16.
+            **options: see PredictOptions.
 
         Raises:
             DetkitError: the source or a value is invalid.
             UnreadableImage: a file is not a readable image.
         """
-        for name, value in (("score", score), ("iou", iou)):
-            if not isinstance(value, (int, float)) or not 0 <= value <= 1:
-                raise DetkitError(f"{name}={shorten(value)} must be a number from 0 to 1")
-        if not isinstance(max_det, int) or max_det < 1:
-            raise DetkitError(f"max_det={shorten(max_det)} must be a whole number, 1 or more")
-        thresholds = {"score": score, "iou": iou, "max_det": max_det, "multi_label": multi_label}
-        size = image_size or self.cfg.get("image_size", 640)
         was_training = self.training
-        self.eval()
         try:
-            return [self._predict_one(path, image, size, thresholds) for path, image in _iter_images(source)]
+            predictor = make_predictor(self.as_model(amp), score, iou, max_det, **options)
+            for _, found in predictor.run(open_source(source)):
+                yield found
         finally:
             self.train(was_training)
 
-    def _predict_one(
-        self, path: Path | None, image: np.ndarray, size: int, thresholds: Mapping[str, Any]
-    ) -> Detections:
-        parameter = next(self.parameters())
-        height, width = image.shape[:2]
-        box = Letterbox.fit((height, width), (size, size))
-        pixels = torch.from_numpy(box.apply(image)).to(parameter.device).permute(2, 0, 1)[None]
-        boxes, scores = self.decode(self(pixels.to(parameter.dtype) / 255))
-        ((xyxy, confidence, labels),) = non_max_suppression(boxes, scores, **thresholds)
-        xyxy = unletterbox(xyxy, box.scale, box.offset, (height, width))
-        return Detections(xyxy.cpu(), confidence.cpu(), labels.cpu(), self.class_names, (height, width), path)
+    def as_model(self, amp: str = "auto") -> TorchModel:
+        """Return what ``Predictor`` and ``evaluate`` run: this detector in a precision (auto, off, bf16 or fp16).
+
+        That of a fused detector, a copy of its weights in this precision, is kept for the next call.
+        """
+        precision = Precision.from_config(amp, next(self.parameters()).device)
+        if not self.is_fused:
+            return TorchModel(self, precision)
+        if self._model is None or self._model.precision != precision:
+            self._model = TorchModel(self, precision)
+        return self._model
 
     def fuse(self) -> "Detector":
         """Return a frozen copy in deployed form (batch norms folded, branches merged) with equal outputs.
@@ -128,14 +133,6 @@ class Detector(nn.Module):
             if module is not fused and callable(fuse := getattr(module, "fuse", None)):
                 fuse()
         return fused.to(memory_format=torch.channels_last)
-
-
-def unletterbox(xyxy: Tensor, scale: tuple[float, float], offset: tuple[float, float], size: tuple[int, int]) -> Tensor:
-    """Map boxes (N, 4) from a letterboxed frame to pixels of the source image of ``size`` (h, w), clipped to it."""
-    height, width = size
-    xyxy = (xyxy - xyxy.new_tensor((*offset, *offset))) / xyxy.new_tensor((*scale, *scale))
-    limit = xyxy.new_tensor((width, height, width, height))
-    return torch.minimum(xyxy.clamp(min=0), limit)
 
 
 def build_detector(cfg: Mapping[str, Any], class_names: Sequence[str], copies: int = 1) -> Detector:
@@ -215,46 +212,3 @@ def build_loss(cfg: Mapping[str, Any], head: nn.Module) -> nn.Module:
             f"{returned.__name__}: omit loss= to use the head's own"
         )
     return loss
-
-
-def expand_source(path: Path) -> list[Path]:
-    """Return the images of a folder sorted by name, or the single file.
-
-    Raises:
-        DetkitError: the path does not exist or cannot be read, or the folder contains no images.
-    """
-    try:
-        mode = path.stat().st_mode
-        listed = path.iterdir() if stat.S_ISDIR(mode) else ()
-        files = sorted(file for file in listed if is_image(file.name))
-    except FileNotFoundError:
-        raise DetkitError(f"source {shorten(str(path))} does not exist") from None
-    except (OSError, ValueError) as error:  # no permission, a symlink loop, a NUL character
-        reason = getattr(error, "strerror", None) or error
-        raise DetkitError(f"cannot read source {shorten(str(path))}: {reason}") from None
-    if stat.S_ISREG(mode):
-        return [path]
-    if not stat.S_ISDIR(mode):
-        raise DetkitError(f"source {shorten(str(path))} is neither a regular file nor a folder")
-    if not files:
-        suffixes = ", ".join(sorted(IMAGE_SUFFIXES))
-        raise DetkitError(f"folder {shorten(str(path))} contains no images (looked for {suffixes})")
-    return files
-
-
-def _iter_images(source: Source) -> Iterator[tuple[Path | None, np.ndarray]]:
-    """Yield (path, (H, W, 3) uint8 RGB image) for every image in ``source``, reading one at a time."""
-    if isinstance(source, np.ndarray):
-        if source.ndim != 3 or source.shape[2] != 3 or source.dtype != np.uint8 or not source.size:
-            raise DetkitError(f"an image array must be (H, W, 3) uint8 RGB, not {source.shape} {source.dtype}")
-        yield None, source
-    elif isinstance(source, (str, Path)):
-        for file in expand_source(Path(source)):
-            yield file, read_image(file)
-    elif not isinstance(source, Sequence):
-        raise DetkitError(
-            f"a source must be a file, a folder, an image array or a list of these, not {type(source).__name__}"
-        )
-    else:
-        for item in source:
-            yield from _iter_images(item)

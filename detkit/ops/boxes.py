@@ -23,6 +23,27 @@ def dfl_expectation(logits: Tensor, bins: Tensor) -> Tensor:
     return logits.unflatten(-1, (4, len(bins))).softmax(-1) @ bins
 
 
+def pairwise_overlap(a: Tensor, b: Tensor, over: str = "union") -> Tensor:
+    """Return (N, M): the intersection of each of (N, 4) with each of (M, 4) xyxy boxes over their union, the IoU.
+
+    ``over="smaller"`` divides by the smaller area of the two instead.
+    """
+    size = (torch.minimum(a[:, None, 2:], b[:, 2:]) - torch.maximum(a[:, None, :2], b[:, :2])).clamp(min=0)
+    intersection = size.prod(-1)
+    area_a, area_b = ((boxes[:, 2:] - boxes[:, :2]).prod(-1) for boxes in (a, b))
+    union = area_a[:, None] + area_b - intersection
+    divisor = torch.minimum(area_a[:, None], area_b) if over == "smaller" else union
+    return intersection / divisor.clamp(min=1e-9)
+
+
+def unletterbox(xyxy: Tensor, scale: tuple[float, float], offset: tuple[float, float], size: tuple[int, int]) -> Tensor:
+    """Map boxes (N, 4) from a letterboxed frame to pixels of the source image of ``size`` (h, w), clipped to it."""
+    height, width = size
+    xyxy = (xyxy - xyxy.new_tensor((*offset, *offset))) / xyxy.new_tensor((*scale, *scale))
+    limit = xyxy.new_tensor((width, height, width, height))
+    return torch.minimum(xyxy.clamp(min=0), limit)
+
+
 def ciou(a: Tensor, b: Tensor, eps: float = 1e-7) -> Tensor:
     """Compute the complete IoU (...) of two broadcastable xyxy tensors (..., 4), in -1.5..1.
 

@@ -16,10 +16,11 @@ from detkit.distributed.process_group import init_distributed, is_main_process, 
 from detkit.engine.auto_batch import check_batch
 from detkit.engine.checkpoint import build_from_checkpoint
 from detkit.engine.evaluator import evaluate
-from detkit.engine.precision import Precision, seed_everything
 from detkit.engine.run_log import show_progress
 from detkit.errors import DetkitError, error_context, shorten
 from detkit.ops.atomic_write import write_atomically
+from detkit.ops.nms import Thresholds
+from detkit.ops.precision import seed_everything
 from detkit.tasks.runs.data import check_batch_memory, log_split, val_loader
 from detkit.tasks.runs.run_dir import checkpoint_name, make_run_dir
 from detkit.viz.console import make_console
@@ -76,10 +77,10 @@ def run(cfg: EvalConfig) -> dict[str, Any]:
 
     check_batch_memory(cfg.batch_size, image_size, cfg.workers)
     loader = val_loader(annotations, cfg.batch_size, image_size, device, rect=cfg.rect, workers=cfg.workers)
-    thresholds = {key: getattr(cfg, key) for key in ("score", "iou", "max_det")}
-    precision = Precision.from_config(cfg.amp or _training_amp(detector.cfg, device), device)
+    thresholds = Thresholds(cfg.score, cfg.iou, cfg.max_det, multi_label=True)
+    model = detector.as_model(cfg.amp or _training_amp(detector.cfg, device))
     with show_progress("evaluation", len(loader)) as bar:
-        result = evaluate(detector, loader.epoch(0), annotations, precision, **thresholds, advance=bar.advance)
+        result = evaluate(model, loader.epoch(0), annotations, thresholds, bar.advance)
     try:
         if is_main_process():
             assert result.curves is not None  # on rank 0

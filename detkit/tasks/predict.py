@@ -12,7 +12,7 @@ from detkit.config.common import CommonConfig, ImageSize, image_size_field
 from detkit.config.fields import Location, field, location, number, whole
 from detkit.engine.checkpoint import build_from_checkpoint
 from detkit.errors import DetkitError, printable, shorten
-from detkit.models.detector import expand_source
+from detkit.inference.sources import expand_source
 from detkit.ops.atomic_write import write_atomically
 from detkit.ops.device import pick_device
 from detkit.ops.image import read_image

@@ -17,7 +17,6 @@ from detkit.distributed.process_group import init_distributed, is_main_process, 
 from detkit.distributed.rendezvous import store_set
 from detkit.engine.auto_batch import explain_out_of_memory
 from detkit.engine.loggers import check_loggers
-from detkit.engine.precision import is_out_of_memory
 from detkit.engine.saver import Saver
 from detkit.engine.signals import ignore_hangup
 from detkit.engine.state import STATE, TrainState, read_state
@@ -25,6 +24,7 @@ from detkit.engine.trainer import Trainer, early_stopping
 from detkit.errors import DetkitError
 from detkit.ops.atomic_write import write_atomically
 from detkit.ops.image import set_max_pixels
+from detkit.ops.precision import is_out_of_memory
 from detkit.tasks.runs.build_training import Training, build_training
 from detkit.tasks.runs.data import val_loader
 from detkit.tasks.runs.resume import RunPlan, job_name, resolve_run

@@ -9,10 +9,10 @@ import torch
 from detkit.checks.harness import Composition
 from detkit.config import compose_config, resolve
 from detkit.engine.optimizer import Recipe, Schedule
-from detkit.engine.precision import Precision
 from detkit.engine.step import TrainStep
 from detkit.models.detector import build_detector, build_loss
 from detkit.models.profiling import dummy_batch
+from detkit.ops.precision import Precision
 from detkit.structures import Batch
 
 SMALL = "model.width=0.125 model.depth=0.1"

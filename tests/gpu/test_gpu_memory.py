@@ -8,9 +8,9 @@ import torch
 import detkit
 from detkit.data.formats import shapes
 from detkit.engine.auto_batch import choose_batch_size, make_trial_step
-from detkit.engine.precision import Precision, is_out_of_memory
 from detkit.errors import DetkitError
 from detkit.models.backbones.revcol import STRIDES, RevCol
+from detkit.ops.precision import Precision, is_out_of_memory
 from detkit.tasks import load_config, train
 from tests.gpu.conftest import limited_memory, make_step, noise, peak_bytes
 

@@ -11,9 +11,9 @@ from detkit.checks.model_checks import CHECKS, run_check
 from detkit.config import compose_config, resolve
 from detkit.engine.checkpoint import build_from_checkpoint, save_checkpoint
 from detkit.engine.compile import compile_network
-from detkit.engine.precision import Precision
 from detkit.models.detector import build_detector, build_loss
-from detkit.ops.nms import non_max_suppression
+from detkit.ops.nms import Thresholds, non_max_suppression
+from detkit.ops.precision import Precision
 from tests.gpu.conftest import SMALL, compose, noise
 from tests.gpu.test_gpu_step import MODELS, REVCOL
 from tests.test_grid import GRID, LARGE
@@ -149,7 +149,7 @@ def test_suppression_takes_the_same_boxes(amp, cuda):
     with precision.autocast():
         boxes, scores = composition.decode()
     settings = {"score": 0.001, "iou": 0.7, "max_det": 50}
-    mine = non_max_suppression(boxes, scores, **settings)
-    theirs = non_max_suppression(boxes.cpu(), scores.cpu(), **settings)
+    mine = non_max_suppression(boxes, scores, Thresholds(**settings))
+    theirs = non_max_suppression(boxes.cpu(), scores.cpu(), Thresholds(**settings))
     for found, expected in zip(mine, theirs, strict=True):
         torch.testing.assert_close(found[1].cpu(), expected[1])

@@ -24,7 +24,8 @@ from detkit.distributed import collectives, process_group
 from detkit.engine import saver
 from detkit.engine.checkpoint import build_from_checkpoint
 from detkit.engine.evaluator import METRICS, evaluate
-from detkit.engine.precision import Precision
+from detkit.inference.model import TorchModel
+from detkit.ops.precision import Precision
 from detkit.tasks import benchmark, check, load_config, predict, train
 from detkit.tasks import eval as eval_task
 from tests.gpu.conftest import SMALL, make_step, noise
@@ -148,7 +149,7 @@ def test_validation_finds_what_a_cpu_finds(amp, finished_run, shapes_root, cuda)
     def metrics(device: torch.device, amp: str) -> dict[str, float]:
         loader = BatchLoader(dataset, 4, workers=0, pin=device.type == "cuda")
         precision = Precision.from_config(amp if device.type == "cuda" or amp != "fp16" else "bf16", device)
-        return evaluate(detector.to(device), loader.epoch(0), annotations, precision).metrics
+        return evaluate(TorchModel(detector.to(device), precision), loader.epoch(0), annotations).metrics
 
     mine, theirs = metrics(cuda, amp), metrics(torch.device("cpu"), "off")
     for name in METRICS:

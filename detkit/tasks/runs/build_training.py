@@ -26,12 +26,12 @@ from detkit.engine.auto_batch import COPIES_TRAINED, check_batch, choose_batch_s
 from detkit.engine.compile import compile_network
 from detkit.engine.optimizer import Recipe, Schedule, accumulation
 from detkit.engine.param_groups import freeze
-from detkit.engine.precision import Precision, seed_everything, tune_malloc
 from detkit.engine.state import TrainState, load_training_state, saved_recipe
 from detkit.engine.step import TrainStep
 from detkit.engine.transfer import TransferReport, load_weights
 from detkit.errors import DetkitError
 from detkit.models.detector import Detector, build_detector, build_loss, without_pretrained
+from detkit.ops.precision import Precision, seed_everything, tune_malloc
 from detkit.tasks.runs.data import check_batch_memory
 from detkit.tasks.runs.resume import RunPlan
 

@@ -1,0 +1,1 @@
+"""Running a detector on images, folders and videos: from a source of frames to Detections."""
