@@ -12,6 +12,7 @@ from detkit.data.dataset import DetectionDataset, LetterboxDataset
 from detkit.data.formats.shapes import read_shapes
 from detkit.data.loader import BatchLoader
 from detkit.engine.evaluator import METRICS, STAT_INDEX, coco_metrics, evaluate
+from detkit.inference.predictor import make_predictor
 
 
 def random_set(rng: np.random.Generator, images: int = 12, boxes: int = 60, classes: int = 3) -> Annotations:
@@ -107,3 +108,20 @@ def test_ap_does_not_depend_on_the_batch_size(shapes_root, finished_run):
     for name in METRICS:
         assert results[0].metrics[name] == pytest.approx(results[1].metrics[name], abs=1e-6)
         assert results[0].metrics[name] == pytest.approx(results[2].metrics[name], abs=1e-6)
+
+
+def test_views_of_whole_images_give_the_metrics_of_batches(shapes_root, finished_run):
+    detector = detkit.load(finished_run / "best.safetensors")
+    annotations = read_shapes("val", root=str(shapes_root))
+    batches = BatchLoader(LetterboxDataset(DetectionDataset(annotations), 64), 8, workers=0).epoch(0)
+    model = detector.as_model("off")
+    expected = evaluate(model, batches, annotations)
+    limits = {"score": 0.001, "multi_label": True, "image_size": 64, "batch_size": 8}
+    found = evaluate_views(make_predictor(model, **limits), annotations)
+    assert len(found.predictions) == len(expected.predictions)
+    for name in METRICS:
+        assert found.metrics[name] == pytest.approx(expected.metrics[name], abs=1e-6)
+    for extra in ({"tta": True}, {"tiles": 64, "merge": "nmm"}):
+        result = evaluate_views(make_predictor(model, **limits, **extra), annotations)
+        assert 0 <= result.metrics["AP"] <= 1
+        assert result.predictions != expected.predictions

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BeforeValidator, Field
 from pydantic_core import PydanticCustomError
 
-from detkit.config.fields import Location, field, location, whole
+from detkit.config.fields import Location, field, location, number, whole
 from detkit.config.schema import (
     MAX_BATCH,
     AugmentConfig,
@@ -44,6 +44,7 @@ ImageSize = Annotated[int, Field(ge=64, le=MAX_IMAGE), AfterValidator(_multiple_
 AnyBatch = Literal["auto"] | Annotated[int, Field(ge=1, le=MAX_BATCH)]
 BatchSize = Annotated[int, Field(ge=1, le=MAX_BATCH), BeforeValidator(_no_auto)]
 Url = Annotated[str, Field(pattern="://")]
+Merge = Literal["nms", "nmm", "wbf"]
 Amp = Literal["auto", "off", "bf16", "fp16"]
 
 
@@ -72,6 +73,22 @@ class CommonConfig(Section):
     )
     plugins: Names = field(
         "Python modules to import, which register custom parts", "a list of modules, such as [my_backbone]"
+    )
+
+
+class ViewsConfig(CommonConfig):
+    """Keys of the commands that predict: what the network sees of an image besides the whole."""
+
+    tiles: ImageSize | None = field(
+        "side of tiles in pixels; images that are larger are also predicted in tiles, at full resolution",
+        SIZE,
+        most=MAX_IMAGE,
+    )
+    overlap: float = number("minimum overlap of adjacent tiles as a fraction of their side", 0, 0.9)
+    tta: bool = field("test-time augmentation: also predict each image mirrored and at other scales")
+    merge: Merge | None = field(
+        "how the boxes of tiles or tta are merged: non-maximum suppression, non-maximum merging or weighted boxes "
+        "fusion; null is nmm for tiles alone, else nms"
     )
 
 

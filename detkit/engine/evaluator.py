@@ -4,7 +4,7 @@ import contextlib
 import io
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -13,8 +13,10 @@ from torch import Tensor
 
 from detkit.data.annotations import Annotations
 from detkit.distributed.collectives import world_size
-from detkit.distributed.process_group import gather_messages, gather_objects, is_main_process, run_on_main
+from detkit.distributed.process_group import gather_messages, gather_objects, is_main_process, rank, run_on_main
+from detkit.inference.frames import Frame
 from detkit.inference.model import Model
+from detkit.inference.predictor import Predictor
 from detkit.ops.boxes import unletterbox
 from detkit.ops.curves import Curves
 from detkit.ops.nms import Thresholds
@@ -23,6 +25,7 @@ from detkit.structures import Batch, ImageMeta
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR100")
 STAT_INDEX = (0, 1, 2, 3, 4, 5, 8)  # of METRICS in the twelve COCO statistics
 EVALUATION = Thresholds(score=0.001, iou=0.7, max_det=300, multi_label=True)
+DRAWN = 16  # images of Evaluation.first_batch
 ROW = ("index", "x1", "y1", "x2", "y2", "score", "label")  # columns of a prediction; index: of the image in the set
 
 
@@ -78,7 +81,46 @@ def evaluate(
             if k == 0:
                 first_batch.append((meta, *found))
         advance()
-    predictions = _coco_results(annotations, gather_rows(torch.cat(rows)))
+    return _score(annotations, torch.cat(rows), first_batch, issues)
+
+
+def evaluate_views(
+    predictor: Predictor, annotations: Annotations, advance: Callable[[], None] = lambda: None
+) -> Evaluation:
+    """Predict the images of a set as ``predict`` does, with tiles or test-time augmentation, and compute COCO metrics.
+
+    Args:
+        predictor: with its thresholds and views.
+        annotations: ground truth of the set; each rank predicts its part of the images.
+        advance: called after every image, for a progress bar.
+    """
+    rows: list[Tensor] = [torch.zeros(0, len(ROW), dtype=torch.float64)]
+    first_batch: list[tuple[ImageMeta, Tensor, Tensor, Tensor]] = []
+    issues: list[str] = []
+    own = range(rank(), len(annotations), world_size())
+    frames = (Frame(annotations.paths[index], index=index) for index in own)
+    for frame, found in predictor.run(frames, lambda _, error: issues.append(str(error))):
+        index = cast("int", frame.index)
+        size = cast("tuple[int, int]", tuple(annotations.sizes[index].tolist()))
+        advance()
+        if found.size != size:
+            issues.append(f"image {frame.path} has changed since its labels were read, so its boxes would be misplaced")
+            continue
+        rows.append(_rows(index, found.boxes, found.scores, found.labels))
+        if len(first_batch) < DRAWN:
+            meta = ImageMeta(index, annotations.paths[index], size)
+            first_batch.append((meta, found.boxes, found.scores, found.labels))
+    return _score(annotations, torch.cat(rows), first_batch, issues)
+
+
+def _score(
+    annotations: Annotations,
+    rows: Tensor,
+    first_batch: list[tuple[ImageMeta, Tensor, Tensor, Tensor]],
+    issues: list[str],
+) -> Evaluation:
+    """Compute the metrics of all ranks' predictions (N, len(ROW)) on rank 0, and broadcast them."""
+    predictions = _coco_results(annotations, gather_rows(rows))
     issues = gather_messages(issues)
     scored, curves = coco_metrics(annotations, predictions) if is_main_process() else (None, None)
     metrics = run_on_main(lambda: scored)

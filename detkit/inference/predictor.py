@@ -131,11 +131,10 @@ class Predictor:
             done = pending.pop(0)
             found = [done.found[k] for k in range(len(done.views))]
             windows = [view.window for view in done.views]
-            boxes, scores, labels = merge_views(found, windows, self.merge, self.thresholds)
-            yield (
-                done.frame,
-                Detections(boxes, scores, labels, self.model.class_names, done.views[0].size, done.frame.path),
-            )
+            size = done.views[0].size
+            boxes, scores, labels = merge_views(found, windows, size, self.merge, self.thresholds)
+            names, path = self.model.class_names, done.frame.path
+            yield done.frame, Detections(boxes, scores, labels, names, size, path)
 
 
 class PredictOptions(TypedDict, total=False):

@@ -8,16 +8,21 @@ from typing import Any
 
 import torch
 
-from detkit.config.common import Amp, BatchSize, CommonConfig, ImageSize, batch_size_field, image_size_field
+from detkit.config.common import Amp, BatchSize, ImageSize, ViewsConfig, batch_size_field, image_size_field
 from detkit.config.fields import Location, field, location, number, whole
 from detkit.config.schema import DataConfig
+from detkit.data.annotations import Annotations
+from detkit.data.loader import worker_count
 from detkit.data.read import explain_empty, read_split
+from detkit.distributed.collectives import world_size
 from detkit.distributed.process_group import init_distributed, is_main_process, main_process_first, run_on_main
 from detkit.engine.auto_batch import check_batch
 from detkit.engine.checkpoint import build_from_checkpoint
-from detkit.engine.evaluator import evaluate
+from detkit.engine.evaluator import Evaluation, evaluate, evaluate_views
 from detkit.engine.run_log import show_progress
 from detkit.errors import DetkitError, error_context, shorten
+from detkit.inference.model import Model
+from detkit.inference.predictor import make_predictor
 from detkit.ops.atomic_write import write_atomically
 from detkit.ops.nms import Thresholds
 from detkit.ops.precision import seed_everything
@@ -29,10 +34,11 @@ from detkit.viz.tables import print_metrics
 
 logger = logging.getLogger(__name__)
 
+READER_THREADS = 4  # that read images ahead, at most
 RANK_TIMEOUT = 60  # seconds to wait for the other ranks to start
 
 
-class EvalConfig(CommonConfig):
+class EvalConfig(ViewsConfig):
     """Keys of ``configs/eval.yaml``."""
 
     data: DataConfig = field("data set; by default the one the checkpoint was trained with", default=None)
@@ -75,12 +81,8 @@ def run(cfg: EvalConfig) -> dict[str, Any]:
     log_split(cfg.split, annotations)
     run_dir = Path(run_on_main(lambda: str(make_run_dir(cfg, "eval", checkpoint_name(cfg.ckpt)))))
 
-    check_batch_memory(cfg.batch_size, image_size, cfg.workers)
-    loader = val_loader(annotations, cfg.batch_size, image_size, device, rect=cfg.rect, workers=cfg.workers)
-    thresholds = Thresholds(cfg.score, cfg.iou, cfg.max_det, multi_label=True)
     model = detector.as_model(cfg.amp or _training_amp(detector.cfg, device))
-    with show_progress("evaluation", len(loader)) as bar:
-        result = evaluate(model, loader.epoch(0), annotations, thresholds, bar.advance)
+    result = _evaluate(cfg, model, annotations, image_size)
     try:
         if is_main_process():
             assert result.curves is not None  # on rank 0
@@ -95,6 +97,22 @@ def run(cfg: EvalConfig) -> dict[str, Any]:
             print_metrics(result.metrics, make_console())
     logger.info("AP %.6f on %d images; results are in %s", result.metrics["AP"], len(annotations), run_dir)
     return result.metrics
+
+
+def _evaluate(cfg: EvalConfig, model: Model, annotations: Annotations, image_size: int) -> Evaluation:
+    """Evaluate a model on letterboxed batches, or with tiles or test-time augmentation as ``predict`` does."""
+    if cfg.tiles is not None or cfg.tta:
+        keys = ("score", "iou", "max_det", "batch_size", "rect", "tiles", "overlap", "tta", "merge")
+        settings: dict[str, Any] = {key: getattr(cfg, key) for key in keys}
+        threads = min(worker_count(cfg.workers), READER_THREADS)
+        predictor = make_predictor(model, image_size=image_size, multi_label=True, threads=threads, **settings)
+        with show_progress("evaluation", len(annotations) // world_size()) as bar:
+            return evaluate_views(predictor, annotations, bar.advance)
+    check_batch_memory(cfg.batch_size, image_size, cfg.workers)
+    loader = val_loader(annotations, cfg.batch_size, image_size, model.device, rect=cfg.rect, workers=cfg.workers)
+    with show_progress("evaluation", len(loader)) as bar:
+        thresholds = Thresholds(cfg.score, cfg.iou, cfg.max_det, multi_label=True)
+        return evaluate(model, loader.epoch(0), annotations, thresholds, bar.advance)
 
 
 def _training_amp(cfg: Mapping[str, Any], device: torch.device) -> str:
