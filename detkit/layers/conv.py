@@ -3,6 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
@@ -70,11 +72,11 @@ class Conv(nn.Module):
             raise DetkitError(f"conv: kernel size k={k} must be 1 or more")
         self.conv = nn.Conv2d(c1, c2, k, s, (k - 1) // 2, bias=False)
         self.bn: nn.BatchNorm2d | nn.Identity = batch_norm(c2)
-        self.act = nn.SiLU(inplace=True)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return act(bn(conv(x)))."""
-        return self.act(self.bn(self.conv(x)))
+        """Return silu(bn(conv(x)))."""
+        y = self.bn(self.conv(x))
+        return F.silu(y, inplace=not torch.is_grad_enabled())  # in place, autograd would first copy y
 
     def fuse(self) -> None:
         """Fold the batch norm into the convolution, in place."""
