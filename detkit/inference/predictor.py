@@ -1,6 +1,6 @@
 """Prediction: frames in, Detections out, for any runtime."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any, TypedDict, Unpack
@@ -17,7 +17,7 @@ from detkit.inference.prefetch import prefetch
 from detkit.inference.views import View, ViewSettings, frame_shape, make_views
 from detkit.ops.image import read_image
 from detkit.ops.nms import Selection, Thresholds
-from detkit.structures import Detections
+from detkit.structures import Detections, find_label
 
 FRAMES_IN_FLIGHT = 2  # batches whose frames may wait for others, where frames differ in shape or have several views
 
@@ -75,7 +75,7 @@ class Predictor:
 
     def run(
         self, frames: Iterable[Frame], on_error: Callable[[Frame, UnreadableImage], None] | None = None
-    ) -> Iterator[tuple[Frame, Detections]]:
+    ) -> Generator[tuple[Frame, Detections], None, None]:
         """Yield each frame, with its ``image``, and its detections, in order.
 
         Args:
@@ -107,6 +107,8 @@ class Predictor:
         yield from self._finished(pending)
 
     def _prepare(self, frame: Frame) -> list[View]:
+        if frame.error is not None:
+            raise frame.error
         if frame.image is None:
             assert frame.path is not None
             frame.image = read_image(frame.path)
@@ -131,11 +133,9 @@ class Predictor:
             done = pending.pop(0)
             found = [done.found[k] for k in range(len(done.views))]
             windows = [view.window for view in done.views]
-            boxes, scores, labels = merge_views(found, windows, self.merge, self.thresholds)
-            yield (
-                done.frame,
-                Detections(boxes, scores, labels, self.model.class_names, done.views[0].size, done.frame.path),
-            )
+            merged = merge_views(found, windows, self.merge, self.thresholds)
+            frame, size = done.frame, done.views[0].size
+            yield frame, Detections(*merged, self.model.class_names, size, frame.path, frame.index)
 
 
 class PredictOptions(TypedDict, total=False):
@@ -192,7 +192,7 @@ def make_predictor(
     if not is_whole(max_det, 1):
         raise DetkitError(f"max_det={shorten(max_det)} must be a whole number, 1 or more")
     names = options.get("classes")
-    classes = None if names is None else tuple(_label(name, model.class_names, "classes") for name in names)
+    classes = None if names is None else tuple(find_label(name, model.class_names, "classes") for name in names)
     thresholds = Thresholds(
         _scores(score, model.class_names),
         float(iou),
@@ -227,15 +227,5 @@ def _scores(score: float | Mapping[str, float], class_names: Sequence[str]) -> f
     scores = [default] * len(class_names)
     for name, value in score.items():
         if name != "default":
-            scores[_label(name, class_names, "score")] = float(value)
+            scores[find_label(name, class_names, "score")] = float(value)
     return tuple(scores)
-
-
-def _label(name: str | int, class_names: Sequence[str], key: str) -> int:
-    """Return the index of a class, given its name or index."""
-    if str(name) in class_names:
-        return class_names.index(str(name))
-    if is_whole(name, 0) and int(name) < len(class_names):
-        return int(name)
-    known = shorten(", ".join(class_names))
-    raise DetkitError(f"{key}: the model has no class '{shorten(name)}', its classes are {known}")
