@@ -79,10 +79,8 @@ class CommonConfig(Section):
 class ViewsConfig(CommonConfig):
     """Keys of the commands that predict: what the network sees of an image besides the whole."""
 
-    tiles: ImageSize | None = field(
-        "side of tiles in pixels; images that are larger are also predicted in tiles, at full resolution",
-        SIZE,
-        most=MAX_IMAGE,
+    tiles: int | None = whole(
+        "side of tiles in pixels; images that are larger are also predicted in tiles, at full resolution", 32, 2**20
     )
     overlap: float = number("minimum overlap of adjacent tiles as a fraction of their side", 0, 0.9)
     tta: bool = field("test-time augmentation: also predict each image mirrored and at other scales")

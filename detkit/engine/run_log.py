@@ -11,10 +11,8 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from detkit.data.annotations import Annotations
-from detkit.distributed.process_group import is_main_process
 from detkit.engine.evaluator import Evaluation
 from detkit.engine.loggers.async_logger import Call, SafeLogger
 from detkit.engine.loggers.base import Value, tag
@@ -23,9 +21,9 @@ from detkit.ops.atomic_write import write_atomically
 from detkit.ops.curves import Curves
 from detkit.structures import Batch
 from detkit.viz.batch_images import draw_batch, draw_predictions
-from detkit.viz.console import make_console
 from detkit.viz.drawing import encode_figure, encode_image
 from detkit.viz.plots import draw_evaluation, plot_history
+from detkit.viz.progress import clock, has_bar
 
 logger = logging.getLogger(__name__)
 
@@ -178,46 +176,3 @@ def _epoch_line(row: Mapping[str, float], losses: Mapping[str, float], epochs: i
         f"epoch {row['epoch']:>{len(str(epochs))}}/{epochs}  {terms}  AP {row['AP']:.4f}  "
         f"AP50 {row['AP50']:.4f}  {row['images_per_s']:.0f} images/s  {clock(row['seconds'])}{skipped}{star}"
     )
-
-
-def has_bar() -> bool:
-    """Whether to show a progress bar: on rank 0 in a terminal."""
-    console = make_console()
-    return (
-        is_main_process() and console.is_interactive and console.file.isatty()
-    )  # FORCE_COLOR does not make it a terminal
-
-
-@contextmanager
-def show_progress(label: str, total: int, done: int = 0) -> Iterator["Bar"]:
-    """Show a progress bar in a terminal that starts at ``done``, nothing elsewhere; yield its handle."""
-    columns = (TextColumn("{task.description}"), BarColumn(24), MofNCompleteColumn(), TextColumn("{task.fields[info]}"))
-    with Progress(*columns, console=make_console(), transient=True, disable=not has_bar()) as progress:
-        yield Bar(progress, label, total, done)
-
-
-class Bar:
-    """Handle of one bar of a Progress."""
-
-    def __init__(self, progress: Progress, label: str, total: int, done: int) -> None:
-        self.progress = progress
-        self.last_update = time.perf_counter()
-        self.task = progress.add_task(label, total=total, completed=done, info="")
-
-    def is_due(self) -> bool:
-        """Whether the bar is shown and its text is older than a second."""
-        return not self.progress.disable and time.perf_counter() - self.last_update > 1
-
-    def advance(self, info: str | None = None) -> None:
-        """Advance by one, and show ``info`` next to the bar."""
-        fields: dict[str, Any] = {} if info is None else {"info": info}
-        if info is not None:
-            self.last_update = time.perf_counter()
-        self.progress.update(self.task, advance=1, **fields)
-
-
-def clock(seconds: float) -> str:
-    """Return a duration as h:mm:ss or m:ss."""
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

@@ -18,13 +18,14 @@ from detkit.distributed.process_group import all_reduce_max, barrier, gather_mes
 from detkit.engine.epoch_stats import EpochStats, learning_rates, memory_gib, time_data_wait
 from detkit.engine.evaluator import METRICS, Evaluation, evaluate
 from detkit.engine.param_groups import train_mode
-from detkit.engine.run_log import Bar, RunLog, clock, show_progress
+from detkit.engine.run_log import RunLog
 from detkit.engine.saver import Saver
 from detkit.engine.signals import GracefulExit
 from detkit.engine.state import EpochState, TrainState
 from detkit.engine.step import TrainStep
 from detkit.errors import DetkitError
 from detkit.inference.model import TorchModel
+from detkit.viz.progress import Bar, clock, show_progress
 
 logger = logging.getLogger(__name__)
 

@@ -1,10 +1,11 @@
 """Frames: what a source yields and the predictor takes."""
 
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+
+from detkit.errors import UnreadableImage
 
 
 @dataclass
@@ -17,6 +18,7 @@ class Frame:
         index: position in its video or stream, from 0; None for an image.
         fps: frame rate of the video; None for an image, or if it is unknown.
         name: what messages and records call it: the path, or the URL or number of a camera.
+        error: why there is no image: the video cannot be read, or ended early.
     """
 
     path: Path | None
@@ -24,6 +26,4 @@ class Frame:
     index: int | None = None
     fps: float | None = None
     name: str = ""
-
-
-FrameSource = Callable[[], Iterator[Frame]]
+    error: UnreadableImage | None = None

@@ -1,6 +1,6 @@
 """Prediction: frames in, Detections out, for any runtime."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any, TypedDict, Unpack
@@ -17,9 +17,9 @@ from detkit.inference.prefetch import prefetch
 from detkit.inference.views import View, ViewSettings, frame_shape, make_views
 from detkit.ops.image import read_image
 from detkit.ops.nms import Selection, Thresholds
-from detkit.structures import Detections
+from detkit.structures import Detections, find_label
 
-FRAMES_IN_FLIGHT = 2  # batches whose frames may wait for others, where frames differ in shape or have several views
+FRAMES_IN_FLIGHT = 2  # batches whose frames are read ahead, or wait for others of their shape
 
 
 @dataclass
@@ -75,7 +75,7 @@ class Predictor:
 
     def run(
         self, frames: Iterable[Frame], on_error: Callable[[Frame, UnreadableImage], None] | None = None
-    ) -> Iterator[tuple[Frame, Detections]]:
+    ) -> Generator[tuple[Frame, Detections], None, None]:
         """Yield each frame, with its ``image``, and its detections, in order.
 
         Args:
@@ -84,8 +84,9 @@ class Predictor:
         """
         pending: list[_Pending] = []  # in order
         waiting: dict[tuple[int, ...], list[tuple[_Pending, int]]] = {}  # views by shape
-        depth = max(2 * self.batch_size, 2)
-        with closing(prefetch(self._prepare, frames, self.threads, depth)) as prepared:
+        # Frames of many views are large, and fill batches by themselves.
+        in_flight = 0 if self.views.tiles is not None or self.views.tta else FRAMES_IN_FLIGHT * self.batch_size
+        with closing(prefetch(self._prepare, frames, self.threads, max(in_flight, 1))) as prepared:
             for frame, future in prepared:
                 try:
                     views = future.result()
@@ -100,13 +101,15 @@ class Predictor:
                     group.append((pending[-1], k))
                     if len(group) == self.batch_size:
                         self._detect(waiting.pop(view.pixels.shape))
-                if len(pending) > FRAMES_IN_FLIGHT * self.batch_size:
+                if len(pending) > in_flight:
                     self._detect_all(waiting)
                 yield from self._finished(pending)
         self._detect_all(waiting)
         yield from self._finished(pending)
 
     def _prepare(self, frame: Frame) -> list[View]:
+        if frame.error is not None:
+            raise frame.error
         if frame.image is None:
             assert frame.path is not None
             frame.image = read_image(frame.path)
@@ -131,10 +134,9 @@ class Predictor:
             done = pending.pop(0)
             found = [done.found[k] for k in range(len(done.views))]
             windows = [view.window for view in done.views]
-            size = done.views[0].size
-            boxes, scores, labels = merge_views(found, windows, size, self.merge, self.thresholds)
-            names, path = self.model.class_names, done.frame.path
-            yield done.frame, Detections(boxes, scores, labels, names, size, path)
+            frame, size = done.frame, done.views[0].size
+            merged = merge_views(found, windows, size, self.merge, self.thresholds)
+            yield frame, Detections(*merged, self.model.class_names, size, frame.path, frame.index)
 
 
 class PredictOptions(TypedDict, total=False):
@@ -191,7 +193,7 @@ def make_predictor(
     if not is_whole(max_det, 1):
         raise DetkitError(f"max_det={shorten(max_det)} must be a whole number, 1 or more")
     names = options.get("classes")
-    classes = None if names is None else tuple(_label(name, model.class_names, "classes") for name in names)
+    classes = None if names is None else tuple(find_label(name, model.class_names, "classes") for name in names)
     thresholds = Thresholds(
         _scores(score, model.class_names),
         float(iou),
@@ -226,15 +228,5 @@ def _scores(score: float | Mapping[str, float], class_names: Sequence[str]) -> f
     scores = [default] * len(class_names)
     for name, value in score.items():
         if name != "default":
-            scores[_label(name, class_names, "score")] = float(value)
+            scores[find_label(name, class_names, "score")] = float(value)
     return tuple(scores)
-
-
-def _label(name: str | int, class_names: Sequence[str], key: str) -> int:
-    """Return the index of a class, given its name or index."""
-    if str(name) in class_names:
-        return class_names.index(str(name))
-    if is_whole(name, 0) and int(name) < len(class_names):
-        return int(name)
-    known = shorten(", ".join(class_names))
-    raise DetkitError(f"{key}: the model has no class '{shorten(name)}', its classes are {known}")

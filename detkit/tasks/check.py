@@ -11,12 +11,12 @@ from detkit.checks.harness import Composition
 from detkit.checks.model_checks import CHECKS, FIGURES, CheckResult, run_check
 from detkit.config.common import MAX_CLASSES, ComposedConfig
 from detkit.config.fields import whole
-from detkit.engine.run_log import show_progress
 from detkit.models.detector import build_detector, build_loss
 from detkit.ops.device import pick_device
 from detkit.ops.precision import seed_everything
 from detkit.tasks.runs.run_dir import model_name
 from detkit.viz.console import make_console
+from detkit.viz.progress import show_progress
 
 
 class CheckConfig(ComposedConfig):

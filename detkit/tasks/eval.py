@@ -19,7 +19,6 @@ from detkit.distributed.process_group import init_distributed, is_main_process, 
 from detkit.engine.auto_batch import check_batch
 from detkit.engine.checkpoint import build_from_checkpoint
 from detkit.engine.evaluator import Evaluation, evaluate, evaluate_views
-from detkit.engine.run_log import show_progress
 from detkit.errors import DetkitError, error_context, shorten
 from detkit.inference.model import Model
 from detkit.inference.predictor import make_predictor
@@ -30,6 +29,7 @@ from detkit.tasks.runs.data import check_batch_memory, log_split, val_loader
 from detkit.tasks.runs.run_dir import checkpoint_name, make_run_dir
 from detkit.viz.console import make_console
 from detkit.viz.plots import draw_evaluation, save_figure
+from detkit.viz.progress import show_progress
 from detkit.viz.tables import print_metrics
 
 logger = logging.getLogger(__name__)

@@ -1,119 +1,196 @@
-"""Detect objects in images: ``detkit predict ckpt=FILE source=FILE_OR_FOLDER``."""
+"""Detect objects in images, videos and streams: ``detkit predict ckpt=FILE source=FILE_OR_FOLDER``."""
 
-import errno
-import json
 import logging
-from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
-from detkit.config.common import CommonConfig, ImageSize, image_size_field
+from pydantic import BeforeValidator, Field
+
+from detkit.config.common import Amp, ImageSize, ViewsConfig, image_size_field
 from detkit.config.fields import Location, field, location, number, whole
+from detkit.config.schema import MAX_BATCH
+from detkit.data.loader import worker_count
 from detkit.engine.checkpoint import build_from_checkpoint
-from detkit.errors import DetkitError, printable, shorten
-from detkit.inference.sources import expand_source
-from detkit.ops.atomic_write import write_atomically
+from detkit.errors import DetkitError, printable
+from detkit.inference.frames import Frame
+from detkit.inference.model import Model
+from detkit.inference.predictor import Predictor, make_predictor
+from detkit.inference.sources import Item, count_items, is_live, list_source, read_items
+from detkit.inference.tracking import Tracker
+from detkit.inference.video import is_video
 from detkit.ops.device import pick_device
-from detkit.ops.image import read_image
 from detkit.structures import Detections
+from detkit.tasks.predictions.names import OutputNames
+from detkit.tasks.predictions.outputs import Outputs
+from detkit.tasks.predictions.records import Records
 from detkit.tasks.runs.run_dir import checkpoint_name, make_run_dir
-from detkit.viz.drawing import draw_boxes, save_image
+from detkit.viz.progress import show_progress
 
 logger = logging.getLogger(__name__)
 
+CPU_BATCH, GPU_BATCH = 4, 16  # of batch_size=auto
+MAX_THREADS = 4  # of workers=auto
 
-class PredictConfig(CommonConfig):
+
+def _as_list(value: Any) -> Any:
+    """Return the outputs that a value of ``save`` names: one, several, or none."""
+    if value is None or value == "none":
+        return []
+    return [value] if isinstance(value, str) else value
+
+
+Score = Annotated[float, Field(ge=0, le=1)]
+Save = Annotated[list[Literal["images", "video", "txt", "coco", "crops"]], BeforeValidator(_as_list)]
+
+
+class PredictConfig(ViewsConfig):
     """Keys of ``configs/predict.yaml``."""
 
     ckpt: Location = location("checkpoint to load")
-    source: Location = location("image file, or a folder of images")
+    source: Location | list[Location] = field(
+        "image, video, folder, glob pattern, text file of paths, camera, stream, a list of these, or - for stdin",
+        "a path, a URL, the number of a camera, or a list of these",
+    )
+    recursive: bool = field("also use the subfolders of a folder")
     image_size: ImageSize | None = image_size_field()
-    score: float = number("minimum score of a detection", 0, 1)
+    batch_size: Literal["auto"] | Annotated[int, Field(ge=1, le=MAX_BATCH)] = field(
+        "images per forward pass; auto: 4 on a CPU, 16 on a GPU, 1 for streams",
+        "a whole number, 1 or more, or auto",
+        most=MAX_BATCH,
+    )
+    amp: Amp = field("precision of the network; auto uses bf16 where the device supports it")
+    rect: bool = field("letterbox each image to the smallest frame that holds it instead of a square")
+    score: Score | dict[str | int, Score] = field(
+        "minimum score of a detection, or one per class, with default for the others",
+        "a number from 0 to 1, or a mapping of class names to such numbers",
+    )
     iou: float = number("IoU threshold of non-maximum suppression", 0, 1)
     max_det: int = whole("maximum number of detections per image", 1, 100_000)
     multi_label: bool = field(
         "report a box once for each of its classes above the score, instead of for its best class only"
     )
+    classes: list[str | int] | None = field("classes to report", "a list of class names or indices")
+    class_agnostic: bool = field("suppress a box whatever the class of the higher-scoring one")
+    save: Save = field(
+        "what to write beside predictions.json and predictions.csv", "a list of images, video, txt, coco and crops"
+    )
+    track: Literal["bytetrack", "sort", "ocsort"] | None = field("tracker of the objects in videos and streams")
 
 
-def run(cfg: PredictConfig) -> list[dict[str, Any]]:
-    """Detect objects in ``cfg.source``, an image or a folder; draw their boxes and write ``predictions.json``.
+def run(cfg: PredictConfig) -> Path:
+    """Detect objects in ``cfg.source`` and write what ``cfg.save`` names, ``predictions.json`` and ``predictions.csv``.
 
-    Images that cannot be read or written are skipped and reported at the end. If the task ends early,
+    Files that cannot be read or written are skipped and reported at the end. If the task ends early,
     ``predictions.json`` holds the results up to then.
 
     Returns:
-        the content of ``predictions.json``: for each image ``file``, ``height``, ``width`` and ``detections``, each
-        with ``box`` (xyxy in pixels), ``score``, ``label`` and ``name``.
+        the run directory; ``predictions.json`` in it is a list with, for each image or frame, ``file``, ``height``,
+        ``width``, for videos ``frame``, and ``detections``, each with ``box`` (xyxy in pixels), ``score``, ``label``,
+        ``name`` and, with ``cfg.track``, ``track``.
 
     Raises:
         DetkitError: the checkpoint or an image cannot be read, or an image cannot be written.
         OSError: ``predictions.json`` cannot be written.
     """
-    detector = build_from_checkpoint(str(cfg.ckpt)).to(pick_device(cfg.device)).fuse()
-    files = expand_source(Path(str(cfg.source)))
+    model = load_model(cfg)
+    items = list_source(cfg.source, cfg.recursive)
+    _check_tracking(cfg, items)
+    threads = min(worker_count("auto"), MAX_THREADS) if cfg.workers == "auto" else cfg.workers
+    predictor = _make_predictor(cfg, model, is_live(items), threads)
     run_dir = make_run_dir(cfg, "predict", checkpoint_name(cfg.ckpt))
-    settings = {key: getattr(cfg, key) for key in ("score", "iou", "max_det", "image_size", "multi_label")}
-    records: list[dict[str, Any]] = []
-    failures: list[str] = []
-    try:
-        for file, name in zip(files, output_names(files), strict=True):
-            try:
-                image = read_image(file)
-                (found,) = detector.predict(image, **settings)
-                records.append(as_record(file, found))
-                logger.info("%s: %s", printable(file.name), _count(found))
-                boxes, labels, scores = found.boxes.numpy(), found.labels.tolist(), found.scores.tolist()
-                save_image(draw_boxes(image, boxes, labels, detector.class_names, scores), run_dir / name)
-                continue
-            except DetkitError as error:
-                failures.append(str(error))
-            except OSError as error:
-                failures.append(f"cannot write {run_dir / name}: {error.strerror or error}")
-            logger.warning(failures[-1])
-    finally:
-        _write_records(records, run_dir)
-        logger.info("%d of %d images and predictions.json are in %s", len(records), len(files), run_dir)
-    if failures:
-        more = f" (and {len(failures) - 1} more)" if len(failures) > 1 else ""
-        raise DetkitError(failures[0] + more)
-    return records
-
-
-def _write_records(records: Sequence[dict[str, Any]], run_dir: Path) -> None:
-    """Write ``predictions.json``; on a full disk, delete drawn images to make room."""
-    path, images = run_dir / "predictions.json", run_dir.glob("*.jpg")
-    content = json.dumps(records, indent=1).encode()
-    while True:
+    failures = Failures()
+    names = OutputNames(items)
+    with (
+        Records(run_dir, model.class_names, "coco" in cfg.save, lambda: _delete_image(run_dir)) as records,
+        Outputs(run_dir, names, cfg.save, model.class_names, threads, failures.add) as outputs,
+        show_progress("prediction", count_items(items), unit="images") as bar,
+    ):
         try:
-            return write_atomically(path, content)
-        except OSError as error:
-            image = next(images, None)
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT) or image is None:
-                raise
-            image.unlink()
+            with closing(predictor.run(read_items(items), lambda _, error: failures.add(str(error)))) as frames:
+                for frame, found in _track(frames, cfg.track):
+                    records.write(frame, found)
+                    outputs.write(frame, found)
+                    if frame.index is None:
+                        logger.info("%s: %s", printable(Path(frame.name).name), found.counts())
+                    bar.advance()
+        finally:
+            logger.info("%d images and frames: %s", records.count, bar.rate())
+    logger.info("predictions.json and the other results are in %s", run_dir)
+    failures.raise_first()
+    return run_dir
 
 
-def output_names(files: Sequence[Path]) -> list[str]:
-    """Return the names of the drawn images: ``a.jpg``, or ``a.png.jpg`` if several files are named ``a``."""
-    stems, names = Counter(file.stem for file in files), {file.name for file in files}
-    return [
-        f"{file.name if stems[file.stem] > 1 or file.stem in names else file.stem}.jpg"  # unique
-        for file in files
-    ]
+def load_model(cfg: PredictConfig) -> Model:
+    """Return the model of ``cfg.ckpt``, in the form that is fastest on ``cfg.device``."""
+    return build_from_checkpoint(str(cfg.ckpt)).to(pick_device(cfg.device)).fuse().as_model(cfg.amp)
 
 
-def as_record(file: Path, found: Detections) -> dict[str, Any]:
-    """Return the detections in an image as plain data for JSON."""
-    columns = zip(found.boxes.tolist(), found.scores.tolist(), found.labels.tolist(), strict=True)
-    detections = [
-        {"box": box, "score": score, "label": label, "name": found.class_names[label]} for box, score, label in columns
-    ]
-    return {"file": str(file), "height": found.size[0], "width": found.size[1], "detections": detections}
+class Failures:
+    """Messages about files that could not be read or written: each is logged, the first one is kept."""
+
+    def __init__(self) -> None:
+        self.first = ""
+        self.count = 0
+
+    def add(self, message: str) -> None:
+        """Log a message."""
+        logger.warning(message)
+        self.first = self.first or message
+        self.count += 1
+
+    def raise_first(self) -> None:
+        """Raise a DetkitError with the first message, if there was any."""
+        if self.count:
+            raise DetkitError(self.first + (f" (and {self.count - 1} more)" if self.count > 1 else ""))
 
 
-def _count(found: Detections) -> str:
-    """Return the number of objects per class, such as ``2 circle, 1 star``."""
-    counts = Counter(found.labels.tolist())
-    return ", ".join(f"{counts[k]} {shorten(found.class_names[k], 40)}" for k in sorted(counts)) or "nothing"
+def _make_predictor(cfg: PredictConfig, model: Model, live: bool, threads: int) -> Predictor:
+    auto = 1 if live else CPU_BATCH if model.device.type == "cpu" else GPU_BATCH
+    score: Any = cfg.score
+    return make_predictor(
+        model,
+        score,
+        cfg.iou,
+        cfg.max_det,
+        image_size=cfg.image_size,
+        multi_label=cfg.multi_label,
+        classes=cfg.classes,
+        class_agnostic=cfg.class_agnostic,
+        batch_size=auto if cfg.batch_size == "auto" else cfg.batch_size,
+        rect=cfg.rect,
+        tiles=cfg.tiles,
+        overlap=cfg.overlap,
+        tta=cfg.tta,
+        merge=cfg.merge,
+        threads=0 if live else threads,  # what is read ahead of a live stream would be stale
+    )
+
+
+def _check_tracking(cfg: PredictConfig, items: Sequence[Item]) -> None:
+    """Check, before anything is predicted, that there is something to track and a tracker."""
+    if cfg.track is not None:
+        Tracker(cfg.track)
+        if not any(is_video(item.name) if isinstance(item, Path) else True for item in items):
+            raise DetkitError(f"track={cfg.track} needs a video or stream as source: images are not tracked")
+
+
+def _track(frames: Iterable[tuple[Frame, Detections]], name: str | None) -> Iterator[tuple[Frame, Detections]]:
+    """Yield frames with their detections, tracked within each video if ``name`` is that of a tracker."""
+    video, tracker = None, None
+    for frame, found in frames:
+        if name is not None and frame.index is not None:
+            if frame.name != video:
+                video, tracker = frame.name, Tracker(name, frame.fps)
+            assert tracker is not None
+            found = tracker.update(found)
+        yield frame, found
+
+
+def _delete_image(run_dir: Path) -> bool:
+    """Delete a drawn image to make room on a full disk; return whether there was one."""
+    image = next(run_dir.rglob("*.jpg"), None)
+    if image is not None:
+        image.unlink(missing_ok=True)
+    return image is not None

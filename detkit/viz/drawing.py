@@ -3,7 +3,7 @@
 import io
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 
@@ -27,20 +27,35 @@ def draw_boxes(
     labels: Sequence[int],
     class_names: Sequence[str],
     scores: Sequence[float] | None = None,
+    tracks: Sequence[int] | None = None,
+    trails: Mapping[int, Sequence[tuple[float, float]]] | None = None,
 ) -> np.ndarray:
     """Return a copy of an (H, W, 3) uint8 RGB image with (N, 4) xyxy boxes, class names and scores drawn on it.
 
     Line and font size scale with the image. The first boxes, usually those with the highest scores, are drawn on top.
+
+    Args:
+        image: the image.
+        boxes: xyxy in pixels.
+        labels: class indices, which choose the colours.
+        class_names: of all classes.
+        scores: written behind the names.
+        tracks: ids of tracked objects, -1 for none, which are written before the names and choose the colours.
+        trails: by id, the points (x, y) through which an object came, drawn as a line.
     """
     canvas = Image.fromarray(image)
     draw = ImageDraw.Draw(canvas)
     line = max(round(max(image.shape[:2]) / 400), 1)
     font = _font(max(round(max(image.shape[:2]) / 45), 9))
+    for track, points in (trails or {}).items():
+        draw.line(list(points), fill=PALETTE[track % len(PALETTE)], width=2 * line, joint="curve")
     for k in reversed(range(len(boxes))):
-        colour = PALETTE[int(labels[k]) % len(PALETTE)]
+        track = -1 if tracks is None else tracks[k]
+        colour = PALETTE[(int(labels[k]) if track < 0 else track) % len(PALETTE)]
         x1, y1, x2, y2 = (float(v) for v in boxes[k])
         draw.rectangle((x1, y1, max(x1, x2 - 1), max(y1, y2 - 1)), outline=colour, width=line)
-        text = shorten(class_names[int(labels[k])], 40) + ("" if scores is None else f" {float(scores[k]):.2f}")
+        text = "" if track < 0 else f"#{track} "
+        text += shorten(class_names[int(labels[k])], 40) + ("" if scores is None else f" {float(scores[k]):.2f}")
         left, top, right, bottom = draw.textbbox((0, 0), text, font=font)
         width, height = right - left + 4, bottom - top + 4
         x = min(max(x1, 0), max(canvas.width - width, 0))

@@ -1,0 +1,1 @@
+"""What ``predict`` writes: records, drawn images, crops, label files and annotated videos."""
