@@ -64,25 +64,62 @@ def test_points_are_cell_centres():
     assert (points * strides).tolist() == [[4, 4], [12, 4], [8, 8]]
 
 
-def test_nms_equals_a_naive_loop():
-    boxes, scores = random_boxes(1, 60, size=40).float(), torch.rand(1, 60, 3)
-    ((selected, confidence, labels),) = non_max_suppression(boxes, scores, Thresholds(0.2, 0.5, 1000, multi_label=True))
-    expected = []
-    for c in range(3):
-        order = [i for i in scores[0, :, c].argsort(descending=True).tolist() if scores[0, i, c] > 0.2]
-        chosen: list[int] = []
-        for i in order:
-            if all(plain_iou(boxes[0, i], boxes[0, j]) <= 0.5 for j in chosen):
-                chosen.append(i)
-        expected += [(float(scores[0, i, c]), c, boxes[0, i].tolist()) for i in chosen]
-    expected.sort(reverse=True)
-    found = list(zip(confidence.tolist(), labels.tolist(), selected.tolist(), strict=True))
-    assert found == expected
+def naive_nms(boxes: torch.Tensor, scores: torch.Tensor, settings: Thresholds) -> list[tuple]:
+    """Suppress the boxes of one image, (A, 4) with scores (A, C), by a loop over single pairs in float64."""
+    points, classes = scores.shape
+    lowest = torch.tensor(settings.score).expand(classes)
+    found = [
+        (score, label, boxes[i].tolist())
+        for i in range(points)
+        for label in ([int(scores[i].nan_to_num(-1).argmax())] if not settings.multi_label else range(classes))
+        if settings.classes is None or label in settings.classes
+        if (score := float(scores[i, label])) > lowest[label]
+    ]
+    chosen: list[tuple] = []
+    for score, label, box in sorted(found, reverse=True):
+        rivals = [other for _, other_label, other in chosen if settings.class_agnostic or other_label == label]
+        if all(plain_iou(box, other) <= settings.iou for other in rivals):
+            chosen.append((score, label, box))
+    return chosen[: settings.max_det]
 
 
-def plain_iou(a: torch.Tensor, b: torch.Tensor) -> float:
-    overlap = (torch.minimum(a[2:], b[2:]) - torch.maximum(a[:2], b[:2])).clamp(min=0).prod()
-    return float(overlap / ((a[2:] - a[:2]).prod() + (b[2:] - b[:2]).prod() - overlap))
+def plain_iou(a: list[float], b: list[float]) -> float:
+    def area(x1: float, y1: float, x2: float, y2: float) -> float:
+        return max(x2 - x1, 0) * max(y2 - y1, 0)
+
+    overlap = area(max(a[0], b[0]), max(a[1], b[1]), min(a[2], b[2]), min(a[3], b[3]))
+    return overlap / (area(*a) + area(*b) - overlap)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        Thresholds(0.2, 0.5, 1000, multi_label=True),
+        Thresholds(0.2, 0.5, 7, multi_label=True),  # fewer than there are
+        Thresholds(0.1, 0.1, 30, multi_label=True),  # that only the worst candidates complete
+        Thresholds(0.2, 0.5, 20),
+        Thresholds((0.9, 0.2, 0.5, 0.0), 0.5, 50, multi_label=True),
+        Thresholds(0.2, 0.5, 50, multi_label=True, classes=(1, 3)),
+        Thresholds(0.2, 0.5, 50, multi_label=True, class_agnostic=True),
+    ],
+)
+def test_nms_equals_a_naive_loop(settings):
+    """In every image of a batch, among them one far from the origin, one of crowded boxes and one without any."""
+    boxes, scores = random_boxes(4, 60, size=40).float(), torch.rand(4, 60, 4)
+    boxes[1] = boxes[1] * 0.1 + 5000
+    boxes[2] = boxes[2, :1] + torch.rand(60, 4)
+    scores[2, ::3, 0] = math.nan  # other classes of the same points are valid
+    scores[3] = 0
+    for k, (selected, confidence, labels) in enumerate(non_max_suppression(boxes, scores, settings)):
+        found = list(zip(confidence.tolist(), labels.tolist(), selected.tolist(), strict=True))
+        assert found == naive_nms(boxes[k], scores[k], settings)
+
+
+def test_a_box_of_absurd_size_changes_no_other():
+    boxes = torch.tensor([[[0, 0, 10, 10], [0, 0, 10, 9], [-1e30, 0, 1e30, 3e38], [0, 0, 10, 10.0]]])
+    scores = torch.tensor([[[0.9, 0.0], [0.8, 0.0], [0.0, 0.7], [0.0, 0.6]]])
+    ((_, confidence, _),) = non_max_suppression(boxes, scores, Thresholds(0.1, 0.5, 9))
+    torch.testing.assert_close(confidence, torch.tensor([0.9, 0.7, 0.6]))
 
 
 def test_nms_limits():

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 
 Selection = tuple[Tensor, Tensor, Tensor]  # boxes (N, 4) xyxy, scores (N,), labels (N,) int64, by descending score
+FARTHEST = 1e9  # pixels from the origin that boxes are clamped to before they are compared
+FIRST = 2  # times max_det: the candidates suppressed at first
 
 
 @dataclass(frozen=True)
@@ -46,29 +48,45 @@ def non_max_suppression(
     Returns:
         For each image: boxes (N, 4), scores (N,), labels (N,) int64, by descending score.
     """
-    from torchvision.ops import batched_nms  # imported lazily, as it takes a second
-
     lowest_c = torch.tensor(thresholds.score, dtype=torch.float32).expand(scores_bac.shape[-1]).to(scores_bac.device)
     if thresholds.classes is not None:
         reported_c = torch.zeros_like(lowest_c, dtype=torch.bool)
         reported_c[list(thresholds.classes)] = True
         lowest_c = torch.where(reported_c, lowest_c, torch.inf)
-    selected = []
-    for boxes_a4, scores_ac in zip(boxes_ba4.float(), scores_bac.float(), strict=True):
-        finite_a = boxes_a4.isfinite().all(-1)
-        above_ac = (scores_ac > lowest_c) & finite_a[:, None]
-        if thresholds.multi_label:
-            point, label = torch.nonzero(above_ac, as_tuple=True)
-        else:
-            best_a, label_a = torch.where(above_ac, scores_ac, -1.0).max(-1)
-            (point,) = torch.nonzero(best_a >= 0, as_tuple=True)
-            label = label_a[point]
-        confidence = scores_ac[point, label]
-        if len(confidence) > max_candidates:
-            confidence, best = confidence.topk(max_candidates)
-            point, label = point[best], label[best]
-        boxes = boxes_a4[point]
-        group = torch.zeros_like(label) if thresholds.class_agnostic else label
-        keep = batched_nms(boxes, confidence, group, thresholds.iou)[: thresholds.max_det]
-        selected.append((boxes[keep], confidence[keep], label[keep]))
-    return selected
+    images, points, classes = scores_bac.shape
+    best_n = scores_bac.amax(-1).flatten().float()  # NaN if any is, but the other classes of the point count
+    (chosen_k,) = torch.nonzero(~(best_n <= lowest_c.min()), as_tuple=True)
+    boxes_k4 = boxes_ba4.flatten(0, 1)[chosen_k].float()
+    finite_k = boxes_k4.isfinite().all(-1)
+    chosen_k, boxes_k4 = chosen_k[finite_k], boxes_k4[finite_k]
+    scores_kc = scores_bac.flatten(0, 1)[chosen_k].float()
+    if thresholds.multi_label:
+        (place,) = torch.nonzero((scores_kc > lowest_c).flatten(), as_tuple=True)
+        row, label = place // classes, place % classes
+    else:
+        best_k, label_k = torch.where(scores_kc > lowest_c, scores_kc, -1.0).max(-1)
+        (row,) = torch.nonzero(best_k >= 0, as_tuple=True)
+        label = label_k[row]
+    counts = torch.bincount(chosen_k[row] // points, minlength=images).tolist()
+    candidates = (boxes_k4[row], scores_kc[row, label], label)
+    by_image = zip(*(values.split(counts) for values in candidates), strict=True)
+    return [_suppress(found, thresholds, max_candidates) for found in by_image]
+
+
+def _suppress(found: Selection, thresholds: Thresholds, max_candidates: int) -> Selection:
+    """Apply non-maximum suppression to the candidates of an image, in any order."""
+    from torchvision.ops import nms  # imported lazily, as it takes a second
+
+    boxes, scores, labels = found
+    scores, order = scores.sort(descending=True, stable=True)
+    scores, order = scores[:max_candidates], order[:max_candidates]
+    boxes, labels = boxes[order], labels[order]
+    apart = boxes.double().clamp(-FARTHEST, FARTHEST)
+    if not thresholds.class_agnostic and len(labels):  # classes side by side, in float64 without a loss of precision
+        apart += (labels * (apart.max() - apart.min() + 1))[:, None]
+    count = FIRST * thresholds.max_det
+    while True:  # what is kept of the best ones does not depend on the others
+        keep = nms(apart[:count], scores[:count].double(), thresholds.iou)[: thresholds.max_det]
+        if len(keep) == thresholds.max_det or count >= len(scores):
+            return boxes[keep], scores[keep], labels[keep]
+        count *= 4
