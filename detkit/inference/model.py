@@ -1,7 +1,7 @@
 """What prediction and evaluation run: a PyTorch detector, or an exported file (``detkit.export``)."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import torch
@@ -22,6 +22,7 @@ class Model(Protocol):
         max_stride: both sides of an input must be divisible by it.
         device: where ``detect`` takes its images.
         fixed_shape: (B, H, W) that every input must have; None in place of a number that may vary.
+        cfg: resolved configuration that the detector was built from.
     """
 
     class_names: tuple[str, ...]
@@ -29,6 +30,7 @@ class Model(Protocol):
     max_stride: int
     device: torch.device
     fixed_shape: FixedShape
+    cfg: Mapping[str, Any]
 
     def detect(self, images: Tensor, thresholds: Thresholds) -> list[Selection]:
         """Return the detections in each of the letterboxed images (B, 3, H, W) uint8 RGB, in pixels of the input."""
@@ -56,6 +58,7 @@ class TorchModel:
         self.detector = detector.eval()
         self.precision = precision
         self.class_names = detector.class_names
+        self.cfg: Mapping[str, Any] = detector.cfg
         self.image_size = detector.cfg.get("image_size", 640)
         self.max_stride: int = detector.max_stride
         self.device = precision.device

@@ -3,6 +3,7 @@
 import json
 import logging
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,10 @@ from detkit.engine.auto_batch import check_batch
 from detkit.engine.checkpoint import build_from_checkpoint
 from detkit.engine.evaluator import Evaluation, evaluate, evaluate_views
 from detkit.errors import DetkitError, error_context, shorten
-from detkit.inference.model import Model
+from detkit.export.formats import find_format
+from detkit.export.model import ExportedModel
+from detkit.export.runtime import load_model
+from detkit.inference.model import FixedShape, Model
 from detkit.inference.predictor import make_predictor
 from detkit.ops.atomic_write import write_atomically
 from detkit.ops.nms import Thresholds
@@ -42,7 +46,7 @@ class EvalConfig(ViewsConfig):
     """Keys of ``configs/eval.yaml``."""
 
     data: DataConfig = field("data set; by default the one the checkpoint was trained with", default=None)
-    ckpt: Location = location("checkpoint to load")
+    ckpt: Location = location("checkpoint, or exported file, to load")
     split: str = field("split to evaluate", "the name of a split", min_length=1, max_length=200)
     image_size: ImageSize | None = image_size_field()
     batch_size: BatchSize = batch_size_field()
@@ -64,10 +68,11 @@ def run(cfg: EvalConfig) -> dict[str, Any]:
     """
     device = init_distributed(cfg.device, RANK_TIMEOUT)
     seed_everything(cfg.seed)
-    detector = build_from_checkpoint(str(cfg.ckpt)).to(device)
-    image_size = cfg.image_size or detector.cfg["image_size"]
+    model = _load_model(cfg, device)
+    image_size = cfg.image_size or model.image_size
+    _check_shape(cfg, image_size, model.fixed_shape)
     check_batch(cfg.batch_size, image_size, device)
-    data = cfg.data.as_dict() if cfg.data else detector.cfg.get("data")
+    data = cfg.data.as_dict() if cfg.data else model.cfg.get("data")
     if data is None:
         raise DetkitError(f"{cfg.ckpt} does not name its data set: add data=coco data.root=DIR")
     with main_process_first(), error_context(None if cfg.data else cfg.ckpt):  # the main process writes the index
@@ -75,13 +80,12 @@ def run(cfg: EvalConfig) -> dict[str, Any]:
     if not len(annotations.labels) and not data.get("allow_empty"):
         hint = "to detect objects in its images, run predict with source=FOLDER"
         raise DetkitError(f"split={cfg.split} has no boxes to compare with: {explain_empty(annotations)}; {hint}")
-    if annotations.class_names != detector.class_names:
-        expected, found = (shorten(", ".join(names)) for names in (detector.class_names, annotations.class_names))
+    if annotations.class_names != model.class_names:
+        expected, found = (shorten(", ".join(names)) for names in (model.class_names, annotations.class_names))
         raise DetkitError(f"{cfg.ckpt} was trained with the classes {expected}; {annotations.source} has {found}")
     log_split(cfg.split, annotations)
     run_dir = Path(run_on_main(lambda: str(make_run_dir(cfg, "eval", checkpoint_name(cfg.ckpt)))))
 
-    model = detector.as_model(cfg.amp or _training_amp(detector.cfg, device))
     result = _evaluate(cfg, model, annotations, image_size)
     try:
         if is_main_process():
@@ -101,18 +105,48 @@ def run(cfg: EvalConfig) -> dict[str, Any]:
 
 def _evaluate(cfg: EvalConfig, model: Model, annotations: Annotations, image_size: int) -> Evaluation:
     """Evaluate a model on letterboxed batches, or with tiles or test-time augmentation as ``predict`` does."""
+    thresholds = _thresholds(cfg, model)
     if cfg.tiles is not None or cfg.tta:
-        keys = ("score", "iou", "max_det", "batch_size", "rect", "tiles", "overlap", "tta", "merge")
+        keys = ("batch_size", "rect", "tiles", "overlap", "tta", "merge")
         settings: dict[str, Any] = {key: getattr(cfg, key) for key in keys}
+        settings |= {key: getattr(thresholds, key) for key in ("score", "iou", "max_det", "multi_label")}
         threads = min(worker_count(cfg.workers), READER_THREADS)
-        predictor = make_predictor(model, image_size=image_size, multi_label=True, threads=threads, **settings)
+        predictor = make_predictor(model, image_size=image_size, threads=threads, **settings)
         with show_progress("evaluation", len(annotations) // world_size()) as bar:
             return evaluate_views(predictor, annotations, bar.advance)
     check_batch_memory(cfg.batch_size, image_size, cfg.workers)
     loader = val_loader(annotations, cfg.batch_size, image_size, model.device, rect=cfg.rect, workers=cfg.workers)
     with show_progress("evaluation", len(loader)) as bar:
-        thresholds = Thresholds(cfg.score, cfg.iou, cfg.max_det, multi_label=True)
         return evaluate(model, loader.epoch(0), annotations, thresholds, bar.advance)
+
+
+def _thresholds(cfg: EvalConfig, model: Model) -> Thresholds:
+    """Return the thresholds of the keys; a file with non-maximum suppression inside has limits of its own."""
+    thresholds = Thresholds(cfg.score, cfg.iou, cfg.max_det, multi_label=True)
+    if isinstance(model, ExportedModel) and model.has_nms:
+        thresholds = replace(thresholds, score=max(cfg.score, model.metadata.score), multi_label=False)
+        logger.warning(
+            "%s has non-maximum suppression inside: only boxes of one class above score %g count, so that AP is lower "
+            "than the checkpoint's; with nms=false they are the same",
+            cfg.ckpt,
+            thresholds.score,
+        )
+    return thresholds
+
+
+def _load_model(cfg: EvalConfig, device: torch.device) -> Model:
+    """Load the checkpoint, in the precision of its training unless ``amp`` is given, or an exported file."""
+    path = Path(str(cfg.ckpt))
+    if find_format(path) is not None:
+        return load_model(path, device, cfg.amp or "auto")
+    detector = build_from_checkpoint(path).to(device)
+    return detector.as_model(cfg.amp or _training_amp(detector.cfg, device))
+
+
+def _check_shape(cfg: EvalConfig, image_size: int, fixed: FixedShape) -> None:
+    """Check that a file whose input does not vary in size takes what is evaluated."""
+    if fixed[1:] != (None, None) and (cfg.rect or fixed[1:] != (image_size, image_size)):
+        raise DetkitError(f"{cfg.ckpt} only takes {fixed[1]}x{fixed[2]} pixels: use image_size={fixed[1]} rect=false")
 
 
 def _training_amp(cfg: Mapping[str, Any], device: torch.device) -> str:

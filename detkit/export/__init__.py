@@ -1,0 +1,1 @@
+"""Exporting detectors to other runtimes, checking the files against PyTorch, and running them."""

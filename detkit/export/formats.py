@@ -1,0 +1,72 @@
+"""The formats: what each can hold, and what writes and runs it."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from detkit.errors import DetkitError
+from detkit.export.model import ExportedModel, Runner
+from detkit.export.onnx import open_onnx, write_onnx
+from detkit.export.openvino import open_openvino, write_openvino
+from detkit.export.settings import ExportSettings
+
+
+@dataclass(frozen=True)
+class Format:
+    """A format of exported files.
+
+    Attributes:
+        suffix: of the file, or of the folder's name.
+        marker: suffix by which the file, or the one in a folder, is known.
+        write: writes a detector to a path.
+        open: takes path, device, amp (of a checkpoint; only some runtimes use it) and raw (return boxes and scores of a
+            file with NMS inside).
+        has_nms: whether NMS can be inside.
+        is_dynamic: whether the batch and the sides can vary.
+        precisions: that it can be exported in.
+    """
+
+    suffix: str
+    marker: str
+    write: Callable[[ExportSettings, Path], None]
+    open: Callable[[Path, torch.device, str, bool], Runner]
+    has_nms: bool = False
+    is_dynamic: bool = True
+    precisions: tuple[str, ...] = ("float32",)
+
+
+CPU = torch.device("cpu")
+ALL = ("float32", "float16", "int8")
+FORMATS = {
+    "onnx": Format(".onnx", ".onnx", write_onnx, open_onnx, has_nms=True, precisions=ALL),
+    "openvino": Format("_openvino", ".xml", write_openvino, open_openvino, has_nms=True, precisions=ALL),
+}
+
+
+def find_format(path: Path) -> Format | None:
+    """Return the format of an exported file or folder, by its suffix or the one file in it; None for others."""
+    if not path.is_dir():
+        return next((form for form in FORMATS.values() if path.suffix == form.marker), None)
+    present = {file.suffix for file in path.iterdir()}
+    return next((form for form in FORMATS.values() if form.suffix[0] == "_" and form.marker in present), None)
+
+
+def open_exported(
+    path: Path, form: Format, device: torch.device = CPU, amp: str = "off", *, raw: bool = False
+) -> ExportedModel:
+    """Open a file, or the only one of a folder, in its runtime.
+
+    Raises:
+        DetkitError: it cannot be read, or a package is missing.
+    """
+    file = path
+    if path.is_dir():
+        files = sorted(path.glob(f"*{form.marker}"))
+        if len(files) != 1:
+            raise DetkitError(f"{path} holds {len(files)} files *{form.marker}: name one of them")
+        file = files[0]
+    elif not path.exists():
+        raise DetkitError(f"{path} does not exist")
+    return ExportedModel(form.open(file, device, amp, raw), path.name, raw)
