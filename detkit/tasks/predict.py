@@ -12,8 +12,8 @@ from detkit.config.common import Amp, ImageSize, ViewsConfig, image_size_field
 from detkit.config.fields import Location, field, location, number, whole
 from detkit.config.schema import MAX_BATCH
 from detkit.data.loader import worker_count
-from detkit.engine.checkpoint import build_from_checkpoint
 from detkit.errors import DetkitError, printable
+from detkit.export.runtime import load_model
 from detkit.inference.frames import Frame
 from detkit.inference.model import Model
 from detkit.inference.predictor import Predictor, make_predictor
@@ -94,7 +94,7 @@ def run(cfg: PredictConfig) -> Path:
         DetkitError: the checkpoint or an image cannot be read, or an image cannot be written.
         OSError: ``predictions.json`` cannot be written.
     """
-    model = load_model(cfg)
+    model = load_model(str(cfg.ckpt), pick_device(cfg.device), cfg.amp)
     items = list_source(cfg.source, cfg.recursive)
     _check_tracking(cfg, items)
     threads = min(worker_count("auto"), MAX_THREADS) if cfg.workers == "auto" else cfg.workers
@@ -120,11 +120,6 @@ def run(cfg: PredictConfig) -> Path:
     logger.info("predictions.json and the other results are in %s", run_dir)
     failures.raise_first()
     return run_dir
-
-
-def load_model(cfg: PredictConfig) -> Model:
-    """Return the model of ``cfg.ckpt``, in the form that is fastest on ``cfg.device``."""
-    return build_from_checkpoint(str(cfg.ckpt)).to(pick_device(cfg.device)).fuse().as_model(cfg.amp)
 
 
 class Failures:

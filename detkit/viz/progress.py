@@ -70,7 +70,7 @@ class Bar:
     def rate(self) -> str:
         """Return the number of steps per second and the time left, such as ``31.4 images/s, 1:20 left``."""
         rate = self.count / max(time.perf_counter() - self.start, 1e-9)
-        left = "" if self.total is None else f", {clock(max(self.total - self.count, 0) / max(rate, 1e-9))} left"
+        left = f", {clock(max(self.total - self.count, 0) / rate)} left" if self.total and self.count else ""
         return f"{rate:.1f} {self.unit}/s{left}"
 
 
