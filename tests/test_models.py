@@ -211,7 +211,7 @@ def test_predict_takes_arrays_files_folders_and_lists(tmp_path, shapes_root):
         (tmp_path, "contains no images"),
         (tmp_path / "no.jpg", "does not exist"),
         (array[..., 0], "uint8 RGB"),
-        (3, "not int"),
+        (3.5, "not float"),
     ):
         with pytest.raises(DetkitError, match=message):
             detector.predict(source)

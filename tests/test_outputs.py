@@ -13,11 +13,13 @@ import cv2
 import numpy as np
 import pytest
 
-from detkit.tasks import check_data, predict
+from detkit.tasks import check_data
 from detkit.tasks import eval as evaluation
+from detkit.tasks.predictions import outputs
 from tests.conftest import run_command
 
 UNUSUAL_NAME = os.fsdecode(b"caf\xe9\n.jpg")  # neither UTF-8 nor one line
+RECORDS = ("predictions.json", "predictions.csv")
 TOOLS = Path(__file__).parents[1] / "tools"
 
 
@@ -61,7 +63,7 @@ def test_predicting_a_broken_image_loses_no_other(finished_run, images, tmp_path
     assert status == 2
     assert "cannot read image" in error
     assert "a.jpg" in output and "c.jpg" in output
-    assert {p.name for p in out.iterdir()} == {"b.jpg", "predictions.json"}
+    assert {p.name for p in out.iterdir()} == {"b.jpg", *RECORDS}
     assert predicted(out) == ["b.jpg"]
 
 
@@ -70,7 +72,7 @@ def test_images_of_one_stem_get_different_names(finished_run, images, tmp_path, 
     status, _, _ = run_command(monkeypatch, capsys, *predict_arguments(finished_run, source, out))
     assert status == 0
     drawn = {"a.jpg.jpg", "a.jpeg.jpg", "a.jpg.jpg.jpg", "[b].jpg"}
-    assert {p.name for p in out.iterdir()} == {*drawn, "predictions.json"}
+    assert {p.name for p in out.iterdir()} == {*drawn, *RECORDS}
 
 
 def test_predicting_a_name_that_is_not_utf8(finished_run, images, tmp_path, monkeypatch, capsys):
@@ -83,41 +85,43 @@ def test_predicting_a_name_that_is_not_utf8(finished_run, images, tmp_path, monk
 
 
 @pytest.mark.parametrize(
-    ("error", "status", "names"),
-    [
-        (OSError(errno.ENOSPC, "No space left on device"), 2, ["a.jpg", "b.jpg", "c.jpg"]),
-        (KeyboardInterrupt(), 130, ["a.jpg", "b.jpg"]),
-    ],
+    ("error", "status"), [(OSError(errno.ENOSPC, "No space left on device"), 2), (KeyboardInterrupt(), 130)]
 )
-def test_predictions_so_far_are_written(error, status, names, finished_run, images, tmp_path, monkeypatch, capsys):
+def test_predictions_so_far_are_written(error, status, finished_run, images, tmp_path, monkeypatch, capsys):
     source, out = images("a.jpg", "b.jpg", "c.jpg"), tmp_path / "out"
-    save = predict.save_image
+    save = outputs.save_image
 
     def save_or_fail(image: np.ndarray, path: Path) -> None:
         if path.name == "b.jpg":
             raise error
         save(image, path)
 
-    monkeypatch.setattr(predict, "save_image", save_or_fail)
+    monkeypatch.setattr(outputs, "save_image", save_or_fail)
     found, _, message = run_command(monkeypatch, capsys, *predict_arguments(finished_run, source, out))
     assert found == status
-    assert predicted(out) == names
+    assert predicted(out)[:2] == ["a.jpg", "b.jpg"]
     if status == 2:
+        assert predicted(out)[2:] == ["c.jpg"]
         assert f"cannot write {out / 'b.jpg'}: No space left" in message
         assert (out / "c.jpg").exists()
 
 
 def test_predictions_replace_drawn_images_on_a_full_disk(finished_run, images, tmp_path, monkeypatch, capsys):
-    source, out = images("a.jpg", "b.jpg"), tmp_path / "out"
-    write = predict.write_atomically
-    monkeypatch.setattr(
-        predict, "write_atomically", lambda *args: (no_room if len(list(out.iterdir())) > 1 else write)(*args)
-    )
-    status, _, _ = run_command(monkeypatch, capsys, *predict_arguments(finished_run, source, out))
+    source, out = images("a.jpg", "b.jpg", "c.jpg"), tmp_path / "out"
+    write = os.pwrite
+
+    def write_if_empty(descriptor: int, data: bytes, position: int) -> int:
+        if list(out.glob("*.jpg")):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write(descriptor, data, position)
+
+    monkeypatch.setattr(os, "pwrite", write_if_empty)
+    arguments = predict_arguments(finished_run, source, out)
+    status, _, _ = run_command(monkeypatch, capsys, *arguments, "batch_size=1", "workers=0")
     assert status == 0
-    assert predicted(out) == ["a.jpg", "b.jpg"]
-    assert len(list(out.iterdir())) == 2
-    monkeypatch.setattr(predict, "write_atomically", no_room)
+    assert predicted(out) == ["a.jpg", "b.jpg", "c.jpg"]
+    assert {p.name for p in out.iterdir()} == {"c.jpg", *RECORDS}
+    monkeypatch.setattr(os, "pwrite", lambda *_: no_room(out))
     arguments = predict_arguments(finished_run, source, tmp_path / "full")
     status, _, error = run_command(monkeypatch, capsys, *arguments)
     assert status == 2

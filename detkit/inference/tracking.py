@@ -11,6 +11,10 @@ from detkit.errors import DetkitError
 from detkit.structures import Detections
 
 TRACKERS = {"bytetrack": "ByteTrackTracker", "sort": "SORTTracker", "ocsort": "OCSORTTracker"}
+SETTINGS = {  # where the package's defaults, for detectors of pedestrians, are too strict: 0.6 and 0.7
+    "bytetrack": {"high_conf_det_threshold": 0.4, "track_activation_threshold": 0.4},
+    "ocsort": {"high_conf_det_threshold": 0.4},
+}
 FPS = 30.0  # where a video does not state its own
 
 
@@ -32,7 +36,7 @@ class Tracker:
             trackers = importlib.import_module("trackers")
         except ImportError as error:
             raise DetkitError(f"track={name} needs trackers: pip install 'detkit[track]' ({error})") from None
-        self.tracker: Any = getattr(trackers, TRACKERS[name])(frame_rate=fps or FPS)
+        self.tracker: Any = getattr(trackers, TRACKERS[name])(frame_rate=fps or FPS, **SETTINGS.get(name, {}))
 
     def update(self, found: Detections) -> Detections:
         """Return the detections of the next frame with their ``tracks``: an id, or -1 if an object has none yet."""

@@ -14,24 +14,24 @@ from detkit.inference.video import stream_name
 class OutputNames:
     """Unique names, without suffix, for the frames of a source.
 
-    They are those of the files without their suffix, or with it if several have the same; below the folder that all
-    files have in common, they keep their folders.
+    They are those of the files without their suffix; or with it, if several have the same without; or with their
+    folders below the one that all files have in common, if several have the same name.
     """
 
     def __init__(self, items: Iterable[Item]) -> None:
-        files = sorted({item for item in items if isinstance(item, Path)})
+        streams = [item for item in items if isinstance(item, (str, int))]
+        self.names: dict[str, str] = {str(item): safe_name(stream_name(item)) for item in streams}
+        files = {item for item in items if isinstance(item, Path)}
         folders = {file.parent: os.path.abspath(file.parent) for file in files}  # noqa: PTH100  (may not exist)
         common = os.path.commonpath(folders.values()) if folders else ""
-        folder_of = {folder: Path(os.path.relpath(path, common)) for folder, path in folders.items()}
-        stems = Counter((file.parent, file.stem) for file in files)
-        names = {(file.parent, file.name) for file in files}
-        self.names: dict[str, str] = {
-            str(item): safe_name(stream_name(item)) for item in items if isinstance(item, (str, int))
-        }
+        stems, names = Counter(file.stem for file in files), Counter(file.name for file in files)
         for file in files:
-            key = file.parent, file.stem
-            name = file.name if stems[key] > 1 or key in names else file.stem
-            self.names[str(file)] = str(folder_of[file.parent] / name)
+            if stems[file.stem] == 1 and file.stem not in names:
+                self.names[str(file)] = file.stem
+            elif names[file.name] == 1:
+                self.names[str(file)] = file.name
+            else:
+                self.names[str(file)] = str(Path(os.path.relpath(folders[file.parent], common), file.name))
 
     def source(self, frame: Frame) -> str:
         """Return the name of a frame's file, video or stream."""
