@@ -309,4 +309,4 @@ def test_a_summary_fits_into_a_hundred_columns(overrides, monkeypatch, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert max(map(len, lines)) <= 100
     assert not any("…" in line for line in lines)
-    assert "one image of 320x320 pixels, 80 classes" in " ".join(lines)
+    assert lines[-2].endswith("one image of 320x320 pixels, 80 classes.")

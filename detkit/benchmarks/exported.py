@@ -19,23 +19,24 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class ExportedForm:
-    """How a model is exported: the name of its row, its format, and its precision."""
+    """How a model is exported: the name of its row, its format, its precision, and the value of ``amp`` to run it."""
 
     name: str
     form: str
     precision: str = "float32"
+    amp: str = "auto"
 
 
 FORMS = (
     ExportedForm("onnxruntime", "onnx"),
     ExportedForm("openvino", "openvino"),
-    ExportedForm("openvino_int8", "openvino", "int8"),
+    ExportedForm("openvino_int8", "openvino", "int8", amp="off"),  # OpenVINO cannot mix int8 with bf16
 )
 
 
 def export_forms(
     detector: Detector, image_size: int, calibration: Sequence[np.ndarray], folder: Path
-) -> dict[str, Path]:
+) -> dict[ExportedForm, Path]:
     """Export a detector without NMS in every form of FORMS; one that cannot be written is left out with a warning.
 
     Args:
@@ -45,13 +46,13 @@ def export_forms(
         folder: existing; receives the files.
 
     Returns:
-        The files or folders by name of the form.
+        The files or folders of the forms.
     """
     files = {}
     deployed = detector.fuse().to(memory_format=torch.contiguous_format)
     for form in FORMS:
         try:
-            files[form.name] = _export(deployed, form, image_size, calibration, folder)
+            files[form] = _export(deployed, form, image_size, calibration, folder)
         except (DetkitError, ImportError) as error:
             logger.warning("%s is left out: %s", form.name, error)
     return files
@@ -77,13 +78,13 @@ def _export(
     return path
 
 
-def open_model(path: Path, device: torch.device) -> Model:
+def open_model(path: Path, device: torch.device, amp: str) -> Model:
     """Open an exported file in its runtime.
 
     Raises:
         DetkitError: it cannot be read, or a package is missing.
     """
-    return _part("runtime").load_model(path, device)
+    return _part("runtime").load_model(path, device, amp)
 
 
 def is_exported(path: Path) -> bool:

@@ -96,7 +96,7 @@ def _copy_images(cfg: BenchmarkConfig, folder: Path) -> int:
 def _variants(cfg: BenchmarkConfig, device: torch.device, folder: Path, exported: Path) -> list[Variant]:
     """Return the forms to measure; the exported ones are written first."""
     if cfg.ckpt is not None and is_exported(Path(str(cfg.ckpt))):
-        return [Variant("exported", file=Path(str(cfg.ckpt)))]
+        return [Variant("exported", amp="auto", file=Path(str(cfg.ckpt)))]
     variants = [
         Variant("float32", fused=False, channels_last=False),
         Variant("fused", channels_last=False),
@@ -112,7 +112,7 @@ def _variants(cfg: BenchmarkConfig, device: torch.device, folder: Path, exported
         view = ViewSettings(cfg.image_size, detector.max_stride)
         images = [make_views(read_image(path), view)[0].pixels for path in sorted(folder.iterdir())[:CALIBRATION]]
         files = export_forms(detector, cfg.image_size, images, exported)
-        variants += [Variant(name, file=file) for name, file in files.items()]
+        variants += [Variant(form.name, amp=form.amp, file=file) for form, file in files.items()]
     return variants
 
 

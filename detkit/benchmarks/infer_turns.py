@@ -70,7 +70,7 @@ def make_model(cfg: BenchmarkConfig, variant: Variant) -> Model:
     """Return what prediction runs."""
     device = pick_device(cfg.device)
     if variant.file is not None:
-        return open_model(variant.file, device)
+        return open_model(variant.file, device, variant.amp)
     detector = make_detector(cfg).to(device)
     if variant.fused:
         detector = detector.fuse()

@@ -38,6 +38,7 @@ def run(cfg: SummaryConfig) -> list[Row]:
         DetkitError: the parts do not fit together.
     """
     class_names = [str(k) for k in range(cfg.num_classes)]
+    precision = Precision.from_config(cfg.amp, pick_device(cfg.device))
     rows = None
     if (planned := build_meta_detector(cfg.as_dict(), class_names, copies=0)) is not None:
         with contextlib.suppress(NotImplementedError, RuntimeError):  # a part that needs values
@@ -45,16 +46,15 @@ def run(cfg: SummaryConfig) -> list[Row]:
     if rows is None or cfg.time:
         seed_everything(cfg.seed)
         detector = build_detector(cfg.as_dict(), class_names, copies=3 if cfg.time else 1)
-        detector = detector.to(pick_device(cfg.device))
+        detector = detector.to(precision.device)
         rows = rows or summarize(detector, cfg.image_size, cfg.depth)
-    how = ""
     if cfg.time:
-        precision = Precision.from_config(cfg.amp, pick_device(cfg.device))
         rows = add_times(rows, _time(detector, cfg, precision))
-        how = f"; milliseconds of the fused network on {precision.device}, {precision}, {cfg.rounds} rounds"
     print_summary(rows, make_console())
     size = cfg.image_size
-    logger.info("%s: one image of %dx%d pixels, %d classes%s.", model_name(cfg), size, size, cfg.num_classes, how)
+    logger.info("%s: one image of %dx%d pixels, %d classes.", model_name(cfg), size, size, cfg.num_classes)
+    if cfg.time:
+        logger.info("ms: of the fused network in %s on %s.", precision, precision.device)
     return rows
 
 
