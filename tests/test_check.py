@@ -12,8 +12,9 @@ import detkit
 from detkit import cli
 from detkit.checks.harness import Composition
 from detkit.checks.model_checks import empty_targets, run_check
-from detkit.models.profiling import activation_bytes
-from detkit.models.summary import summarize
+from detkit.models.profiling import activation_bytes, module_seconds
+from detkit.models.summary import add_times, summarize
+from detkit.tasks import load_config, summary
 
 PLUGIN = '''
 import torch
@@ -269,12 +270,43 @@ def test_a_module_that_runs_several_times_counts_once_in_parameters_and_each_tim
     assert "lists.a.0" not in rows  # it stands as first already
 
 
+def test_times_count_for_the_nearest_listed_module():
+    rows = summarize(Twice(), 32, 1)
+    seconds = {"": 1.0, "first": 2.0, "lists.a.1": 4.0, "first.part": 8.0, "firstly": 16.0}
+    ms = {row.name: row.ms for row in add_times(rows, seconds)}
+    assert ms == {"first": 10_000, "lists.a.1": 4_000, "(own)": 17_000, "total": 31_000}
+
+
+def test_every_module_is_timed_without_those_it_calls():
+    module = Twice()
+    seconds = module_seconds(module, torch.rand(1, 3, 32, 32), rounds=2)
+    assert set(seconds) == {"", "first", "lists.a.1"}
+    assert all(value > 0 for value in seconds.values())
+    assert not module._forward_hooks  # nothing is left behind
+    assert not module.first._forward_pre_hooks
+
+
+@pytest.mark.parametrize("overrides", [[], ["backbone=revcol_tiny"], ["model=yolov8n_gold", "amp=off"]], ids=" ".join)
+def test_a_summary_measures_the_network_that_predict_runs(overrides):
+    sizes = ["image_size=64", "num_classes=3", "device=cpu", "rounds=1", "depth=2"]
+    rows = {row.name: row for row in summary.run(load_config("summary", [*overrides, *sizes]))}
+    total = rows["total"].ms
+    assert total is not None
+    assert total > 0
+    assert 0 < sum(rows[part].ms or 0 for part in ("backbone", "neck", "head")) <= total * (1 + 1e-9)
+    leaves = [row.ms for row in rows.values() if row.leaf and row.flops]
+    assert all(ms is not None and ms > 0 for ms in leaves)
+    untimed = summary.run(load_config("summary", [*overrides, *sizes, "time=false"]))
+    assert [row.name for row in untimed] == list(rows)
+    assert all(row.ms is None for row in untimed)
+
+
 @pytest.mark.parametrize("overrides", MODELS, ids=" ".join)
 def test_a_summary_fits_into_a_hundred_columns(overrides, monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "100")
-    monkeypatch.setattr(sys, "argv", ["detkit", "summary", *overrides, "depth=3"])
+    monkeypatch.setattr(sys, "argv", ["detkit", "summary", *overrides, "depth=3", "rounds=1", "image_size=320"])
     cli.main()
     lines = capsys.readouterr().out.splitlines()
     assert max(map(len, lines)) <= 100
     assert not any("…" in line for line in lines)
-    assert lines[-1].endswith("one image of 640x640 pixels, 80 classes.")
+    assert lines[-2].endswith("one image of 320x320 pixels, 80 classes.")

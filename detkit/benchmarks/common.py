@@ -22,14 +22,16 @@ class BenchmarkConfig(ComposedConfig):
     """Keys of ``configs/benchmark.yaml``."""
 
     task: str = field("benchmark to run", "the name of a benchmark")
-    data: DataConfig = field("data set for task=data", default=None)
+    data: DataConfig = field("data set for task=data and infer", default=None)
     augment: AugmentConfig
     optim: OptimConfig
     batch_size: BatchSize = batch_size_field()
     num_classes: int = whole("number of classes", 1, MAX_CLASSES)
     boxes: int = whole("ground-truth boxes per image", 0, 10_000)
     rounds: int = whole("timed runs of each variant", 1)
-    compile: bool = field("also time the compiled training step")
+    compile: bool = field("also time the compiled training step or network")
+    ckpt: Location | None = location("checkpoint or exported file that task=infer measures instead of a new model")
+    exports: bool = field("task=infer: also time the model exported to ONNX and OpenVINO")
     peer: Location | None = location(
         "path of a Python interpreter with Ultralytics installed, to time that project as well"
     )

@@ -9,10 +9,17 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from detkit.errors import DetkitError
 
 Ask = Callable[[str], Any]
 QUIET = {"YOLO_OFFLINE": "true", "YOLO_AUTOINSTALL": "false", "YOLO_VERBOSE": "false"}
+
+
+def peer_threads(python: str | int | None) -> dict[str, int]:
+    """Return the rows of a comparison with a peer, each with its number of threads; 0: as many as it sets itself."""
+    return {} if python is None else {"peer": 0, "peer_equal_threads": torch.get_num_threads()}
 
 
 @contextmanager

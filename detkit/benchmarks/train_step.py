@@ -1,11 +1,10 @@
 """Benchmark of the training step, compared to plain float32 and a peer in the same run."""
 
-import multiprocessing
 import statistics
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -19,7 +18,8 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from detkit.benchmarks.common import WARMUP, BenchmarkConfig, describe, print_result, time_once
-from detkit.benchmarks.peer import start_peer
+from detkit.benchmarks.peer import peer_threads, start_peer
+from detkit.benchmarks.process import start_process
 from detkit.config import import_plugins
 from detkit.engine.auto_batch import check_batch
 from detkit.engine.compile import compile_network
@@ -31,12 +31,12 @@ from detkit.models.profiling import dummy_batch
 from detkit.ops.device import pick_device
 from detkit.ops.precision import Precision, is_out_of_memory, seed_everything, tune_malloc
 from detkit.structures import Batch
-from detkit.viz.console import setup_logging
 
 MATRIX = {"cpu": 2048, "cuda": 8192}  # side of the matrices in the product that measures the device's limit
 PEER_BATCHES = 4  # in the data set that a peer cycles through
-# Runs in the peer's Python; arguments: data.yaml, model, image size, batch size, device. It is trained and timed by its
-# public API and callbacks, with one optimizer step per batch of images without augmentation.
+# Runs in the peer's Python; arguments: data.yaml, model, image size, batch size, device, threads (0: as it sets them
+# itself). It is trained and timed by its public API and callbacks, with one optimizer step per batch of images without
+# augmentation.
 PEER = """
 import json, os, resource, sys, time
 answers = os.fdopen(os.dup(1), "w")
@@ -44,11 +44,14 @@ os.dup2(2, 1)  # other output must not be taken for an answer
 import torch
 from ultralytics import YOLO
 data, name, side, batch, device = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4]), sys.argv[5]
+threads = int(sys.argv[6])
 gpu = device != "cpu"
 started, counts = [False], [gpu]  # on a GPU only every other step is timed: the one before reallocates memory
 def begin(trainer):
     if not started[0]:
         started[0] = True
+        if threads:  # training has set its own number by now
+            torch.set_num_threads(threads)
         print(0, file=answers, flush=True)
     counts[0] = not (gpu and counts[0])
     if not (gpu and counts[0]) and not sys.stdin.readline():
@@ -117,7 +120,8 @@ def run(cfg: BenchmarkConfig) -> dict[str, Any]:
     the machine affects all equally. On a GPU a turn is two steps, of which the second is timed: the first allocates the
     memory that the process has released for the others. bf16 runs only if ``amp=auto`` would choose it.
     ``compile=true`` adds the last variant compiled. ``peer`` is a Python with ultralytics, which trains its model of
-    the same name with its default settings, alternating with detkit.
+    the same name with its default settings, alternating with detkit: once as it runs (it leaves itself one thread less
+    than there are cores), and once with as many threads as detkit.
 
     The fraction of the arithmetic limit is the FLOPs of a step, forward and backward, counted by operator, over those
     of products of large matrices in the same precision and time, measured between the steps.
@@ -158,26 +162,26 @@ def run(cfg: BenchmarkConfig) -> dict[str, Any]:
         "fraction_of_limit": fraction,
         "memory_mib": {name: timing.memory / 2**20 for name, timing in timings.items()},
     }
-    if "peer" in seconds:
-        result["ratio_to_peer"] = {name: seconds["peer"] / value for name, value in seconds.items()}
+    for peer in peer_threads(cfg.peer):
+        result[f"ratio_to_{peer}"] = {name: seconds[peer] / value for name, value in seconds.items()}
     return print_result(table, result)
 
 
 def _in_turns(cfg: BenchmarkConfig, device: torch.device, variants: list[Variant]) -> tuple[int, dict[str, Timing]]:
-    """Run the steps of all variants and the peer, each in its own process, alternately.
+    """Run the steps of all variants and of both peers, each in its own process, alternately.
 
     Returns:
         The FLOPs of a step, and the measurements.
     """
-    timings = {name: Timing() for name in [v.name for v in variants] + ["peer"] * (cfg.peer is not None)}
     with ExitStack() as stack:
         asks, counts = {}, []
         for variant in variants:
-            ask, flops = stack.enter_context(_own_process(cfg, variant))
+            ask, flops = stack.enter_context(start_process(variant.name, _serve, cfg, variant))
             asks[variant.name] = ask
             counts.append(flops)
-        if cfg.peer is not None:
-            asks["peer"] = stack.enter_context(_peer(cfg, device))
+        for name, threads in peer_threads(cfg.peer).items():
+            asks[name] = stack.enter_context(_peer(cfg, device, threads))
+        timings = {name: Timing() for name in asks}
         for k in range(WARMUP + cfg.rounds):
             for name, ask in asks.items():
                 answer = ask("go")
@@ -188,39 +192,8 @@ def _in_turns(cfg: BenchmarkConfig, device: torch.device, variants: list[Variant
     return counts[0], timings
 
 
-@contextmanager
-def _own_process(cfg: BenchmarkConfig, variant: Variant) -> Iterator[tuple[Callable[[str], Any], int]]:
-    """Start a process for a variant; yield a function that runs a step in it, and the FLOPs of one."""
-    context = multiprocessing.get_context("spawn")
-    parent_end, child_end = context.Pipe()
-    process = context.Process(target=_serve, args=(child_end, cfg, variant), daemon=True)
-    process.start()
-    child_end.close()
-
-    def answer() -> Any:
-        try:
-            answer = parent_end.recv()
-        except EOFError:
-            raise DetkitError(f"the process of '{variant.name}' has exited: see its output above") from None
-        if isinstance(answer, str):
-            raise DetkitError(f"'{variant.name}' cannot be measured: {answer}")
-        return answer
-
-    def ask(line: str) -> Any:
-        with suppress(BrokenPipeError):  # it has exited: answer() raises, or returns its last message
-            parent_end.send(line)
-        return answer()
-
-    try:
-        yield ask, answer()  # wait until it is ready, so that the processes start one after another
-    finally:
-        process.terminate()
-        process.join()
-
-
 def _serve(pipe: Connection, cfg: BenchmarkConfig, variant: Variant) -> None:
-    """Run one step for every message received (in a process of its own); reply with an error message on failure."""
-    setup_logging()
+    """Send the FLOPs of a step, then run one for every message received (in a process of its own)."""
     device = pick_device(cfg.device)
     try:
         step = _make_step(cfg, variant)
@@ -237,12 +210,10 @@ def _serve(pipe: Connection, cfg: BenchmarkConfig, variant: Variant) -> None:
             answer = {"seconds": seconds, "limit": _arithmetic_limit(device, dtype), "memory": memory}
             torch.cuda.empty_cache()
             pipe.send(answer)
-    except DetkitError as error:
-        pipe.send(str(error))
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
-        pipe.send(f"batch_size={cfg.batch_size} is too much for the memory of {device}")
+        raise DetkitError(f"batch_size={cfg.batch_size} is too much for the memory of {device}") from None
 
 
 def _arithmetic_limit(device: torch.device, dtype: torch.dtype | None) -> float:
@@ -300,7 +271,7 @@ def _noise(cfg: BenchmarkConfig, images: int) -> Batch:
 
 
 @contextmanager
-def _peer(cfg: BenchmarkConfig, device: torch.device) -> Iterator[Callable[[str], Any]]:
+def _peer(cfg: BenchmarkConfig, device: torch.device, threads: int) -> Iterator[Callable[[str], Any]]:
     """Start the peer's training on noise images; yield a function that runs a step."""
     with tempfile.TemporaryDirectory(prefix="detkit-noise-") as folder:
         root, side = Path(folder), cfg.image_size
@@ -316,5 +287,6 @@ def _peer(cfg: BenchmarkConfig, device: torch.device) -> Iterator[Callable[[str]
         data = {"path": folder, "train": "images", "val": "images", "names": [str(k) for k in range(cfg.num_classes)]}
         (root / "data.yaml").write_text(yaml.safe_dump(data))
         place = "cpu" if device.type == "cpu" else str(device.index or 0)
-        with start_peer(str(cfg.peer), PEER, (root / "data.yaml", cfg.model.name, side, cfg.batch_size, place)) as ask:
+        arguments = (root / "data.yaml", cfg.model.name, side, cfg.batch_size, place, threads)
+        with start_peer(str(cfg.peer), PEER, arguments) as ask:
             yield ask

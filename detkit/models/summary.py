@@ -1,9 +1,9 @@
-"""Model summary: output shapes, parameters and FLOPs of each module of a detector."""
+"""Model summary: output shapes, parameters, FLOPs and time of each module of a detector."""
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
 
 import torch
@@ -25,6 +25,7 @@ class Row:
         shapes: shapes of its outputs, for example ``1x64x80x80``; empty if it is never called.
         parameters, flops: including submodules; shared parameters and modules count once, where they first appear.
         leaf: its children are not listed; the leaves add up to the detector.
+        ms: measured milliseconds including submodules; None if nothing was measured.
     """
 
     name: str
@@ -33,6 +34,7 @@ class Row:
     parameters: int
     flops: int
     leaf: bool
+    ms: float | None = None
 
 
 def summarize(detector: nn.Module, image_size: int, depth: int) -> list[Row]:
@@ -76,6 +78,29 @@ def summarize(detector: nn.Module, image_size: int, depth: int) -> list[Row]:
     return [*rows, total]
 
 
+def add_times(rows: list[Row], seconds: Mapping[str, float]) -> list[Row]:
+    """Return the rows with the measured times.
+
+    Args:
+        rows: of ``summarize``.
+        seconds: of ``module_seconds``, of the same detector or its deployed form. Time of a module that is not listed
+            counts for the listed one that it is part of.
+    """
+    names = {row.name for row in rows}
+    own: dict[str, float] = defaultdict(float)  # by listed module; "" is the detector itself
+    for path, value in seconds.items():
+        while path and path not in names:
+            path = path.rpartition(".")[0]
+        own[path] += value
+
+    def milliseconds(name: str) -> float:
+        if name.endswith("(own)"):
+            return 1000 * own[name.removesuffix("(own)").rstrip()]
+        return 1000 * sum(value for path, value in own.items() if name == "total" or f"{path}.".startswith(f"{name}."))
+
+    return [replace(row, ms=milliseconds(row.name)) for row in rows]
+
+
 def print_summary(rows: list[Row], console: Console) -> None:
     """Print one row per module, parents in bold, and the total last."""
     table = Table(header_style="bold")
@@ -84,6 +109,8 @@ def print_summary(rows: list[Row], console: Console) -> None:
     table.add_column("output", overflow="fold")
     table.add_column("parameters", justify="right", no_wrap=True)
     table.add_column("GFLOPs", justify="right", no_wrap=True)
+    if rows[-1].ms is not None:
+        table.add_column("ms", justify="right", no_wrap=True)
     *modules, total = rows
     for row in modules:
         table.add_row(row.name, row.kind, "\n".join(row.shapes), *_figures(row), style=None if row.leaf else "bold")
@@ -93,15 +120,16 @@ def print_summary(rows: list[Row], console: Console) -> None:
 
 
 def summary_markdown(rows: list[Row]) -> str:
-    """Return the table as Markdown."""
+    """Return the table of ``summarize`` as Markdown."""
     lines = ["| module | class | output | parameters | GFLOPs |", "| --- | --- | --- | ---: | ---: |"]
     for row in rows:
         lines.append(f"| {' | '.join((row.name, row.kind, ', '.join(row.shapes), *_figures(row)))} |")
     return "\n".join(lines)
 
 
-def _figures(row: Row) -> tuple[str, str]:
-    return f"{row.parameters:,}", f"{row.flops / 1e9:.2f}"
+def _figures(row: Row) -> tuple[str, ...]:
+    times = () if row.ms is None else (f"{row.ms:.2f}",)
+    return f"{row.parameters:,}", f"{row.flops / 1e9:.2f}", *times
 
 
 def _children(module: nn.Module) -> list[tuple[str, nn.Module]]:

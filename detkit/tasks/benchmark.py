@@ -1,12 +1,18 @@
-"""Measure a training step, data loading or memory: ``detkit benchmark task=train model=yolov8n``."""
+"""Measure a training step, prediction, data loading or memory: ``detkit benchmark task=train model=yolov8n``."""
 
 from typing import Any
 
-from detkit.benchmarks import akconv, data, reversible, train_step
+from detkit.benchmarks import akconv, data, infer, reversible, train_step
 from detkit.benchmarks.common import BenchmarkConfig
 from detkit.errors import DetkitError
 
-TASKS = {"train": train_step.run, "reversible": reversible.run, "akconv": akconv.run, "data": data.run}
+TASKS = {
+    "train": train_step.run,
+    "infer": infer.run,
+    "reversible": reversible.run,
+    "akconv": akconv.run,
+    "data": data.run,
+}
 
 
 def run(cfg: BenchmarkConfig) -> dict[str, Any]:

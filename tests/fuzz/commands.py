@@ -66,7 +66,7 @@ def command_line(rng: Random, material: Path, folder: Path) -> Trial:
         "eval": [checkpoint, "workers=0", "device=cpu"],
         "predict": [checkpoint, f"source={material}/set/images/val", "device=cpu"],
         "check": network,
-        "summary": network,
+        "summary": [*network, "rounds=1"],
         "check_data": [*data, "workers=1"],
         "convert_data": [*data, "format=yolo", "dst=converted"],
         "import_weights": [f"src={material}/foreign/state.pt", "dst=new.safetensors"],
