@@ -14,6 +14,7 @@ from detkit.export.onnx import open_onnx, write_onnx
 from detkit.export.openvino import open_openvino, write_openvino
 from detkit.export.pt2 import open_pt2, write_pt2
 from detkit.export.settings import ExportSettings
+from detkit.export.tensorrt import open_tensorrt, write_tensorrt
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,7 @@ FORMATS = {
     "pt2": Format(".pt2", ".pt2", write_pt2, open_pt2),
     "executorch": Format("_executorch", ".pte", write_executorch, open_executorch, is_dynamic=False),
     "ncnn": Format("_ncnn", ".param", write_ncnn, open_ncnn, is_dynamic=False, precisions=("float32", "float16")),
+    "tensorrt": Format(".engine", ".engine", write_tensorrt, open_tensorrt, precisions=ALL),
 }
 
 
