@@ -9,7 +9,7 @@ from torch import Tensor
 
 from detkit.errors import DetkitError, shorten
 from detkit.export.metadata import Metadata, parse_metadata
-from detkit.export.packages import need
+from detkit.export.packages import need, quiet_root_logger
 from detkit.export.pt2 import export_program
 from detkit.export.settings import ExportSettings, explain_failure
 from detkit.ops.files import read_regular
@@ -28,7 +28,7 @@ def write_executorch(settings: ExportSettings, path: Path) -> None:
     xnnpack = need("executorch.backends.xnnpack.partition.xnnpack_partitioner", EXTRA)
     program = export_program(settings, "ExecuTorch")
     try:
-        with warnings.catch_warnings(action="ignore"):
+        with quiet_root_logger(), warnings.catch_warnings(action="ignore"):
             lowered = exir.to_edge_transform_and_lower(program, partitioner=[xnnpack.XnnpackPartitioner()])
             content = lowered.to_executorch().buffer
     except Exception as error:  # whatever an exporter may raise

@@ -15,7 +15,8 @@ MAX_JSON = 2**28  # bytes of the graph, and of a list of tensors
 OPERATOR = re.compile(r"torch\.ops\.aten\.\w+\.\w+|_operator\.\w+|math\.\w+|torch\.sym_\w+")
 TENSOR_FILE = re.compile(r"(weight|tensor)_\d+")
 CHARACTERS = re.compile(r"[\w\s()\[\],'=!<>+*/%&|~.-]*")  # of an expression over sizes
-SIZE_NAMES = {"L", "images", "size", "not", "and", "or", "positive", "nonnegative", "integer"}  # besides sympy's
+ATTRIBUTES = {"size", "sym_max", "sym_min"}
+SIZE_NAMES = {"L", "images", "torch", "not", "and", "or", "positive", "nonnegative", "integer", *ATTRIBUTES}
 SYMBOL = re.compile(r"[suf]\d+|[A-Z]\w*|int_oo|oo")  # sizes, classes of sympy such as Mul, and infinity
 TYPES = {"builtins.tuple", "builtins.list", "builtins.dict", None}  # of inputs and outputs
 
@@ -87,7 +88,7 @@ def _is_size(text: Any) -> bool:
         return False
     names = re.findall(r"[A-Za-z_]\w*", text)
     attributes = re.findall(r"\.\s*([A-Za-z_]\w*)", text)
-    return all(n in SIZE_NAMES or SYMBOL.fullmatch(n) for n in names) and all(n == "size" for n in attributes)
+    return all(n in SIZE_NAMES or SYMBOL.fullmatch(n) for n in names) and ATTRIBUTES.issuperset(attributes)
 
 
 def _is_plain_tree(text: Any) -> bool:
