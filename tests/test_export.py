@@ -10,7 +10,14 @@ from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves, tree_map
 
 import detkit
+from detkit.checks.harness import Composition
+from detkit.export.metadata import describe
+from detkit.export.onnx import build_onnx
+from detkit.export.settings import ExportSettings
+from detkit.export.verify import count_unequal
+from detkit.models.detector import Detector
 from detkit.models.necks.repgd import pool_by_products
+from detkit.ops.nms import Thresholds
 from detkit.structures import AnchorOutput, DenseOutput
 from tests.conftest import TORCH
 
@@ -27,6 +34,25 @@ COMPOSITIONS = {
     },
     "mobilenetv2": {"backbone": "mobilenetv2", "overrides": ["model.depth=0.1"]},
 }
+NARROW = ["model.depth=0.1", "model.width=0.125"]
+GRID = COMPOSITIONS | {
+    "yolov8n_gold": {"model": "yolov8n_gold", "overrides": NARROW},
+    "yolov8n_p2": {"model": "yolov8n_p2", "overrides": NARROW},
+    "timm": {"backbone": "timm", "overrides": [*NARROW, "backbone.model=mobilenetv3_small_050"]},
+    "dynamicconv": {"model": "yolov8n_dynamicconv", "overrides": NARROW},
+    "dynamicbnact": {"model": "yolov8n_dynamicbnact", "overrides": NARROW},
+    "akconv": {"model": "yolov5n_akconv", "overrides": NARROW},
+    "akconv_tutorial": {
+        "overrides": [*NARROW, "backbone.downsample={name: akconv, n: 5, sampling: tutorial}"],
+    },
+}
+
+
+def randomized(name: str) -> Detector:
+    """A new detector, whose outputs depend on all its parts."""
+    detector = detkit.create_model(num_classes=3, **GRID[name])
+    Composition(detector, nn.Identity()).randomize_norms()
+    return detector.eval()
 
 
 @pytest.mark.parametrize(
@@ -40,11 +66,7 @@ COMPOSITIONS = {
     ],
 )
 def test_an_exported_detector_gives_the_same_at_other_sizes(name):
-    detector = detkit.create_model(num_classes=3, **COMPOSITIONS[name])
-    for module in detector.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            nn.init.uniform_(module.weight, 0.5, 1.5)  # of a new one some are 0, and hide what comes before
-    detector = detector.fuse()
+    detector = randomized(name).fuse()
     sides = {2: 32 * Dim("rows", min=2, max=20), 3: 32 * Dim("columns", min=2, max=20)}
     with torch.no_grad():
         program = torch.export.export(
@@ -76,3 +98,32 @@ def test_outputs_of_heads_are_trees():
         assert type(doubled) is type(output)
         assert torch.equal(doubled.cls, 2 * output.cls)
         assert getattr(doubled, "levels", None) == getattr(output, "levels", None)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", GRID)
+def test_onnx_runtime_gives_the_same_as_torch(name, tmp_path):
+    """Of two sizes and batches from one file: boxes and scores as PyTorch, detections as its NMS of these."""
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    detector = randomized(name).fuse().to(memory_format=torch.contiguous_format)
+    thresholds = Thresholds(score=0.01, iou=0.5, max_det=20)
+    values = {"score": 0.01, "iou": 0.5, "max_det": 20, "nms": True, "precision": "float32"}
+    metadata = describe(detector, image_size=64, fixed_shape=(None, None, None), **values)
+    model = build_onnx(ExportSettings(detector, metadata))
+    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    total = 0
+    for shape in ((1, 3, 64, 64), (3, 3, 160, 96)):
+        images = torch.rand(shape)
+        boxes, scores, rows = map(torch.from_numpy, session.run(None, {"images": images.numpy()}))
+        with torch.no_grad():
+            expected_boxes, expected_scores = detector.decode(detector(images))
+        torch.testing.assert_close(boxes, expected_boxes, atol=1e-2, rtol=1e-4)
+        torch.testing.assert_close(scores, expected_scores, atol=1e-5, rtol=1e-4)
+        by_image = [rows[rows[:, 0] == k] for k in range(len(images))]
+        assert torch.equal(torch.cat(by_image), rows)
+        assert max(map(len, by_image)) <= 20
+        found = [(found[:, 1:5], found[:, 5], found[:, 6].long()) for found in by_image]
+        assert count_unequal(found, boxes, scores, thresholds) == 0
+        total += len(rows)
+    assert total

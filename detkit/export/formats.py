@@ -7,10 +7,14 @@ from pathlib import Path
 import torch
 
 from detkit.errors import DetkitError
+from detkit.export.executorch import open_executorch, write_executorch
 from detkit.export.model import ExportedModel, Runner
+from detkit.export.ncnn import open_ncnn, write_ncnn
 from detkit.export.onnx import open_onnx, write_onnx
 from detkit.export.openvino import open_openvino, write_openvino
+from detkit.export.pt2 import open_pt2, write_pt2
 from detkit.export.settings import ExportSettings
+from detkit.export.tensorrt import open_tensorrt, write_tensorrt
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,10 @@ ALL = ("float32", "float16", "int8")
 FORMATS = {
     "onnx": Format(".onnx", ".onnx", write_onnx, open_onnx, has_nms=True, precisions=ALL),
     "openvino": Format("_openvino", ".xml", write_openvino, open_openvino, has_nms=True, precisions=ALL),
+    "pt2": Format(".pt2", ".pt2", write_pt2, open_pt2),
+    "executorch": Format("_executorch", ".pte", write_executorch, open_executorch, is_dynamic=False),
+    "ncnn": Format("_ncnn", ".param", write_ncnn, open_ncnn, is_dynamic=False, precisions=("float32", "float16")),
+    "tensorrt": Format(".engine", ".engine", write_tensorrt, open_tensorrt, precisions=ALL),
 }
 
 

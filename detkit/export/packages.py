@@ -1,6 +1,9 @@
 """Packages that formats need: they are optional, and imported when a format is used."""
 
 import importlib
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from detkit.errors import DetkitError
@@ -17,9 +20,21 @@ def need(name: str, extra: str) -> Any:
         DetkitError: it is missing, or cannot be imported.
     """
     try:
-        return importlib.import_module(name)
+        with quiet_root_logger():
+            return importlib.import_module(name)
     except ImportError as error:
         install = f"pip install 'detkit[{extra}]'"
         if isinstance(error, ModuleNotFoundError):
             raise DetkitError(f"{name.partition('.')[0]} is not installed: {install}") from None
         raise DetkitError(f"{name} cannot be imported ({error}): {install}") from None
+
+
+@contextmanager
+def quiet_root_logger() -> Iterator[None]:
+    """Drop what is logged to the root logger: its first message would add a handler that prints detkit's, too."""
+    silent = logging.NullHandler()
+    logging.getLogger().addHandler(silent)
+    try:
+        yield
+    finally:
+        logging.getLogger().removeHandler(silent)

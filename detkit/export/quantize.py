@@ -1,6 +1,5 @@
 """Static quantization of an ONNX model to int8."""
 
-import logging
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from detkit.errors import DetkitError
-from detkit.export.packages import need
+from detkit.export.packages import need, quiet_root_logger
 
 EXTRA = "export"
 LAYERS = ("Conv", "Gemm")
@@ -31,24 +30,19 @@ def quantize(model: Any, images: Sequence[np.ndarray]) -> Any:
     if not images:
         raise DetkitError("precision=int8 is calibrated on images: there are none")
     quantization, onnx = need("onnxruntime.quantization", EXTRA), need("onnx", EXTRA)
-    silent = logging.NullHandler()
-    logging.getLogger().addHandler(silent)  # ONNX Runtime would give the root logger a handler that prints
-    try:
-        with tempfile.TemporaryDirectory(prefix="detkit-") as folder:
-            target = Path(folder) / "model.onnx"
-            quantization.quantize_static(
-                model,
-                target,
-                _Inputs(images),
-                quant_format=quantization.QuantFormat.QDQ,
-                op_types_to_quantize=list(LAYERS),
-                per_channel=True,
-                activation_type=quantization.QuantType.QUInt8,
-                weight_type=quantization.QuantType.QInt8,
-            )
-            return onnx.load_model(target)
-    finally:
-        logging.getLogger().removeHandler(silent)
+    with quiet_root_logger(), tempfile.TemporaryDirectory(prefix="detkit-") as folder:
+        target = Path(folder) / "model.onnx"
+        quantization.quantize_static(
+            model,
+            target,
+            _Inputs(images),
+            quant_format=quantization.QuantFormat.QDQ,
+            op_types_to_quantize=list(LAYERS),
+            per_channel=True,
+            activation_type=quantization.QuantType.QUInt8,
+            weight_type=quantization.QuantType.QInt8,
+        )
+        return onnx.load_model(target)
 
 
 class _Inputs:

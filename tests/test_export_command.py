@@ -1,0 +1,341 @@
+"""``detkit export``, and running what it writes."""
+
+import importlib.util
+import json
+import re
+import zipfile
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+import detkit
+from detkit.config import compose_config, resolve
+from detkit.engine.checkpoint import save_checkpoint
+from detkit.errors import DetkitError
+from detkit.export.metadata import Metadata, parse_metadata
+from detkit.export.packages import need
+from detkit.export.pt2_check import check_archive
+from detkit.export.runtime import load_model
+from detkit.inference.predictor import make_predictor
+from detkit.inference.sources import open_source
+from detkit.models.detector import build_detector
+from detkit.registry import BACKBONES
+from detkit.tasks import load_config
+from detkit.tasks.eval import run as run_eval
+from detkit.tasks.export import run as run_export
+from tests.conftest import run_command
+
+CPU = torch.device("cpu")
+ROOT = Path(__file__).parents[1]
+
+
+def export(ckpt: Path, dst: Path, *overrides: str) -> dict:
+    return run_export(load_config("export", [f"ckpt={ckpt}", f"dst={dst}", "max_images=4", "workers=0", *overrides]))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("exported")
+
+
+@pytest.fixture(scope="module")
+def onnx_file(finished_run, folder):
+    """With NMS inside."""
+    for package in ("onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(package)
+    path = folder / "model.onnx"
+    if not path.exists():
+        export(finished_run / "best.safetensors", path, "score=0.02", "iou=0.5", "max_det=50")
+    return path
+
+
+@pytest.fixture
+def photo(tmp_path):
+    path = tmp_path / "photo.png"
+    pixels = np.random.default_rng(0).integers(0, 256, (3, 5, 3), np.uint8)
+    Image.fromarray(pixels).resize((150, 90)).save(path)
+    return path
+
+
+def predict(ckpt: Path, photo: Path, score: float = 0.02, **options):
+    predictor = make_predictor(load_model(ckpt, CPU, "off"), score, 0.5, 50, **options)
+    ((_, found),) = predictor.run(open_source(photo))
+    return found
+
+
+def assert_same(found, expected):
+    assert len(found) == len(expected) > 0
+    torch.testing.assert_close(found.boxes, expected.boxes, atol=0.05, rtol=0)
+    torch.testing.assert_close(found.scores, expected.scores, atol=1e-4, rtol=0)
+    assert torch.equal(found.labels, expected.labels)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [{}, {"rect": True}, {"score": 0.05, "classes": [0, 2]}, {"tiles": 64}])
+def test_a_file_with_nms_inside_predicts_as_its_checkpoint(onnx_file, finished_run, photo, options):
+    found = predict(onnx_file, photo, **options)
+    assert_same(found, predict(finished_run / "best.safetensors", photo, **options))
+    assert found.class_names == detkit.load(finished_run / "best.safetensors").class_names
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [{"score": 0.01}, {"multi_label": True}, {"class_agnostic": True}])
+def test_other_thresholds_than_those_inside_are_refused(onnx_file, photo, options):
+    with pytest.raises(DetkitError, match="nms=false"):
+        predict(onnx_file, photo, **options)
+
+
+@pytest.mark.slow
+def test_the_example_of_the_readme_predicts_the_same(onnx_file, photo, tmp_path):
+    (code,) = re.findall(
+        r"^```python\n(# needs a file of detkit export.*?)^```", (ROOT / "tools/README.md").read_text(), re.M | re.S
+    )
+    (tmp_path / "detect.py").write_text(code)
+    spec = importlib.util.spec_from_file_location("detect", tmp_path / "detect.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    image = np.asarray(Image.open(photo))
+    found, again = module.Detector(str(onnx_file))([image, np.ascontiguousarray(image[:40])])
+    expected = predict(onnx_file, photo)
+    assert len(expected) > 0
+    np.testing.assert_allclose(found[0], expected.boxes, atol=0.01)
+    np.testing.assert_allclose(found[1], expected.scores, atol=1e-5)
+    assert found[2].tolist() == expected.labels.tolist()
+    assert len(again[0]) == len(again[1])
+
+
+@pytest.mark.slow
+def test_openvino_predicts_as_the_checkpoint(finished_run, folder, photo):
+    pytest.importorskip("openvino")
+    pytest.importorskip("onnxscript")
+    path = folder / "as_openvino"
+    measured = export(finished_run / "best.safetensors", path, "format=openvino", "score=0.02", "iou=0.5", "max_det=50")
+    assert measured["boxes"] < 0.5
+    for file in (path, path / "model.xml"):
+        assert_same(predict(file, photo, rect=True), predict(finished_run / "best.safetensors", photo, rect=True))
+
+
+@pytest.mark.slow
+def test_int8_measures_ap_before_and_after(finished_run, folder):
+    for package in ("onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(package)
+    measured = export(finished_run / "best.safetensors", folder / "int8.onnx", "precision=int8")
+    assert 0 <= measured["ap_before"] <= 1
+    assert abs(measured["ap_after"] - measured["ap_before"]) < 0.05
+    assert 0 < measured["scores"] < 0.5
+
+
+@pytest.fixture(scope="module")
+def pt2_file(finished_run, folder):
+    path = folder / "model.pt2"
+    if not path.exists():
+        export(finished_run / "best.safetensors", path, "format=pt2")
+    return path
+
+
+@pytest.mark.slow
+def test_eval_of_a_file_is_that_of_its_checkpoint(pt2_file, finished_run, tmp_path):
+    expected, found = (
+        run_eval(
+            load_config("eval", [f"ckpt={ckpt}", "amp=off", "workers=0", f"run_dir={tmp_path / ckpt.name}", *rect])
+        )
+        for ckpt, rect in ((finished_run / "best.safetensors", []), (pt2_file, []))
+    )
+    assert found["AP"] == pytest.approx(expected["AP"], abs=1e-4)
+
+
+@pytest.mark.slow
+def test_a_file_is_not_overwritten(pt2_file, finished_run):
+    with pytest.raises(DetkitError, match="already exists"):
+        export(finished_run / "best.safetensors", pt2_file, "format=pt2")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("member", "change"),
+    [
+        ("data/weights/evil.pt", lambda _: b"\x80\x04."),
+        ("models/model.json", lambda text: text.replace(b"torch.ops.aten.sigmoid.default", b"torch.hub.load")),
+        ("models/model.json", lambda text: re.sub(rb'"expr_str": "[^"]+"', b'"expr_str": "exec(1)"', text, count=1)),
+        ("models/model.json", lambda text: text.replace(b'"guards_code": [', b'"guards_code": ["print(1)", ')),
+        ("models/model.json", lambda text: text.replace(b"builtins.dict", b"os.system")),
+        (
+            "data/weights/model_weights_config.json",
+            lambda text: text.replace(b'"use_pickle": false', b'"use_pickle": true'),
+        ),
+        ("models/model.json", lambda text: text[: len(text) // 2]),
+    ],
+)
+def test_an_archive_that_would_run_code_is_refused(pt2_file, tmp_path, member, change):
+    path = tmp_path / "changed.pt2"
+    with zipfile.ZipFile(pt2_file) as source, zipfile.ZipFile(path, "w") as target:
+        names = [name.partition("/")[2] for name in source.namelist()]
+        for entry in source.infolist():
+            content = source.read(entry)
+            if entry.filename.partition("/")[2] == member:
+                changed = change(content)
+                assert changed != content
+                content = changed
+            target.writestr(entry.filename, content)
+        if member not in names:
+            target.writestr(f"model/{member}", change(b""))
+    assert check_archive(pt2_file)
+    with pytest.raises(DetkitError):
+        check_archive(path)
+    with pytest.raises(DetkitError):
+        load_model(path, CPU)
+
+
+class Small(nn.Module):
+    """A backbone from outside the package."""
+
+    def __init__(self, out_strides: tuple[int, ...]) -> None:
+        super().__init__()
+        self.strides, self.out_channels = tuple(out_strides), (8,) * len(out_strides)
+        self.levels = nn.ModuleList(nn.Conv2d(3, 8, s, s) for s in out_strides)
+
+    def forward(self, x):
+        return tuple(level(x) for level in self.levels)
+
+
+@BACKBONES.register("test_sincere")
+class Sincere(Small):
+    pass
+
+
+@BACKBONES.register("test_insincere")
+class Insincere(Small):
+    """Computes something else while it is exported."""
+
+    def forward(self, x):
+        return super().forward(3 * x if torch.compiler.is_exporting() else x)
+
+
+class Branching(nn.Module):
+    """Control flow that depends on the data cannot be exported."""
+
+    def forward(self, x):
+        return x if x.sum() > 0 else -x
+
+
+@BACKBONES.register("test_branching")
+class WithBranches(Small):
+    def __init__(self, out_strides: tuple[int, ...]) -> None:
+        super().__init__(out_strides)
+        self.gate = Branching()
+
+    def forward(self, x):
+        return super().forward(self.gate(x))
+
+
+@pytest.fixture
+def save(tmp_path, shapes_root):
+    """Returns a function that saves a checkpoint with a backbone."""
+
+    def save(name: str) -> Path:
+        cfg = resolve(compose_config("check", ["model.width=0.0625", "model.depth=0.1", "image_size=64"]))
+        cfg |= {"backbone": {"name": name}}
+        detector = build_detector(cfg, ["a", "b"])
+        save_checkpoint(detector, tmp_path / "plugin.safetensors", {})
+        return tmp_path / "plugin.safetensors"
+
+    return save
+
+
+def arguments(ckpt: Path, photo: Path, *more: str) -> list[str]:
+    return ["export", f"ckpt={ckpt}", "format=pt2", f"images={photo}", *more]
+
+
+def test_a_backbone_from_outside_is_exported(save, photo, monkeypatch, capsys):
+    ckpt = save("test_sincere")
+    assert run_command(monkeypatch, capsys, *arguments(ckpt, photo))[0] == 0
+    assert_same(predict(ckpt.with_suffix(".pt2"), photo, 0.0), predict(ckpt, photo, 0.0))
+
+
+def test_a_file_that_differs_from_pytorch_is_not_kept(save, photo, monkeypatch, capsys, tmp_path):
+    before = {*tmp_path.iterdir()}
+    ckpt = save("test_insincere")
+    status, _, err = run_command(monkeypatch, capsys, *arguments(ckpt, photo))
+    assert status == 1
+    assert "differ" in err
+    assert {*tmp_path.iterdir()} == before | {ckpt}
+
+
+def test_a_module_that_cannot_be_exported_is_named(save, photo, monkeypatch, capsys, tmp_path):
+    status, _, err = run_command(monkeypatch, capsys, *arguments(save("test_branching"), photo))
+    assert status == 2
+    assert "backbone.gate (Branching)" in err
+    assert len(err.strip().splitlines()[-1:]) == 1
+    assert not [*tmp_path.glob("*.pt2")]
+
+
+@pytest.mark.parametrize(
+    ("override", "named"),
+    [
+        ("opset=17", "opset"),
+        ("nms=true", "nms=false"),
+        ("precision=int8", "float32"),
+        ("dst=x.onnx", ".pt2"),
+        ("format=torchscript", "onnx"),
+    ],
+)
+def test_what_is_impossible_is_said_first(save, photo, monkeypatch, capsys, override, named):
+    status, _, err = run_command(monkeypatch, capsys, *arguments(save("test_sincere"), photo, override))
+    assert status == 2
+    assert named in err
+
+
+def test_a_missing_package_is_named():
+    with pytest.raises(DetkitError, match=r"pip install 'detkit\[export\]'"):
+        need("no_such_package.at_all", "export")
+
+
+METADATA = Metadata(("a", "b"), 64, (8, 16, 32), 32, (None, None, None), True, 0.25, 0.7, 300, "float32", {"seed": 0})
+
+
+def test_metadata_is_read_back():
+    assert parse_metadata(METADATA.to_json(), "file") == METADATA
+    fixed = replace(METADATA, fixed_shape=(1, 64, 96), nms=False)
+    assert parse_metadata(fixed.to_json(), "file") == fixed
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"version": 2},
+        {"class_names": []},
+        {"class_names": ["a", "a"]},
+        {"class_names": ["a", "\x1b[2J"]},
+        {"class_names": "ab"},
+        {"image_size": "64"},
+        {"image_size": 10**12},
+        {"image_size": 65},
+        {"image_size": None},
+        {"strides": [0]},
+        {"strides": None},
+        {"max_stride": 0},
+        {"fixed_shape": [1, 2]},
+        {"fixed_shape": [1, 64, -1]},
+        {"nms": "yes"},
+        {"score": 2},
+        {"iou": None},
+        {"max_det": 0},
+        {"precision": "int4"},
+        {"cfg": []},
+        {"cfg": {"seed": "zero"}},
+    ],
+)
+def test_damaged_metadata_is_refused(change):
+    with pytest.raises(DetkitError, match="file"):
+        parse_metadata(json.dumps(json.loads(METADATA.to_json()) | change), "file")
+
+
+@pytest.mark.parametrize("text", [None, "", "{", "[]", "null", "[" * 100_000, b"{}"])
+def test_what_is_no_metadata_is_refused(text):
+    with pytest.raises(DetkitError, match="file"):
+        parse_metadata(text, "file")
