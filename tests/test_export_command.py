@@ -213,7 +213,7 @@ class Insincere(Small):
     """Computes something else while it is exported."""
 
     def forward(self, x):
-        return super().forward(3 * x if torch.compiler.is_exporting() else x)
+        return super().forward(1000 * x if torch.compiler.is_exporting() else x)
 
 
 class Branching(nn.Module):

@@ -1,5 +1,6 @@
 """ONNX: written by PyTorch's dynamo exporter, run by ONNX Runtime."""
 
+import copy
 import logging
 import warnings
 from pathlib import Path
@@ -51,7 +52,9 @@ def build_onnx(settings: ExportSettings) -> Any:
     """
     onnxscript, onnx = need("onnxscript", EXTRA), need("onnx", EXTRA)
     metadata = settings.metadata
-    detector = settings.detector.half() if metadata.precision == "float16" else settings.detector
+    detector = settings.detector
+    if metadata.precision == "float16":
+        detector = copy.deepcopy(detector).half()
     graph = ExportGraph(detector, metadata.thresholds if metadata.nms else None).eval()
     op = onnxscript.opset18
 
