@@ -3,15 +3,15 @@
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 
 from detkit.errors import DetkitError
-from detkit.inference.model import Model
+from detkit.export.formats import FORMATS
+from detkit.export.metadata import describe
+from detkit.export.settings import ExportSettings
 from detkit.models.detector import Detector
 
 logger = logging.getLogger(__name__)
@@ -30,7 +30,7 @@ class ExportedForm:
 FORMS = (
     ExportedForm("onnxruntime", "onnx"),
     ExportedForm("openvino", "openvino"),
-    ExportedForm("openvino_int8", "openvino", "int8", amp="off"),  # OpenVINO cannot mix int8 with bf16
+    ExportedForm("openvino_int8", "openvino", "int8"),
 )
 
 
@@ -61,8 +61,7 @@ def export_forms(
 def _export(
     detector: Detector, form: ExportedForm, image_size: int, calibration: Sequence[np.ndarray], folder: Path
 ) -> Path:
-    formats, metadata, settings = (_part(name) for name in ("formats", "metadata", "settings"))
-    described = metadata.describe(
+    described = describe(
         detector,
         image_size=image_size,
         fixed_shape=(None, None, None),
@@ -72,25 +71,12 @@ def _export(
         max_det=300,
         precision=form.precision,
     )
-    target = formats.FORMATS[form.form]
+    target = FORMATS[form.form]
     path = folder / f"{form.name}{target.suffix}"
-    target.write(settings.ExportSettings(detector, described, calibration), path)
+    target.write(ExportSettings(detector, described, calibration), path)
     return path
-
-
-def open_model(path: Path, device: torch.device, amp: str) -> Model:
-    """Open an exported file in its runtime.
-
-    Raises:
-        DetkitError: it cannot be read, or a package is missing.
-    """
-    return _part("runtime").load_model(path, device, amp)
 
 
 def is_exported(path: Path) -> bool:
     """Whether a path is an exported file or folder, not a checkpoint."""
     return path.suffix != ".safetensors"
-
-
-def _part(name: str) -> Any:
-    return import_module(f"detkit.export.{name}")

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from detkit.benchmarks.common import BenchmarkConfig, time_once
-from detkit.benchmarks.exported import open_model
 from detkit.config import import_plugins
 from detkit.data.loader import worker_count
 from detkit.engine.checkpoint import build_from_checkpoint
+from detkit.export.runtime import load_model
 from detkit.inference.frames import Frame
 from detkit.inference.model import Model
 from detkit.inference.predictor import make_predictor
@@ -70,7 +70,7 @@ def make_model(cfg: BenchmarkConfig, variant: Variant) -> Model:
     """Return what prediction runs."""
     device = pick_device(cfg.device)
     if variant.file is not None:
-        return open_model(variant.file, device, variant.amp)
+        return load_model(variant.file, device, variant.amp)
     detector = make_detector(cfg).to(device)
     if variant.fused:
         detector = detector.fuse()

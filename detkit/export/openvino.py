@@ -54,7 +54,7 @@ class OpenVinoRunner:
         openvino = need("openvino", EXTRA)
         self.metadata = metadata
         config = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": torch.get_num_threads()}
-        if hint := HINTS.get(amp):
+        if hint := "f32" if metadata.precision == "int8" else HINTS.get(amp):  # it cannot mix int8 with bf16
             config["INFERENCE_PRECISION_HINT"] = hint
         self.compiled = openvino.Core().compile_model(model, "CPU", config)
         self.outputs = [self.compiled.output(name) for name in outputs]

@@ -106,8 +106,8 @@ class AKConv(nn.Module):
     def _positions(self, h: int, w: int, like: Tensor) -> tuple[Tensor, Tensor]:
         """Return row and column of every position of an h x w map, each broadcastable to (h, 1, w)."""
         if self.sampling == "tutorial":  # column-major order, read as row-major
-            index = torch.arange(h * w, device=like.device).view(h, 1, w)
-            return (index % h).to(like.dtype), (index // h).to(like.dtype)
+            row, column = (torch.arange(n, device=like.device, dtype=like.dtype) for n in (h, w))
+            return row.expand(w, h).reshape(h, 1, w), column[:, None].expand(w, h).reshape(h, 1, w)
         rows = torch.arange(h, device=like.device, dtype=like.dtype)
         return rows.view(h, 1, 1), torch.arange(w, device=like.device, dtype=like.dtype)
 
