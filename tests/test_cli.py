@@ -81,7 +81,7 @@ MISTAKES = [
     ("eval", [], "ckpt is not set: add ckpt=VALUE"),
     ("eval", ["ckpt=none.safetensors"], "checkpoint none.safetensors does not exist"),
     ("predict", ["ckpt=none.safetensors", "source=x"], "checkpoint none.safetensors does not exist"),
-    ("benchmark", ["task=sleep"], "task=sleep is unknown: use train, reversible, akconv"),
+    ("benchmark", ["task=sleep"], "task=sleep is unknown: use train, infer, reversible, akconv"),
     ("train", ["neck.in_strides=8"], "neck.in_strides=8 must be a list of strides, ascending"),
     ("train", ["neck.in_strides=[]"], "neck.in_strides=[] must be a list of strides, ascending"),
     (

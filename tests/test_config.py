@@ -46,6 +46,7 @@ GIVEN = {  # what has no default
     "tune": ["search={optim.lr: [0.1]}"],
     "eval": ["ckpt=x", "data=shapes"],
     "predict": ["ckpt=x", "source=x"],
+    "export": ["ckpt=x", "format=onnx"],
     "convert_data": ["dst=x", "format=yolo"],
     "import_weights": ["src=x", "dst=x", "model=yolov8n"],
     "benchmark": ["data=shapes"],

@@ -100,6 +100,7 @@ def plain_iou(a: list[float], b: list[float]) -> float:
         Thresholds(0.2, 0.5, 20),
         Thresholds((0.9, 0.2, 0.5, 0.0), 0.5, 50, multi_label=True),
         Thresholds(0.2, 0.5, 50, multi_label=True, classes=(1, 3)),
+        Thresholds(0.2, 0.5, 50, classes=(1, 3)),  # boxes whose best class is one of these
         Thresholds(0.2, 0.5, 50, multi_label=True, class_agnostic=True),
     ],
 )

@@ -64,8 +64,8 @@ def non_max_suppression(
         (place,) = torch.nonzero((scores_kc > lowest_c).flatten(), as_tuple=True)
         row, label = place // classes, place % classes
     else:
-        best_k, label_k = torch.where(scores_kc > lowest_c, scores_kc, -1.0).max(-1)
-        (row,) = torch.nonzero(best_k >= 0, as_tuple=True)
+        best_k, label_k = torch.where(scores_kc.isnan(), -1.0, scores_kc).max(-1)
+        (row,) = torch.nonzero(best_k > lowest_c[label_k], as_tuple=True)
         label = label_k[row]
     counts = torch.bincount(chosen_k[row] // points, minlength=images).tolist()
     candidates = (boxes_k4[row], scores_kc[row, label], label)
