@@ -8,11 +8,10 @@ import torch
 from torch import Tensor
 
 from detkit.errors import DetkitError, shorten
-from detkit.export.metadata import Metadata, parse_metadata
-from detkit.export.packages import need, quiet_root_logger
+from detkit.export.metadata import Metadata, parse_metadata, read_beside
+from detkit.export.packages import need, quiet_root_logger, require_cpu
 from detkit.export.pt2 import export_program
 from detkit.export.settings import ExportSettings, explain_failure
-from detkit.ops.files import read_regular
 
 EXTRA = "executorch"
 
@@ -57,17 +56,10 @@ def open_executorch(path: Path, device: torch.device, _amp: str, _raw: bool) -> 
         DetkitError: the package is missing, or a file is damaged or missing.
     """
     runtime = need("executorch.runtime", EXTRA)
-    if device.type != "cpu":
-        raise DetkitError(f"device={device}: ExecuTorch runs on the CPU here, use device=cpu")
-    metadata = parse_metadata(read_metadata(path), path)
+    require_cpu(device, "ExecuTorch")
+    metadata = parse_metadata(read_beside(path), path)
     try:
         program = runtime.Runtime.get().load_program(path)
         return ExecuTorchRunner(program.load_method("forward"), metadata)
     except RuntimeError as error:
         raise DetkitError(f"{path} cannot be run by ExecuTorch ({shorten(str(error))})") from None
-
-
-def read_metadata(path: Path) -> str | None:
-    """Return the text of the .json file beside a file; None if there is none."""
-    beside = path.with_suffix(".json")
-    return read_regular(beside).decode("utf-8", "replace") if beside.exists() else None

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import detkit
@@ -11,6 +12,7 @@ from detkit.config.fields import is_number, is_whole
 from detkit.errors import DetkitError, is_name, shorten
 from detkit.inference.model import FixedShape
 from detkit.models.detector import Detector
+from detkit.ops.files import read_regular
 from detkit.ops.image import PAD_VALUE
 from detkit.ops.nms import Thresholds
 
@@ -137,3 +139,9 @@ def _first_invalid_value(content: dict[str, Any]) -> str:
 def _as_list(content: dict[str, Any], key: str) -> list[Any]:
     value = content.get(key)
     return value if isinstance(value, list) else ["invalid"]
+
+
+def read_beside(path: Path) -> str | None:
+    """Return the text of the .json file beside a file; None if there is none."""
+    beside = path.with_suffix(".json")
+    return read_regular(beside).decode("utf-8", "replace") if beside.exists() else None

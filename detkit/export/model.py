@@ -7,8 +7,7 @@ from torch import Tensor
 
 from detkit.errors import DetkitError
 from detkit.export.metadata import Metadata
-from detkit.inference.model import detect_with
-from detkit.ops.nms import Selection, Thresholds
+from detkit.ops.nms import Selection, Thresholds, non_max_suppression
 
 
 class Runner(Protocol):
@@ -59,7 +58,7 @@ class ExportedModel:
             DetkitError: the file has other thresholds inside.
         """
         if not self.has_nms:
-            return detect_with(self.network, images, thresholds)
+            return non_max_suppression(*self.network(images), thresholds)
         check_thresholds(self.metadata, thresholds, self.name)
         found: list[Selection] = []
         for part in self._parts(images):

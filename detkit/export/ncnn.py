@@ -11,10 +11,9 @@ import torch
 from torch import Tensor
 
 from detkit.errors import DetkitError, shorten
-from detkit.export.executorch import read_metadata
 from detkit.export.graph import ExportGraph
-from detkit.export.metadata import Metadata, parse_metadata
-from detkit.export.packages import need
+from detkit.export.metadata import Metadata, parse_metadata, read_beside
+from detkit.export.packages import need, require_cpu
 from detkit.export.settings import ExportSettings, explain_failure
 from detkit.ops.files import open_regular
 
@@ -85,9 +84,8 @@ def open_ncnn(path: Path, device: torch.device, _amp: str, _raw: bool) -> NcnnRu
         DetkitError: the package is missing, or a file is damaged or missing.
     """
     package = need("ncnn", EXTRA)
-    if device.type != "cpu":
-        raise DetkitError(f"device={device}: ncnn runs on the CPU here, use device=cpu")
-    metadata = parse_metadata(read_metadata(path), path)
+    require_cpu(device, "ncnn")
+    metadata = parse_metadata(read_beside(path), path)
     for file in (path, path.with_suffix(".bin")):
         open_regular(file).close()
     net = package.Net()

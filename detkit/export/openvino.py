@@ -11,7 +11,7 @@ from torch import Tensor
 from detkit.errors import DetkitError, shorten
 from detkit.export.metadata import KEY, Metadata, parse_metadata
 from detkit.export.onnx import EXTRA, RAW, write_onnx
-from detkit.export.packages import need
+from detkit.export.packages import need, require_cpu
 from detkit.export.settings import ExportSettings
 from detkit.ops.files import open_regular
 
@@ -73,8 +73,7 @@ def open_openvino(path: Path, device: torch.device, amp: str, raw: bool) -> Open
     """
     openvino = need("openvino", EXTRA)
     open_regular(path).close()
-    if device.type != "cpu":
-        raise DetkitError(f"device={device}: OpenVINO runs on the CPU here, use device=cpu")
+    require_cpu(device, "OpenVINO")
     try:
         model = openvino.Core().read_model(path)
         text = model.get_rt_info([KEY]).astype(str) if model.has_rt_info([KEY]) else None

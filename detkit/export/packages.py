@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
+
 from detkit.errors import DetkitError
 
 
@@ -27,6 +29,16 @@ def need(name: str, extra: str) -> Any:
         if isinstance(error, ModuleNotFoundError):
             raise DetkitError(f"{name.partition('.')[0]} is not installed: {install}") from None
         raise DetkitError(f"{name} cannot be imported ({error}): {install}") from None
+
+
+def require_cpu(device: torch.device, runtime: str) -> None:
+    """Check that a runtime that computes on the CPU is not asked for another device.
+
+    Raises:
+        DetkitError: it is.
+    """
+    if device.type != "cpu":
+        raise DetkitError(f"device={device}: {runtime} runs on the CPU here, use device=cpu")
 
 
 @contextmanager

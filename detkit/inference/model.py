@@ -1,7 +1,7 @@
 """What prediction and evaluation run: a PyTorch detector, or an exported file (``detkit.export``)."""
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 import torch
@@ -34,14 +34,6 @@ class Model(Protocol):
 
     def detect(self, images: Tensor, thresholds: Thresholds) -> list[Selection]:
         """Return the detections in each of the letterboxed images (B, 3, H, W) uint8 RGB, in pixels of the input."""
-
-
-Network = Callable[[Tensor], tuple[Tensor, Tensor]]  # images (B, 3, H, W) -> boxes (B, A, 4), scores (B, A, C)
-
-
-def detect_with(network: Network, images: Tensor, thresholds: Thresholds) -> list[Selection]:
-    """Run a network that returns all boxes and scores, then non-maximum suppression."""
-    return non_max_suppression(*network(images), thresholds)
 
 
 class TorchModel:
@@ -78,4 +70,4 @@ class TorchModel:
     @torch.inference_mode()
     def detect(self, images: Tensor, thresholds: Thresholds) -> list[Selection]:
         """Return the detections in each of the letterboxed images (B, 3, H, W) uint8 RGB, in pixels of the input."""
-        return detect_with(self.network, images, thresholds)
+        return non_max_suppression(*self.network(images), thresholds)
