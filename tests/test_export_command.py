@@ -21,7 +21,7 @@ from detkit.engine.checkpoint import save_checkpoint
 from detkit.errors import DetkitError
 from detkit.export.metadata import Metadata, parse_metadata
 from detkit.export.packages import need
-from detkit.export.pt2_check import check_archive
+from detkit.export.pt2_check import check_archive, is_arithmetic_on_sizes
 from detkit.export.runtime import load_model
 from detkit.inference.predictor import make_predictor
 from detkit.inference.sources import open_source
@@ -188,40 +188,79 @@ def test_a_file_is_not_overwritten(pt2_file, checkpoint):
         export(checkpoint, pt2_file, "format=pt2")
 
 
+GRAPH, WEIGHTS = "model/models/model.json", "model/data/weights/model_weights_config.json"
+
+
+def replaced(old: bytes, new: bytes):
+    return lambda text: text.replace(old, new)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("member", "change"),
+    ("member", "change", "reason"),
     [
-        ("data/weights/evil.pt", lambda _: b"\x80\x04."),
-        ("models/model.json", lambda text: text.replace(b"torch.ops.aten.sigmoid.default", b"torch.hub.load")),
-        ("models/model.json", lambda text: re.sub(rb'"expr_str": "[^"]+"', b'"expr_str": "exec(1)"', text, count=1)),
-        ("models/model.json", lambda text: text.replace(b'"guards_code": [', b'"guards_code": ["print(1)", ')),
-        ("models/model.json", lambda text: text.replace(b"builtins.dict", b"os.system")),
+        ("model/data/weights/evil.pt", lambda _: b"\x80\x04.", "it holds data/weights/evil"),
+        ("model/models/evil.jsox", lambda _: b"{}", "it holds models/evil"),
+        ("model/data/aotinductor/model/model.so", lambda _: b"\x7fELF", "it holds data/aotinductor"),
+        ("model/serialized_state_dict.pt", lambda _: b"\x80\x04.", "it holds serialized_state_dict"),
+        ("model/MODELS/MODEL.JSON", lambda _: b"{}", "distinct"),
+        ("other/models/model.json", lambda _: b"{}", "one folder"),
+        ("model/data/sample_inputs/model.pt", lambda _: b"\x80\x04.", "pickled"),
         (
-            "data/weights/model_weights_config.json",
-            lambda text: text.replace(b'"use_pickle": false', b'"use_pickle": true'),
+            "model/data/weights/model_weights_config.json",
+            replaced(b'"use_pickle": false', b'"use_pickle": true'),
+            "pickled",
         ),
-        ("models/model.json", lambda text: text[: len(text) // 2]),
+        (GRAPH, replaced(b"torch.ops.aten.sigmoid.default", b"torch.hub.load"), "operator"),
+        (GRAPH, replaced(b"torch.ops.aten.sigmoid.default", b"_operator.attrgetter"), "operator"),
+        (GRAPH, replaced(b"aten.sigmoid.default", b"aten.from_file.default"), "operator"),
+        (GRAPH, replaced(b'"guards_code": [', b'"guards_code": ["print(1)", '), "expression"),
+        (
+            GRAPH,
+            lambda text: re.sub(rb'("expr_str": )"[^"]+"', rb'\1"exec(1)"', text),
+            "expression",
+        ),
+        (GRAPH, replaced(b"builtins.dict", b"os.system"), "type"),
+        (GRAPH, lambda text: text[: len(text) // 2], "damaged"),
     ],
 )
-def test_an_archive_that_would_run_code_is_refused(pt2_file, tmp_path, member, change):
+def test_an_archive_that_would_run_code_is_refused(pt2_file, tmp_path, member, change, reason):
     path = tmp_path / "changed.pt2"
     with zipfile.ZipFile(pt2_file) as source, zipfile.ZipFile(path, "w") as target:
-        names = [name.partition("/")[2] for name in source.namelist()]
-        for entry in source.infolist():
-            content = source.read(entry)
-            if entry.filename.partition("/")[2] == member:
-                changed = change(content)
-                assert changed != content
-                content = changed
-            target.writestr(entry.filename, content)
-        if member not in names:
-            target.writestr(f"model/{member}", change(b""))
+        for name in dict.fromkeys([*source.namelist(), member]):
+            content = source.read(name) if name in source.namelist() else b""
+            target.writestr(name, change(content) if name == member else content)
+            assert name != member or change(content) != content
     assert check_archive(pt2_file)
-    with pytest.raises(DetkitError):
+    with pytest.raises(DetkitError, match=reason):
         check_archive(path)
-    with pytest.raises(DetkitError):
+    with pytest.raises(DetkitError, match=reason):
         load_model(path, CPU)
+
+
+@pytest.mark.parametrize(
+    ("text", "allowed"),
+    [
+        ("Mul(Integer(2), Symbol('s18', positive=True, integer=True))", True),
+        ("1 + (((-1) + L['images'].size()[2]) // 32) >= 2", True),
+        ("torch.sym_max(1, L['images'].size()[3] // 32) > 1", True),
+        ("32*s18", True),
+        ("S('images'[4]+'sym_max'[6])", False),
+        ("Symbol('__import__')", False),
+        ("Symbol('s1', commutative=exec('1'))", False),
+        ("L['images'].__class__", False),
+        ("L['images'].size()[__import__('os')]", False),
+        ("Integer('1')", False),
+        ("Integer(9).real", False),
+        ("(lambda: 1)()", False),
+        ("9**9**9", False),
+        ("f'{1}'", False),
+        ("s1 +", False),
+        ("(" * 5000 + ")" * 5000, False),
+    ],
+)
+def test_only_arithmetic_on_sizes_is_evaluated(text, allowed):
+    assert is_arithmetic_on_sizes(text) is allowed
 
 
 class Small(nn.Module):
