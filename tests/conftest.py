@@ -17,8 +17,10 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+import detkit
 from detkit import cli
 from detkit.data.formats import shapes
+from detkit.engine.checkpoint import save_checkpoint
 from detkit.engine.run_log import RunLog
 from detkit.engine.saver import Saver
 from detkit.engine.state import TrainState
@@ -196,3 +198,20 @@ def run_command(
     except SystemExit as stop:
         status = stop.code
     return status, *capsys.readouterr()
+
+
+@pytest.fixture(scope="session")
+def checkpoint(finished_run, tmp_path_factory) -> Path:
+    """That of ``finished_run`` with other weights, whose scores are distinct, not all low and of all classes."""
+    path = tmp_path_factory.mktemp("checkpoint") / "random.safetensors"
+    detector = detkit.load(finished_run / "best.safetensors")
+    torch.manual_seed(0)
+    for module in detector.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.reset_running_stats()
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+    for branch in detector.head.cls_branches:
+        nn.init.normal_(branch[-1].weight, std=0.5)
+        nn.init.constant_(branch[-1].bias, -1.0)
+    save_checkpoint(detector, path, {})
+    return path

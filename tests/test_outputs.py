@@ -13,6 +13,7 @@ import cv2
 import numpy as np
 import pytest
 
+from detkit.structures import Detections
 from detkit.tasks import check_data
 from detkit.tasks import eval as evaluation
 from detkit.tasks.predictions import outputs
@@ -85,23 +86,27 @@ def test_predicting_a_name_that_is_not_utf8(finished_run, images, tmp_path, monk
 
 
 @pytest.mark.parametrize(
-    ("error", "status"), [(OSError(errno.ENOSPC, "No space left on device"), 2), (KeyboardInterrupt(), 130)]
+    ("error", "status", "names"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), 2, ["a.jpg", "b.jpg", "c.jpg"]),
+        (KeyboardInterrupt(), 130, ["a.jpg", "b.jpg"]),
+    ],
 )
-def test_predictions_so_far_are_written(error, status, finished_run, images, tmp_path, monkeypatch, capsys):
+def test_predictions_so_far_are_written(error, status, names, finished_run, images, tmp_path, monkeypatch, capsys):
     source, out = images("a.jpg", "b.jpg", "c.jpg"), tmp_path / "out"
-    save = outputs.save_image
+    save = outputs.save_drawn
 
-    def save_or_fail(image: np.ndarray, path: Path) -> None:
+    def save_or_fail(path: Path, image: np.ndarray, found: Detections) -> None:
         if path.name == "b.jpg":
             raise error
-        save(image, path)
+        save(path, image, found)
 
-    monkeypatch.setattr(outputs, "save_image", save_or_fail)
-    found, _, message = run_command(monkeypatch, capsys, *predict_arguments(finished_run, source, out))
+    monkeypatch.setattr(outputs, "save_drawn", save_or_fail)
+    arguments = [*predict_arguments(finished_run, source, out), "batch_size=1", "workers=0"]
+    found, _, message = run_command(monkeypatch, capsys, *arguments)
     assert found == status
-    assert predicted(out)[:2] == ["a.jpg", "b.jpg"]
+    assert predicted(out) == names
     if status == 2:
-        assert predicted(out)[2:] == ["c.jpg"]
         assert f"cannot write {out / 'b.jpg'}: No space left" in message
         assert (out / "c.jpg").exists()
 

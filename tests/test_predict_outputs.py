@@ -3,6 +3,7 @@
 import csv
 import json
 import shutil
+from collections import Counter
 from pathlib import Path
 
 import cv2
@@ -11,6 +12,7 @@ import pytest
 from PIL import Image
 
 import detkit
+from detkit.inference.frames import Frame
 from detkit.inference.sources import list_source, open_source
 from detkit.tasks import load_config, predict
 from detkit.tasks.predictions.names import OutputNames, class_folders
@@ -32,9 +34,15 @@ def clip(tmp_path_factory, shapes_root) -> Path:
     return path
 
 
-def predicted(finished_run: Path, source: object, out: Path, *more: str) -> list[dict]:
+def predicted(run: Path, source: object, out: Path, *more: str) -> list[dict]:
+    """The records of ``detkit predict`` with the checkpoint of a run, or a checkpoint."""
     listed = f"[{','.join(map(str, source))}]" if isinstance(source, list) else source
-    overrides = [f"ckpt={finished_run / 'best.safetensors'}", f"source={listed}", f"run_dir={out}", "device=cpu"]
+    overrides = [
+        f"ckpt={run / 'best.safetensors' if run.is_dir() else run}",
+        f"source={listed}",
+        f"run_dir={out}",
+        "device=cpu",
+    ]
     assert predict.run(load_config("predict", [*overrides, "score=0.001", "max_det=3", *more])) == out
     return json.loads((out / "predictions.json").read_text())
 
@@ -101,18 +109,21 @@ def test_nothing_is_drawn_on_request(finished_run, shapes_root, tmp_path):
     assert {p.name for p in (tmp_path / "out").iterdir()} == {"predictions.json", "predictions.csv"}
 
 
-def test_options_of_the_command(finished_run, shapes_root, tmp_path):
-    source = shapes_root / "images" / "val"
-    most = predicted(finished_run, source, tmp_path / "a", "save=none", "amp=off")
-    some = predicted(
-        finished_run, source, tmp_path / "b", "save=none", "amp=off", "score={circle: 0.9, default: 0.001}"
-    )
-    assert {d["name"] for r in most for d in r["detections"]} >= {d["name"] for r in some for d in r["detections"]}
-    assert not [d for r in some for d in r["detections"] if d["name"] == "circle" and d["score"] <= 0.9]
-    limits = ("save=none", "classes=[star]", "rect=true", "batch_size=3")
-    only = predicted(finished_run, source, tmp_path / "c", *limits)
-    assert {d["name"] for r in only for d in r["detections"]} <= {"star"}
-    predicted(finished_run, source, tmp_path / "d", "save=none", "tiles=128", "tta=true", "merge=wbf")
+def test_options_of_the_command(checkpoint, shapes_root, tmp_path):
+    def found(name: str, *options: str) -> list[dict]:
+        source, common = shapes_root / "images" / "val", ("save=none", "amp=off", "max_det=300")
+        return [d for r in predicted(checkpoint, source, tmp_path / name, *common, *options) for d in r["detections"]]
+
+    everything = found("a")
+    names = [name for name, _ in Counter(d["name"] for d in everything).most_common(2)]
+    assert len(names) == 2
+    strict = found("b", f"score={{{names[0]}: 0.6, default: 0.001}}")
+    kept = [d for d in everything if d["name"] != names[0] or d["score"] > 0.6]
+    assert 0 < len(strict) == len(kept) < len(everything)
+    only = found("c", f"classes=[{names[1]}]", "batch_size=3")
+    assert 0 < len(only) == sum(d["name"] == names[1] for d in everything)
+    assert {d["name"] for d in only} == {names[1]}
+    assert found("d", "rect=true", "tiles=128", "tta=true", "merge=wbf") not in ([], everything)
 
 
 def test_a_broken_video_loses_no_other(finished_run, clip, shapes_root, tmp_path, monkeypatch, capsys):
@@ -149,7 +160,13 @@ def test_names_are_unique_and_keep_folders(tmp_path):
     items = list_source(tmp_path, recursive=True)
     names = OutputNames(items)
     assert [names.names[str(item)] for item in items] == ["a.jpg", "a.png", "b.mp4", "sub/a.jpg", "b.jpg"]
-    assert OutputNames([0, "rtsp://me:secret@host/x"]).names["rtsp://me:secret@host/x"] == "rtsp-host-x"
+    names = OutputNames(
+        [0, "rtsp://me:secret@host/x", *(tmp_path / name for name in ("rtsp-host-x.mp4", "A.jpg", "a.JPG"))]
+    )
+    assert names.source(Frame(None, name="camera 0")) == "camera-0"
+    assert names.source(Frame(None, name="rtsp://host/x")) == "rtsp-host-x"
+    assert names.source(Frame(None, name=str(tmp_path / "rtsp-host-x.mp4"))) == "rtsp-host-x-2"
+    assert names.source(Frame(None, name=str(tmp_path / "a.JPG"))) == "a-2"
     assert class_folders(["../x", "a/b", "a b", "", "RBC", "rbc"]) == [
         "x",
         "a-b_1",

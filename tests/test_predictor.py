@@ -96,11 +96,12 @@ def test_a_run_that_is_left_ends_its_threads(detector):
 
 def naive(boxes: np.ndarray, scores: np.ndarray, thresholds: Thresholds, lowest: list[float]) -> list[tuple[int, int]]:
     """Non-maximum suppression of one image in float64: pairs of box and label, by descending score."""
-    wanted = range(scores.shape[1]) if thresholds.classes is None else thresholds.classes
+    classes = range(scores.shape[1])
+    wanted = classes if thresholds.classes is None else thresholds.classes
     candidates = []
     for point in range(len(boxes)):
-        above = [(scores[point, c], point, c) for c in wanted if scores[point, c] > lowest[c]]
-        candidates += above if thresholds.multi_label else above and [max(above)]
+        named = classes if thresholds.multi_label else [max(classes, key=lambda c: scores[point, c])]
+        candidates += [(scores[point, c], point, c) for c in named if c in wanted and scores[point, c] > lowest[c]]
     kept: list[tuple[float, int, int]] = []
     for score, point, label in sorted(candidates, reverse=True):
         rivals = [other for other in kept if thresholds.class_agnostic or other[2] == label]

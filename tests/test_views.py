@@ -9,7 +9,7 @@ import torch
 
 from detkit.errors import DetkitError, UnreadableImage
 from detkit.inference.frames import Frame
-from detkit.inference.merge import MERGES, Candidates, merge_nmm, merge_nms, merge_views, merge_wbf
+from detkit.inference.merge import MERGES, Candidates, _cut_by, merge_nmm, merge_nms, merge_views, merge_wbf
 from detkit.inference.predictor import Predictor, make_predictor
 from detkit.inference.views import ViewSettings, make_views
 from detkit.ops.boxes import pairwise_overlap
@@ -157,6 +157,18 @@ def test_merging_nothing_and_one(merge):
     torch.testing.assert_close(boxes, one[0])
     assert scores.tolist() == [0.5]
     assert labels.tolist() == [1]
+
+
+def test_a_box_at_the_border_of_the_image_is_not_cut_by_rounding():
+    image = scene(777, 1333, (0, 0, 1, 1))
+    windows = [view.window for view in make_views(image, ViewSettings(320, tiles=500))]
+    last = torch.tensor([[1300.0, 740, 1333, 777]])
+    assert not any(_cut_by(window, (777, 1333), last) for window in windows if window[2] > 1332 and window[3] > 776)
+
+
+def test_more_tiles_than_fit_into_memory_are_refused():
+    with pytest.raises(DetkitError, match="tiles=32"):
+        make_views(scene(4000, 6000, (0, 0, 1, 1)), ViewSettings(640, tiles=32))
 
 
 def test_classes_merge_only_if_asked():

@@ -75,8 +75,3 @@ def _export(
     path = folder / f"{form.name}{target.suffix}"
     target.write(ExportSettings(detector, described, calibration), path)
     return path
-
-
-def is_exported(path: Path) -> bool:
-    """Whether a path is an exported file or folder, not a checkpoint."""
-    return path.suffix != ".safetensors"

@@ -13,12 +13,13 @@ import torch
 from rich.table import Table
 
 from detkit.benchmarks.common import WARMUP, BenchmarkConfig, describe, print_result
-from detkit.benchmarks.exported import export_forms, is_exported
+from detkit.benchmarks.exported import export_forms
 from detkit.benchmarks.infer_peer import start_infer_peer
 from detkit.benchmarks.infer_turns import Variant, make_detector, serve_turns
 from detkit.benchmarks.peer import Ask, peer_threads
 from detkit.benchmarks.process import start_process
 from detkit.data.read import read_split
+from detkit.export.formats import find_format
 from detkit.inference.views import ViewSettings, make_views
 from detkit.ops.device import pick_device
 from detkit.ops.image import read_bytes, read_image
@@ -95,7 +96,7 @@ def _copy_images(cfg: BenchmarkConfig, folder: Path) -> int:
 
 def _variants(cfg: BenchmarkConfig, device: torch.device, folder: Path, exported: Path) -> list[Variant]:
     """Return the forms to measure; the exported ones are written first."""
-    if cfg.ckpt is not None and is_exported(Path(str(cfg.ckpt))):
+    if cfg.ckpt is not None and find_format(Path(str(cfg.ckpt))) is not None:
         return [Variant("exported", amp="auto", file=Path(str(cfg.ckpt)))]
     variants = [
         Variant("float32", fused=False, channels_last=False),

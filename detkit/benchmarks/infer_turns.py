@@ -2,9 +2,7 @@
 
 import itertools
 import tempfile
-from collections import deque
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -16,25 +14,22 @@ from torch import Tensor
 
 from detkit.benchmarks.common import BenchmarkConfig, time_once
 from detkit.config import import_plugins
-from detkit.data.loader import worker_count
+from detkit.data.loader import reader_threads
 from detkit.engine.checkpoint import build_from_checkpoint
+from detkit.engine.evaluator import EVALUATION
+from detkit.errors import DetkitError
 from detkit.export.runtime import load_model
 from detkit.inference.frames import Frame
 from detkit.inference.model import Model
-from detkit.inference.predictor import make_predictor
+from detkit.inference.predictor import auto_batch_size, make_predictor
 from detkit.inference.views import View, make_views
 from detkit.models.detector import Detector, build_detector
+from detkit.ops.background import Background
 from detkit.ops.device import pick_device
 from detkit.ops.image import read_image
-from detkit.ops.nms import Selection, Thresholds, non_max_suppression
+from detkit.ops.nms import Selection, non_max_suppression
 from detkit.ops.precision import seed_everything
-from detkit.structures import Detections
-from detkit.viz.drawing import draw_boxes, save_image
-
-FOLDER_BATCH = {"cpu": 4, "cuda": 16}
-MAX_THREADS = 4  # that read, and that draw and write
-WAITING = 4  # images per thread that wait to be drawn
-VALIDATION = Thresholds(score=0.001, iou=0.7, max_det=300, multi_label=True)
+from detkit.viz.drawing import save_drawn
 
 
 @dataclass(frozen=True)
@@ -110,12 +105,12 @@ class Turns:
     """
 
     def __init__(self, model: Model, cfg: BenchmarkConfig, folder: Path, batch: tuple[int, ...]) -> None:
-        self.model = model
+        self.model: Any = model
         self.device = model.device
         self.size = cfg.image_size
         self.files = sorted(folder.iterdir())
         self.paths = itertools.cycle(self.files)
-        self.threads = min(worker_count("auto"), MAX_THREADS)
+        self.threads = reader_threads("auto")
         self.batch = batch
         self.candidates: tuple[Tensor, Tensor] | None = None  # of a batch, made when it is asked for
 
@@ -147,11 +142,11 @@ class Turns:
             inputs.append(pixels.to(self.device).permute(0, 3, 1, 2))
 
         seconds["preprocess"] = time_once(preprocess, self.device)
-        network: Callable[[Tensor], tuple[Tensor, Tensor]] | None = getattr(self.model, "network", None)
-        if network is None or getattr(self.model, "has_nms", False):  # an exported file that does more
-            return seconds | {"network": time_once(lambda: self._detect(inputs[0], predictor.thresholds), self.device)}
+        if getattr(self.model, "has_nms", False):
+            detect = self.model.detect
+            return seconds | {"network": time_once(lambda: detect(inputs[0], predictor.thresholds), self.device)}
         outputs: list[tuple[Tensor, Tensor]] = []
-        seconds["network"] = time_once(lambda: outputs.append(network(inputs[0])), self.device)
+        seconds["network"] = time_once(lambda: outputs.append(self.model.network(inputs[0])), self.device)
 
         def postprocess() -> list[Selection]:
             selected = non_max_suppression(*outputs[0], predictor.thresholds)
@@ -159,39 +154,26 @@ class Turns:
 
         return seconds | {"postprocess": time_once(postprocess, self.device)}
 
-    def _detect(self, images: Tensor, thresholds: Thresholds) -> list[Selection]:
-        return self.model.detect(images, thresholds)
-
     def _folder(self) -> None:
         """Predict all images and write them with boxes as ``predict`` does, beside the network."""
         predictor = make_predictor(
-            self.model, image_size=self.size, batch_size=FOLDER_BATCH[self.device.type], threads=self.threads
+            self.model, image_size=self.size, batch_size=auto_batch_size(self.device), threads=self.threads
         )
-        with tempfile.TemporaryDirectory() as written, ThreadPoolExecutor(self.threads) as pool:
-            jobs: deque[Any] = deque()
+        errors: list[str] = []
+        with tempfile.TemporaryDirectory() as written, Background(self.threads, errors.append) as background:
             for frame, found in predictor.run(_frames(self.files)):
-                jobs.append(pool.submit(_write, frame, found, Path(written)))
-                if len(jobs) > WAITING * self.threads:
-                    jobs.popleft().result()
-            for job in jobs:
-                job.result()
+                path = Path(written) / f"{Path(frame.name).name}.jpg"
+                background.submit(path, save_drawn, path, frame.image, found)
+        if errors:
+            raise DetkitError(errors[0])
 
     def _suppress(self) -> list[Selection]:
         assert self.candidates is not None
-        return non_max_suppression(*self.candidates, VALIDATION)
+        return non_max_suppression(*self.candidates, EVALUATION)
 
 
 def _frames(paths: list[Path]) -> Iterator[Frame]:
     return (Frame(path, name=str(path)) for path in paths)
-
-
-def _write(frame: Frame, found: Detections, folder: Path) -> None:
-    assert frame.image is not None
-    assert frame.path is not None
-    drawn = draw_boxes(
-        frame.image, found.boxes.numpy(), found.labels.tolist(), found.class_names, found.scores.tolist()
-    )
-    save_image(drawn, folder / f"{frame.path.stem}.jpg")
 
 
 def serve_turns(pipe: Connection, cfg: BenchmarkConfig, variant: Variant, folder: Path, batch: tuple[int, ...]) -> None:

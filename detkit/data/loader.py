@@ -209,6 +209,11 @@ def worker_count(workers: int | str) -> int:
     return min(8, max((os.cpu_count() or 1) // local_ranks(), 1))
 
 
+def reader_threads(workers: int | str) -> int:
+    """Return the number of threads that read ahead of prediction; ``"auto"`` is ``worker_count``'s, at most 4."""
+    return min(worker_count(workers), 4) if workers == "auto" else int(workers)
+
+
 def local_ranks() -> int:
     """Return the number of ranks on this node."""
     return int(os.environ.get("LOCAL_WORLD_SIZE") or 1)  # torchrun's

@@ -73,7 +73,8 @@ def evaluate(
     for k, batch in enumerate(batches):
         issues += batch.issues
         # If there are no images, other ranks have some of this batch.
-        selected = model.detect(batch.images.to(model.device), thresholds) if len(batch.images) else []
+        images = batch.images.to(model.device, non_blocking=True)
+        selected = model.detect(images, thresholds) if len(images) else []
         for meta, (xyxy, confidence, labels) in zip(batch.metas, selected, strict=True):
             xyxy = unletterbox(xyxy, meta.scale, meta.offset, meta.size).cpu()
             found = (xyxy, confidence.cpu(), labels.cpu())

@@ -77,4 +77,7 @@ def open_exported(
         file = files[0]
     elif not path.exists():
         raise DetkitError(f"{path} does not exist")
-    return ExportedModel(form.open(file, device, amp, raw), path.name, raw)
+    runner = form.open(file, device, amp, raw)
+    if runner.metadata.nms and not form.has_nms:
+        raise DetkitError(f"{path} is damaged: a file of this format cannot have non-maximum suppression inside")
+    return ExportedModel(runner, path.name, raw)

@@ -49,6 +49,8 @@ class ExportedModel:
         """Map images (B, 3, H, W) uint8 to boxes (B, A, 4) xyxy in input pixels and scores (B, A, C) in 0..1."""
         found = [self.run(part) for part in self._parts(images)]
         boxes, scores = (torch.cat(outputs) if len(outputs) > 1 else outputs[0] for outputs in zip(*found, strict=True))
+        if boxes.shape != (*scores.shape[:2], 4) or scores.shape[2:] != (len(self.class_names),):
+            raise DetkitError(f"{self.name} is damaged: its outputs are {list(boxes.shape)} and {list(scores.shape)}")
         return boxes, scores
 
     def detect(self, images: Tensor, thresholds: Thresholds) -> list[Selection]:
@@ -63,6 +65,9 @@ class ExportedModel:
         found: list[Selection] = []
         for part in self._parts(images):
             (rows,) = self.run(part)
+            labels = rows[:, 6] if rows.ndim == 2 and rows.shape[1] == 7 else torch.tensor([-1.0])
+            if not ((labels >= 0) & (labels < len(self.class_names))).all():
+                raise DetkitError(f"{self.name} is damaged: its detections are not (M, 7), or of other classes")
             found += [_select(rows[rows[:, 0] == k], thresholds) for k in range(len(part))]
         return found
 

@@ -1,7 +1,6 @@
 """ONNX: written by PyTorch's dynamo exporter, run by ONNX Runtime."""
 
 import copy
-import logging
 import warnings
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from torch import Tensor
 from detkit.errors import DetkitError, shorten
 from detkit.export.graph import ExportGraph
 from detkit.export.metadata import KEY, Metadata, parse_metadata
-from detkit.export.packages import need
+from detkit.export.packages import need, only_errors
 from detkit.export.settings import ExportSettings, explain_failure
 from detkit.ops.atomic_write import write_atomically
 from detkit.ops.files import open_regular
@@ -68,7 +67,8 @@ def build_onnx(settings: ExportSettings) -> Any:
         )
 
     try:
-        with torch.no_grad(), warnings.catch_warnings(action="ignore"):
+        quiet = only_errors("torch.onnx", "onnxscript")
+        with torch.no_grad(), quiet, warnings.catch_warnings(action="ignore"):
             program = torch.onnx.export(
                 graph,
                 (settings.example(),),
@@ -161,7 +161,3 @@ def _with_raw_outputs(path: Path) -> bytes:
         if name not in present:
             model.graph.output.append(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None))
     return model.SerializeToString()
-
-
-logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-logging.getLogger("onnxscript").setLevel(logging.ERROR)

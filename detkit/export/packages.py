@@ -42,6 +42,19 @@ def require_cpu(device: torch.device, runtime: str) -> None:
 
 
 @contextmanager
+def only_errors(*names: str) -> Iterator[None]:
+    """Drop what is logged to these loggers below the level of errors."""
+    levels = {name: logging.getLogger(name).level for name in names}
+    for name in names:
+        logging.getLogger(name).setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for name, level in levels.items():
+            logging.getLogger(name).setLevel(level)
+
+
+@contextmanager
 def quiet_root_logger() -> Iterator[None]:
     """Drop what is logged to the root logger: its first message would add a handler that prints detkit's, too."""
     silent = logging.NullHandler()

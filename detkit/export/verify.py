@@ -19,6 +19,8 @@ IOU_TOLERANCE = 1e-3  # of NMS: which of two boxes at the threshold is kept depe
 ROW_TOLERANCE = 1e-2  # pixels: NMS copies boxes
 CONFIDENT = 0.25  # half and int8 are compared where a score of PyTorch exceeds this
 
+Letterboxed = tuple[np.ndarray, np.ndarray | None]  # (S, S, 3) uint8, and (H, W, 3) where that is another size
+
 
 @dataclass(frozen=True)
 class Deviation:
@@ -41,6 +43,10 @@ class Deviation:
         """Whether the differences are within the tolerances of float32; NaN is not."""
         return self.boxes <= BOX_TOLERANCE and self.scores <= SCORE_TOLERANCE and self.detections == 0
 
+    def is_finite(self) -> bool:
+        """Whether the outputs are finite and of the right shape, and NMS inside selects from them as PyTorch does."""
+        return math.isfinite(self.boxes) and math.isfinite(self.scores) and self.detections == 0
+
     def merged(self, other: "Deviation") -> "Deviation":
         """Return the larger differences of the two, and the sum of the counts."""
         return Deviation(
@@ -55,14 +61,14 @@ class Deviation:
         return f"{text}, and {self.detections} detections" if self.detections else text
 
 
-def verify(model: ExportedModel, raw: ExportedModel, reference: TorchModel, images: Sequence[np.ndarray]) -> Deviation:
+def verify(model: ExportedModel, raw: ExportedModel, reference: TorchModel, images: Sequence[Letterboxed]) -> Deviation:
     """Run a file and PyTorch on the same inputs and compare all boxes and scores, and NMS inside the file.
 
     Args:
         model: the file.
         raw: the same file with its boxes and scores as outputs.
         reference: in float32.
-        images: (H, W, 3) uint8 RGB; letterboxed to the square and, where sides may vary, to the smallest frame.
+        images: letterboxed by ``letterbox_both``.
     """
     worst = Deviation()
     for inputs in inputs_of(images, model.metadata):
@@ -85,20 +91,25 @@ def verify(model: ExportedModel, raw: ExportedModel, reference: TorchModel, imag
     return worst
 
 
-def inputs_of(images: Sequence[np.ndarray], metadata: Metadata) -> Iterator[Tensor]:
-    """Yield inputs (B, 3, H, W) uint8 as prediction makes them: squares, two at a time if possible, and frames."""
-    batch, height, width = metadata.fixed_shape
-    size = height if height is not None else metadata.image_size
+def letterbox_both(image: np.ndarray, metadata: Metadata) -> Letterboxed:
+    """Letterbox an (H, W, 3) uint8 RGB image to the square, and where sides may vary to the smallest frame."""
+    size = metadata.fixed_shape[1] or metadata.image_size
     square = ViewSettings(size, metadata.max_stride)
-    step = 2 if batch is None else 1
-    pixels = [make_views(image, square)[0].pixels for image in images]
-    for start in range(0, len(pixels), step):
-        yield _as_input(pixels[start : start + step])
-    if height is None and width is None:
-        for image in images:
-            (view,) = make_views(image, replace(square, rect=True))
-            if view.pixels.shape[0] != view.pixels.shape[1]:
-                yield _as_input([view.pixels])
+    (whole,) = make_views(image, square)
+    if metadata.fixed_shape[1:] != (None, None):
+        return whole.pixels, None
+    (frame,) = make_views(image, replace(square, rect=True))
+    return whole.pixels, None if frame.pixels.shape == whole.pixels.shape else frame.pixels
+
+
+def inputs_of(images: Sequence[Letterboxed], metadata: Metadata) -> Iterator[Tensor]:
+    """Yield inputs (B, 3, H, W) uint8 as prediction makes them: squares, two at a time if possible, and frames."""
+    step = 2 if metadata.fixed_shape[0] is None else 1
+    for start in range(0, len(images), step):
+        yield _as_input([square for square, _ in images[start : start + step]])
+    for _, frame in images:
+        if frame is not None:
+            yield _as_input([frame])
 
 
 def count_unequal(rows: Sequence[Selection], boxes: Tensor, scores: Tensor, thresholds: Thresholds) -> int:

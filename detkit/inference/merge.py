@@ -7,10 +7,11 @@ import torch
 from torch import Tensor
 
 from detkit.ops.boxes import pairwise_overlap
-from detkit.ops.nms import Selection, Thresholds
+from detkit.ops.nms import Selection, Thresholds, suppress
 
 MIN_OVER_SMALLER = 0.5  # intersection over the smaller area from which a cut box belongs to another
 CUT_MARGIN = 0.01  # of a view's longer side: a box that ends this close to an inner border is cut by it
+MAX_CANDIDATES = 5000  # detections of all views that are merged, by score
 FUSION_IOU = 0.55  # of weighted boxes fusion, the paper's
 
 
@@ -38,9 +39,7 @@ Merged = tuple[Tensor, Tensor, Tensor]  # boxes (M, 4), scores (M,), and the can
 
 def merge_nms(found: Candidates, iou: float) -> Merged:
     """Non-maximum suppression of the detections of all views."""
-    from torchvision.ops import batched_nms  # imported lazily, as it takes a second
-
-    keep = batched_nms(found.boxes, found.scores, found.labels, iou)
+    keep = suppress(found.boxes, found.scores, found.labels, iou)
     return found.boxes[keep], found.scores[keep], keep
 
 
@@ -57,12 +56,13 @@ def merge_nmm(found: Candidates, iou: float) -> Merged:
         if not free[k]:
             continue
         box = found.boxes[k : k + 1]
-        either_cut = found.is_cut | found.is_cut[k]
-        part = either_cut & (pairwise_overlap(box, found.boxes, over="smaller")[0] > MIN_OVER_SMALLER)
-        absorbed = free & (found.labels == found.labels[k]) & (part | (pairwise_overlap(box, found.boxes)[0] > iou))
-        free &= ~absorbed
+        rest = torch.nonzero(free & (found.labels == found.labels[k]))[:, 0]  # all of them are behind k, or k itself
+        boxes, is_cut = found.boxes[rest], found.is_cut[rest]
+        part = (is_cut | found.is_cut[k]) & (pairwise_overlap(box, boxes, over="smaller")[0] > MIN_OVER_SMALLER)
+        absorbed = part | (pairwise_overlap(box, boxes)[0] > iou)
+        free[rest[absorbed]] = False
         free[k] = False
-        hull = found.boxes[absorbed & part & found.is_cut & (found.scores > found.scores[k] / 2)]
+        hull = boxes[absorbed & part & is_cut & (found.scores[rest] > found.scores[k] / 2)]
         if found.is_cut[k] and len(hull):
             box = torch.cat((hull[:, :2].amin(0), hull[:, 2:].amax(0)))[None]
         kept.append(k)
@@ -127,7 +127,7 @@ def merge_views(
     is_cut = torch.cat(
         [_cut_by(window, size, selection[0].cpu()) for window, selection in zip(windows, found, strict=True)]
     )
-    order = scores.argsort(descending=True, stable=True)
+    order = scores.argsort(descending=True, stable=True)[:MAX_CANDIDATES]
     boxes, scores, labels, is_cut = boxes[order], scores[order], labels[order], is_cut[order]
     centres, limits = (boxes[:, :2] + boxes[:, 2:]) / 2, boxes.new_tensor(windows)
     inside = (centres[:, None] >= limits[:, :2]) & (centres[:, None] <= limits[:, 2:])
@@ -146,6 +146,6 @@ def _cut_by(window: tuple[float, float, float, float], size: tuple[int, int], bo
     margin = CUT_MARGIN * max(x2 - x1, y2 - y1)
     at_start = boxes[:, :2] <= boxes.new_tensor((x1, y1)) + margin
     at_end = boxes[:, 2:] >= boxes.new_tensor((x2, y2)) - margin
-    inner_start = torch.tensor((x1 > 0, y1 > 0))
-    inner_end = torch.tensor((x2 < size[1], y2 < size[0]))
+    inner_start = torch.tensor((x1 > 1, y1 > 1))  # by more than rounding
+    inner_end = torch.tensor((x2 < size[1] - 1, y2 < size[0] - 1))
     return ((at_start & inner_start) | (at_end & inner_end)).any(1)

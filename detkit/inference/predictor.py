@@ -19,6 +19,8 @@ from detkit.ops.image import read_image
 from detkit.ops.nms import Selection, Thresholds
 from detkit.structures import Detections, find_label
 
+LEAST = {"max_det": 1, "image_size": 1, "batch_size": 1, "tiles": 32, "threads": 0}  # of options
+CPU_BATCH, GPU_BATCH = 4, 16  # of auto_batch_size
 FRAMES_IN_FLIGHT = 2  # batches whose frames are read ahead, or wait for others of their shape
 
 
@@ -190,8 +192,14 @@ def make_predictor(
     """
     if not is_number(iou, 0, 1):
         raise DetkitError(f"iou={shorten(iou)} must be a number from 0 to 1")
-    if not is_whole(max_det, 1):
-        raise DetkitError(f"max_det={shorten(max_det)} must be a whole number, 1 or more")
+    if not is_number(options.get("overlap", 0), 0, 0.9):
+        raise DetkitError(f"overlap={shorten(options['overlap'])} must be a number from 0 to 0.9")
+    wholes: dict[str, Any] = {"max_det": max_det, **{key: value for key, value in options.items() if key in LEAST}}
+    for key, value in wholes.items():
+        if not is_whole(value, LEAST[key]) and not (value is None and key in ("tiles", "image_size")):
+            raise DetkitError(f"{key}={shorten(value)} must be a whole number, {LEAST[key]} or more")
+    if (options.get("image_size") or model.image_size) % model.max_stride:
+        raise DetkitError(f"image_size={options.get('image_size')} must be a multiple of {model.max_stride}")
     names = options.get("classes")
     classes = None if names is None else tuple(find_label(name, model.class_names, "classes") for name in names)
     thresholds = Thresholds(
@@ -213,6 +221,11 @@ def make_predictor(
     merge = options.get("merge") or ("nmm" if views.tiles is not None and not views.tta else "nms")
     batch_size, threads = options.get("batch_size", 1), options.get("threads", 0)
     return Predictor(model, thresholds, views, batch_size=batch_size, merge=merge, threads=threads)
+
+
+def auto_batch_size(device: torch.device) -> int:
+    """Return the number of images per forward pass where nobody sets it."""
+    return CPU_BATCH if device.type == "cpu" else GPU_BATCH
 
 
 def _scores(score: float | Mapping[str, float], class_names: Sequence[str]) -> float | tuple[float, ...]:

@@ -6,11 +6,13 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
+from detkit.errors import DetkitError
 from detkit.ops.boxes import unletterbox
 from detkit.ops.geometry import image_windows, rect_frames
 from detkit.ops.image import Letterbox
 from detkit.ops.nms import Selection
 
+MAX_VIEW_PIXELS = 2**29  # of the tiles of one image, which takes 1.6 GB
 TTA_SCALES = (1.0, 0.83, 1.25)  # of the input's side; the second one is mirrored
 
 
@@ -74,11 +76,20 @@ def make_views(image: np.ndarray, settings: ViewSettings) -> list[View]:
     """Return the views of an (H, W, 3) uint8 RGB image: the whole image first, then its tiles.
 
     An image that is not larger than a tile has none.
+
+    Raises:
+        DetkitError: the tiles would take too much memory.
     """
     height, width = image.shape[:2]
     windows: Sequence[Sequence[int]] = ((0, 0, width, height),)
     if settings.tiles is not None and max(height, width) > settings.tiles:
-        windows = (*windows, *image_windows((height, width), settings.tiles, settings.overlap).tolist())
+        tiles = image_windows((height, width), settings.tiles, settings.overlap).tolist()
+        if len(tiles) * settings.image_size**2 > MAX_VIEW_PIXELS:
+            raise DetkitError(
+                f"tiles={settings.tiles}: an image of {width}x{height} pixels has {len(tiles)} tiles, more than fit "
+                "into memory; use larger tiles or a smaller image_size"
+            )
+        windows = (*windows, *tiles)
     views = []
     for x1, y1, x2, y2 in windows:
         for k, scale in enumerate(TTA_SCALES if settings.tta else (1.0,)):

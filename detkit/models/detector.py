@@ -117,6 +117,7 @@ class Detector(nn.Module):
         if not self.is_fused:
             return TorchModel(self, precision)
         if self._model is None or self._model.precision != precision:
+            self._model = None  # not to be copied
             self._model = TorchModel(self, precision)
         return self._model
 

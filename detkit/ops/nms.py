@@ -70,23 +70,38 @@ def non_max_suppression(
     counts = torch.bincount(chosen_k[row] // points, minlength=images).tolist()
     candidates = (boxes_k4[row], scores_kc[row, label], label)
     by_image = zip(*(values.split(counts) for values in candidates), strict=True)
-    return [_suppress(found, thresholds, max_candidates) for found in by_image]
+    selected = []
+    for boxes, scores, labels in by_image:
+        scores, order = scores.sort(descending=True, stable=True)
+        scores, order = scores[:max_candidates], order[:max_candidates]
+        boxes, labels = boxes[order], labels[order]
+        groups = torch.zeros_like(labels) if thresholds.class_agnostic else labels
+        keep = suppress(boxes, scores, groups, thresholds.iou, thresholds.max_det)
+        selected.append((boxes[keep], scores[keep], labels[keep]))
+    return selected
 
 
-def _suppress(found: Selection, thresholds: Thresholds, max_candidates: int) -> Selection:
-    """Apply non-maximum suppression to the candidates of an image, in any order."""
+def suppress(boxes: Tensor, scores: Tensor, groups: Tensor, iou: float, most: int | None = None) -> Tensor:
+    """Apply non-maximum suppression within groups, such as classes.
+
+    Args:
+        boxes: (N, 4) xyxy, by descending score.
+        scores: (N,).
+        groups: (N,) int64; boxes of different groups do not suppress each other.
+        iou: see Thresholds.
+        most: number of boxes to keep; None for all.
+
+    Returns:
+        the positions of the boxes that are kept, (M,), by descending score.
+    """
     from torchvision.ops import nms  # imported lazily, as it takes a second
 
-    boxes, scores, labels = found
-    scores, order = scores.sort(descending=True, stable=True)
-    scores, order = scores[:max_candidates], order[:max_candidates]
-    boxes, labels = boxes[order], labels[order]
     apart = boxes.double().clamp(-FARTHEST, FARTHEST)
-    if not thresholds.class_agnostic and len(labels):  # classes side by side, in float64 without a loss of precision
-        apart += (labels * (apart.max() - apart.min() + 1))[:, None]
-    count = FIRST * thresholds.max_det
+    if len(groups):  # side by side, in float64 without a loss of precision
+        apart += (groups * (apart.max() - apart.min() + 1))[:, None]
+    count = len(scores) if most is None else FIRST * most
     while True:  # what is kept of the best ones does not depend on the others
-        keep = nms(apart[:count], scores[:count].double(), thresholds.iou)[: thresholds.max_det]
-        if len(keep) == thresholds.max_det or count >= len(scores):
-            return boxes[keep], scores[keep], labels[keep]
+        keep = nms(apart[:count], scores[:count].double(), iou)[:most]
+        if len(keep) == most or count >= len(scores):
+            return keep
         count *= 4

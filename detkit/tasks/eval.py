@@ -13,7 +13,7 @@ from detkit.config.common import Amp, BatchSize, ImageSize, ViewsConfig, batch_s
 from detkit.config.fields import Location, field, location, number, whole
 from detkit.config.schema import DataConfig
 from detkit.data.annotations import Annotations
-from detkit.data.loader import worker_count
+from detkit.data.loader import reader_threads
 from detkit.data.read import explain_empty, read_split
 from detkit.distributed.collectives import world_size
 from detkit.distributed.process_group import init_distributed, is_main_process, main_process_first, run_on_main
@@ -38,7 +38,6 @@ from detkit.viz.tables import print_metrics
 
 logger = logging.getLogger(__name__)
 
-READER_THREADS = 4  # that read images ahead, at most
 RANK_TIMEOUT = 60  # seconds to wait for the other ranks to start
 
 
@@ -107,11 +106,21 @@ def _evaluate(cfg: EvalConfig, model: Model, annotations: Annotations, image_siz
     """Evaluate a model on letterboxed batches, or with tiles or test-time augmentation as ``predict`` does."""
     thresholds = _thresholds(cfg, model)
     if cfg.tiles is not None or cfg.tta:
-        keys = ("batch_size", "rect", "tiles", "overlap", "tta", "merge")
-        settings: dict[str, Any] = {key: getattr(cfg, key) for key in keys}
-        settings |= {key: getattr(thresholds, key) for key in ("score", "iou", "max_det", "multi_label")}
-        threads = min(worker_count(cfg.workers), READER_THREADS)
-        predictor = make_predictor(model, image_size=image_size, threads=threads, **settings)
+        predictor = make_predictor(
+            model,
+            cfg.score,
+            cfg.iou,
+            cfg.max_det,
+            image_size=image_size,
+            multi_label=thresholds.multi_label,
+            batch_size=cfg.batch_size,
+            rect=cfg.rect,
+            tiles=cfg.tiles,
+            overlap=cfg.overlap,
+            tta=cfg.tta,
+            merge=cfg.merge,
+            threads=reader_threads(cfg.workers),
+        )
         with show_progress("evaluation", len(annotations) // world_size()) as bar:
             return evaluate_views(predictor, annotations, bar.advance)
     check_batch_memory(cfg.batch_size, image_size, cfg.workers)

@@ -23,12 +23,11 @@ from detkit.export.formats import FORMATS, Format, open_exported
 from detkit.export.metadata import Metadata, describe
 from detkit.export.model import ExportedModel
 from detkit.export.settings import ExportSettings
-from detkit.export.verify import verify
+from detkit.export.verify import CONFIDENT, Letterboxed, letterbox_both, verify
 from detkit.inference.model import FixedShape, Model, TorchModel
 from detkit.inference.sources import expand_path
-from detkit.inference.views import ViewSettings, make_views
 from detkit.models.detector import Detector
-from detkit.ops.image import read_image
+from detkit.ops.image import is_image, read_image
 from detkit.ops.precision import Precision
 from detkit.tasks.runs.data import val_loader
 
@@ -56,7 +55,7 @@ class ExportConfig(CommonConfig):
     max_det: int = whole("maximum number of detections per image, fixed with nms", 1, 100_000)
     opset: int = whole("ONNX operator set, 18 or more", MIN_OPSET, MAX_OPSET)
     images: Location | None = location("folder of images to verify with and calibrate int8 on, instead of a data set")
-    max_images: int = whole("images to verify with and calibrate int8 on", 1, 10_000)
+    max_images: int = whole("images to verify with and calibrate int8 on", 1, 1000)
 
 
 def run(cfg: ExportConfig) -> dict[str, Any]:
@@ -74,11 +73,9 @@ def run(cfg: ExportConfig) -> dict[str, Any]:
     detector = build_from_checkpoint(str(cfg.ckpt)).fuse().to(memory_format=torch.contiguous_format)
     settings = ExportSettings(detector, _describe(cfg, form, detector), opset=cfg.opset)
     annotations = _read_annotations(cfg, detector)
-    images = _read_images(cfg, annotations)
+    images = _read_images(cfg, annotations, settings.metadata)
     if cfg.precision == "int8":
-        size = settings.metadata.image_size
-        view = ViewSettings(size, settings.metadata.max_stride)
-        settings = replace(settings, calibration=[make_views(image, view)[0].pixels for image in images])
+        settings = replace(settings, calibration=[square for square, _ in images])
     reference = TorchModel(detector, Precision(CPU, None))
     logger.info("exporting %s to %s ...", cfg.ckpt, dst)
     with tempfile.TemporaryDirectory(dir=dst.parent, prefix=".export-") as folder:  # no unverified file is ever seen
@@ -88,7 +85,9 @@ def run(cfg: ExportConfig) -> dict[str, Any]:
         raw = open_exported(path, form, raw=True) if model.has_nms else model
         deviation = verify(model, raw, reference, images)
         logger.info("%d images, %d predictions: %s", len(images), deviation.compared, deviation)
-        if cfg.precision == "float32" and not deviation.is_equal():
+        if not deviation.compared:
+            logger.warning("nothing is compared, as no score of PyTorch exceeds %g on these images", CONFIDENT)
+        if not (deviation.is_equal() if cfg.precision == "float32" else deviation.is_finite()):
             logger.error("%s is refused, as it differs from PyTorch: %s", dst, deviation)
             sys.exit(1)
         path.replace(dst)
@@ -151,19 +150,31 @@ def _read_annotations(cfg: ExportConfig, detector: Detector) -> Annotations | No
         return read_split(data, "val")
 
 
-def _read_images(cfg: ExportConfig, annotations: Annotations | None) -> list[np.ndarray]:
-    """Return images, evenly spaced over the validation split or the folder, (H, W, 3) uint8 RGB each."""
-    paths: Sequence[Path] = annotations.paths if annotations else expand_path(Path(str(cfg.images)))
+def _read_images(cfg: ExportConfig, annotations: Annotations | None, metadata: Metadata) -> list[Letterboxed]:
+    """Return images, evenly spaced over the validation split or the folder, letterboxed."""
+    paths: Sequence[Path] = annotations.paths if annotations else _images_in(Path(str(cfg.images)))
     chosen = np.unique(np.linspace(0, len(paths) - 1, min(cfg.max_images, len(paths))).round().astype(int))
     images = []
     for k in chosen.tolist():
         try:
-            images.append(read_image(paths[k]))
+            images.append(letterbox_both(read_image(paths[k]), metadata))
         except UnreadableImage as error:
             logger.warning("skipped: %s", error)
     if not images:
         raise DetkitError("none of the images can be read: name others with images=FOLDER")
     return images
+
+
+def _images_in(folder: Path) -> list[Path]:
+    """Return the images of a folder, or the single file.
+
+    Raises:
+        DetkitError: there are none.
+    """
+    paths = [path for path in expand_path(folder) if is_image(path.name)]
+    if not paths:
+        raise DetkitError(f"images={folder} contains no images")
+    return paths
 
 
 def _compare_ap(

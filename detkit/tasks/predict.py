@@ -11,12 +11,12 @@ from pydantic import BeforeValidator, Field
 from detkit.config.common import Amp, ImageSize, ViewsConfig, image_size_field
 from detkit.config.fields import Location, field, location, number, whole
 from detkit.config.schema import MAX_BATCH
-from detkit.data.loader import worker_count
+from detkit.data.loader import reader_threads
 from detkit.errors import DetkitError, printable
 from detkit.export.runtime import load_model
 from detkit.inference.frames import Frame
 from detkit.inference.model import Model
-from detkit.inference.predictor import Predictor, make_predictor
+from detkit.inference.predictor import Predictor, auto_batch_size, make_predictor
 from detkit.inference.sources import Item, count_items, is_live, list_source, read_items
 from detkit.inference.tracking import Tracker
 from detkit.inference.video import is_video
@@ -29,9 +29,6 @@ from detkit.tasks.runs.run_dir import checkpoint_name, make_run_dir
 from detkit.viz.progress import show_progress
 
 logger = logging.getLogger(__name__)
-
-CPU_BATCH, GPU_BATCH = 4, 16  # of batch_size=auto
-MAX_THREADS = 4  # of workers=auto
 
 
 def _as_list(value: Any) -> Any:
@@ -95,9 +92,9 @@ def run(cfg: PredictConfig) -> Path:
         OSError: ``predictions.json`` cannot be written.
     """
     model = load_model(str(cfg.ckpt), pick_device(cfg.device), cfg.amp)
-    items = list_source(cfg.source, cfg.recursive)
+    items: list[Item] = [*dict.fromkeys(list_source(cfg.source, cfg.recursive))]  # a file named twice has one result
     _check_tracking(cfg, items)
-    threads = min(worker_count("auto"), MAX_THREADS) if cfg.workers == "auto" else cfg.workers
+    threads = reader_threads(cfg.workers)
     predictor = _make_predictor(cfg, model, is_live(items), threads)
     run_dir = make_run_dir(cfg, "predict", checkpoint_name(cfg.ckpt))
     failures = Failures()
@@ -142,7 +139,7 @@ class Failures:
 
 
 def _make_predictor(cfg: PredictConfig, model: Model, live: bool, threads: int) -> Predictor:
-    auto = 1 if live else CPU_BATCH if model.device.type == "cpu" else GPU_BATCH
+    auto = 1 if live else auto_batch_size(model.device)
     score: Any = cfg.score
     return make_predictor(
         model,
@@ -176,7 +173,7 @@ def _track(frames: Iterable[tuple[Frame, Detections]], name: str | None) -> Iter
     video, tracker = None, None
     for frame, found in frames:
         if name is not None and frame.index is not None:
-            if frame.name != video:
+            if frame.name != video or frame.index == 0:
                 video, tracker = frame.name, Tracker(name, frame.fps)
             assert tracker is not None
             found = tracker.update(found)

@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 
 from detkit.errors import shorten
+from detkit.structures import Detections
 
 PALETTE = (  # visible on light and dark images; assigned to classes in turn
     (230, 25, 75), (60, 180, 75), (0, 130, 200), (245, 130, 48), (145, 30, 180), (70, 240, 240), (240, 50, 230),
@@ -63,6 +64,13 @@ def draw_boxes(
         draw.rectangle((x, y, x + width, y + height), fill=colour)
         draw.text((x + 2 - left, y + 2 - top), text, font=font, fill=_text_colour(colour))
     return np.asarray(canvas)
+
+
+def save_drawn(path: Path, image: np.ndarray, found: Detections) -> None:
+    """Write an (H, W, 3) uint8 RGB image with its boxes, class names and scores."""
+    boxes, labels, scores = found.boxes.numpy(), found.labels.tolist(), found.scores.tolist()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_image(draw_boxes(image, boxes, labels, found.class_names, scores), path)
 
 
 def image_grid(

@@ -45,7 +45,7 @@ class Bar:
 
     def __init__(self, progress: Progress, label: str, total: int | None, done: int, unit: str = "") -> None:
         self.progress = progress
-        self.label, self.total, self.unit = label, total, unit
+        self.label, self.total, self.done, self.unit = label, total, done, unit
         self.count = 0  # since the start
         self.start = self.last_update = time.perf_counter()
         self.task = progress.add_task(label, total=total, completed=done, info="")
@@ -58,20 +58,27 @@ class Bar:
         """Advance by one, and show ``info`` next to the bar."""
         self.count += 1
         if self.unit and self.is_due():
-            info = self.rate()
+            info = f"{self.rate()}{self._left()}"
         elif self.unit and self.progress.disable and time.perf_counter() - self.last_update > LINE_EVERY:
             self.last_update = time.perf_counter()
-            logger.info("%s: %d %s, %s", self.label, self.count, self.unit, self.rate())
+            logger.info("%s: %d %s, %s", self.label, self.count, self.unit, f"{self.rate()}{self._left()}")
         fields: dict[str, Any] = {} if info is None else {"info": info}
         if info is not None:
             self.last_update = time.perf_counter()
         self.progress.update(self.task, advance=1, **fields)
 
     def rate(self) -> str:
-        """Return the number of steps per second and the time left, such as ``31.4 images/s, 1:20 left``."""
-        rate = self.count / max(time.perf_counter() - self.start, 1e-9)
-        left = f", {clock(max(self.total - self.count, 0) / rate)} left" if self.total and self.count else ""
-        return f"{rate:.1f} {self.unit}/s{left}"
+        """Return the number of steps per second, such as ``31.4 images/s``."""
+        return f"{self._per_second():.1f} {self.unit}/s"
+
+    def _left(self) -> str:
+        """Return the time left, such as ``, 1:20 left``; an empty string if it is unknown."""
+        if self.total is None or not self.count:
+            return ""
+        return f", {clock(max(self.total - self.done - self.count, 0) / self._per_second())} left"
+
+    def _per_second(self) -> float:
+        return self.count / max(time.perf_counter() - self.start, 1e-9)
 
 
 def clock(seconds: float) -> str:

@@ -15,27 +15,37 @@ class OutputNames:
     """Unique names, without suffix, for the frames of a source.
 
     They are those of the files without their suffix; or with it, if several have the same without; or with their
-    folders below the one that all files have in common, if several have the same name.
+    folders below the one that all files have in common, if several have the same name. A stream is named by its URL.
+    What is still equal, as streams may be, or files that differ in case only, is numbered.
     """
 
     def __init__(self, items: Iterable[Item]) -> None:
-        streams = [item for item in items if isinstance(item, (str, int))]
-        self.names: dict[str, str] = {str(item): safe_name(stream_name(item)) for item in streams}
+        items = list(items)
         files = {item for item in items if isinstance(item, Path)}
         folders = {file.parent: os.path.abspath(file.parent) for file in files}  # noqa: PTH100  (may not exist)
         common = os.path.commonpath(folders.values()) if folders else ""
         stems, names = Counter(file.stem for file in files), Counter(file.name for file in files)
-        for file in files:
-            if stems[file.stem] == 1 and file.stem not in names:
-                self.names[str(file)] = file.stem
-            elif names[file.name] == 1:
-                self.names[str(file)] = file.name
+        self.names: dict[str, str] = {}
+        taken: set[str] = set()
+        for item in dict.fromkeys(item for item in items if isinstance(item, (Path, str, int))):
+            if not isinstance(item, Path):
+                key, name = stream_name(item), safe_name(stream_name(item))
+            elif stems[item.stem] == 1 and item.stem not in names:
+                key, name = str(item), item.stem
+            elif names[item.name] == 1:
+                key, name = str(item), item.name
             else:
-                self.names[str(file)] = str(Path(os.path.relpath(folders[file.parent], common), file.name))
+                key, name = str(item), str(Path(os.path.relpath(folders[item.parent], common), item.name))
+            unique, number = name, 1
+            while unique.lower() in taken:
+                number += 1
+                unique = f"{name}-{number}"
+            taken.add(unique.lower())
+            self.names[key] = unique
 
     def source(self, frame: Frame) -> str:
         """Return the name of a frame's file, video or stream."""
-        return self.names.get(str(frame.path)) or safe_name(frame.name)
+        return self.names.get(frame.name) or safe_name(frame.name)
 
     def frame(self, frame: Frame) -> str:
         """Return the name of a frame: that of its image, or for a video with the frame's index."""

@@ -1,66 +1,18 @@
 """Images, label files, crops and videos of predictions, written in threads beside the network."""
 
 import math
-from collections import deque
 from collections.abc import Callable, Collection, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from detkit.inference.frames import Frame
+from detkit.ops.background import Background
 from detkit.structures import Detections
 from detkit.tasks.predictions.names import OutputNames, class_folders
 from detkit.tasks.predictions.videos import AnnotatedVideos
-from detkit.viz.drawing import draw_boxes, save_image
-
-WAITING = 4  # jobs per thread that may wait; each holds an image
-
-
-class Background:
-    """Runs jobs that write files in threads, of which only WAITING per thread may wait.
-
-    Args:
-        threads: 0 runs each job at once.
-        on_error: called with a message about a file that could not be written.
-    """
-
-    def __init__(self, threads: int, on_error: Callable[[str], None]) -> None:
-        self.pool = ThreadPoolExecutor(threads, "detkit-write") if threads else None
-        self.limit = WAITING * threads
-        self.on_error = on_error
-        self.jobs: deque[tuple[Path, Future[None]]] = deque()
-
-    def submit(self, path: Path, write: Callable[..., None], *args: Any) -> None:
-        """Run ``write(*args)``, which writes ``path``, as soon as a thread is free."""
-        if self.pool is None:
-            self._guard(path, lambda: write(*args))
-            return
-        self.jobs.append((path, self.pool.submit(write, *args)))
-        while len(self.jobs) > self.limit:
-            self._finish_first()
-
-    def __enter__(self) -> "Background":
-        return self
-
-    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
-        try:
-            while self.jobs and error is None:
-                self._finish_first()
-        finally:
-            if self.pool is not None:
-                self.pool.shutdown(cancel_futures=True)
-
-    def _finish_first(self) -> None:
-        path, future = self.jobs.popleft()
-        self._guard(path, future.result)
-
-    def _guard(self, path: Path, job: Callable[[], None]) -> None:
-        try:
-            job()
-        except OSError as error:
-            self.on_error(f"cannot write {path}: {error.strerror or error}")
+from detkit.viz.drawing import save_drawn, save_image
 
 
 class Outputs:
@@ -95,7 +47,7 @@ class Outputs:
         name = self.names.frame(frame)
         if frame.index is None and "images" in self.save:
             path = self.run_dir / f"{name}.jpg"
-            self.images.submit(path, write_drawn, path, frame, found)
+            self.images.submit(path, save_drawn, path, frame.image, found)
         if frame.index is not None and "video" in self.save:
             path = self.run_dir / f"{self.names.source(frame)}.mp4"
             self.videos.submit(path, self.annotated.write, path, frame, found)
@@ -114,15 +66,7 @@ class Outputs:
             self.images.__exit__(*error)
         finally:
             self.videos.__exit__(*error)
-            self.videos._guard(self.annotated.path or self.run_dir, self.annotated.close)
-
-
-def write_drawn(path: Path, frame: Frame, found: Detections) -> None:
-    """Write an image with its boxes, class names and scores."""
-    assert frame.image is not None
-    boxes, labels, scores = found.boxes.numpy(), found.labels.tolist(), found.scores.tolist()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_image(draw_boxes(frame.image, boxes, labels, found.class_names, scores), path)
+            self.videos.guard(self.annotated.path or self.run_dir, self.annotated.close)
 
 
 def write_txt(path: Path, found: Detections) -> None:

@@ -149,8 +149,8 @@ class Records:
             name = frame.name if frame.index is None else f"{frame.name}#{frame.index}"
             image = {"id": self.count, "file_name": name, "height": found.size[0], "width": found.size[1]}
             images.append(json.dumps(image))
-            for result in found.to_coco(self.count):
-                results.append(json.dumps(result))
+            if len(found):
+                results.append(",\n".join(json.dumps(result) for result in found.to_coco(self.count)))
 
     def __enter__(self) -> "Records":
         return self

@@ -81,9 +81,13 @@ class AnnotatedVideos:
         """
         assert frame.image is not None
         if path != self.path:
-            self.close()
-            self.path = path
-            self.video = VideoFile(path, frame.fps or FPS, found.size)
+            try:
+                self.close()
+            finally:  # if the one before is incomplete, this one is written all the same
+                self.path = path
+                self.video = VideoFile(path, frame.fps or FPS, found.size)
+                self.video.write(self._draw(frame.image, found))
+            return
         if self.video is not None:
             self.video.write(self._draw(frame.image, found))
 
